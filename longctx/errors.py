@@ -1,0 +1,41 @@
+"""What can go wrong, by whose doing, and with which exit code a command ends.
+
+Users' mistakes derive from ``ValueError`` and carry one message with the value, the rule and the nearest
+valid choice; the command line prints that message alone. Broken invariants are ``assert``.
+"""
+
+
+class LongctxError(Exception):
+    """Base of every error that a command reports in one message, without a traceback."""
+
+    exit_code = 70
+
+
+class ConfigError(LongctxError, ValueError):
+    """The configuration asks for something impossible or inexact."""
+
+    exit_code = 78
+
+
+class DataError(LongctxError, ValueError):
+    """The training data are malformed; the message names file, document and offset."""
+
+    exit_code = 65
+
+
+class NotAvailableError(LongctxError, RuntimeError):
+    """Something that is not built yet, not installed, or not present on this machine."""
+
+    exit_code = 69
+
+
+class NumericsError(LongctxError, RuntimeError):
+    """A number that may not be trusted: an inexact strategy, a loss that is not finite."""
+
+    exit_code = 70
+
+
+class StorageError(LongctxError, OSError):
+    """Reading or writing files failed: missing or truncated checkpoint, full disk."""
+
+    exit_code = 74
