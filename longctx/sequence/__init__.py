@@ -1,0 +1,32 @@
+"""Documents, masks, layouts, tiles and the batch border; see ``plan`` for how they meet."""
+
+from longctx.sequence.batch import IGNORE, Batch, LocalBatch, shard, unshard
+from longctx.sequence.documents import Documents
+from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
+from longctx.sequence.mask import Mask
+from longctx.sequence.plan import SequencePlan, make_plan, plan_of
+from longctx.sequence.rows import Rows
+from longctx.sequence.tiles import Tile, TileSet
+
+__all__ = [
+    "IGNORE",
+    "LAYOUTS",
+    "Batch",
+    "Contiguous",
+    "Documents",
+    "Explicit",
+    "Layout",
+    "LocalBatch",
+    "Mask",
+    "Rows",
+    "SequencePlan",
+    "Striped",
+    "Tile",
+    "TileSet",
+    "Zigzag",
+    "make_layout",
+    "make_plan",
+    "plan_of",
+    "shard",
+    "unshard",
+]

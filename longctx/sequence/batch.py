@@ -1,0 +1,91 @@
+"""The border: a global batch goes in, what one rank of the sequence group holds comes out.
+
+``shard`` is the only scatter in longctx. Labels are shifted before the cut, so no rank needs its
+neighbour's token; positions and documents travel with the tokens, in the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.sequence.documents import Documents
+from longctx.sequence.layout import Layout
+from longctx.sequence.mask import Mask
+from longctx.sequence.plan import SequencePlan, make_plan
+
+IGNORE = -100  # label of a token that predicts nothing: a document's last one, and padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole sequences, before any cut.
+
+    ``tokens``, ``labels``: int64 ``[B, S]``; ``labels[b, i]`` is the token after ``tokens[b, i]`` in the same
+    document, or ``IGNORE``. ``documents``: packing of each row; tokens past its last document are padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    documents: tuple[Documents, ...]
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.labels.shape and self.tokens.ndim == 2, "tokens and labels are [B, S]"
+        assert len(self.documents) == len(self.tokens), "one Documents per batch row"
+
+    @property
+    def valid_tokens(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What one rank holds of a batch; ``T`` is the physical shard length, constant for the run.
+
+    ``tokens``, ``labels``, ``positions``: int64 ``[B, T]``. ``positions`` count from each document's start
+    (RoPE reads them). Rows past the rank's valid tokens hold token 0, label ``IGNORE``, position 0.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    plan: SequencePlan
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens of this rank that predict something; their sum over ranks divides the loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+def shard(
+    batch: Batch, layout: Layout, mask: Mask, rank: int, world: int, multiple: int = 1
+) -> LocalBatch:
+    """Cuts a batch for ``rank`` of a sequence group of ``world`` ranks.
+
+    ``multiple``: the shard length is a multiple of it (the tensor-parallel degree).
+    """
+    length = batch.tokens.shape[1]
+    plan = make_plan(batch.documents, mask, layout, length, world, multiple)
+    where = plan.positions(rank)
+    positions = np.zeros((len(batch.documents), plan.shard), dtype=np.int64)
+    for row, documents in enumerate(batch.documents):
+        positions[row, : len(where)] = where - documents.bounds_of(where)[0]
+    index = torch.from_numpy(where)
+    tokens = batch.tokens.new_zeros(len(batch.tokens), plan.shard)
+    labels = batch.labels.new_full(tokens.shape, IGNORE)
+    tokens[:, : len(where)] = batch.tokens[:, index]
+    labels[:, : len(where)] = batch.labels[:, index]
+    return LocalBatch(tokens, labels, torch.from_numpy(positions), plan)
+
+
+def unshard(shards: list[Tensor], plan: SequencePlan) -> Tensor:
+    """The inverse, for evaluation and tests: every rank's ``[B, T, ...]`` in natural order, ``[B, S, ...]``."""
+    first = shards[0]
+    whole = first.new_zeros(first.shape[0], plan.length, *first.shape[2:])
+    for rank, local in enumerate(shards):
+        where = torch.from_numpy(plan.positions(rank))
+        whole[:, where] = local[:, : len(where)]
+    return whole

@@ -1,0 +1,124 @@
+"""Layouts: which global positions each rank of the sequence group holds.
+
+A layout is data. It yields, for a sequence length and a world size, every rank's positions in ascending
+order; tiles, plans and byte counts follow from those alone, so a new layout is this one function.
+Lengths need not divide by anything: chunks differ by at most one token and ranks may be empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from longctx.errors import ConfigError
+from longctx.sequence.documents import Int64
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Where tokens live. Implementations are frozen (hashable): plans are cached by them."""
+
+    @property
+    def name(self) -> str: ...
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        """Global positions of ``rank``'s tokens, int64 ``[n_rank]``, ascending; all ranks partition ``length``."""
+        ...
+
+
+def _chunk(length: int, chunks: int, index: int) -> Int64:
+    """Chunk ``index`` of ``chunks`` nearly equal consecutive ones."""
+    return np.arange(index * length // chunks, (index + 1) * length // chunks, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """Rank r holds the r-th of P consecutive chunks (Ring Attention, Liu et al. 2023)."""
+
+    name = "contiguous"
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        return _chunk(length, world, rank)
+
+
+@dataclass(frozen=True)
+class Zigzag:
+    """Rank r holds chunks r and 2P-1-r of 2P: causal work is equal on all ranks (Llama 3, ring-flash-attention)."""
+
+    name = "zigzag"
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        return np.concatenate(
+            [_chunk(length, 2 * world, rank), _chunk(length, 2 * world, 2 * world - 1 - rank)]
+        )
+
+
+@dataclass(frozen=True)
+class Striped:
+    """Blocks of ``block`` tokens dealt round-robin (Striped Attention, Brandon et al. 2023, has block 1)."""
+
+    block: int = 1
+    name = "striped"
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigError(f"attention.layout_block {self.block} must be at least 1 token; 1 is the paper's form")
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        firsts = np.arange(rank * self.block, length, world * self.block, dtype=np.int64)
+        positions = (firsts[:, None] + np.arange(self.block, dtype=np.int64)).reshape(-1)
+        return positions[positions < length]
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Spans ``(start, stop)`` by rank, as planners produce them; each rank's ascending, together a partition."""
+
+    spans: tuple[tuple[tuple[int, int], ...], ...]
+    name = "explicit"
+
+    def __post_init__(self) -> None:
+        end = 0
+        for start, stop in sorted(span for rank in self.spans for span in rank):
+            if start != end or stop <= start:
+                raise ConfigError(
+                    f"spans must partition the sequence: [{start}, {stop}) follows position {end}; "
+                    f"it must start at {end} and hold at least one token"
+                )
+            end = stop
+        for rank, spans in enumerate(self.spans):
+            if list(spans) != sorted(spans):
+                raise ConfigError(f"spans of rank {rank} must ascend, got {spans}; sort them")
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        total = sum(stop - start for spans in self.spans for start, stop in spans)
+        if (world, length) != (len(self.spans), total):
+            raise ConfigError(
+                f"explicit layout is for {len(self.spans)} ranks and {total} tokens, not {world} and {length}"
+            )
+        parts = [np.arange(start, stop, dtype=np.int64) for start, stop in self.spans[rank]]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def make_layout(name: str, block: int = 1) -> Layout:
+    """The layout that the configuration names; ``block`` is the striped layout's."""
+    if name not in LAYOUTS:
+        raise ConfigError(f"attention.layout {name!r} is unknown; valid layouts: {', '.join(LAYOUTS)}")
+    if name != "striped" and block != 1:
+        raise ConfigError(
+            f"attention.layout_block {block} applies to the striped layout, not to {name}; leave it at 1"
+        )
+    return {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(block)}[name]
+
+
+def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> int:
+    """Physical tokens per rank: the longest shard, rounded up to ``multiple`` (the tensor-parallel degree).
+
+    It is a constant of the run; only the valid lengths inside it vary by rank.
+    """
+    longest = max(len(layout.positions(length, world, rank)) for rank in range(world))
+    return max(1, -(-longest // multiple)) * multiple

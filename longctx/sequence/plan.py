@@ -1,0 +1,116 @@
+"""One plan per batch: everything that any layer needs to know about the sharded sequence.
+
+A plan is plain data, a pure function of (documents, mask, layout, length, world). It belongs to no rank:
+strategies ask it for the tiles of any (query rank, key rank) pair, for the rows that one rank reads of
+another, and for positions. Answers are computed at first use and kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.sequence.documents import Documents, Int64
+from longctx.sequence.layout import Layout, shard_length
+from longctx.sequence.mask import Mask
+from longctx.sequence.rows import Rows
+from longctx.sequence.tiles import TileSet, group_rows, key_intervals, tiles_of
+
+_plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
+_ids = itertools.count()
+
+
+class SequencePlan:
+    """Tiles, positions and traffic of one batch of packed sequences, cut over ``world`` ranks.
+
+    ``documents``: one entry per batch row. ``length``: tokens of each row, padding included.
+    ``shard``: physical tokens per rank, the same for all; valid ones come first.
+    ``handle``: int64 scalar tensor on the CPU that names this plan to custom operators; a tensor, so that
+    pipeline stages can receive it and ``torch.compile`` does not specialize on it. The plan lives as long as
+    somebody (the local batch, an autograd graph) holds it.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Documents],
+        mask: Mask,
+        layout: Layout,
+        length: int,
+        world: int,
+        multiple: int = 1,
+    ) -> None:
+        assert all(row.length <= length for row in documents), "documents exceed the sequence"
+        self.documents = tuple(documents)
+        self.mask = mask
+        self.layout = layout
+        self.length = length
+        self.world = world
+        self.shard = shard_length(layout, length, world, multiple)
+        self._positions = [layout.positions(length, world, rank) for rank in range(world)]
+        self._ranges: dict[tuple[int, int], tuple[Int64, Int64]] = {}
+        self._tiles: dict[tuple[int, int], tuple[TileSet, ...]] = {}
+        self._reads: dict[tuple[int, int], Rows] = {}
+        self.id = next(_ids)
+        self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
+        _plans[self.id] = self
+
+    def positions(self, rank: int) -> Int64:
+        """Global positions of a rank's valid local tokens, int64 ``[n_rank]``, ascending."""
+        return self._positions[rank]
+
+    def tiles(self, q_rank: int, k_rank: int) -> tuple[TileSet, ...]:
+        """What queries of ``q_rank`` owe the keys of ``k_rank``, in local rows of both."""
+        pair = (q_rank, k_rank)
+        if pair not in self._tiles:
+            keys = self._positions[k_rank]
+            self._tiles[pair] = group_rows(
+                [tiles_of(*self._key_ranges(q_rank, row), keys) for row in range(len(self.documents))]
+            )
+        return self._tiles[pair]
+
+    def reads(self, reader: int, owner: int) -> Rows:
+        """Local rows of ``owner``'s keys that queries of ``reader`` see, united over the batch."""
+        pair = (reader, owner)
+        if pair not in self._reads:
+            keys = self._positions[owner]
+            needed: list[tuple[int, int]] = []
+            for row in range(len(self.documents)):
+                for start, stop in key_intervals(*self._key_ranges(reader, row)):
+                    low, high = np.searchsorted(keys, (start, stop)).tolist()
+                    needed.append((low, high))
+            self._reads[pair] = Rows.union(needed)
+        return self._reads[pair]
+
+    def work(self, rank: int) -> int:
+        """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""
+        ranges = [self._key_ranges(rank, row) for row in range(len(self.documents))]
+        return int(sum((stop - start).sum() for start, stop in ranges))
+
+    def balance(self) -> float:
+        """Attention work of the busiest rank over the mean; 1.0 when there is none."""
+        work = [self.work(rank) for rank in range(self.world)]
+        return max(work) * self.world / sum(work) if sum(work) else 1.0
+
+    def _key_ranges(self, rank: int, row: int) -> tuple[Int64, Int64]:
+        if (rank, row) not in self._ranges:
+            self._ranges[rank, row] = self.mask.key_range(self._positions[rank], self.documents[row])
+        return self._ranges[rank, row]
+
+
+def plan_of(handle: Tensor) -> SequencePlan:
+    """The plan that a handle names. The handle is on the CPU: reading it waits for no device."""
+    return _plans[int(handle)]
+
+
+@lru_cache(maxsize=16)
+def make_plan(
+    documents: tuple[Documents, ...], mask: Mask, layout: Layout, length: int, world: int, multiple: int = 1
+) -> SequencePlan:
+    """A plan, or the one made before for the same arguments (unpacked data; the ranks of a simulated cluster)."""
+    return SequencePlan(documents, mask, layout, length, world, multiple)
