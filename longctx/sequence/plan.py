@@ -10,17 +10,19 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
 from longctx.sequence.layout import Layout, shard_length
 from longctx.sequence.mask import Mask
+from longctx.sequence.rotation import Rotation, plan_rotation
 from longctx.sequence.rows import Rows
-from longctx.sequence.tiles import TileSet, group_rows, key_intervals, tiles_of
+from longctx.sequence.tiles import TileSet, group_rows, key_intervals, renumber_keys, tiles_of
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -55,6 +57,7 @@ class SequencePlan:
         self._positions = [layout.positions(length, world, rank) for rank in range(world)]
         self._ranges: dict[tuple[int, int], tuple[Int64, Int64]] = {}
         self._tiles: dict[tuple[int, int], tuple[TileSet, ...]] = {}
+        self._packed: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
         self._reads: dict[tuple[int, int], Rows] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
@@ -74,6 +77,13 @@ class SequencePlan:
             )
         return self._tiles[pair]
 
+    def packed_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
+        """``tiles`` with keys numbered by place in a buffer that holds only ``rows`` of the key shard."""
+        key = (q_rank, k_rank, rows)
+        if key not in self._packed:
+            self._packed[key] = renumber_keys(self.tiles(q_rank, k_rank), rows)
+        return self._packed[key]
+
     def reads(self, reader: int, owner: int) -> Rows:
         """Local rows of ``owner``'s keys that queries of ``reader`` see, united over the batch."""
         pair = (reader, owner)
@@ -86,6 +96,11 @@ class SequencePlan:
                     needed.append((low, high))
             self._reads[pair] = Rows.union(needed)
         return self._reads[pair]
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """How key/value blocks travel around the ring of all ranks."""
+        return plan_rotation(self.reads, self.world)
 
     def work(self, rank: int) -> int:
         """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""
@@ -105,7 +120,12 @@ class SequencePlan:
 
 def plan_of(handle: Tensor) -> SequencePlan:
     """The plan that a handle names. The handle is on the CPU: reading it waits for no device."""
-    return _plans[int(handle)]
+    plan = _plans.get(int(handle))
+    if plan is None:
+        raise ConfigError(
+            f"sequence plan {int(handle)} is gone; hold the LocalBatch (or the plan) until backward has run"
+        )
+    return plan
 
 
 @lru_cache(maxsize=16)

@@ -9,11 +9,12 @@ a striped shard, a sliding window, or a document edge in the middle of a shard a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from longctx.sequence.documents import Int64
+from longctx.sequence.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +133,13 @@ def group_rows(per_row: Sequence[tuple[Tile, ...]]) -> tuple[TileSet, ...]:
         elif tiles:
             sets.append(TileSet(row, row + 1, tiles))
     return tuple(sets)
+
+
+def renumber_keys(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet, ...]:
+    """The same tiles over a packed buffer that holds only ``rows`` of the key shard."""
+
+    def moved(tile: Tile) -> Tile:
+        start = rows.locate(tile.k_start, tile.k_stop)
+        return replace(tile, k_start=start, k_stop=start + tile.keys)
+
+    return tuple(replace(tiles, tiles=tuple(moved(tile) for tile in tiles.tiles)) for tiles in tile_sets)

@@ -1,0 +1,64 @@
+"""Core attention as the model sees it: q, k, v of the local tokens in, their attention out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.attention.registry import get_strategy
+from longctx.comm import group_of
+
+
+@dataclass(frozen=True)
+class Started:
+    """Attention under way between ``start`` and ``finish``."""
+
+    out: Tensor
+
+
+class CoreAttention(Protocol):
+    """What a block calls between its ``pre`` and its ``post``.
+
+    ``start`` and ``finish`` are apart so that a layer loop may compute something else in between; strategies
+    that overlap their own traffic do all their work in ``start``.
+    """
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started: ...
+
+    def finish(self, started: Started) -> Tensor: ...
+
+
+class StrategyAttention:
+    """A registered strategy on the ranks of one sequence group.
+
+    ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
+    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D).
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        group: dist.ProcessGroup | None = None,
+        kernel: str = "auto",
+        scale: float | None = None,
+    ) -> None:
+        self._operator = get_strategy(strategy).operator
+        self._group = group_of(group).name
+        self._kernel = kernel
+        self._scale = scale
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
+        scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
+        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale)
+        return Started(out)
+
+    def finish(self, started: Started) -> Tensor:
+        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        return started.out
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
+        return self.finish(self.start(q, k, v, plan))

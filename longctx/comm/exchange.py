@@ -1,0 +1,53 @@
+"""Point-to-point exchanges as handles that are awaited once.
+
+Convention for bytes: a message costs its sender its payload; an empty message is not sent at all, so both
+sides must know its size beforehand (they do: sizes follow from the sequence plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.comm.group import Group
+
+Message = tuple[int, Tensor]  # (rank within the group, contiguous tensor)
+
+
+class Pending:
+    """Messages in flight. Holds its tensors, so that none is freed or reused before it has left."""
+
+    def __init__(self, works: list[dist.Work], sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self._works = works
+        self._sends = sends
+        self._receives = receives
+        self._awaited = False
+
+    def wait(self) -> list[Tensor]:
+        """Received tensors, in the order they were asked for; on CUDA the current stream waits, not the host."""
+        assert not self._awaited, "a pending exchange is awaited exactly once"
+        self._awaited = True
+        for work in self._works:
+            work.wait()
+        return [tensor for _, tensor in self._receives]
+
+
+def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    """Starts all messages as one batch and returns at once.
+
+    Between any two ranks messages match in the order in which both post them (NCCL has no tags), so every
+    rank must post its exchanges of one group in the same order of the algorithm's steps.
+    """
+    posted = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
+    operations = [
+        dist.P2POp(call, tensor, group=group.process_group, group_peer=peer)
+        for call, (peer, tensor) in posted
+        if tensor.numel()
+    ]
+    for _, tensor in sends:
+        if tensor.numel():
+            group.traffic.add(tensor.numel() * tensor.element_size())
+    works = dist.batch_isend_irecv(operations) if operations else []
+    return Pending(works, sends, receives)
