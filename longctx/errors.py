@@ -11,6 +11,12 @@ class LongctxError(Exception):
     exit_code = 70
 
 
+class UsageError(LongctxError, ValueError):
+    """The command line itself cannot be read: a word that is no option and no override."""
+
+    exit_code = 2
+
+
 class ConfigError(LongctxError, ValueError):
     """The configuration asks for something impossible or inexact."""
 
@@ -39,3 +45,9 @@ class StorageError(LongctxError, OSError):
     """Reading or writing files failed: missing or truncated checkpoint, full disk."""
 
     exit_code = 74
+
+
+class RequeueError(LongctxError, RuntimeError):
+    """The run was asked to stop and saved its state: start it again with ``--resume``."""
+
+    exit_code = 75

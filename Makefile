@@ -1,0 +1,56 @@
+# Everything runs in .venv, made on first use. pip takes its index from this machine's own configuration.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# One thread per process: tests and the demo run two processes side by side.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint matrix bench docs clean
+
+help:
+	@echo "make demo    train a small model on this machine's Python source, two processes, about three minutes"
+	@echo "make test    lint and the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make matrix  every strategy, layout, mask and world; writes docs/matrix.md"
+	@echo "make bench   the benchmarks"
+	@echo "make docs    regenerate docs/reference.md from the code"
+	@echo "make clean   remove build products and the demo's run"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade setuptools==84.2.1 wheel==0.48.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/longctx launch --nproc 2 recipe=demo run.dir=runs/demo
+	@echo
+	@echo "checkpoint: $$(ls -d runs/demo/checkpoints/step-* | tail -n 1)"
+	@echo "wandb run:  $$(find runs/demo -type d -name 'offline-run-*' | head -n 1)"
+	@echo "report:     runs/demo/report.html"
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+matrix: $(STAMP)
+	$(BIN)/longctx verify --all
+
+bench: $(STAMP)
+	$(BIN)/longctx bench
+
+docs: $(STAMP)
+	$(BIN)/python -m longctx.launcher.reference docs/reference.md
+
+clean:
+	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf *.egg-info

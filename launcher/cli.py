@@ -1,0 +1,193 @@
+"""The command line ``longctx``: one table of commands, and errors told in one message with their exit code.
+
+A command's module provides ``add_arguments(parser)`` for its own options and ``run(arguments) -> exit code``;
+a command that composes a configuration also gets ``arguments.overrides``. Modules are imported when their
+command is called, so that ``longctx --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import longctx
+from longctx.errors import LongctxError, NotAvailableError
+from longctx.launcher.failures import CRASH
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table: what a subcommand is for and where its code lies."""
+
+    name: str
+    purpose: str
+    examples: tuple[str, ...]
+    module: str | None  # None: not built yet
+    overrides: bool = True  # takes Hydra overrides after its own options
+
+
+COMMANDS = (
+    Command(
+        "train",
+        "one process of the trainer; under comm=sim the whole world in this process",
+        (
+            "longctx train train.steps=20",
+            "longctx train comm=sim parallel.sp=4 attention=striped",
+            "longctx train data=text data.path=corpus/ model=small run.dir=runs/mine",
+            "longctx train --resume run.dir=runs/mine data=text data.path=corpus/ model=small",
+            "torchrun --standalone --nproc-per-node 2 -m longctx.train parallel.sp=2",
+        ),
+        "longctx.launcher.train_command",
+    ),
+    Command(
+        "launch",
+        "start torchrun on this machine",
+        (
+            "longctx launch --nproc 2 recipe=demo",
+            "longctx launch --nproc 4 parallel.sp=2 data.seq_len=8192",
+            "longctx launch --nproc 8 comm=nccl train.dtype=bfloat16",
+            "longctx launch --nproc 2 --resume recipe=demo run.dir=runs/demo",
+        ),
+        "longctx.launcher.torchrun",
+    ),
+    Command(
+        "submit",
+        "render the Slurm job and submit it",
+        (
+            "longctx submit --dry-run cluster=slurm cluster.nodes=4 comm=nccl parallel.sp=8",
+            "longctx submit cluster=slurm cluster.partition=gpu cluster.time_limit=12:00:00 comm=nccl",
+        ),
+        "longctx.launcher.submit",
+    ),
+    Command(
+        "verify",
+        "exactness of an attention strategy against the dense reference",
+        (
+            "longctx verify --strategy ring --layout zigzag --world 4",
+            "longctx verify --strategy striped --world 8 --documents 300,724 --seq 1024 --window 256 --json",
+            "longctx verify --backend gloo --world 2 --dtype float32 --dump tensors.safetensors",
+            "longctx verify --all",
+        ),
+        "longctx.launcher.verify_command",
+        overrides=False,
+    ),
+    Command(
+        "plan",
+        "layouts and strategies ranked for a model, length and cluster",
+        ("longctx plan model=llama_8b data.seq_len=1048576 cluster=slurm",),
+        None,
+    ),
+    Command(
+        "simulate",
+        "the training step on the simulated cluster with a virtual clock",
+        ("longctx simulate model=llama_8b data.seq_len=1048576 parallel.sp=64",),
+        None,
+    ),
+    Command(
+        "bench",
+        "the benchmark suite, against peers, in one run",
+        ("longctx bench attention",),
+        "longctx.launcher.bench_command",
+        overrides=False,
+    ),
+    Command(
+        "eval",
+        "perplexity by position and needle in a haystack on a checkpoint",
+        ("longctx eval run.dir=runs/demo",),
+        None,
+    ),
+    Command(
+        "import",
+        "Hugging Face safetensors to a checkpoint",
+        ("longctx import model/ runs/imported",),
+        None,
+    ),
+    Command(
+        "export",
+        "a checkpoint to Hugging Face safetensors",
+        ("longctx export runs/demo model/",),
+        None,
+    ),
+)
+
+EXIT_CODES = (
+    "exit codes: 0 done, 2 usage, 65 bad data, 69 not available here, 70 numerics or crash, 74 I/O, "
+    "75 requeue me, 78 configuration"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except SystemExit as leave:  # argparse, after --help or a usage error
+        return leave.code if isinstance(leave.code, int) else 2
+    except LongctxError as error:
+        print(f"longctx: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASH
+
+
+def _dispatch(words: list[str]) -> int:
+    commands = {command.name: command for command in COMMANDS}
+    top = top_parser()
+    if not words or words[0] not in commands:
+        top.parse_args(words)
+        top.print_help()
+        return 2
+    command = commands[words[0]]
+    if command.module is None:
+        parser_of(command).parse_known_args(words[1:])  # answers --help
+        raise NotAvailableError(f"{command.name} is not built yet ({command.purpose})")
+    module = importlib.import_module(command.module)
+    parser = parser_of(command)
+    module.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(words[1:])
+    status: int = module.run(arguments)
+    return status
+
+
+def top_parser() -> argparse.ArgumentParser:
+    """The parser of ``longctx`` itself: it knows the commands' names, not their options."""
+    table = "\n".join(f"  {command.name:10}{command.purpose}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="longctx",
+        description=f"{longctx.__doc__}\n\ncommands:\n{table}",
+        epilog=f"`longctx COMMAND --help` shows options and examples.\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"longctx {longctx.__version__}")
+    parser.add_argument("command", choices=[command.name for command in COMMANDS], metavar="COMMAND")
+    return parser
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """The parser of one command, before its module adds options."""
+    examples = "\n".join(f"  {example}" for example in command.examples)
+    parser = argparse.ArgumentParser(
+        prog=f"longctx {command.name}",
+        description=command.purpose[0].upper() + command.purpose[1:] + ".",
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if command.overrides:
+        parser.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="what differs from conf/train.yaml, as in Hydra"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The only reader and writer of environment variables in longctx, a reason beside each.
+
+Configuration never comes through the environment: what a run does stands in its ``config.yaml``. The
+environment says only which process this is and how many threads it may use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from longctx.errors import ConfigError
+
+# torchrun tells each process who it is by these.
+RANK = "RANK"
+WORLD_SIZE = "WORLD_SIZE"
+LOCAL_RANK = "LOCAL_RANK"
+# Where rank 0 listens for the others; torch.distributed's env:// rendezvous reads both.
+MASTER_ADDR = "MASTER_ADDR"
+MASTER_PORT = "MASTER_PORT"
+# The same for all processes of one torchrun; "none" when torchrun was given no id.
+TORCHELASTIC_RUN_ID = "TORCHELASTIC_RUN_ID"
+
+# srun tells each task who it is by these.
+SLURM_PROCID = "SLURM_PROCID"
+SLURM_NTASKS = "SLURM_NTASKS"
+SLURM_LOCALID = "SLURM_LOCALID"
+# The same for all tasks of one job, and for the job after a requeue.
+SLURM_JOB_ID = "SLURM_JOB_ID"
+# Set for the tasks of a job step only: an interactive shell inside an allocation is not a rank.
+SLURM_STEP_ID = "SLURM_STEP_ID"
+
+# Threads per process of torch's CPU kernels; the default, every core for every process, thrashes.
+OMP_NUM_THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Which process of a world this one is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_rank(environ: MutableMapping[str, str] = os.environ) -> RankEnvironment | None:
+    """Who this process is by torchrun's or srun's word, or None when nobody started it as a rank."""
+    for names in ((RANK, WORLD_SIZE, LOCAL_RANK), (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)):
+        if names[0] == SLURM_PROCID and SLURM_STEP_ID not in environ:
+            continue
+        present = [name for name in names[:2] if name in environ]
+        if len(present) == 1:
+            missing = next(name for name in names[:2] if name not in environ)
+            raise ConfigError(
+                f"{present[0]}={environ[present[0]]} is set but {missing} is not; set both or none"
+            )
+        if present:
+            return _rank_environment(names, environ)
+    return None
+
+
+def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
+    """A name that all processes of this launch agree on, if the launcher gave one."""
+    if SLURM_JOB_ID in environ:
+        return environ[SLURM_JOB_ID]
+    elastic = environ.get(TORCHELASTIC_RUN_ID, "none")
+    return None if elastic in ("", "none") else elastic
+
+
+def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Make torch's ``env://`` rendezvous work for ``rank``, however it was started.
+
+    A world of one needs no address from anyone: port 0 lets the system pick a free one.
+    """
+    environ[RANK] = str(rank.rank)
+    environ[WORLD_SIZE] = str(rank.world_size)
+    environ[LOCAL_RANK] = str(rank.local_rank)
+    if rank.world_size == 1:
+        environ.setdefault(MASTER_ADDR, "127.0.0.1")
+        environ.setdefault(MASTER_PORT, "0")
+    for name in (MASTER_ADDR, MASTER_PORT):
+        if name not in environ:
+            raise ConfigError(
+                f"{name} is not set, but the world has {rank.world_size} processes; set it for all"
+            )
+
+
+def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Give each of ``processes`` on this machine its share of the cores, unless the user has chosen."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    environ.setdefault(OMP_NUM_THREADS, str(threads))
+    return int(environ[OMP_NUM_THREADS])
+
+
+def _rank_environment(names: tuple[str, str, str], environ: MutableMapping[str, str]) -> RankEnvironment:
+    rank, world_size = (_integer(name, environ[name]) for name in names[:2])
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]}={rank} must lie in [0, {names[1]}={world_size})")
+    return RankEnvironment(rank, world_size, _integer(names[2], environ.get(names[2], str(rank))))
+
+
+def _integer(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"{name}={text!r} must be a non-negative integer")
+    return int(text)

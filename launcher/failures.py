@@ -1,0 +1,79 @@
+"""How the end of one rank reaches the command that started it: a small file per failed rank.
+
+torchrun reports that a process failed, not why or with which of our exit codes. So a rank that fails leaves
+its message, its exit code and the time in a file; the command prints the first failure alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from longctx.errors import LongctxError, NumericsError
+
+# A crash that no rule foresaw ends with the code of a crash loop: starting again would crash again.
+CRASH = NumericsError.exit_code
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank ended."""
+
+    rank: int
+    seconds: float  # on the machine's clock: the earliest failure is the cause, later ones follow from it
+    exit_code: int
+    message: str
+    traceback: str | None  # None for an error that its message explains
+
+
+def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> int:
+    """Do ``work`` as ``rank``; returns the exit code. A failure goes to ``folder``, without one to stderr."""
+    try:
+        work()
+        return 0
+    except LongctxError as error:
+        failure = Failure(rank, time.time(), error.exit_code, str(error), None)
+    except Exception as error:
+        failure = Failure(
+            rank, time.time(), CRASH, f"{type(error).__name__}: {error}", traceback.format_exc()
+        )
+    if folder is None:
+        report(failure)
+    else:
+        _write(failure, folder)
+    return failure.exit_code
+
+
+def report(failure: Failure) -> None:
+    """Print a failure for the user: one message, and the traceback of what no rule foresaw."""
+    if failure.traceback is not None:
+        print(failure.traceback.rstrip(), file=sys.stderr)
+        print(f"longctx: rank {failure.rank} crashed: {failure.message}", file=sys.stderr)
+    else:
+        print(f"longctx: {failure.message}", file=sys.stderr)
+
+
+def first(folder: Path) -> Failure | None:
+    """The failure that came first, if any rank left one."""
+    failures = [
+        Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.json")
+    ]
+    return min(failures, key=lambda failure: failure.seconds, default=None)
+
+
+def clear(folder: Path) -> None:
+    """Forget the failures of an earlier start."""
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("rank-*.json"):
+        file.unlink()
+
+
+def _write(failure: Failure, folder: Path) -> None:
+    unfinished = folder / f".rank-{failure.rank}.new"
+    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    unfinished.replace(folder / f"rank-{failure.rank}.json")

@@ -1,0 +1,36 @@
+"""The configuration of a run: the tree, its strict reading, and every rule about it."""
+
+from longctx.config.resolve import resolve, simulated_world_size
+from longctx.config.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    CommConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CommConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "resolve",
+    "simulated_world_size",
+]

@@ -1,0 +1,33 @@
+"""Every closed list of names that a configuration may hold, once."""
+
+STRATEGIES = ("local", "ring", "striped")
+STRATEGIES_PLANNED = (
+    "burst",
+    "tree",
+    "token_ring",
+    "ulysses",
+    "usp",
+    "gather",
+    "disaggregated",
+    "lasp2",
+    "zeppelin",
+    "rsa",
+)
+LAYOUTS = ("contiguous", "zigzag", "striped")
+BACKENDS = ("nccl", "gloo", "sim")
+SOURCES = ("python_stdlib", "text", "tokens")
+BYTE_SOURCES = ("python_stdlib", "text")
+TOKEN_DTYPES = ("uint16", "uint32")
+OPTIMIZERS = ("adamw",)
+DTYPES = ("float32", "bfloat16", "float64")
+RECOMPUTE = ("none", "selective", "full")
+ENGINES = ("native",)
+ENGINES_PLANNED = ("deepspeed", "megatron")
+WANDB_MODES = ("offline", "online", "disabled")
+
+# Degrees of the mesh that have no code behind them yet.
+DEGREES_PLANNED = {
+    "tp": "tensor parallelism",
+    "pp": "pipeline parallelism",
+    "dp_replicate": "replicated data parallelism",
+}

@@ -1,0 +1,151 @@
+"""From plain mappings to frozen dataclasses and back, strict at every depth.
+
+Nothing is guessed: an unknown key, a string for a number or a number for a string is an error that names the
+full dotted path. An integer for a real number is the one conversion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import types
+import typing
+import unicodedata
+from collections.abc import Hashable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from longctx.errors import ConfigError
+
+T = TypeVar("T")
+
+# What fits a signed 64-bit integer, the widest that torch takes.
+_LARGEST_INT = 2**63 - 1
+
+# Control characters, lone surrogates, line and paragraph separators.
+_UNSOUND = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
+    """Build ``cls`` from a mapping; keys that are left out keep their defaults."""
+    if not isinstance(mapping, Mapping):
+        where = prefix.rstrip(".") or "the configuration"
+        raise ConfigError(
+            f"{where}={mapping!r} must be a mapping with the keys {', '.join(_names(cast(Any, cls)))}"
+        )
+    hints = _hints(cast(Any, cls))
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            raise unknown_key(path, dotted_paths(cls, prefix))
+        hint = hints[key]
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        values[key] = parse(hint, value, f"{path}.") if nested else _leaf(path, hint, value)
+    return cls(**values)
+
+
+def as_dict(tree: Any) -> dict[str, Any]:
+    """The plain nested mapping of a dataclass tree, in the order of its fields."""
+    return {
+        field.name: as_dict(value) if is_dataclass(value) else value
+        for field in fields(tree)
+        for value in [getattr(tree, field.name)]
+    }
+
+
+def unknown_key(path: str, known: list[str]) -> ConfigError:
+    """The error for a key that nothing reads, with the key it may stand for."""
+    near = closest_path(path, known)
+    return ConfigError(f"unknown configuration key {path}" + (f"; did you mean {near}?" if near else ""))
+
+
+def closest_path(path: str, known: list[str]) -> str | None:
+    """The known dotted path that ``path`` most likely stands for."""
+    if "." not in path:
+        # A bare word may be a section misspelt or a field whose section was forgotten.
+        scored = [(max(_alike(path, k), _alike(path, k.rpartition(".")[2]) - 0.01), k) for k in known]
+    else:
+        scored = [(_alike_path(path, k), k) for k in known if "." in k] or [(0.0, "")]
+    score, best = max(scored, default=(0.0, ""))
+    return best if score >= 0.5 else None
+
+
+def dotted_paths(cls: type, prefix: str = "") -> list[str]:
+    """Every section and every field below ``cls``, as dotted paths."""
+    paths = []
+    for name, hint in _hints(cls).items():
+        paths.append(f"{prefix}{name}")
+        if is_dataclass(hint):
+            paths += dotted_paths(cast(type, hint), f"{prefix}{name}.")
+    return paths
+
+
+def _alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _alike_path(path: str, known: str) -> float:
+    section, _, name = path.rpartition(".")
+    known_section, _, known_name = known.rpartition(".")
+    # A right section counts for more than letters that happen to agree across sections.
+    return (_alike(section, known_section) + _alike(name, known_name)) / 2
+
+
+@functools.cache
+def _hints(cls: Hashable) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cast(Any, cls))}
+
+
+def _names(cls: Hashable) -> list[str]:
+    return list(_hints(cls))
+
+
+def _leaf(path: str, hint: Any, value: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is float and type(value) in (int, float):
+            return _finite(path, float(value))
+        if option is not type(None) and type(value) is option:
+            return _sound(path, value)
+    raise ConfigError(
+        f"{path}={value!r} is {_kind(value)}, expected {_expected(options)}{_hint(options, value)}"
+    )
+
+
+def _finite(path: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be a finite number")
+    return value
+
+
+def _sound(path: str, value: Any) -> Any:
+    if isinstance(value, str) and not _UNSOUND.isdisjoint(map(unicodedata.category, value)):
+        # A line break in a job or file name would otherwise reach scripts and logs.
+        raise ConfigError(f"{path}={value!r} must not hold control characters")
+    if isinstance(value, str) and not value:
+        raise ConfigError(f"{path}='' must not be empty")
+    if type(value) is int and abs(value) > _LARGEST_INT:
+        raise ConfigError(f"{path}={value} must fit 64 bits; nearest valid value: {_LARGEST_INT}")
+    return value
+
+
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _expected(options: tuple[Any, ...]) -> str:
+    return " or ".join(_KINDS[option] for option in options)
+
+
+def _hint(options: tuple[Any, ...], value: Any) -> str:
+    if str in options and isinstance(value, int | float):
+        return f"""; quote it: "'{value}'\""""
+    return ""

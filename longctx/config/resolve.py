@@ -1,0 +1,81 @@
+"""Rules that need the world size: what the mesh's degrees come to, and how a global batch falls on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from longctx.config.rules import divisors, nearest_multiples, nearest_of
+from longctx.config.schema import Config, ParallelConfig
+from longctx.errors import ConfigError
+
+_DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """``config`` with ``dp_shard`` filled in, after every rule has passed for a world of this size."""
+    config.check()
+    parallel = config.parallel
+    if parallel.dp_shard == -1:
+        parallel = replace(parallel, dp_shard=_what_is_left(parallel, world_size))
+    product = _product(parallel)
+    if product != world_size:
+        raise ConfigError(
+            f"{_degrees(parallel)} = {product}, but the world has {_processes(world_size)}; "
+            f"nearest valid: {_nearest_degree(parallel, world_size)}"
+        )
+    config = replace(config, parallel=parallel)
+    _check_batch(config)
+    return config
+
+
+def simulated_world_size(config: Config) -> int:
+    """How many ranks a simulated run has: the product of the degrees, with one for what is left."""
+    parallel = config.parallel
+    return _product(replace(parallel, dp_shard=max(parallel.dp_shard, 1)))
+
+
+def _what_is_left(parallel: ParallelConfig, world_size: int) -> int:
+    others = _product(replace(parallel, dp_shard=1))
+    if world_size % others:
+        raise ConfigError(
+            f"{_degrees(parallel)} = {others} does not divide the world's {_processes(world_size)}; "
+            f"nearest valid: {_nearest_degree(parallel, world_size)}"
+        )
+    return world_size // others
+
+
+def _nearest_degree(parallel: ParallelConfig, world_size: int) -> str:
+    """What to set instead: the sequence degree first, since it is the one that users choose."""
+    rest = parallel.dp_replicate * parallel.tp * parallel.pp
+    if world_size % rest:
+        return f"a world of {nearest_multiples(world_size, rest)}"
+    valid = divisors(world_size // rest)
+    return f"parallel.sp={nearest_of(parallel.sp, valid)} with parallel.dp_shard=-1"
+
+
+def _check_batch(config: Config) -> None:
+    train, parallel = config.train, config.parallel
+    groups = parallel.dp_replicate * parallel.dp_shard
+    unit = groups * train.micro_batch
+    if train.global_batch % unit:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} must be a multiple of {unit} "
+            f"(data-parallel groups {groups} × train.micro_batch {train.micro_batch}); "
+            f"nearest valid values: {nearest_multiples(train.global_batch, unit)}"
+        )
+
+
+def _product(parallel: ParallelConfig) -> int:
+    product = 1
+    for name in _DEGREES:
+        product *= getattr(parallel, name)
+    return abs(product)
+
+
+def _degrees(parallel: ParallelConfig) -> str:
+    named = [(name, getattr(parallel, name)) for name in _DEGREES]
+    return "parallel." + " × ".join(f"{name} {degree}" for name, degree in named if degree != -1)
+
+
+def _processes(world_size: int) -> str:
+    return f"{world_size} process" + ("" if world_size == 1 else "es")

@@ -1,0 +1,70 @@
+"""The sentences that rules are made of: each raises with the value, the rule and the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from longctx.errors import ConfigError, NotAvailableError
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that ``word`` most likely stands for, or None when nothing is near."""
+    scored = [(difflib.SequenceMatcher(None, word, choice).ratio(), choice) for choice in choices]
+    score, choice = max(scored, default=(0.0, ""))
+    return choice if score >= 0.5 else None
+
+
+def suggestion(word: str, choices: Sequence[str], planned: Sequence[str] = ()) -> str:
+    """The end of a message about an unknown ``word``: what it may mean, and all that is valid."""
+    near = closest(word, [*choices, *planned])
+    valid = f"valid: {', '.join(choices)}"
+    return f"did you mean {near}? ({valid})" if near else valid
+
+
+def one_of(key: str, value: str, choices: Sequence[str], planned: Sequence[str] = ()) -> None:
+    """Refuse a name outside ``choices``; a name in ``planned`` is known but has no code yet."""
+    if value in choices:
+        return
+    if value in planned:
+        raise NotAvailableError(f"{key}={value} is not built yet; available: {', '.join(choices)}")
+    raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices, planned)}")
+
+
+def at_least(key: str, value: float | None, low: float) -> None:
+    """Refuse a number below ``low``; None passes, its type has been checked."""
+    if value is not None and value < low:
+        raise ConfigError(f"{key}={value} must be at least {low}; nearest valid value: {low}")
+
+
+def above(key: str, value: float | None, low: float) -> None:
+    """Refuse a number that is not greater than ``low``."""
+    if value is not None and value <= low:
+        raise ConfigError(f"{key}={value} must be greater than {low}")
+
+
+def within(key: str, value: float, low: float, high: float, open_end: bool = False) -> None:
+    """Refuse a number outside [low, high], or [low, high) with ``open_end``."""
+    if value < low or value > high or (open_end and value == high):
+        end = ")" if open_end else "]"
+        nearest = low if value < low else high
+        hint = "" if open_end and value >= high else f"; nearest valid value: {nearest}"
+        raise ConfigError(f"{key}={value} must lie in [{low}, {high}{end}{hint}")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def nearest_of(value: int, choices: Sequence[int], count: int = 2) -> str:
+    """The ``count`` choices next to ``value``, as words."""
+    chosen = sorted(sorted(choices, key=lambda c: (abs(c - value), c))[:count])
+    return " or ".join(str(c) for c in chosen)
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """The positive multiples of ``unit`` next to ``value``, as words."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

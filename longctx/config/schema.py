@@ -1,0 +1,319 @@
+"""The configuration of a run: one frozen tree that ``conf/`` mirrors field by field.
+
+A field means what the user set. Rules that look at one section stand in that section's class; rules that
+look across sections stand in ``Config.check`` and, where the world size is needed, in ``resolve``. Every rule
+names the value, itself and a valid choice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.config import choices
+from longctx.config.parsing import as_dict, parse
+from longctx.config.rules import above, at_least, divisors, nearest_multiples, nearest_of, one_of, within
+from longctx.errors import ConfigError, NotAvailableError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder."""
+
+    name: str = "tiny"
+    vocab_size: int = 256
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    hidden_dim: int = 384  # width of SwiGLU
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def check(self) -> None:
+        """Refuse sizes that no decoder can have."""
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            above(f"model.{name}", getattr(self, name), 0.0)
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; "
+                f"nearest valid kv_heads: {nearest_of(self.kv_heads, divisors(self.heads))}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model.head_dim={self.head_dim} must be even, for RoPE turns pairs of channels; "
+                f"nearest valid head_dim: {nearest_multiples(self.head_dim, 2)}"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Who computes attention over the sharded sequence, and how the sequence is cut."""
+
+    strategy: str = "ring"
+    layout: str | None = None  # None: what the strategy prefers
+    layout_block: int = 1  # tokens per stripe of the striped layout
+    window: int | None = None  # a query sees itself and the window - 1 tokens before it
+    kernel: str = "auto"
+    document_mask: bool = True  # tokens see only their own document
+
+    def check(self) -> None:
+        """Refuse names that stand for nothing and windows that see nothing."""
+        one_of("attention.strategy", self.strategy, choices.STRATEGIES, choices.STRATEGIES_PLANNED)
+        if self.layout is not None:
+            one_of("attention.layout", self.layout, choices.LAYOUTS)
+        at_least("attention.layout_block", self.layout_block, 1)
+        at_least("attention.window", self.window, 1)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of the mesh; their product is the world size. -1 in dp_shard: what is left."""
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    sp: int = 1
+    tp: int = 1
+    pp: int = 1
+
+    def check(self) -> None:
+        """Refuse degrees that are no degrees, and those that have no code yet."""
+        for name in ("dp_replicate", "sp", "tp", "pp"):
+            at_least(f"parallel.{name}", getattr(self, name), 1)
+        if self.dp_shard < 1 and self.dp_shard != -1:
+            raise ConfigError(
+                f"parallel.dp_shard={self.dp_shard} must be at least 1, or -1 for what the others leave"
+            )
+        for name, what in choices.DEGREES_PLANNED.items():
+            if getattr(self, name) > 1:
+                raise NotAvailableError(
+                    f"parallel.{name}={getattr(self, name)}: {what} is not built yet; available: 1"
+                )
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    """What carries messages between ranks."""
+
+    backend: str = "gloo"  # nccl, gloo or sim
+    timeout_seconds: float = 120.0
+    shuffle_seed: int | None = None  # sim only: order in which ranks take turns
+
+    def check(self) -> None:
+        """Refuse unknown backends and a hand-over order where nothing is handed over."""
+        one_of("comm.backend", self.backend, choices.BACKENDS)
+        above("comm.timeout_seconds", self.timeout_seconds, 0.0)
+        if self.shuffle_seed is not None and self.backend != "sim":
+            raise ConfigError(
+                f"comm.shuffle_seed={self.shuffle_seed} needs comm=sim, got comm={self.backend}: "
+                "only simulated ranks take turns"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how long the packed sequences are."""
+
+    source: str = "python_stdlib"  # python_stdlib, text or tokens
+    path: str | None = None
+    seq_len: int = 1024
+    text_key: str = "text"  # field of a JSONL line that holds the text
+    token_dtype: str = "uint16"  # of a token file: uint16 or uint32
+    max_documents: int | None = None  # take only the first so many documents
+
+    def check(self) -> None:
+        """Refuse sources without what they read."""
+        one_of("data.source", self.source, choices.SOURCES)
+        one_of("data.token_dtype", self.token_dtype, choices.TOKEN_DTYPES)
+        at_least("data.seq_len", self.seq_len, 1)
+        at_least("data.max_documents", self.max_documents, 1)
+        if self.path is None and self.source != "python_stdlib":
+            raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, and a learning rate that warms up linearly and falls along a cosine."""
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+
+    def check(self) -> None:
+        """Refuse numbers with which the optimizer cannot step."""
+        one_of("optim.name", self.name, choices.OPTIMIZERS)
+        above("optim.lr", self.lr, 0.0)
+        within("optim.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        at_least("optim.warmup_steps", self.warmup_steps, 0)
+        within("optim.beta1", self.beta1, 0.0, 1.0, open_end=True)
+        within("optim.beta2", self.beta2, 0.0, 1.0, open_end=True)
+        above("optim.eps", self.eps, 0.0)
+        at_least("optim.weight_decay", self.weight_decay, 0.0)
+        above("optim.grad_clip", self.grad_clip, 0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The step: how many, in which arithmetic, over which batch."""
+
+    steps: int = 100
+    seed: int = 0
+    dtype: str = "float32"  # float32, bfloat16 (fp32 master weights and reductions) or float64
+    global_batch: int = 4  # sequences per optimizer step, the same data for every mesh
+    micro_batch: int = 1  # sequences per forward pass of one data-parallel group
+    recompute: str = "none"  # none, selective or full; attention is never run twice
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    compile: bool = False
+    deterministic: bool = False
+    canary: bool = True  # compare one tiny step with the dense single-device step before training
+
+    def check(self) -> None:
+        """Refuse counts below one and names that stand for nothing."""
+        one_of("train.dtype", self.dtype, choices.DTYPES)
+        one_of("train.recompute", self.recompute, choices.RECOMPUTE)
+        at_least("train.seed", self.seed, 0)
+        for name in ("steps", "global_batch", "micro_batch", "loss_chunk"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is written and how much of it is kept."""
+
+    every: int = 0  # steps between checkpoints; 0: only at the end
+    at_end: bool = True
+    keep: int = 3  # newest committed checkpoints to keep; 0: all
+
+    def check(self) -> None:
+        """Refuse negative counts."""
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who owns the step."""
+
+    name: str = "native"  # native, deepspeed or megatron
+
+    def check(self) -> None:
+        """Refuse engines that are unknown or not built."""
+        one_of("engine", self.name, choices.ENGINES, choices.ENGINES_PLANNED)
+
+
+_SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the run happens: what launch and submit need to know of the machines."""
+
+    name: str = "local"
+    nodes: int = 1
+    devices_per_node: int = 1
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str = "24:00:00"
+
+    def check(self) -> None:
+        """Refuse an empty cluster and a time limit that Slurm would not read."""
+        at_least("cluster.nodes", self.nodes, 1)
+        at_least("cluster.devices_per_node", self.devices_per_node, 1)
+        if not _SLURM_TIME.fullmatch(self.time_limit):
+            raise ConfigError(
+                f"cluster.time_limit={self.time_limit} must read [days-]hours:minutes:seconds, "
+                "for example 24:00:00 or 2-12:00:00"
+            )
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """What a run tells, and to whom."""
+
+    progress: bool = True
+    wandb: str = "offline"  # offline, online or disabled
+    project: str = "longctx"
+    report: bool = True
+    trace: bool = False
+
+    def check(self) -> None:
+        """Refuse unknown wandb modes."""
+        one_of("logger.wandb", self.wandb, choices.WANDB_MODES)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it is called."""
+
+    dir: str | None = None  # None: runs/<date>-<time>, chosen once for all ranks
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Config:
+        """The configuration that a plain nested mapping states, checked; absent keys keep their defaults."""
+        config = parse(cls, mapping)
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain nested mapping that ``from_dict`` reads back."""
+        return as_dict(self)
+
+    def check(self) -> None:
+        """Apply every rule that needs no world size."""
+        for section in (
+            self.model,
+            self.attention,
+            self.parallel,
+            self.comm,
+            self.data,
+            self.optim,
+            self.train,
+            self.checkpoint,
+            self.engine,
+            self.cluster,
+            self.logger,
+        ):
+            section.check()
+        if self.data.source in choices.BYTE_SOURCES and self.model.vocab_size < 256:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} must be at least 256 for the bytes of "
+                f"data={self.data.source}; nearest valid value: 256"
+            )
+        if self.attention.strategy == "local" and self.parallel.sp > 1:
+            raise ConfigError(
+                f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
+                f"got parallel.sp={self.parallel.sp}; valid with it: ring, striped"
+            )
