@@ -1,0 +1,106 @@
+"""What every source delivers: one flat array of tokens, cut into documents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longctx.data.files import shown
+from longctx.errors import DataError
+
+Int64 = NDArray[np.int64]
+Tokens = NDArray[np.unsignedinteger[Any]]
+
+CHUNK = 1 << 22  # tokens looked at in one go: a few MiB, whatever the size of the corpus
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Documents one after another, none of them empty.
+
+    ``tokens``: uint8, uint16 or uint32 ``[N]``, read-only, memory-mapped where it is a token file.
+    ``bounds``: int64 ``[D + 1]``, strictly increasing from 0 to N; document i is
+    ``tokens[bounds[i]:bounds[i + 1]]``. ``origin(i)``: where document i came from, for messages.
+    ``vocab_size``: every token is below it. ``skipped_empty``: documents left out because they held nothing.
+    ``content_digest``: hexadecimal SHA-256 of the tokens where the source has verified one already.
+
+    Raises ``DataError`` when there is no token at all.
+    """
+
+    tokens: Tokens
+    bounds: Int64
+    origin: Callable[[int], str]
+    vocab_size: int
+    source: str
+    skipped_empty: int = 0
+    content_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise DataError(
+                f"the corpus {shown(self.source)} is empty: 0 tokens, {self.skipped_empty} empty documents "
+                "skipped; training needs at least one document of at least one token"
+            )
+        assert self.bounds.dtype == np.int64, "bounds are int64"
+        assert self.bounds[0] == 0 and self.bounds[-1] == len(self.tokens), "bounds span the tokens"
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.bounds) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Int64:
+        """Tokens of each document, int64 ``[D]``, each at least 1."""
+        return np.diff(self.bounds)
+
+    def locate(self, position: int) -> str:
+        """Where the token at ``position`` of the flat array stands, for messages."""
+        document = int(np.searchsorted(self.bounds, position, side="right")) - 1
+        return f"{self.origin(document)}, token {position - int(self.bounds[document])} of it"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over document lengths and content: any changed token or boundary changes it."""
+        digest = hashlib.sha256(f"longctx corpus 1 {self.tokens.dtype.name} {len(self)}".encode())
+        digest.update(self.bounds.astype("<i8", copy=False).data)
+        if self.content_digest is None:
+            hash_tokens(digest, self.tokens)
+        else:
+            digest.update(bytes.fromhex(self.content_digest))
+        return digest.hexdigest()
+
+    def check_ids(self, tokens: Int64 | Tokens, positions: Callable[[int], int]) -> None:
+        """Refuses the first of ``tokens`` that the vocabulary does not hold.
+
+        ``positions(i)``: place of ``tokens[i]`` in the flat array. Raises ``DataError`` naming file,
+        document, offset, id and vocabulary.
+        """
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            first = int(np.argmax(tokens >= self.vocab_size))
+            raise DataError(
+                f"{self.locate(positions(first))}: id {int(tokens[first])} is outside the vocabulary of "
+                f"{self.vocab_size} (valid: 0 to {self.vocab_size - 1}); set model.vocab_size to at least "
+                f"{int(tokens[first]) + 1} or tokenize the file again"
+            )
+
+    def check_all_ids(self) -> None:
+        """``check_ids`` over the whole corpus, a chunk at a time."""
+        for start in range(0, len(self.tokens), CHUNK):
+            self.check_ids(self.tokens[start : start + CHUNK], lambda i, start=start: start + i)  # type: ignore[misc]
+
+
+def hash_tokens(digest: hashlib._Hash, tokens: Tokens) -> None:
+    """Feeds the little-endian bytes of ``tokens`` to ``digest`` in chunks."""
+    little = tokens.dtype.newbyteorder("<")
+    for start in range(0, len(tokens), CHUNK):
+        digest.update(np.ascontiguousarray(tokens[start : start + CHUNK], dtype=little).data)

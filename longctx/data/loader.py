@@ -1,0 +1,121 @@
+"""Batches for one data-parallel rank, and the one number that says where the run stands in its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from longctx.data.packing import Packing
+from longctx.errors import ConfigError, StorageError
+from longctx.sequence import Batch
+
+# What must not change between a checkpoint and its resumption, with the name a user knows it by.
+IDENTITY = {
+    "fingerprint": "corpus SHA-256",
+    "documents": "documents in the corpus",
+    "tokens": "tokens in the corpus",
+    "seed": "train.seed",
+    "seq_len": "data.seq_len",
+}
+
+
+class Loader:
+    """Yields the micro-batches of one optimizer step after another, without end.
+
+    A step takes the next ``global_batch`` samples of the packing, the same for every mesh; rank ``dp_rank``
+    of ``dp_world`` takes the ``dp_rank``-th of equal consecutive slices and cuts it, in order, into
+    micro-batches.
+    Sequences are whole: the loader knows nothing of how the sequence is sharded.
+
+    Raises ``ConfigError`` when the batch does not divide evenly.
+    """
+
+    def __init__(
+        self, packing: Packing, global_batch: int, dp_rank: int = 0, dp_world: int = 1, micro_batch: int = 1
+    ) -> None:
+        assert 0 <= dp_rank < dp_world, f"rank {dp_rank} of {dp_world}"
+        check_split(global_batch, dp_world, micro_batch)
+        self.packing = packing
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.next_sample = 0  # global index of the first sample of the next step
+        self._share = global_batch // dp_world
+        self._offset = dp_rank * self._share
+        # Taken now rather than at the first checkpoint: it must tell what the run was trained on.
+        self._identity: dict[str, str | int] = {
+            "fingerprint": packing.corpus.fingerprint,
+            "documents": len(packing.corpus),
+            "tokens": packing.corpus.total_tokens,
+            "seed": packing.seed,
+            "seq_len": packing.seq_len,
+        }
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        batches = self.batches(self.next_sample)
+        self.next_sample += self.global_batch
+        return batches
+
+    def step(self, number: int) -> list[Batch]:
+        """Micro-batches of step ``number`` (from 0) of a run that never changed its global batch."""
+        return self.batches(number * self.global_batch)
+
+    def batches(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the step that starts at a global sample: ``[micro_batch, S]`` each."""
+        start = first_sample + self._offset
+        return [self._batch(index) for index in range(start, start + self._share, self.micro_batch)]
+
+    def _batch(self, first: int) -> Batch:
+        tokens, labels, documents = zip(
+            *(self.packing.sample(index) for index in range(first, first + self.micro_batch)), strict=True
+        )
+        return Batch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(labels)), documents)
+
+    def state_dict(self) -> dict[str, str | int]:
+        """Plain JSON values, equal on all ranks: the next global sample and what identifies the data."""
+        return {"next_sample": self.next_sample, **self._identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state`` was taken, on any mesh.
+
+        Raises ``ConfigError`` with the differences when corpus, seed or sequence length have changed, and
+        ``StorageError`` when ``state`` is not one of ours.
+        """
+        missing = sorted({"next_sample", *IDENTITY} - set(state))
+        position = state.get("next_sample")
+        if missing or type(position) is not int or position < 0:
+            raise StorageError(
+                f"the data position of the checkpoint is damaged: missing {missing}, next_sample {position!r}"
+                "; resume from another checkpoint"
+            )
+        changed = [
+            f"{name}: {state[key]!r} in the checkpoint, {self._identity[key]!r} now"
+            for key, name in IDENTITY.items()
+            if state[key] != self._identity[key]
+        ]
+        if changed:
+            raise ConfigError(
+                f"the data are not those of the checkpoint ({'; '.join(changed)}): resuming would repeat or "
+                "miss samples; restore these, or start a new run"
+            )
+        self.next_sample = position
+
+
+def check_split(global_batch: int, dp_world: int, micro_batch: int) -> None:
+    """Refuses, with ``ConfigError``, batches that do not divide evenly over ranks and micro-batches."""
+    for name, value in (("train.global_batch", global_batch), ("train.micro_batch", micro_batch)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: at least 1 sequence")
+    unit = dp_world * micro_batch
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ConfigError(
+            f"train.global_batch={global_batch} does not divide by {dp_world} data-parallel ranks x "
+            f"train.micro_batch={micro_batch}; set train.global_batch={nearest}"
+        )

@@ -1,0 +1,119 @@
+"""Documents packed into samples of constant length: a pure function of (corpus, seed, sample index).
+
+The stream. Each epoch lists all documents in a permutation drawn from (seed, epoch); the epochs follow one
+another without end, and sample i is tokens ``[i * S, (i + 1) * S)`` of that stream. So every token is used
+exactly once per epoch, nothing is dropped or padded, a sample may hold the end of one epoch and the start of
+the next (or several whole ones, when the corpus is shorter than S), and no sample depends on how many ranks
+there are or on what was read before.
+
+The cut. A document that crosses the end of a sample is split; what follows is a document of its own in the
+next sample. Labels are shifted before the cut: the last token of a sample is still taught the token that
+comes next in its document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from longctx.data.corpus import Corpus, Int64
+from longctx.errors import ConfigError
+from longctx.sequence import IGNORE, Documents
+
+KEPT_EPOCHS = 2  # permutations kept: a sample rarely spans more than two epochs
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """``order``: int64 ``[D]``, documents in order; ``starts``: int64 ``[D + 1]``, where each starts."""
+
+    number: int
+    order: Int64
+    starts: Int64
+
+
+class Packing:
+    """Samples of ``seq_len`` tokens from ``corpus``.
+
+    With ``document_mask`` off a row is announced as one document, so attention and positions run across the
+    boundaries; labels are the same either way, since the first token of a document drawn at random cannot be
+    predicted from the one before, and the loss then counts the same tokens.
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int, document_mask: bool = True) -> None:
+        if seq_len < 1:
+            raise ConfigError(f"data.seq_len={seq_len}: a sequence has at least 1 token")
+        if seed < 0:
+            raise ConfigError(f"train.seed={seed}: seeds are not negative; set train.seed={-seed} or 0")
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.seed = seed
+        self.document_mask = document_mask
+        self._epochs: tuple[Epoch, ...] = ()
+
+    def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
+        """Tokens int64 ``[S]``, labels int64 ``[S]`` (``IGNORE`` at a document's end), and the documents.
+
+        ``index``: global number of the sample, from 0 and without end; the cost does not grow with it.
+        Raises ``DataError`` when a token is outside the vocabulary.
+        """
+        assert index >= 0, "samples are counted from 0"
+        tokens = np.empty(self.seq_len, dtype=np.int64)
+        labels = np.empty(self.seq_len, dtype=np.int64)
+        pieces = self._pieces(index)
+        filled = 0
+        for start, stop, end in pieces:
+            into = slice(filled, filled + stop - start)
+            tokens[into] = self.corpus.tokens[start:stop]
+            following = self.corpus.tokens[start + 1 : min(stop + 1, end)]
+            labels[filled : filled + len(following)] = following
+            filled += stop - start
+            if stop == end:
+                labels[filled - 1] = IGNORE
+        self._check(tokens, labels, pieces)
+        lengths = (stop - start for start, stop, _ in pieces)
+        documents = Documents.from_lengths(lengths) if self.document_mask else Documents.single(self.seq_len)
+        return tokens, labels, documents
+
+    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """(start, stop, end of its document) of each piece of a sample, in positions of the corpus."""
+        epoch_tokens = self.corpus.total_tokens
+        position, missing = index * self.seq_len, self.seq_len
+        pieces: list[tuple[int, int, int]] = []
+        while missing:
+            number, offset = divmod(position, epoch_tokens)
+            epoch = self._epoch(number)
+            take = min(missing, epoch_tokens - offset)
+            first = int(np.searchsorted(epoch.starts, offset, side="right")) - 1
+            last = int(np.searchsorted(epoch.starts, offset + take, side="left"))
+            documents = epoch.order[first:last]
+            begins, ends = self.corpus.bounds[documents], self.corpus.bounds[documents + 1]
+            starts, stops = begins.copy(), ends.copy()
+            starts[0] += offset - epoch.starts[first]
+            stops[-1] = begins[-1] + offset + take - epoch.starts[last - 1]
+            pieces += zip(starts.tolist(), stops.tolist(), ends.tolist(), strict=True)
+            position, missing = position + take, missing - take
+        return pieces
+
+    def _epoch(self, number: int) -> Epoch:
+        for kept in self._epochs:
+            if kept.number == number:
+                return kept
+        # Raw words of a bit generator and a stable sort: unlike Generator.permutation, numpy promises that
+        # these never change between versions.
+        words = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw(len(self.corpus))
+        order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+        starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]).astype(np.int64, copy=False)
+        epoch = Epoch(number, order, starts)
+        self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
+        return epoch
+
+    def _check(self, tokens: Int64, labels: Int64, pieces: list[tuple[int, int, int]]) -> None:
+        """No id outside the vocabulary reaches the model, even if the file changed after it was opened."""
+
+        def positions(offset: int) -> int:
+            return int(np.concatenate([np.arange(start, stop) for start, stop, _ in pieces])[offset])
+
+        self.corpus.check_ids(tokens, positions)
+        self.corpus.check_ids(labels, lambda offset: positions(offset) + 1)

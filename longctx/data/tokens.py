@@ -1,0 +1,227 @@
+"""Token files: tokenized once, memory-mapped ever after.
+
+``X.bin`` holds the tokens of all documents one after another, raw little-endian uint16 or uint32.
+``X.idx`` stands beside it, all little-endian:
+
+======  ==========  ==================================================================================
+byte    type        content
+======  ==========  ==================================================================================
+0       8 bytes     ``LCTXIDX1``
+8       uint32      bytes per token: 2 for uint16, 4 for uint32
+12      uint32      0
+16      uint64      D, the number of documents
+24      32 bytes    SHA-256 of the bytes of ``X.bin`` followed by the bytes of the offsets below
+56      int64 * D+1 offsets in tokens: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``; they start
+                    at 0, never decrease (equal ones are an empty document) and end at the token count
+======  ==========  ==================================================================================
+
+Nothing may follow. ``write_tokens`` writes both; ``open_tokens`` checks all of the above.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from longctx.data.corpus import Corpus, Int64, Tokens, hash_tokens
+from longctx.data.files import data_path, excerpt, open_regular, read_bytes, shown
+from longctx.errors import ConfigError, DataError, StorageError
+
+MAGIC = b"LCTXIDX1"
+HEADER = struct.Struct("<8sIIQ32s")
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+def token_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of ``data.token_dtype``. Raises ``ConfigError`` for anything but uint16 and uint32."""
+    if name not in DTYPES:
+        raise ConfigError(f"data.token_dtype={name!r}: a token file holds uint16 or uint32; set one of them")
+    return DTYPES[name]
+
+
+def open_tokens(
+    path: str | None, dtype: str, vocab_size: int, max_documents: int | None = None, verify: bool = True
+) -> Corpus:
+    """Maps a token file into memory.
+
+    Sizes and boundaries are always checked; ``verify`` also reads all tokens: each id must be inside the
+    vocabulary, and the SHA-256 must be the recorded one. Ranks that open what ``preflight`` has just verified
+    leave it out, and ``Packing`` still checks the ids of each sample.
+
+    Raises ``ConfigError`` for the settings, ``DataError`` naming the file for everything in it.
+    """
+    kind = token_dtype(dtype)
+    bin_path = data_path(path, "tokens")
+    if bin_path.suffix != ".bin":
+        raise ConfigError(f"data.path={shown(bin_path)}: a token file ends in .bin, its boundaries in .idx")
+    offsets, recorded = _read_index(bin_path.with_suffix(".idx"), kind, dtype)
+    tokens = _map_tokens(bin_path, kind)
+    if int(offsets[-1]) != len(tokens):
+        raise DataError(
+            f"{shown(bin_path)} holds {len(tokens)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
+            "the two must agree: write both again with longctx.data.write_tokens"
+        )
+    full = np.flatnonzero(offsets[1:] > offsets[:-1])  # numbers of the documents that hold anything
+    bounds = np.append(offsets[full], offsets[-1])
+    skipped = len(offsets) - 1 - len(full)
+    if max_documents is not None and max_documents < len(full):
+        skipped = int(full[max_documents - 1]) - (max_documents - 1)  # those before the last one taken
+        bounds = bounds[: max_documents + 1]
+
+    def origin(document: int) -> str:
+        return f"{shown(bin_path)}, document {int(full[document])}"
+
+    def corpus(bounds: Int64) -> Corpus:
+        part = tokens[: int(bounds[-1])]
+        return Corpus(part, bounds, origin, vocab_size, str(bin_path), skipped, recorded.hex())
+
+    if verify:
+        corpus(np.append(offsets[full], offsets[-1])).check_all_ids()
+        _check_digest(bin_path, tokens, offsets, recorded)
+    return corpus(bounds)
+
+
+def _read_index(path: Path, kind: np.dtype[Any], dtype: str) -> tuple[Int64, bytes]:
+    """Offsets int64 ``[D + 1]`` and the recorded SHA-256 of an ``.idx`` file."""
+    content = read_bytes(path)
+    where = shown(path)
+    if len(content) < HEADER.size or not content.startswith(MAGIC):
+        raise DataError(
+            f"{where}: {len(content)} bytes that begin with {excerpt(content[:8])}; an index begins with "
+            f"{MAGIC!r} and has at least {HEADER.size} bytes: write it with longctx.data.write_tokens"
+        )
+    _, itemsize, reserved, count, digest = HEADER.unpack_from(content)
+    if itemsize != kind.itemsize or reserved:
+        names = [name for name, each in DTYPES.items() if each.itemsize == itemsize and not reserved]
+        advice = (
+            f"set data.token_dtype={names[0]}" if names else "the header is damaged, write the file again"
+        )
+        raise DataError(
+            f"{where}: the header says {itemsize} bytes per token (reserved field {reserved}), "
+            f"data.token_dtype={dtype} has {kind.itemsize}; {advice}"
+        )
+    expected = HEADER.size + 8 * (count + 1)
+    if len(content) != expected:
+        raise DataError(
+            f"{where}: {len(content)} bytes, but {count} documents make {expected}; write it again"
+        )
+    offsets = np.frombuffer(content, dtype="<i8", offset=HEADER.size).astype(np.int64, copy=False)
+    if offsets[0] != 0:
+        raise DataError(f"{where}: the first offset is {int(offsets[0])} (byte {HEADER.size}); it must be 0")
+    falling = np.flatnonzero(offsets[1:] < offsets[:-1])
+    if len(falling):
+        first = int(falling[0])
+        raise DataError(
+            f"{where}: document {first} runs from {int(offsets[first])} to {int(offsets[first + 1])} (byte "
+            f"{HEADER.size + 8 * first}); offsets must not decrease"
+        )
+    return offsets, digest
+
+
+def _map_tokens(path: Path, kind: np.dtype[Any]) -> Tokens:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % kind.itemsize:
+            raise DataError(
+                f"{shown(path)}: {size} bytes is not a multiple of the {kind.itemsize} bytes of a token; "
+                "the file is truncated, or data.token_dtype is wrong"
+            )
+        if not size:  # nothing to map; the corpus is refused as empty
+            return np.empty(0, dtype=kind)
+        # A plain view of the map: slices of np.memmap itself cost a Python call each.
+        return np.asarray(np.memmap(file, dtype=kind, mode="r"))
+
+
+def _check_digest(path: Path, tokens: Tokens, offsets: Int64, recorded: bytes) -> None:
+    digest = hashlib.sha256()
+    hash_tokens(digest, tokens)
+    digest.update(offsets.astype("<i8", copy=False).data)
+    if digest.digest() != recorded:
+        raise DataError(
+            f"{shown(path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
+            f"{recorded.hex()[:12]}...; one of the two was changed or damaged: write both again"
+        )
+
+
+def write_tokens(path: str | Path, documents: Iterable[ArrayLike], dtype: str = "uint16") -> None:
+    """Writes ``X.bin`` and ``X.idx`` for documents of token ids, streaming.
+
+    Each file appears under its name only when both are whole and on disk. If a crash falls between the two
+    renames over an older pair, the mix is refused on opening, since the digest covers both.
+
+    Raises ``DataError`` for ids that ``dtype`` cannot hold, ``ConfigError`` for the arguments,
+    ``StorageError`` when writing fails; nothing is left behind then.
+    """
+    kind = token_dtype(dtype)
+    bin_path = Path(path)
+    if bin_path.suffix != ".bin":
+        raise ConfigError(f"{shown(bin_path)}: a token file ends in .bin, with its boundaries in .idx")
+    idx_path = bin_path.with_suffix(".idx")
+    with ExitStack() as stack:
+        bin_file, bin_temporary = stack.enter_context(_temporary(bin_path))
+        idx_file, idx_temporary = stack.enter_context(_temporary(idx_path))
+        digest = hashlib.sha256()
+        lengths: list[int] = [0]
+        for number, document in enumerate(documents):
+            ids = _checked_ids(document, kind, dtype, number)
+            digest.update(ids.data)
+            with _writing(bin_path):
+                bin_file.write(ids.data)
+            lengths.append(len(ids))
+        offsets = np.cumsum(lengths, dtype="<i8")
+        digest.update(offsets.data)
+        with _writing(idx_path):
+            idx_file.write(HEADER.pack(MAGIC, kind.itemsize, 0, len(lengths) - 1, digest.digest()))
+            idx_file.write(offsets.data)
+            for file in (bin_file, idx_file):
+                file.flush()
+                os.fsync(file.fileno())
+            bin_temporary.replace(bin_path)
+            idx_temporary.replace(idx_path)
+
+
+def _checked_ids(document: ArrayLike, kind: np.dtype[Any], dtype: str, number: int) -> NDArray[Any]:
+    ids = np.asarray(document)
+    if not ids.size:
+        return np.empty(0, dtype=kind)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DataError(
+            f"document {number}: {ids.dtype} of shape {ids.shape}; it must be a row of integer ids"
+        )
+    limit = int(np.iinfo(kind).max)
+    bad = np.flatnonzero((ids < 0) | (ids > limit))
+    if len(bad):
+        raise DataError(
+            f"document {number}, token {int(bad[0])}: id {int(ids[bad[0]])} does not fit {dtype} (0 to "
+            f"{limit})"
+        )
+    return np.ascontiguousarray(ids, dtype=kind)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside ``path``, removed at the end unless it was renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        file = temporary.open("wb")
+    try:
+        with file:
+            yield file, temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
