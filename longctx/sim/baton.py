@@ -1,0 +1,213 @@
+"""The baton: of all rank threads exactly one runs, and it hands over only inside a blocking wait.
+
+So a run is deterministic, ranks have no data races, and the moment when nobody can go on is seen at once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import heapq
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+
+from longctx.sim.errors import DeadlockError, Stopped
+
+# A rank that polls is_completed() while nobody else can run will never see an answer; this many polls in a
+# row count as waiting for ever.
+_FRUITLESS_POLLS = 1000
+_LIBRARY_FOLDERS = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
+
+
+class Waitable(Protocol):
+    """Something that a rank can wait for."""
+
+    def ready(self) -> bool:
+        """True once the rank may go on; must become true only through what other ranks do, or time."""
+        ...
+
+    def describe(self) -> str:
+        """The operation, group, peers, tag and sequence number, for a deadlock report."""
+        ...
+
+
+class _Always:
+    """Waits for nothing: a rank that merely lets the others run."""
+
+    def ready(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "polling is_completed()"
+
+
+class Baton:
+    """Runs rank threads one at a time.
+
+    The default random number generator of torch is one per process, so its state travels with the baton.
+
+    Args:
+        world_size: number of ranks.
+        seed: None hands over in rank order; a number shuffles the order, and lets a rank hand over at waits
+            that could return at once too.
+    """
+
+    def __init__(self, world_size: int, seed: int | None) -> None:
+        self.turn = 0  # counts hand-overs: the only clock here, used by delayed messages
+        self.cause: BaseException | None = None
+        self._shuffle = None if seed is None else random.Random(seed)
+        # A bare lock used as a binary semaphore costs a tenth of threading.Semaphore.
+        self._locks = [_thread.allocate_lock() for _ in range(world_size)]
+        self._over = _thread.allocate_lock()
+        for lock in (*self._locks, self._over):
+            lock.acquire()
+        self._alive = [True] * world_size
+        self._waits: list[Waitable | None] = [None] * world_size
+        self._threads = [0] * world_size
+        self._generator = torch.default_generator
+        self._rng = [self._generator.get_state()] * world_size
+        self._held: list[int] = []  # turns at which delayed messages come due
+        self._fruitless = 0
+
+    def conduct(self) -> None:
+        """Start the first rank and return when the last one has finished. Called by the main thread.
+
+        An interrupt (Ctrl-C) stops all ranks at their next operation, then goes on as usual.
+        """
+        self._hand_to(self._next_after(len(self._locks) - 1))
+        try:
+            self._over.acquire()
+        except BaseException as interrupt:
+            self.stop(interrupt)
+            self._over.acquire()
+            raise
+
+    def begin(self, rank: int) -> None:
+        """Called once by each rank thread before anything else; returns when it first has the baton."""
+        self._threads[rank] = _thread.get_ident()
+        self._locks[rank].acquire()
+        self._generator.set_state(self._rng[rank])
+
+    def finish(self, rank: int) -> None:
+        """Called by a rank that is done; hands on for good."""
+        self._alive[rank] = False
+        successor = self._next_after(rank)
+        if successor is None and any(self._alive):
+            self.stop(self._deadlock())
+            successor = self._next_after(rank)
+        if successor is None:
+            self._over.release()
+        else:
+            self._hand_to(successor)
+
+    def check(self) -> None:
+        """Raise Stopped if the run is over; every operation begins with this."""
+        if self.cause is not None:
+            raise Stopped
+
+    def stop(self, cause: BaseException) -> None:
+        """End the run: the holder goes on, every other rank gets Stopped in turn. The first cause counts."""
+        if self.cause is None:
+            self.cause = cause
+
+    def hold_until(self, turn: int) -> None:
+        """Promise that something becomes ready at this turn, so that waiting for it is no deadlock."""
+        heapq.heappush(self._held, turn)
+
+    def wait(self, rank: int, what: Waitable) -> None:
+        """Return when ``what`` is ready; let the others run until then.
+
+        Raises:
+            Stopped: another rank failed, or all ranks wait for each other.
+        """
+        self.check()
+        if what.ready() and (self._shuffle is None or self._shuffle.random() < 0.5):
+            return
+        self._switch(rank, what)
+
+    def poll(self, rank: int) -> None:
+        """Let the others run once and come back; for code that asks ``is_completed()`` in a loop."""
+        self.check()
+        if self._switch(rank, _Always()):
+            self._fruitless = 0
+        elif self._held:
+            self._let_time_pass()
+        else:
+            self._fruitless += 1
+        if self._fruitless > _FRUITLESS_POLLS:
+            self._waits[rank] = _Always()
+            self.stop(self._deadlock())
+            raise Stopped
+
+    def waits(self) -> list[str]:
+        """One line for every rank: what it waits for, and from where in the caller's code."""
+        frames = sys._current_frames()
+        lines = []
+        for rank, waiting in enumerate(self._waits):
+            if not self._alive[rank]:
+                lines.append(f"rank {rank}: finished")
+            elif waiting is not None:
+                where = _caller_line(frames.get(self._threads[rank]))
+                lines.append(f"rank {rank}: {waiting.describe()}{where}")
+            else:
+                lines.append(f"rank {rank}: not waiting")
+        return lines
+
+    def _switch(self, rank: int, what: Waitable) -> bool:
+        """Hand over and come back once ``what`` is ready. True if another rank ran in between."""
+        self._waits[rank] = what
+        successor = self._next_after(rank)
+        if successor is None:
+            self.stop(self._deadlock())
+            raise Stopped
+        if successor != rank:
+            self._rng[rank] = self._generator.get_state()
+            self._hand_to(successor)
+            self._locks[rank].acquire()
+            self._generator.set_state(self._rng[rank])
+        self._waits[rank] = None
+        self.check()
+        return successor != rank
+
+    def _hand_to(self, rank: int | None) -> None:
+        assert rank is not None
+        self.turn += 1
+        self._locks[rank].release()
+
+    def _next_after(self, rank: int) -> int | None:
+        """The rank that runs next, ``rank`` itself last; None if nobody can."""
+        world_size = len(self._alive)
+        order: Sequence[int] = [(rank + 1 + offset) % world_size for offset in range(world_size)]
+        if self._shuffle is not None:
+            order = self._shuffle.sample(order, world_size)
+        while True:
+            for candidate in order:
+                if self._alive[candidate]:
+                    waiting = self._waits[candidate]
+                    if self.cause is not None or waiting is None or waiting.ready():
+                        return candidate
+            if not self._held:
+                return None
+            self._let_time_pass()
+
+    def _let_time_pass(self) -> None:
+        """Nobody can go on now: skip to the turn at which the next delayed message arrives."""
+        self.turn = max(self.turn, heapq.heappop(self._held))
+
+    def _deadlock(self) -> DeadlockError:
+        return DeadlockError("deadlock: every rank waits\n" + "\n".join(f"  {line}" for line in self.waits()))
+
+
+def _caller_line(frame: FrameType | None) -> str:
+    """The innermost line outside torch and this package, as " (at file:line in function)"."""
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARY_FOLDERS) and "/threading.py" not in code.co_filename:
+            return f" (at {code.co_filename}:{frame.f_lineno} in {code.co_name})"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,84 @@
+"""Recording of compute: the operators that a rank runs, between its communication.
+
+The cluster enters this mode in each rank thread when asked to (``trace_compute=True``), so that model code
+needs no hook of its own. Flops come from torch's registry (``torch.utils.flop_counter``), where an operator
+of ours registers its formula with ``register_flop_formula``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from longctx.sim.runtime import Seat
+from longctx.sim.tensors import nbytes
+from longctx.sim.trace import Event
+
+# The backend itself records these.
+_COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_aten = torch.ops.aten
+
+
+def _cpu_flash_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_flash_backward_flops(
+    grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
+
+
+# torch 2.13 has no formulas for the CPU kernels of scaled dot product attention. Like torch's own for CUDA,
+# these count full attention, whatever the mask.
+_CPU_FLOPS: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward_flops,
+}
+
+
+class ComputeRecorder(TorchDispatchMode):
+    """Adds a "compute" event to the seat's trace for every operator that touches data.
+
+    Views are left out. An operator of aten, or one with a flop formula, is one event; any other custom
+    operator is opened up and its inner operators are recorded, in their order among the communication.
+    """
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self._seat = seat
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        formula = _CPU_FLOPS.get(packet) or flop_registry.get(packet)
+        if func.namespace in _COMMUNICATION:
+            return func(*args, **kwargs)
+        if formula is None and func.namespace not in ("aten", "prims"):
+            with self:
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not func.is_view:
+            self._record(func, formula, args, kwargs, result)
+        return result
+
+    def _record(self, func: Any, formula: Callable[..., int] | None, args: Any, kwargs: Any, result: Any) -> None:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        event = Event(
+            phase="compute",
+            id=self._seat.runtime.trace.next_id(),
+            step=self._seat.step,
+            operation=f"{func.namespace}.{func.overloadpacket.__name__}",
+            bytes=nbytes(inputs) + nbytes(outputs),
+            shapes=tuple(tuple(tensor.shape) for tensor in inputs),
+            dtype=str(inputs[0].dtype).removeprefix("torch.") if inputs else "",
+            flops=flops,
+        )
+        self._seat.record(event)

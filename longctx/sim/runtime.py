@@ -1,0 +1,101 @@
+"""What the ranks of one run share, and which rank a thread is."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from longctx.sim.baton import Baton, Waitable
+from longctx.sim.collectives import Meeting
+from longctx.sim.errors import RankKilled
+from longctx.sim.faults import Fault, FaultInjector
+from longctx.sim.ledger import Ledger
+from longctx.sim.messages import PostOffice
+from longctx.sim.trace import Event, Trace
+
+GroupKey = tuple[str, tuple[int, ...]]  # c10d's name of the group, its global ranks
+
+
+@dataclass(slots=True)
+class _Forever:
+    operation: str
+
+    def ready(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"hung by the fault plan in {self.operation}"
+
+
+@dataclass
+class Runtime:
+    """Shared state of one ``Cluster.run``; only the holder of the baton touches it."""
+
+    world_size: int
+    baton: Baton
+    ledger: Ledger
+    trace: Trace
+    injector: FaultInjector
+    meetings: dict[tuple[GroupKey, int], Meeting] = field(default_factory=dict)
+    post_offices: dict[GroupKey, PostOffice] = field(default_factory=dict)
+
+    def post_office(self, key: GroupKey) -> PostOffice:
+        """The messages of one group."""
+        if key not in self.post_offices:
+            self.post_offices[key] = PostOffice()
+        return self.post_offices[key]
+
+
+@dataclass
+class Seat:
+    """One rank's place in a run."""
+
+    rank: int
+    runtime: Runtime
+    step: int = 0
+
+    def enter(self, operation: str) -> Fault | None:
+        """Every operation begins here: stop if the run is over, and suffer what the fault plan says.
+
+        Returns:
+            A fault of kind "drop", "delay" or "corrupt" for the caller to apply, else None.
+        """
+        self.runtime.baton.check()
+        fault = self.runtime.injector.strike(self.rank, self.step, operation)
+        if fault is not None and fault.kind == "kill":
+            raise RankKilled(f"rank {self.rank} killed by the fault plan in {operation} of step {self.step}")
+        if fault is not None and fault.kind == "hang":
+            self.wait(_Forever(operation))
+        return fault
+
+    def wait(self, what: Waitable) -> None:
+        """Block this rank until ``what`` is ready."""
+        self.runtime.baton.wait(self.rank, what)
+
+    def record(self, event: Event) -> None:
+        """Append to this rank's trace."""
+        self.runtime.trace.add(self.rank, event)
+
+
+_thread = threading.local()
+
+
+def take_seat(seat: Seat | None) -> None:
+    """Say which rank this thread is; None when it is none any more."""
+    _thread.seat = seat
+
+
+def current_seat() -> Seat | None:
+    """The calling thread's rank, None outside of rank threads."""
+    return getattr(_thread, "seat", None)
+
+
+def mark_step(step: int) -> None:
+    """Say that the calling rank enters this step, for fault plans and traces.
+
+    Outside of a simulated cluster this does nothing, so a callback that calls it also runs elsewhere.
+    """
+    seat = current_seat()
+    if seat is not None:
+        seat.step = step
+        seat.record(Event("step", seat.runtime.trace.next_id(), step, "step"))

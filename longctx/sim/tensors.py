@@ -1,0 +1,116 @@
+"""Small operations on tensors that move data between ranks without leaving marks on autograd."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+RedOpType = dist.ReduceOp.RedOpType
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Run data movement outside the calling rank's autograd and dispatch modes.
+
+    The last rank to arrive moves the data of all; its flop counter or fake mode must not see that.
+    """
+    with torch.no_grad():
+        if torch._C._len_torch_dispatch_stack() == 0:
+            yield
+        else:
+            with _disable_current_modes():
+                yield
+
+
+def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:
+    """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
+    return any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
+
+
+def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy the numbers of ``source`` (same element count) into ``destination`` of any layout.
+
+    Through ``.data``, as a network card would: autograd's version counter does not move.
+    """
+    destination.data.copy_(source.view(destination.shape))
+
+
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def shapes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The tensors' shapes."""
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def dtype_name(tensors: Sequence[torch.Tensor]) -> str:
+    """Name of the first tensor's dtype, "float32"; "" without tensors."""
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+
+
+def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
+    """Reduce over ranks, strictly in rank order, so that no schedule can change the sum.
+
+    Floating types narrower than fp32 are accumulated in fp32 and rounded once.
+
+    Args:
+        tensors: one per rank, of equal shape and dtype.
+        op: SUM, AVG, PREMUL_SUM, PRODUCT, MIN, MAX, BAND, BOR or BXOR.
+
+    Returns:
+        A new tensor of the inputs' shape and dtype.
+
+    Raises:
+        ValueError: AVG or PREMUL_SUM of integers, or a bitwise operation on floating numbers.
+    """
+    kind = reduction_kind(op)
+    dtype = tensors[0].dtype
+    _check_reduction(kind, dtype)
+    narrow = dtype.is_floating_point and dtype.itemsize < 4
+    accumulator = tensors[0].detach().to(torch.float32 if narrow else dtype, copy=True)
+    if kind == RedOpType.PREMUL_SUM:
+        accumulator.mul_(op.factor)
+    for tensor in tensors[1:]:
+        _accumulate(accumulator, tensor.detach().to(accumulator.dtype), kind, op)
+    if kind == RedOpType.AVG:
+        accumulator.div_(len(tensors))
+    return accumulator.to(dtype)
+
+
+def reduction_kind(op: dist.ReduceOp) -> RedOpType:
+    """``op`` may be a ReduceOp or already its type, both occur in torch."""
+    return getattr(op, "op", op)
+
+
+def _accumulate(into: torch.Tensor, tensor: torch.Tensor, kind: RedOpType, op: dist.ReduceOp) -> None:
+    match kind:
+        case RedOpType.SUM | RedOpType.AVG:
+            into.add_(tensor)
+        case RedOpType.PREMUL_SUM:
+            into.add_(tensor * op.factor)
+        case RedOpType.PRODUCT:
+            into.mul_(tensor)
+        case RedOpType.MIN:
+            torch.minimum(into, tensor, out=into)
+        case RedOpType.MAX:
+            torch.maximum(into, tensor, out=into)
+        case RedOpType.BAND:
+            into.bitwise_and_(tensor)
+        case RedOpType.BOR:
+            into.bitwise_or_(tensor)
+        case RedOpType.BXOR:
+            into.bitwise_xor_(tensor)
+
+
+def _check_reduction(kind: RedOpType, dtype: torch.dtype) -> None:
+    if kind in (RedOpType.AVG, RedOpType.PREMUL_SUM) and not dtype.is_floating_point:
+        raise ValueError(f"reduction {kind.name} of {dtype}: needs a floating dtype; use SUM and divide")
+    if kind in (RedOpType.BAND, RedOpType.BOR, RedOpType.BXOR) and dtype.is_floating_point:
+        raise ValueError(f"reduction {kind.name} of {dtype}: needs an integer or bool dtype; view the bits first")
