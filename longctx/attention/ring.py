@@ -28,7 +28,7 @@ from longctx.attention.registry import AttentionCase, Strategy, Volume
 from longctx.comm import Group, Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
-ROWS = 2  # the dim of tokens in a block of keys and values, [2, B, rows, Hkv/TP, D]
+Block = tuple[Tensor, Tensor]  # keys and values (or their gradients), each [B, rows, Hkv/TP, D]
 
 
 def forward(
@@ -36,8 +36,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
     partial = Partial(q)
-    for _, _, (keys, values), tiles in circulate(k, v, plan, group):
-        kernel.forward(q, keys, values, tiles, scale, partial)
+    for _, _, block, tiles in circulate(k, v, plan, group):
+        kernel.forward(q, *block, tiles, scale, partial)
     return partial.out, partial.lse
 
 
@@ -52,25 +52,24 @@ def backward(
     """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
-    dq = torch.zeros_like(q, dtype=dtype)
-    home = k.new_zeros(2, *k.shape, dtype=dtype)  # dk and dv of the rank's own rows
+    dq = _zeros(q, dtype)
+    home = (_zeros(k, dtype), _zeros(v, dtype))
     before: Pending | None = None  # shares of the block at hand, summed over the ranks that it has visited
     returning: list[tuple[Rows, Pending]] = []
-    for hop, rows, (keys, values), tiles in circulate(k, v, plan, group):
-        grads = k.new_zeros(2, *keys.shape, dtype=dtype) if hop else home
-        kernel.backward(dout, q, keys, values, out, lse, tiles, scale, (dq, grads[0], grads[1]))
+    for hop, rows, block, tiles in circulate(k, v, plan, group):
+        shares = home if hop == 0 else (_zeros(block[0], dtype), _zeros(block[1], dtype))
+        kernel.backward(dout, q, *block, out, lse, tiles, scale, (dq, *shares))
         if hop == 0:
             continue
         if before:
-            grads += before.wait()[0]
-        before = pass_on((grads[0], grads[1]), rows, hop, plan, group)
-        returning.append(send_home(grads, rows, hop, plan, group))
+            for share, sum_before in zip(shares, before.wait()[0], strict=True):
+                share += sum_before
+        before = pass_on(shares, rows, hop, plan, group)
+        returning.append(send_home(shares, rows, hop, plan, group))
     for rows, pending in returning:
-        rows.add_to(home, pending.wait()[0], ROWS)
-    return dq, home[0], home[1]
-
-
-Block = tuple[Tensor, Tensor]  # keys and values, each [B, rows, Hkv/TP, D]
+        for whole, complete in zip(home, pending.wait()[0], strict=True):
+            rows.add_to(whole, complete)
+    return dq, *home
 
 
 def circulate(
@@ -83,7 +82,7 @@ def circulate(
         passing = pass_on(block, rows, hop, plan, group)
         yield hop, rows, block, plan.packed_tiles(group.rank, owner, rows)
         rows = plan.rotation.carried(plan.rotation.owner(group.rank, hop + 1), hop + 1)
-        keys, values = passing.wait()[0].unbind(0)
+        keys, values = passing.wait()[0]
         block = (keys, values)
 
 
@@ -95,28 +94,34 @@ def pass_on(block: Block, rows: Rows, hop: int, plan: SequencePlan, group: Group
     coming = rotation.carried(following, hop + 1)
     return exchange(
         group,
-        sends=[(rotation.holder(owner, hop + 1), torch.stack([leaving.take(part) for part in block]))],
-        receives=[(rotation.holder(following, hop), _buffer(block[0], len(coming)))],
+        sends=[(rotation.holder(owner, hop + 1), _packed(block, leaving))],
+        receives=[(rotation.holder(following, hop), _buffer(block[0], coming))],
     )
 
 
-def send_home(grads: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
-    """Sends gradients ``[2, B, rows, Hkv/TP, D]`` that are complete at this hop to the block's owner.
+def send_home(shares: Block, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
+    """Sends gradients of the block at hand that are complete at this hop to the block's owner.
 
     Returns the rows of the rank's own block that come home from its holder at this hop, and their arrival.
     """
     rotation, me = plan.rotation, group.rank
-    owner = rotation.owner(me, hop)
-    complete = rotation.ended(owner, hop).inside(rows).take(grads, ROWS).contiguous()
-    own = rotation.ended(me, hop)
-    arrival = exchange(
-        group, [(owner, complete)], [(rotation.holder(me, hop), _buffer(grads[0], len(own)))]
-    )
+    owner, own = rotation.owner(me, hop), rotation.ended(me, hop)
+    complete = _packed(shares, rotation.ended(owner, hop).inside(rows))
+    arrival = exchange(group, [(owner, complete)], [(rotation.holder(me, hop), _buffer(shares[0], own))])
     return own, arrival
 
 
-def _buffer(like: Tensor, rows: int) -> Tensor:
-    return like.new_empty(2, like.shape[0], rows, *like.shape[2:])
+def _packed(block: Block, rows: Rows) -> Tensor:
+    """One message ``[2, B, rows, Hkv/TP, D]``."""
+    return torch.stack([rows.take(part) for part in block])
+
+
+def _buffer(like: Tensor, rows: Rows) -> Tensor:
+    return like.new_empty(2, like.shape[0], len(rows), *like.shape[2:])
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_zeros(like.shape, dtype=dtype)
 
 
 def volume(plan: SequencePlan, rank: int, row_bytes: int, gradient_row_bytes: int) -> Volume:

@@ -1,0 +1,120 @@
+"""PyTorch's fused flash-attention kernel for CPUs.
+
+Facts that shape this file (checked on torch 2.13.0): the causal mask of the operator is aligned top-left;
+it takes fewer key heads than query heads; the log-sum-exp is natural; the backward accepts an external
+(global) output and log-sum-exp; zero keys kill the process, which tiles never have; a mask must be
+floating and of the query's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longctx.attention.contract import KernelProblem
+from longctx.attention.partial import Partial
+from longctx.kernels.pieces import Piece, Shape, pieces_of
+from longctx.sequence import TileSet
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class FlashCpu:
+    name = "flash_cpu"
+
+    def refuses(self, problem: KernelProblem) -> str | None:
+        if problem.device != "cpu":
+            return f"device {problem.device}: it runs on cpu"
+        if problem.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"dtype {problem.dtype}: it takes float32, float64, bfloat16 and float16"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial
+    ) -> None:
+        for batch, piece in _launches(tiles):
+            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
+            turn = _turn(piece)
+            out, lse = _forward(
+                turn(q[batch, rows]).transpose(1, 2),
+                turn(k[batch, keys]).transpose(1, 2),
+                turn(v[batch, keys]).transpose(1, 2),
+                0.0,
+                piece.shape in _SQUARES,
+                attn_mask=_mask(piece, q.dtype),
+                scale=scale,
+            )
+            into.merge(batch, rows, turn(out.transpose(1, 2)), turn(lse.transpose(1, 2)))
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tiles: Sequence[TileSet],
+        scale: float,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        dq, dk, dv = grads
+        for batch, piece in _launches(tiles):
+            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
+            turn = _turn(piece)
+            d_query, d_key, d_value = _backward(
+                turn(dout[batch, rows]).transpose(1, 2),
+                turn(q[batch, rows]).transpose(1, 2),
+                turn(k[batch, keys]).transpose(1, 2),
+                turn(v[batch, keys]).transpose(1, 2),
+                turn(out[batch, rows]).transpose(1, 2),
+                turn(lse[batch, rows]).transpose(1, 2),
+                0.0,
+                piece.shape in _SQUARES,
+                attn_mask=_mask(piece, q.dtype),
+                scale=scale,
+            )
+            dq[batch, rows] += turn(d_query.transpose(1, 2))
+            dk[batch, keys] += turn(d_key.transpose(1, 2))
+            dv[batch, keys] += turn(d_value.transpose(1, 2))
+
+
+_SQUARES = (Shape.CAUSAL, Shape.ANTICAUSAL)
+
+
+def _launches(tiles: Sequence[TileSet]) -> Iterator[tuple[slice, Piece]]:
+    for tile_set in tiles:
+        for tile in tile_set.tiles:
+            for piece in pieces_of(tile):
+                yield slice(tile_set.batch_start, tile_set.batch_stop), piece
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    return tensor.flip(1)
+
+
+def _turn(piece: Piece) -> Callable[[Tensor], Tensor]:
+    """An anticausal square is a causal one with queries and keys in reverse order."""
+    return _reversed if piece.shape is Shape.ANTICAUSAL else _same
+
+
+def _mask(piece: Piece, dtype: torch.dtype) -> Tensor | None:
+    if piece.shape is not Shape.BAND:
+        return None
+    return _band_mask(piece.q_stop - piece.q_start, piece.k_stop - piece.k_start, dtype)
+
+
+@lru_cache(maxsize=32)
+def _band_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """0 where query i sees key j, ``i <= j < i + width`` with width = keys - queries + 1, else -inf."""
+    ones = torch.ones(queries, keys, dtype=torch.bool)
+    seen = ones.triu() & ones.tril(keys - queries)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)

@@ -1,0 +1,66 @@
+"""Cutting tiles into the shapes that a fused kernel with a square, top-left causal mask can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from longctx.sequence import Tile
+
+# A window narrower than this is computed with an explicit mask on chunks of as many rows: triangles of its
+# own width would be too many launches.
+NARROW_WINDOW = 128
+
+
+class Shape(Enum):
+    FULL = "every query sees every key"
+    CAUSAL = "square; query i sees keys j <= i"
+    ANTICAUSAL = "square; query i sees keys j >= i"
+    BAND = "query i sees keys i <= j < i + width; computed with a mask"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Local queries ``[q_start, q_stop)`` against local keys ``[k_start, k_stop)``."""
+
+    shape: Shape
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+
+
+def pieces_of(tile: Tile) -> Iterator[Piece]:
+    """Pieces that cover the tile's visible cells exactly once and, BAND apart, nothing else."""
+    n, q, k = tile.queries, tile.q_start, tile.k_start
+    if not tile.lower and not tile.upper:
+        yield Piece(Shape.FULL, q, tile.q_stop, k, tile.k_stop)
+    elif not tile.lower:
+        corner = k + tile.first_keys - 1  # the first query's last key: there the square begins
+        if corner > k:
+            yield Piece(Shape.FULL, q, tile.q_stop, k, corner)
+        yield Piece(Shape.CAUSAL, q, tile.q_stop, corner, tile.k_stop)
+    elif not tile.upper:
+        yield Piece(Shape.ANTICAUSAL, q, tile.q_stop, k, k + n)
+        if tile.keys > n:
+            yield Piece(Shape.FULL, q, tile.q_stop, k + n, tile.k_stop)
+    else:
+        yield from _band_pieces(tile)
+
+
+def _band_pieces(tile: Tile) -> Iterator[Piece]:
+    """A sliding window, chunk by chunk: keys that leave (anticausal), stay (full) and enter (causal)."""
+    width = tile.first_keys
+    chunk = max(width, NARROW_WINDOW)
+    for first in range(0, tile.queries, chunk):
+        n = min(chunk, tile.queries - first)
+        q, k = tile.q_start + first, tile.k_start + first
+        if width < NARROW_WINDOW:
+            yield Piece(Shape.BAND, q, q + n, k, k + n + width - 1)
+            continue
+        yield Piece(Shape.ANTICAUSAL, q, q + n, k, k + n)
+        if n < width:
+            yield Piece(Shape.FULL, q, q + n, k + n, k + width)
+        if n > 1:
+            yield Piece(Shape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
