@@ -73,6 +73,9 @@ def _check_override(text: str) -> None:
         known = dotted_paths(Config)
         if key not in known:
             raise unknown_key(key, known + list(groups()))
+        fields = [path for path in known if path.startswith(f"{key}.")]
+        if fields:
+            raise ConfigError(f"{text!r}: {key} is a section; set its fields, for example {fields[0]}=...")
         _check_grammar(text)
 
 

@@ -1,0 +1,100 @@
+"""``longctx submit``: a checked run as a Slurm job. The job reads the ``config.yaml`` that is written here.
+
+Every value enters the script quoted, and ``sbatch`` is called with an argument list, so that a job named
+``$(touch x)`` is a job with an odd name and nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import longctx
+from longctx.config import Config, resolve
+from longctx.errors import ConfigError, NotAvailableError, StorageError
+from longctx.launcher.compose import compose
+from longctx.launcher.run_directory import directory_of, open_directory, with_directory
+
+SLURM = Path(longctx.__file__).parent / "slurm"
+
+
+class _Template(string.Template):
+    """Placeholders start with @@, since $ and @ belong to the shell."""
+
+    delimiter = "@@"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``longctx submit``."""
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    parser.add_argument(
+        "--cpus-per-task", type=int, default=8, metavar="N", help="cores of each rank (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Render the job, and hand it to Slurm unless ``--dry-run`` was given."""
+    config = prepare(compose(arguments.overrides))
+    if arguments.cpus_per_task < 1:
+        raise ConfigError(f"--cpus-per-task {arguments.cpus_per_task} must be at least 1")
+    script = render(config, arguments.cpus_per_task)
+    if arguments.dry_run:
+        print(script, end="")
+        return 0
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise NotAvailableError(
+            "sbatch is not on this machine's PATH; `longctx submit --dry-run` prints the script"
+        )
+    # A job that Slurm restarts finds its own checkpoints, so a directory in use may be submitted to again.
+    directory = open_directory(config, resume=True)
+    return _submit(sbatch, directory, script)
+
+
+def prepare(config: Config) -> Config:
+    """``config`` resolved for the cluster's world, with an absolute run directory."""
+    if config.comm.backend == "sim":
+        raise ConfigError("comm=sim needs one process, not a Slurm job: use `longctx train comm=sim ...`")
+    config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices_per_node))
+    return replace(config, run=replace(config.run, dir=str(directory_of(config).absolute())))
+
+
+def render(config: Config, cpus_per_task: int = 8) -> str:
+    """The sbatch script of a resolved configuration."""
+    cluster, directory = config.cluster, directory_of(config)
+    site = [("partition", cluster.partition), ("account", cluster.account)]
+    environment = [SLURM / "common.env", SLURM / f"{config.comm.backend}.env"]
+    template = (SLURM / "train.sbatch").read_text(encoding="utf-8")
+    return _Template(template).substitute(
+        job_name=shlex.quote(config.run.name or "longctx"),
+        nodes=cluster.nodes,
+        tasks_per_node=cluster.devices_per_node,
+        cpus_per_task=cpus_per_task,
+        time_limit=shlex.quote(cluster.time_limit),
+        working_directory=shlex.quote(str(Path.cwd())),
+        # Slurm expands % in file names; %j is the job's number.
+        log=shlex.quote(str(directory).replace("%", "%%") + "/slurm-%j.log"),
+        site_options="\n".join(f"#SBATCH --{name}={shlex.quote(value)}" for name, value in site if value),
+        environment="".join(file.read_text(encoding="utf-8") for file in environment).rstrip(),
+        run_dir=shlex.quote(str(directory)),
+        python=shlex.quote(sys.executable),
+    )
+
+
+def _submit(sbatch: str, directory: Path, script: str) -> int:
+    path = directory / "train.sbatch"
+    try:
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
+    finished = subprocess.run([sbatch, str(path)], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise NotAvailableError(f"sbatch refused {path}: {finished.stderr.strip()}")
+    print(finished.stdout.strip())
+    return 0

@@ -1,0 +1,136 @@
+"""Every rule refuses with the value, the rule and a valid choice; what is not built says so."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longctx.config import Config, resolve, simulated_world_size
+from longctx.config.choices import DTYPES, LAYOUTS, STRATEGIES, STRATEGIES_PLANNED
+from longctx.errors import ConfigError, NotAvailableError
+
+
+def with_value(path: str, value: object) -> Config:
+    section, name = path.split(".")
+    return Config.from_dict({section: {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model.kv_heads", 3, ["model.kv_heads=3", "model.heads=4", "2 or 4"]),
+        ("model.head_dim", 33, ["model.head_dim=33", "even", "32 or 34"]),
+        ("model.head_dim", 1, ["model.head_dim=1", "even", "nearest valid head_dim: 2"]),
+        ("model.layers", 0, ["model.layers=0", "at least 1"]),
+        ("model.vocab_size", 200, ["model.vocab_size=200", "at least 256"]),
+        ("model.norm_eps", 0.0, ["model.norm_eps=0.0", "greater than 0"]),
+        ("attention.strategy", "stripd", ["attention.strategy=stripd", "did you mean striped?", "ring"]),
+        ("attention.layout", "zig-zag", ["did you mean zigzag?", "contiguous"]),
+        ("attention.layout_block", 0, ["attention.layout_block=0", "at least 1"]),
+        ("attention.window", 0, ["attention.window=0", "at least 1"]),
+        ("parallel.sp", 0, ["parallel.sp=0", "at least 1"]),
+        ("parallel.dp_shard", 0, ["parallel.dp_shard=0", "-1"]),
+        ("parallel.dp_shard", -2, ["parallel.dp_shard=-2", "-1"]),
+        ("comm.backend", "mpi", ["comm.backend=mpi", "nccl, gloo, sim"]),
+        ("comm.timeout_seconds", 0, ["comm.timeout_seconds=0.0", "greater than 0"]),
+        ("comm.shuffle_seed", 1, ["comm.shuffle_seed=1", "comm=sim"]),
+        ("data.source", "parquet", ["data.source=parquet", "tokens"]),
+        ("data.source", "text", ["data.path=null", "data=text"]),
+        ("data.token_dtype", "int16", ["did you mean uint16?"]),
+        ("data.seq_len", 0, ["data.seq_len=0", "nearest valid value: 1"]),
+        ("optim.lr", 0.0, ["optim.lr=0.0"]),
+        ("optim.lr", -1, ["optim.lr=-1.0"]),
+        ("optim.beta2", 1.0, ["optim.beta2=1.0", "[0.0, 1.0)"]),
+        ("optim.min_lr_ratio", 2.0, ["optim.min_lr_ratio=2.0", "nearest valid value: 1.0"]),
+        ("optim.grad_clip", 0.0, ["optim.grad_clip=0.0"]),
+        ("optim.name", "sgd", ["optim.name=sgd", "adamw"]),
+        ("train.dtype", "float16", ["train.dtype=float16", "bfloat16"]),
+        ("train.recompute", "ful", ["did you mean full?"]),
+        ("train.seed", -1, ["train.seed=-1"]),
+        ("train.global_batch", 0, ["train.global_batch=0"]),
+        ("checkpoint.every", -1, ["checkpoint.every=-1"]),
+        ("engine.name", "natve", ["engine=natve", "did you mean native?"]),
+        ("cluster.nodes", 0, ["cluster.nodes=0"]),
+        ("cluster.time_limit", "soon", ["cluster.time_limit=soon", "24:00:00"]),
+        ("logger.wandb", "on", ["logger.wandb=on", "online"]),
+    ],
+)
+def test_refusal_names_value_rule_and_choice(path, value, words):
+    with pytest.raises(ConfigError) as refused:
+        with_value(path, value)
+    for word in words:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES_PLANNED)
+def test_known_strategies_without_code_are_not_available(strategy):
+    with pytest.raises(NotAvailableError, match="not built yet; available: local, ring, striped"):
+        with_value("attention.strategy", strategy)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("parallel.tp", 2),
+        ("parallel.pp", 2),
+        ("parallel.dp_replicate", 2),
+        ("engine.name", "deepspeed"),
+        ("engine.name", "megatron"),
+    ],
+)
+def test_other_parts_without_code_are_not_available(path, value):
+    with pytest.raises(NotAvailableError, match="not built yet; available"):
+        with_value(path, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [("attention.strategy", STRATEGIES), ("attention.layout", LAYOUTS), ("train.dtype", DTYPES)],
+)
+def test_valid_names_are_taken(path, values):
+    for value in values:
+        with_value(path, value)
+
+
+def test_local_attention_cannot_share_a_sequence():
+    with pytest.raises(ConfigError, match=r"needs parallel\.sp=1, got parallel\.sp=2; valid with it: ring"):
+        Config.from_dict({"attention": {"strategy": "local"}, "parallel": {"sp": 2}})
+
+
+@given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4]), st.integers(1, 8), st.integers(1, 3))
+def test_resolved_meshes_fill_the_world_and_divide_the_batch(world, dp_shard, sp, micro_batch):
+    mapping = {
+        "parallel": {"dp_shard": dp_shard, "sp": sp},
+        "train": {"global_batch": 24, "micro_batch": micro_batch},
+    }
+    config = Config.from_dict(mapping)
+    shards = world / sp if dp_shard == -1 else dp_shard
+    valid = shards * sp == world and shards == int(shards) and 24 % (int(shards) * micro_batch) == 0
+    if not valid:
+        with pytest.raises(ConfigError, match="nearest valid"):
+            resolve(config, world)
+        return
+    parallel = resolve(config, world).parallel
+    assert parallel.dp_shard == shards
+    assert parallel.dp_shard * parallel.sp == world
+    # Resolving twice changes nothing: every rank resolves what the launcher has resolved.
+    assert resolve(resolve(config, world), world) == resolve(config, world)
+
+
+def test_impossible_world_names_product_world_and_degrees():
+    config = Config.from_dict({"parallel": {"sp": 3}})
+    with pytest.raises(ConfigError) as refused:
+        resolve(config, 8)
+    for word in ("sp 3", "= 3", "8 processes", "parallel.sp=2 or 4"):
+        assert word in str(refused.value)
+
+
+def test_batch_that_does_not_divide_names_its_neighbours():
+    config = Config.from_dict({"train": {"global_batch": 7, "micro_batch": 2}})
+    with pytest.raises(ConfigError, match=r"train\.global_batch=7 must be a multiple of 4 .*: 4 or 8"):
+        resolve(config, 2)
+
+
+def test_simulated_world_is_the_product_of_the_degrees():
+    assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4}})) == 4
+    assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4, "dp_shard": 2}})) == 8

@@ -1,0 +1,22 @@
+"""What all tests share: two cores, so one thread per process, and examples that are the same every time."""
+
+import os
+
+# Before torch is imported anywhere: its thread pool is sized once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests of the launcher start from a shell that is no rank, whatever started pytest.
+for name in (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_STEP_ID",
+):
+    os.environ.pop(name, None)
+
+from hypothesis import settings  # noqa: E402 - after the environment
+
+settings.register_profile("longctx", deadline=None, derandomize=True, database=None)
+settings.load_profile("longctx")
