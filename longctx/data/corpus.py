@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class Corpus:
     def check_all_ids(self) -> None:
         """``check_ids`` over the whole corpus, a chunk at a time."""
         for start in range(0, len(self.tokens), CHUNK):
-            self.check_ids(self.tokens[start : start + CHUNK], lambda i, start=start: start + i)  # type: ignore[misc]
+            self.check_ids(self.tokens[start : start + CHUNK], partial(add, start))
 
 
 def hash_tokens(digest: hashlib._Hash, tokens: Tokens) -> None:

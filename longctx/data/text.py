@@ -47,6 +47,11 @@ def open_text(path: str | None, text_key: str, max_documents: int | None = None)
     """
     root = data_path(path, "text")
     paths = find_files(root) if root.is_dir() else [root]
+    if not paths:
+        raise DataError(
+            f"the folder {shown(root)} holds no file to read (hidden files and links in it are left out); "
+            "set data.path to one that holds text or JSONL"
+        )
     return _collect(_documents(paths, text_key), root, max_documents)
 
 

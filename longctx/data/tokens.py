@@ -24,7 +24,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longctx.data.corpus import Corpus, Int64, Tokens, hash_tokens
-from longctx.data.files import data_path, excerpt, open_regular, read_bytes, shown
+from longctx.data.files import data_path, excerpt, open_regular, shown
 from longctx.errors import ConfigError, DataError, StorageError
 
 MAGIC = b"LCTXIDX1"
@@ -62,7 +62,7 @@ def open_tokens(
     bin_path = data_path(path, "tokens")
     if bin_path.suffix != ".bin":
         raise ConfigError(f"data.path={shown(bin_path)}: a token file ends in .bin, its boundaries in .idx")
-    offsets, recorded = _read_index(bin_path.with_suffix(".idx"), kind, dtype)
+    offsets, recorded = _read_index(bin_path.with_suffix(".idx"), dtype)
     tokens = _map_tokens(bin_path, kind)
     if int(offsets[-1]) != len(tokens):
         raise DataError(
@@ -72,7 +72,7 @@ def open_tokens(
     full = np.flatnonzero(offsets[1:] > offsets[:-1])  # numbers of the documents that hold anything
     bounds = np.append(offsets[full], offsets[-1])
     skipped = len(offsets) - 1 - len(full)
-    if max_documents is not None and max_documents < len(full):
+    if max_documents is not None and max_documents <= len(full):
         skipped = int(full[max_documents - 1]) - (max_documents - 1)  # those before the last one taken
         bounds = bounds[: max_documents + 1]
 
@@ -89,31 +89,39 @@ def open_tokens(
     return corpus(bounds)
 
 
-def _read_index(path: Path, kind: np.dtype[Any], dtype: str) -> tuple[Int64, bytes]:
+def _read_index(path: Path, dtype: str) -> tuple[Int64, bytes]:
     """Offsets int64 ``[D + 1]`` and the recorded SHA-256 of an ``.idx`` file."""
-    content = read_bytes(path)
     where = shown(path)
-    if len(content) < HEADER.size or not content.startswith(MAGIC):
-        raise DataError(
-            f"{where}: {len(content)} bytes that begin with {excerpt(content[:8])}; an index begins with "
-            f"{MAGIC!r} and has at least {HEADER.size} bytes: write it with longctx.data.write_tokens"
-        )
-    _, itemsize, reserved, count, digest = HEADER.unpack_from(content)
-    if itemsize != kind.itemsize or reserved:
-        names = [name for name, each in DTYPES.items() if each.itemsize == itemsize and not reserved]
-        advice = (
-            f"set data.token_dtype={names[0]}" if names else "the header is damaged, write the file again"
-        )
-        raise DataError(
-            f"{where}: the header says {itemsize} bytes per token (reserved field {reserved}), "
-            f"data.token_dtype={dtype} has {kind.itemsize}; {advice}"
-        )
-    expected = HEADER.size + 8 * (count + 1)
-    if len(content) != expected:
-        raise DataError(
-            f"{where}: {len(content)} bytes, but {count} documents make {expected}; write it again"
-        )
-    offsets = np.frombuffer(content, dtype="<i8", offset=HEADER.size).astype(np.int64, copy=False)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise DataError(
+                f"{where}: {size} bytes that begin with {excerpt(header[:8])}; an index begins with "
+                f"{MAGIC!r} and has at least {HEADER.size} bytes: write it with longctx.data.write_tokens"
+            )
+        _, itemsize, reserved, count, digest = HEADER.unpack(header)
+        _check_itemsize(where, itemsize, reserved, dtype)
+        expected = HEADER.size + 8 * (count + 1)
+        if size != expected:
+            raise DataError(f"{where}: {size} bytes, but {count} documents make {expected}; write it again")
+        offsets = np.frombuffer(file.read(), dtype="<i8").astype(np.int64, copy=False)
+    _check_offsets(where, offsets)
+    return offsets, digest
+
+
+def _check_itemsize(where: str, itemsize: int, reserved: int, dtype: str) -> None:
+    if itemsize == DTYPES[dtype].itemsize and not reserved:
+        return
+    names = [name for name, kind in DTYPES.items() if kind.itemsize == itemsize and not reserved]
+    advice = f"set data.token_dtype={names[0]}" if names else "the header is damaged, write the file again"
+    raise DataError(
+        f"{where}: the header says {itemsize} bytes per token (reserved field {reserved}), "
+        f"data.token_dtype={dtype} has {DTYPES[dtype].itemsize}; {advice}"
+    )
+
+
+def _check_offsets(where: str, offsets: Int64) -> None:
     if offsets[0] != 0:
         raise DataError(f"{where}: the first offset is {int(offsets[0])} (byte {HEADER.size}); it must be 0")
     falling = np.flatnonzero(offsets[1:] < offsets[:-1])
@@ -123,7 +131,6 @@ def _read_index(path: Path, kind: np.dtype[Any], dtype: str) -> tuple[Int64, byt
             f"{where}: document {first} runs from {int(offsets[first])} to {int(offsets[first + 1])} (byte "
             f"{HEADER.size + 8 * first}); offsets must not decrease"
         )
-    return offsets, digest
 
 
 def _map_tokens(path: Path, kind: np.dtype[Any]) -> Tokens:
@@ -213,9 +220,10 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     with _writing(path):
         file = temporary.open("wb")
     try:
-        with file:
-            yield file, temporary
+        yield file, temporary
     finally:
+        with suppress(OSError):  # what matters was flushed before; on a full disk closing fails once more
+            file.close()
         temporary.unlink(missing_ok=True)
 
 
