@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import traceback
@@ -106,7 +107,7 @@ class Cluster:
         try:
             with isolated_world(create_group), _random_state_kept():
                 run = _Run(self._new_runtime(), self._trace_compute, self._fake)
-                return run(lambda: function(*args, **kwargs))
+                return run(functools.partial(function, *args, **kwargs))
         finally:
             _one_run_at_a_time.release()
 
@@ -171,7 +172,9 @@ class _Run:
     def _fail(self, rank: int, error: BaseException) -> None:
         if self._baton.cause is not None:
             return  # an aftermath of the run's end
-        report = "".join(traceback.format_exception(error))
+        # The first frame is this file's own.
+        callers = error.__traceback__ and error.__traceback__.tb_next
+        report = "".join(traceback.format_exception(type(error), error, callers))
         others = [line for line in self._baton.waits() if not line.startswith(f"rank {rank}:")]
         if others:
             report += "the other ranks were stopped:\n" + "\n".join(f"  {line}" for line in others)

@@ -38,10 +38,11 @@ class Call:
     receive_splits: list[int] = field(default_factory=list)
 
     def describe(self) -> str:
-        """Operation, detail and what is put in: "all_reduce (sum) of (4, 8) float32"."""
+        """Operation, detail and tensors: "all_reduce (sum) of (4, 8) float32"."""
         detail = f" ({self.detail})" if self.detail else ""
-        what = ", ".join(str(shape) for shape in shapes(self.inputs))
-        return f"{self.operation}{detail}" + (f" of {what} {dtype_name(self.inputs)}" if what else "")
+        tensors = self.inputs or self.outputs
+        what = ", ".join(str(shape) for shape in shapes(tensors))
+        return f"{self.operation}{detail}" + (f" of {what} {dtype_name(tensors)}" if what else "")
 
     def matches(self, other: Call) -> bool:
         """Whether both calls can be the same collective."""

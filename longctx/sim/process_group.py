@@ -20,7 +20,7 @@ from longctx.sim.messages import Message, Receive
 from longctx.sim.runtime import Seat, current_seat
 from longctx.sim.tensors import dtype_name, has_no_numbers, nbytes, reduction_kind, shapes, unobserved
 from longctx.sim.trace import Event
-from longctx.sim.work import AwaitedMeeting, AwaitedReceive, BufferedSend, CoalescedWork, SimWork
+from longctx.sim.work import BUFFERED_SEND, Awaited, AwaitedMeeting, AwaitedReceive, CoalescedWork, SimWork
 
 Tensors = Sequence[torch.Tensor]
 
@@ -49,6 +49,7 @@ class SimProcessGroup(dist.ProcessGroup):
         self._member = member
         self._name = name
         self._description = "undefined"
+        self._title = f"group {name!r} of ranks {list(ranks)}"
         self._key = (name, ranks)
         self._sequence = 0
         self._coalescing: list[SimWork] | None = None
@@ -174,8 +175,7 @@ class SimProcessGroup(dist.ProcessGroup):
                 message.payload = corrupted(tensor, fault) if flip else tensor.detach().clone().view(-1)
         if fault is None or fault.kind != "drop":
             office.send(destination, message)
-        title = f"send to rank {self._ranks[destination]} in {self._title()}, tag {tag}, sequence {sequence}"
-        return self._work(BufferedSend(title), tensors, post)
+        return self._work(BUFFERED_SEND, tensors, post)
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> SimWork:
         return self._receive(tensors, source, tag)
@@ -216,6 +216,7 @@ class SimProcessGroup(dist.ProcessGroup):
 
     def _set_group_desc(self, description: str) -> None:
         self._description = description
+        self._title = f"group {self._name!r} ({description}) of ranks {list(self._ranks)}"
 
     @property
     def bound_device_id(self) -> None:
@@ -260,11 +261,7 @@ class SimProcessGroup(dist.ProcessGroup):
         return CoalescedWork(works)
 
     def __repr__(self) -> str:
-        return f"SimProcessGroup({self._title()}, rank {self._ranks[self._member]})"
-
-    def _title(self) -> str:
-        description = "" if self._description == "undefined" else f" ({self._description})"
-        return f"group {self._name!r}{description} of ranks {list(self._ranks)}"
+        return f"SimProcessGroup({self._title}, rank {self._ranks[self._member]})"
 
     def _meet(self, call: co.Call, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
         """Join this group's next collective."""
@@ -279,7 +276,7 @@ class SimProcessGroup(dist.ProcessGroup):
         key = self._key, sequence
         meeting = runtime.meetings.get(key)
         if meeting is None:
-            meeting = co.Meeting(f"{self._title()}, sequence {sequence}", self._ranks, combine)
+            meeting = co.Meeting(f"{self._title}, sequence {sequence}", self._ranks, combine)
             runtime.meetings[key] = meeting
         meeting.check(self._member, call)
         meeting.due = max(meeting.due, self._due(fault))
@@ -298,18 +295,18 @@ class SimProcessGroup(dist.ProcessGroup):
         post = self._post("recv", tensors, [], peers, tag, sequence)
         receive = Receive(source, tag, tensor)
         office.receive(self._member, receive)
-        sender = "any rank" if source is None else f"rank {self._ranks[source]}"
-        what = f"recv of {tuple(tensor.shape)} {dtype_name(tensors)} from {sender}"
-        title = f"{what} in {self._title()}, tag {tag}, sequence {sequence}"
-        return self._work(AwaitedReceive(self._seat, receive, title, self._due(fault)), tensors, post)
+        awaited = AwaitedReceive(self._seat, receive, self._ranks, self._title, sequence, self._due(fault))
+        return self._work(awaited, tensors, post)
 
     def _post(
         self, operation: str, tensors: Tensors, sent: ledger.Sent, peers: tuple[int, ...], tag: int, sequence: int
-    ) -> Event:
-        """Enter an operation in ledger and trace."""
+    ) -> Event | None:
+        """Enter an operation in ledger and, if there is one, trace."""
         seat, runtime = self._seat, self._seat.runtime
         to_global = [(self._ranks[member], count) for member, count in sent]
         total = runtime.ledger.add(operation, seat.rank, to_global)
+        if not runtime.trace.enabled:
+            return None
         event = Event(
             phase="post",
             id=runtime.trace.next_id(),
@@ -327,15 +324,8 @@ class SimProcessGroup(dist.ProcessGroup):
         seat.record(event)
         return event
 
-    def _work(self, what: AwaitedMeeting | AwaitedReceive | BufferedSend, tensors: Tensors, post: Event) -> SimWork:
-        def awaited() -> Event:
-            event = post._replace(phase="wait", step=self._seat.step)
-            if isinstance(what, AwaitedReceive) and what.receive.message is not None:
-                message = what.receive.message
-                event = event._replace(peers=(self._ranks[message.source],), sequence=message.sequence)
-            return event
-
-        work = SimWork(self._seat, what, tensors, awaited)
+    def _work(self, what: Awaited, tensors: Tensors, post: Event | None) -> SimWork:
+        work = SimWork(self._seat, what, tensors, post)
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,18 +13,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 RedOpType = dist.ReduceOp.RedOpType
 
 
-@contextlib.contextmanager
-def unobserved() -> Iterator[None]:
-    """Run data movement outside the calling rank's autograd and dispatch modes.
+_no_modes = contextlib.nullcontext()
 
-    The last rank to arrive moves the data of all; its flop counter or fake mode must not see that.
+
+def unobserved() -> contextlib.AbstractContextManager[object]:
+    """Run data movement outside the calling rank's dispatch modes.
+
+    The last rank to arrive moves the data of all; its flop counter or fake mode must not see that. Autograd
+    sees nothing either, since all of this works on detached tensors.
     """
-    with torch.no_grad():
-        if torch._C._len_torch_dispatch_stack() == 0:
-            yield
-        else:
-            with _disable_current_modes():
-                yield
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _no_modes
 
 
 def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:

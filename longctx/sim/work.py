@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import Work
 from longctx.sim.collectives import Call, Meeting
 from longctx.sim.messages import Receive
 from longctx.sim.runtime import Seat
+from longctx.sim.tensors import dtype_name
 from longctx.sim.trace import Event
 
 
@@ -38,11 +39,19 @@ class AwaitedMeeting:
 
 @dataclass(slots=True)
 class AwaitedReceive:
-    """A receive; ``title`` names buffer, sender, group, tag and sequence number."""
+    """A receive.
+
+    Attributes:
+        ranks: global ranks of the group.
+        group: the group's title.
+        not_before: turn of the baton before which the message doesn't count as arrived.
+    """
 
     seat: Seat
     receive: Receive
-    title: str
+    ranks: tuple[int, ...]
+    group: str
+    sequence: int
     not_before: int
 
     def ready(self) -> bool:
@@ -50,26 +59,30 @@ class AwaitedReceive:
         return message is not None and self.seat.runtime.baton.turn >= max(message.due, self.not_before)
 
     def describe(self) -> str:
-        return self.title
+        buffer, source, tag = self.receive.buffer, self.receive.source, self.receive.tag
+        sender = "any rank" if source is None else f"rank {self.ranks[source]}"
+        what = f"recv of {tuple(buffer.shape)} {dtype_name([buffer])} from {sender}"
+        return f"{what} in {self.group}, tag {tag}, sequence {self.sequence}"
 
     def deliver(self) -> None:
         self.receive.deliver()
 
 
-@dataclass(slots=True)
-class BufferedSend:
+class _BufferedSend:
     """A send is complete at once: the message was copied."""
-
-    title: str
 
     def ready(self) -> bool:
         return True
 
     def describe(self) -> str:
-        return self.title
+        return "send"
 
     def deliver(self) -> None:
         pass
+
+
+BUFFERED_SEND = _BufferedSend()
+Awaited = AwaitedMeeting | AwaitedReceive | _BufferedSend
 
 
 class SimWork(Work):
@@ -79,35 +92,33 @@ class SimWork(Work):
         seat: the rank that posted the operation.
         what: the operation; its results are delivered on the first wait.
         tensors: what ``result()`` and the future give.
-        awaited: makes the trace event of the first wait.
+        post: the operation's event in the trace, None without a trace; the first wait adds its counterpart.
     """
 
-    def __init__(
-        self,
-        seat: Seat,
-        what: AwaitedMeeting | AwaitedReceive | BufferedSend,
-        tensors: Sequence[torch.Tensor],
-        awaited: Callable[[], Event],
-    ) -> None:
+    def __init__(self, seat: Seat, what: Awaited, tensors: Sequence[torch.Tensor], post: Event | None) -> None:
         super().__init__()
         self._seat = seat
         self._what = what
         self._tensors = list(tensors)
-        self._awaited: Callable[[], Event] | None = awaited
+        self._post = post
+        self._waited = False
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block the rank until the operation is done and its results are in place. Timeouts are not kept."""
-        if self._awaited is not None:
+        if not self._waited:
             self._seat.wait(self._what)
-            self._finish()
+            self._what.deliver()
+            self._waited = True
+            if self._post is not None:
+                self._seat.record(self._wait_event(self._post))
         return True
 
     def is_completed(self) -> bool:
         """True once ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
-        if self._awaited is not None and not self._what.ready():
+        if not self._waited and not self._what.ready():
             self._seat.runtime.baton.poll(self._seat.rank)
-        return self._awaited is None or self._what.ready()
+        return self._waited or self._what.ready()
 
     def is_success(self) -> bool:
         return True
@@ -137,11 +148,13 @@ class SimWork(Work):
             self._future.set_result(self._tensors)
         return self._future
 
-    def _finish(self) -> None:
-        assert self._awaited is not None
-        self._what.deliver()
-        self._seat.record(self._awaited())
-        self._awaited = None
+    def _wait_event(self, post: Event) -> Event:
+        peers, sequence = post.peers, post.sequence
+        if isinstance(self._what, AwaitedReceive) and self._what.receive.source is None:
+            message = self._what.receive.message
+            assert message is not None
+            peers, sequence = (self._what.ranks[message.source],), message.sequence
+        return Event("wait", post.id, self._seat.step, *post[3:7], peers, *post[8:11], sequence)
 
 
 class CoalescedWork(Work):
