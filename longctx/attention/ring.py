@@ -28,7 +28,7 @@ from longctx.attention.registry import AttentionCase, Strategy, Volume
 from longctx.comm import Group, Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
-Block = tuple[Tensor, Tensor]  # keys and values (or their gradients), each [B, rows, Hkv/TP, D]
+ROWS = 2  # the dim of tokens in a block of keys and values (or their gradients), [2, B, rows, Hkv/TP, D]
 
 
 def forward(
@@ -52,72 +52,75 @@ def backward(
     """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
-    dq = _zeros(q, dtype)
-    home = (_zeros(k, dtype), _zeros(v, dtype))
+    dq, home = _zeros(q, dtype), (_zeros(k, dtype), _zeros(v, dtype))
     before: Pending | None = None  # shares of the block at hand, summed over the ranks that it has visited
     returning: list[tuple[Rows, Pending]] = []
     for hop, rows, block, tiles in circulate(k, v, plan, group):
-        shares = home if hop == 0 else (_zeros(block[0], dtype), _zeros(block[1], dtype))
+        shares = _zeros(block, dtype)
         kernel.backward(dout, q, *block, out, lse, tiles, scale, (dq, *shares))
-        if hop == 0:
-            continue
         if before:
-            for share, sum_before in zip(shares, before.wait()[0], strict=True):
-                share += sum_before
+            shares += before.wait()[0]
+        if hop == 0:
+            add_home(home, rows, shares)
+            continue
         before = pass_on(shares, rows, hop, plan, group)
         returning.append(send_home(shares, rows, hop, plan, group))
     for rows, pending in returning:
-        for whole, complete in zip(home, pending.wait()[0], strict=True):
-            rows.add_to(whole, complete)
+        add_home(home, rows, pending.wait()[0])
     return dq, *home
+
+
+def add_home(home: tuple[Tensor, Tensor], rows: Rows, shares: Tensor) -> None:
+    """Adds gradients ``[2, B, rows, Hkv/TP, D]`` to these rows of the rank's own (dk, dv)."""
+    for whole, share in zip(home, shares, strict=True):
+        rows.add_to(whole, share)
 
 
 def circulate(
     k: Tensor, v: Tensor, plan: SequencePlan, group: Group
-) -> Iterator[tuple[int, Rows, Block, tuple[TileSet, ...]]]:
+) -> Iterator[tuple[int, Rows, Tensor, tuple[TileSet, ...]]]:
     """Yields (hop, the owner's rows in the block, block, tiles owed to it) while the next block is in flight."""
-    rows, block = Rows(((0, plan.shard),)), (k, v)
+    rotation, me = plan.rotation, group.rank
+    rows = rotation.carried(me, 0)
+    block = torch.stack((rows.take(k), rows.take(v)))
     for hop in range(group.size):
-        owner = plan.rotation.owner(group.rank, hop)
         passing = pass_on(block, rows, hop, plan, group)
-        yield hop, rows, block, plan.packed_tiles(group.rank, owner, rows)
-        rows = plan.rotation.carried(plan.rotation.owner(group.rank, hop + 1), hop + 1)
-        keys, values = passing.wait()[0]
-        block = (keys, values)
+        yield hop, rows, block, plan.packed_tiles(me, rotation.owner(me, hop), rows)
+        rows = rotation.carried(rotation.owner(me, hop + 1), hop + 1)
+        [block] = passing.wait()
 
 
-def pass_on(block: Block, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> Pending:
+def pass_on(block: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> Pending:
     """Sends what later ranks read of the block at hand to the next rank; expects the block of the next hop."""
     rotation, me = plan.rotation, group.rank
     owner, following = rotation.owner(me, hop), rotation.owner(me, hop + 1)
-    leaving = rotation.carried(owner, hop + 1).inside(rows)
-    coming = rotation.carried(following, hop + 1)
+    leaving, coming = rotation.carried(owner, hop + 1), rotation.carried(following, hop + 1)
     return exchange(
         group,
-        sends=[(rotation.holder(owner, hop + 1), _packed(block, leaving))],
-        receives=[(rotation.holder(following, hop), _buffer(block[0], coming))],
+        sends=[(rotation.holder(owner, hop + 1), _narrowed(block, rows, leaving))],
+        receives=[(rotation.holder(following, hop), _buffer(block, coming))],
     )
 
 
-def send_home(shares: Block, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
+def send_home(shares: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
     """Sends gradients of the block at hand that are complete at this hop to the block's owner.
 
     Returns the rows of the rank's own block that come home from its holder at this hop, and their arrival.
     """
     rotation, me = plan.rotation, group.rank
     owner, own = rotation.owner(me, hop), rotation.ended(me, hop)
-    complete = _packed(shares, rotation.ended(owner, hop).inside(rows))
-    arrival = exchange(group, [(owner, complete)], [(rotation.holder(me, hop), _buffer(shares[0], own))])
+    complete = _narrowed(shares, rows, rotation.ended(owner, hop))
+    arrival = exchange(group, [(owner, complete)], [(rotation.holder(me, hop), _buffer(shares, own))])
     return own, arrival
 
 
-def _packed(block: Block, rows: Rows) -> Tensor:
-    """One message ``[2, B, rows, Hkv/TP, D]``."""
-    return torch.stack([rows.take(part) for part in block])
+def _narrowed(block: Tensor, rows: Rows, kept: Rows) -> Tensor:
+    """``kept`` of the ``rows`` that a block holds; the block itself if that is all of them."""
+    return block if kept == rows else kept.inside(rows).take(block, ROWS).contiguous()
 
 
-def _buffer(like: Tensor, rows: Rows) -> Tensor:
-    return like.new_empty(2, like.shape[0], len(rows), *like.shape[2:])
+def _buffer(block: Tensor, rows: Rows) -> Tensor:
+    return block.new_empty(2, block.shape[1], len(rows), *block.shape[3:])
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:

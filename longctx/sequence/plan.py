@@ -100,7 +100,7 @@ class SequencePlan:
     @cached_property
     def rotation(self) -> Rotation:
         """How key/value blocks travel around the ring of all ranks."""
-        return plan_rotation(self.reads, self.world)
+        return plan_rotation(self.reads, [len(positions) for positions in self._positions])
 
     def work(self, rank: int) -> int:
         """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""

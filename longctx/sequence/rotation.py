@@ -1,7 +1,7 @@
 """The route of key/value blocks around a ring: who holds which rows at which hop.
 
 Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At hop h it carries only rows
-that the holder or some later one reads, and it stops after its last reader; its gradients travel the same
+that the holder or some later one reads (but is not cut for a trifle), and it stops after its last reader; its gradients travel the same
 hops one step behind and go home from the last reader of each row. The direction is whichever moves fewer
 rows: causal zigzag turns downwards, where the later half of a block drops out after the wrap (a quarter of
 the bytes saved); a contiguous causal block never wraps at all (half the bytes).
@@ -9,7 +9,7 @@ the bytes saved); a contiguous causal block never wraps at all (half the bytes).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longctx.sequence.rows import Rows
@@ -17,7 +17,10 @@ from longctx.sequence.rows import Rows
 
 @dataclass(frozen=True)
 class Rotation:
-    """``needs[owner][hop]``: local rows of the owner that the block carries when it arrives at that hop."""
+    """``needs[owner][hop]``: local rows of the owner that the block carries when it arrives at that hop.
+
+    Hop 0 is all valid rows of the owner.
+    """
 
     direction: int  # +1: blocks move to the next rank, -1: to the one before
     needs: tuple[tuple[Rows, ...], ...]
@@ -51,20 +54,35 @@ class Rotation:
         return sum(len(self.carried(self.owner(rank, hop), hop)) for hop in range(1, self.world))
 
 
-def plan_rotation(reads: Callable[[int, int], Rows], world: int) -> Rotation:
-    """The cheaper direction for ``reads(reader, owner)``, the rows that each rank reads of each other; +1 on a tie."""
+def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int]) -> Rotation:
+    """The cheaper direction for ``reads(reader, owner)``, the rows that each rank reads of each other; +1 on a tie.
+
+    ``shards``: valid rows of each rank.
+    """
+    world = len(shards)
 
     def turned(direction: int) -> Rotation:
-        needs = []
-        for owner in range(world):
-            carried = [Rows()] * world
-            for hop in range(world - 1, 0, -1):
-                later = carried[hop + 1] if hop + 1 < world else Rows()
-                carried[hop] = later | reads((owner + direction * hop) % world, owner)
-            needs.append(tuple(carried))
-        return Rotation(direction, tuple(needs))
+        return Rotation(direction, tuple(carried(owner, direction) for owner in range(world)))
+
+    def carried(owner: int, direction: int) -> tuple[Rows, ...]:
+        exact = [Rows()] * (world + 1)
+        for hop in range(world - 1, 0, -1):
+            exact[hop] = exact[hop + 1] | reads((owner + direction * hop) % world, owner)
+        block = Rows(((0, shards[owner]),)) if shards[owner] else Rows()
+        needs = [block]
+        for hop in range(1, world):
+            if worth_narrowing(block, exact[hop]):
+                block = exact[hop]
+            needs.append(block)
+        return tuple(needs)
 
     def cost(rotation: Rotation) -> int:
         return sum(rotation.rows_sent(rank) for rank in range(world))
 
     return min(turned(+1), turned(-1), key=cost)
+
+
+def worth_narrowing(block: Rows, needed: Rows) -> bool:
+    """A block that would lose a row or a thirty-second goes on as it came, without a copy; an unread one stops."""
+    dropped = len(block) - len(needed)
+    return not needed or dropped > max(1, len(block) // 32)
