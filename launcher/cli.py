@@ -16,9 +16,7 @@ from dataclasses import dataclass
 
 import longctx
 from longctx.errors import LongctxError, NotAvailableError
-from longctx.launcher.failures import CRASH
-
-INTERRUPTED = 130  # what shells report for Ctrl-C
+from longctx.launcher.failures import CRASH, INTERRUPTED
 
 
 @dataclass(frozen=True)

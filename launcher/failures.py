@@ -18,6 +18,7 @@ from longctx.errors import LongctxError, NumericsError
 
 # A crash that no rule foresaw ends with the code of a crash loop: starting again would crash again.
 CRASH = NumericsError.exit_code
+INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError
@@ -20,7 +21,7 @@ from longctx.launcher.run_directory import CONFIG_FILE, open_directory, refuse_o
 # Slurm announces the end of a job's time with USR1, which would kill an agent that does not handle it.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # How long ranks may take to write a checkpoint after a signal before they are killed.
-SHUTDOWN_SECONDS = 120
+SHUTDOWN_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
     reasons = directory / "failures"
     failures.clear(reasons)
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
-    status = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
+    ended = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
     failure = failures.first(reasons)
-    if failure is None:
-        return status
-    failures.report(failure)
-    return failure.exit_code
+    if failure is not None:
+        failures.report(failure)
+        return failure.exit_code
+    if ended.message is not None:
+        print(f"longctx: {ended.message}", file=sys.stderr)
+    return ended.status
 
 
 def prepare(config: Config, processes: int, resume: bool) -> Config:
@@ -65,14 +68,19 @@ def prepare(config: Config, processes: int, resume: bool) -> Config:
     return config
 
 
-def _torchrun(processes: int, worker: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class _Ended:
+    """What torchrun knows of the end: a shell's status, and words where a rank may have left none."""
+
+    status: int
+    message: str | None = None
+
+
+def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Its reports say less than the ranks' own failures, at greater length.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     options = [
         "--standalone",
         f"--nproc-per-node={processes}",
@@ -82,20 +90,20 @@ def _torchrun(processes: int, worker: Sequence[str]) -> int:
         "--module",
         "longctx.launcher.worker",
     ]
+    # Its log says less than the ranks' own failures, at greater length; this process logs nothing else.
+    logging.disable(logging.ERROR)
     try:
         torchrun.run(torchrun.parse_args([*options, *worker]))
     except ChildFailedError as error:
-        return _child_status(error)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            how = f"was killed by {failure.signal_name()}"
+            return _Ended(128 - failure.exitcode, f"rank {rank} {how} and left no message")
+        return _Ended(
+            failure.exitcode, f"rank {rank} ended with status {failure.exitcode} and left no message"
+        )
     except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
-
-
-def _child_status(error: object) -> int:
-    """The status of a rank that died without a word, as a shell would give it."""
-    _, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    code = failure.exitcode
-    status = 128 - code if code < 0 else code
-    how = f"was killed by {failure.signal_name()}" if code < 0 else f"ended with status {code}"
-    print(f"longctx: rank {failure.rank or failure.local_rank} {how} and left no message", file=sys.stderr)
-    return status
+        return _Ended(128 + stopped.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
+    return _Ended(0)

@@ -1,0 +1,50 @@
+"""A composition root without a trainer, for processes started by tests: the run's name says what happens."""
+
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+
+def preflight(config, resume):
+    from longctx.errors import DataError
+
+    if config.run.name == "bad-data":
+        raise DataError("corpus.bin: document 3, offset 17: id 999 is outside the vocabulary of 256")
+
+
+def run_rank(config, resume):
+    from longctx.errors import DataError, RequeueError
+
+    rank, folder = int(os.environ["RANK"]), Path(config.run.dir)
+    (folder / f"started-{rank}").write_text(
+        f"{os.environ['WORLD_SIZE']} {resume} {os.environ['OMP_NUM_THREADS']}"
+    )
+    name = config.run.name
+    if name == "data-on-rank-1":
+        if rank == 1:
+            raise DataError("corpus.bin: document 5 is truncated")
+        time.sleep(60)
+    if name == "crash-on-rank-0" and rank == 0:
+        raise ZeroDivisionError("a bug")
+    if name == "killed-rank-1" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "wait":
+        stopped = []
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: stopped.append(True))
+        (folder / f"ready-{rank}").touch()
+        while not stopped:
+            time.sleep(0.02)
+        raise RequeueError("stopped at step 7; checkpoint step-7 is committed")
+
+
+def run_sim(config, resume):
+    (Path(config.run.dir) / "simulated").write_text(str(config.parallel.sp))
+
+
+fake = types.ModuleType("longctx.launcher.build")
+fake.preflight, fake.run_rank, fake.run_sim = preflight, run_rank, run_sim
+sys.modules["longctx.launcher.build"] = fake

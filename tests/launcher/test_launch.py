@@ -1,0 +1,89 @@
+"""``longctx launch`` with real torchrun and ranks that do not train: who is told what, and the exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+FAKE = Path(__file__).parent / "fake_build"
+
+
+def start(folder, name, *extra):
+    command = [sys.executable, "-m", "longctx.launcher.cli", "launch", "--nproc", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(FAKE)}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen(
+        [*command, f"run.dir={folder}/run", f"run.name={name}", "parallel.sp=2", *extra],
+        env=environment,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.mark.gloo
+def test_ranks_read_one_resolved_configuration(tmp_path):
+    status, out, err = finish(start(tmp_path, "fine", "--resume"))
+    assert (status, out, err) == (0, "", "")
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for rank in range(2):
+        assert (tmp_path / f"run/started-{rank}").read_text() == f"2 True {threads}"
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["parallel"] == {"dp_replicate": 1, "dp_shard": 1, "sp": 2, "tp": 1, "pp": 1}
+
+
+@pytest.mark.gloo
+def test_a_rank_s_error_is_told_once_with_its_exit_code(tmp_path):
+    began = time.monotonic()
+    status, _, err = finish(start(tmp_path, "data-on-rank-1"))
+    assert status == 65
+    assert err == "longctx: corpus.bin: document 5 is truncated\n"
+    assert time.monotonic() - began < 50, "the other rank was not ended"
+
+
+@pytest.mark.gloo
+def test_a_crash_shows_the_first_traceback_alone(tmp_path):
+    status, _, err = finish(start(tmp_path, "crash-on-rank-0"))
+    assert status == 70
+    assert err.count("Traceback") == 1
+    assert err.endswith("longctx: rank 0 crashed: ZeroDivisionError: a bug\n")
+
+
+@pytest.mark.gloo
+def test_a_killed_rank_is_named(tmp_path):
+    status, _, err = finish(start(tmp_path, "killed-rank-1"))
+    assert status == 128 + signal.SIGKILL
+    assert err == "longctx: rank 1 was killed by SIGKILL and left no message\n"
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_ranks_and_requeue_is_the_answer(tmp_path, number):
+    process = start(tmp_path, "wait")
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"run/ready-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert status == 75
+    assert err == "longctx: stopped at step 7; checkpoint step-7 is committed\n"
+
+
+def test_bad_data_are_refused_before_a_process_starts(tmp_path):
+    status, _, err = finish(start(tmp_path, "bad-data"))
+    assert status == 65
+    assert err.startswith("longctx: corpus.bin: document 3, offset 17")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
