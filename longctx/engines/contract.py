@@ -1,0 +1,34 @@
+"""What a training step needs of an engine. Decisions (scales, clipping, skipping) stay in ``longctx.train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from longctx.sequence import LocalBatch
+
+
+class Engine(Protocol):
+    """Gradients are sums over all ranks that hold different tokens, never means."""
+
+    def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
+        """Forward and backward of all micro-batches of a step.
+
+        Adds ``scale`` times the gradient of the global sum of the loss. Returns this rank's own sum of the
+        loss, unscaled, a scalar.
+        """
+        ...
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the gradient's squared norm, fp64 scalar; shares add up over the same ranks."""
+        ...
+
+    def update(self, lr: float, coefficient: float) -> None:
+        """One step of the optimizer with gradients times ``coefficient``, which are then gone."""
+        ...
+
+    def discard(self) -> None:
+        """Drops the gradients."""
+        ...

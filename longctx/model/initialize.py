@@ -1,0 +1,35 @@
+"""Initial weights: a function of (seed, parameter's name, its shape), whatever the mesh."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from longctx.model.decoder import Decoder
+
+# These write into the residual stream, which sums 2 * layers of them.
+OUTPUT_PROJECTIONS = ("attention_out", "mlp_out")
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Matrices are normal with ``init_std``, output projections narrower by sqrt(2 * layers); norms are 1.
+
+    Every parameter has a generator of its own, so that none depends on which others are here.
+    """
+    config = model.config
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)
+                continue
+            std = config.init_std
+            if name.split(".")[-2] in OUTPUT_PROJECTIONS:
+                std /= math.sqrt(2 * config.layers)
+            parameter.normal_(0.0, std, generator=_generator(seed, name))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

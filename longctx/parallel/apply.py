@@ -1,0 +1,37 @@
+"""A single-device decoder on a mesh: what is done to it, in the only order that works."""
+
+from __future__ import annotations
+
+from longctx.attention import StrategyAttention
+from longctx.config import Config
+from longctx.mesh import Mesh
+from longctx.model import Decoder
+from longctx.parallel.data import shard_parameters
+from longctx.parallel.recompute import recompute_activations
+
+
+def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
+    """Changes ``model`` in place and returns it; ``config`` is resolved for the world of ``mesh``.
+
+    Each step wraps the one before: what is recomputed is the parallel block, what is compiled holds its
+    recomputation, and the gathering of parameters stays outside of both. Stages of a pipeline and tensor
+    parallelism come first once they exist; the configuration refuses them until then.
+    """
+    attention, train = config.attention, config.train
+    model.set_attention(StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel))
+    recompute_activations(model, train.recompute)
+    if train.compile:
+        compile_blocks(model)
+    shard_parameters(model, mesh.parameters, train.dtype)
+    return model
+
+
+def compile_blocks(model: Decoder, backend: str = "inductor") -> None:
+    """Compiles each block as one graph, attention being one node of it; equal blocks share their code.
+
+    Raises torch's own error where a block would break into several graphs.
+    """
+    import torch
+
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]

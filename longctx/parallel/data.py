@@ -1,0 +1,48 @@
+"""Sharding parameters, gradients and optimizer state over the ranks that hold different tokens (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from longctx.model import Decoder
+
+# Arithmetic of the forward and backward pass; master weights and reductions are fp32 (fp64 for fp64).
+COMPUTE_DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+
+
+def master_dtype(dtype: str) -> torch.dtype:
+    """What weights, gradients' sums and optimizer state are kept in."""
+    return torch.float64 if dtype == "float64" else torch.float32
+
+
+def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str) -> None:
+    """Shards each block and the rest (embedding, norm, head) over ``mesh``; gradients become global sums.
+
+    The sum is never turned into a mean, for ranks hold different numbers of valid tokens and the loss is
+    divided by their global count. Forced sums, because otherwise FSDP2 takes PREMUL_SUM, which Gloo lacks.
+    """
+    compute = COMPUTE_DTYPES[dtype]
+    # Rotations are fp32 whatever the arithmetic, so inputs of blocks are not cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute,
+        reduce_dtype=torch.float32 if compute else None,
+        cast_forward_inputs=False,
+    )
+    blocks = list(model.layers)
+    for block in blocks:
+        # The backward pass starts with the last block: freeing it in between would gather it twice.
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def as_sharded(model: Decoder) -> FSDPModule:
+    """The same object by its other name: what ``shard_parameters`` has added to it."""
+    return cast("FSDPModule", model)
