@@ -76,6 +76,7 @@ class SimProcessGroup(dist.ProcessGroup):
         tensors = _listed(tensors)
         root = _root(opts)
         inputs, outputs = (tensors, []) if root == self._member else ([], tensors)
+        _check_contiguous("broadcast", outputs)
         call = co.Call("broadcast", inputs, outputs, f"from rank {self._ranks[root]}", _sizes(tensors))
         sent = ledger.broadcast_bytes(self._member, self.size(), root, nbytes(tensors))
         return self._meet(call, co.combine_broadcast(root), sent, tensors)
@@ -145,6 +146,7 @@ class SimProcessGroup(dist.ProcessGroup):
         input_split_sizes: Sequence[int] | None = None,
         opts: Any = None,
     ) -> SimWork:
+        _check_contiguous("all_to_all", [output])
         sends = _element_splits("input", input, input_split_sizes, self.size())
         receives = _element_splits("output", output, output_split_sizes, self.size())
         call = co.Call("all_to_all", [input], [output], "single", (input.dtype,), sends, receives)
@@ -164,6 +166,7 @@ class SimProcessGroup(dist.ProcessGroup):
 
     def send(self, tensors: Tensors, destination: int, tag: int = 0) -> SimWork:
         (tensor,) = tensors
+        _check_contiguous("send", tensors)
         seat, office = self._seat, self._seat.runtime.post_office(self._key)
         fault = seat.enter("send")
         sequence = office.next_sequence("send", self._member, destination, tag)
@@ -266,13 +269,14 @@ class SimProcessGroup(dist.ProcessGroup):
     def _meet(self, call: co.Call, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
         """Join this group's next collective."""
         seat, runtime = self._seat, self._seat.runtime
+        _check_contiguous(call.operation, call.inputs)
         fault = seat.enter(call.operation)
         sequence, self._sequence = self._sequence, self._sequence + 1
         others = self._ranks[: self._member] + self._ranks[self._member + 1 :]
         post = self._post(call.operation, call.inputs, sent, others, 0, sequence)
         if fault is not None and fault.kind == "corrupt":
             with unobserved():
-                _corrupt_first(call.inputs, fault)
+                call.inputs = _first_corrupted(call.inputs, fault)
         key = self._key, sequence
         meeting = runtime.meetings.get(key)
         if meeting is None:
@@ -288,6 +292,7 @@ class SimProcessGroup(dist.ProcessGroup):
 
     def _receive(self, tensors: Tensors, source: int | None, tag: int) -> SimWork:
         (tensor,) = tensors
+        _check_contiguous("recv", tensors)
         office = self._seat.runtime.post_office(self._key)
         fault = self._seat.enter("recv")
         sequence = office.next_sequence("recv", source, self._member, tag)
@@ -371,7 +376,18 @@ def _sizes(tensors: Tensors) -> tuple[tuple[int, torch.dtype], ...]:
     return tuple((tensor.numel(), tensor.dtype) for tensor in tensors)
 
 
+def _check_contiguous(operation: str, tensors: Tensors) -> None:
+    """Gloo and NCCL refuse these too; code that passes here must run there. Only lists of outputs are exempt."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{operation}: tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}, must be "
+                f"contiguous; call .contiguous() first"
+            )
+
+
 def _check_ratio(operation: str, big: str, many: torch.Tensor, small: str, one: torch.Tensor, size: int) -> None:
+    _check_contiguous(operation, [many, one])
     if many.numel() != size * one.numel() or many.dtype != one.dtype:
         raise ValueError(
             f"{operation}: {big} is {tuple(many.shape)} {many.dtype}, {small} {tuple(one.shape)} {one.dtype}; "
@@ -394,8 +410,11 @@ def _element_splits(which: str, tensor: torch.Tensor, rows: Sequence[int] | None
     return [count * elements for count in rows]
 
 
-def _corrupt_first(tensors: list[torch.Tensor], fault: Fault) -> None:
-    for position, tensor in enumerate(tensors):
+def _first_corrupted(tensors: Tensors, fault: Fault) -> list[torch.Tensor]:
+    """The tensors with the first one that holds numbers replaced by a corrupted copy."""
+    result = list(tensors)
+    for position, tensor in enumerate(result):
         if tensor.numel() and not has_no_numbers([tensor]):
-            tensors[position] = corrupted(tensor, fault)
-            return
+            result[position] = corrupted(tensor, fault)
+            break
+    return result

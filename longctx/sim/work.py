@@ -30,7 +30,7 @@ class AwaitedMeeting:
 
     def describe(self) -> str:
         missing = self.meeting.missing()
-        state = f"ranks {missing} have not arrived" if missing else "the result is delayed"
+        state = f"ranks {missing} have not arrived" if missing else "everyone has arrived"
         return f"{self.call.describe()} in {self.meeting.title}: {state}"
 
     def deliver(self) -> None:
