@@ -7,6 +7,7 @@ runs nor communicates twice, and the compiler sees one node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,9 @@ class Operator(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, kernel: str, scale: float
     ) -> tuple[Tensor, Tensor]: ...
 
+
+# What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 _CONTEXT = "Tensor plan, str group, str kernel, float scale"
 
@@ -119,4 +123,6 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Operator
         return (*grads, None, None, None, None)
 
     forward_op.register_autograd(differentiate, setup_context=remember)
+    IMPLEMENTATIONS[forward_op._opoverload] = run_forward
+    IMPLEMENTATIONS[backward_op._opoverload] = run_backward
     return forward_op

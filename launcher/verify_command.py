@@ -1,0 +1,265 @@
+"""``longctx verify``: exactness of a strategy against the dense reference, on ``sim`` or on Gloo processes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os.path
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longctx.attention.registry import MODULES, get_strategy
+from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
+from longctx.config.rules import one_of
+from longctx.errors import ConfigError, NotAvailableError, NumericsError
+from longctx.launcher.env import share_cores
+from longctx.sequence import LAYOUTS
+from longctx.sim import Cluster
+from longctx.verify import RankResult, Verdict, VerifyCase, judge, refused, run_rank
+from longctx.verify.case import DTYPES
+
+PASSED, FAILED, REFUSED = 0, 70, 78
+GLOO_TIMEOUT = 300.0  # seconds that a whole case may take on real processes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strategy", default="ring", help=f"one of {', '.join(MODULES)}")
+    parser.add_argument("--layout", help=f"one of {', '.join(LAYOUTS)}; default: what the strategy prefers")
+    parser.add_argument("--layout-block", type=int, default=1, help="tokens per stripe of the striped layout")
+    parser.add_argument("--mixer", help="linear mixer of a linear strategy")
+    parser.add_argument("--world", type=int, default=4, help="ranks that share the sequence")
+    parser.add_argument("--backend", choices=("sim", "gloo"), default="sim")
+    parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
+    parser.add_argument(
+        "--documents", help="lengths of packed documents, comma-separated; they add up to --seq"
+    )
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float64")
+    parser.add_argument("--window", type=int, help="a query sees itself and the window - 1 tokens before it")
+    parser.add_argument("--non-causal", action="store_true", help="queries see later tokens too")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernel", default="auto", help="local kernel by name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
+    parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
+    parser.add_argument(
+        "--all", action="store_true", help="every strategy, layout, mask, head count and world"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.all:
+        return _run_all(arguments)
+    case = case_of(arguments)
+    reason = case.refused()
+    if reason:
+        _show([refused(case, reason)], arguments.json, many=False)
+        if not arguments.json:
+            print(f"longctx: attention.strategy={case.strategy} refuses: {reason}", file=sys.stderr)
+        return REFUSED
+    verdict, tensors = check(case)
+    if arguments.dump:
+        save_file({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
+    _show([verdict], arguments.json, many=False)
+    return PASSED if verdict.passed else FAILED
+
+
+def case_of(arguments: argparse.Namespace) -> VerifyCase:
+    """The case that the command line describes; refuses what is unknown or not built."""
+    one_of("--strategy", arguments.strategy, STRATEGIES, STRATEGIES_PLANNED)
+    if arguments.mixer is not None:
+        raise NotAvailableError(f"--mixer {arguments.mixer}: linear mixers are not built yet")
+    try:
+        documents = (
+            tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
+        )
+    except ValueError:
+        raise ConfigError(
+            f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
+        ) from None
+    return VerifyCase(
+        strategy=arguments.strategy,
+        layout=arguments.layout or get_strategy(arguments.strategy).layout,
+        world=arguments.world,
+        backend=arguments.backend,
+        seq=arguments.seq if arguments.seq is not None else sum(documents) or 1024,
+        documents=documents,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        window=arguments.window,
+        causal=not arguments.non_causal,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        layout_block=arguments.layout_block,
+        kernel=arguments.kernel,
+    )
+
+
+def check(case: VerifyCase) -> tuple[Verdict, dict[str, Tensor]]:
+    """Runs the case on its backend and judges it."""
+    return judge(case, run_on_sim(case) if case.backend == "sim" else run_on_gloo(case))
+
+
+def run_on_sim(case: VerifyCase) -> list[RankResult]:
+    """All ranks in this process; the strategies' own byte counts are checked against the cluster's ledger."""
+    cluster = Cluster(case.world, trace=False)
+    results = cluster.run(lambda: run_rank(case, dist.group.WORLD))
+    for rank, result in enumerate(results):
+        counted, carried = result.bytes_forward + result.bytes_backward, cluster.ledger.sent(rank)
+        if counted != carried:
+            raise NumericsError(
+                f"rank {rank} counted {counted} bytes sent, the ledger of sim carried {carried}"
+            )
+    return results
+
+
+def run_on_gloo(case: VerifyCase) -> list[RankResult]:
+    """One process a rank, which meet by a file; what they computed comes back as safetensors."""
+    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as folder:
+        command = [sys.executable, "-m", "longctx.launcher.verify_command", json.dumps(asdict(case)), folder]
+        share_cores(case.world)
+        workers = [
+            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE) for rank in range(case.world)
+        ]
+        try:
+            complaints = [worker.communicate(timeout=GLOO_TIMEOUT)[1] for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        for rank, worker in enumerate(workers):
+            if worker.returncode:
+                last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
+                raise NumericsError(f"rank {rank} ended with {worker.returncode}: {' '.join(last)}")
+        return [_load_result(os.path.join(folder, f"rank-{rank}.safetensors")) for rank in range(case.world)]
+
+
+def _load_result(path: str) -> RankResult:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        numbers = {name: int(value) for name, value in file.metadata().items()}
+    return RankResult(tensors, **numbers)
+
+
+def worker(words: list[str]) -> None:
+    """One Gloo rank of ``run_on_gloo``: case as JSON, folder, rank."""
+    fields, folder, rank = json.loads(words[0]), words[1], int(words[2])
+    case = VerifyCase(**{**fields, "documents": tuple(fields["documents"])})
+    store = dist.FileStore(os.path.join(folder, "store"), case.world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.world)
+    result = run_rank(case, dist.group.WORLD)
+    numbers = {
+        name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")
+    }
+    tensors = {name: local.contiguous() for name, local in result.tensors.items()}
+    save_file(tensors, os.path.join(folder, f"rank-{rank}.safetensors"), numbers)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
+    verdicts = []
+    for case in matrix(arguments.seq or 192, arguments.dtype, arguments.backend):
+        reason = case.refused()
+        verdict = refused(case, reason) if reason else check(case)[0]
+        verdicts.append((case, verdict))
+    if arguments.json:
+        _show([verdict for _, verdict in verdicts], True, many=True)
+    else:
+        print(table(verdicts))
+    return PASSED if all(verdict.passed or verdict.refused for _, verdict in verdicts) else FAILED
+
+
+def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
+    """Strategy x layout x mask x heads x world; documents end on shard edges and hold single tokens."""
+    half = seq // 2
+    packed = (half - 1, 1, 1, seq - half - 1) if seq >= 4 else (1,) * seq
+    window = max(1, seq // 5)
+    masks: tuple[dict[str, object], ...] = (
+        {"causal": False},
+        {},
+        {"documents": packed},
+        {"window": window},
+        {"documents": packed, "window": window},
+    )
+    heads = ((4, 4), (8, 2), (4, 1))
+    for strategy, layout, mask, (q_heads, kv_heads), world in itertools.product(
+        MODULES, LAYOUTS, masks, heads, (1, 2, 3, 4, 8)
+    ):
+        yield VerifyCase(
+            strategy,
+            layout,
+            world,
+            backend,
+            seq,
+            heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=8,
+            dtype=dtype,
+            **mask,  # type: ignore[arg-type]
+        )
+
+
+def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
+    """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds."""
+    lines = [
+        "| strategy | layout | mask | heads | worlds | worst error | bytes of all ranks, forward + backward | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for _, group in itertools.groupby(verdicts, key=lambda pair: _row_key(pair[0])):
+        rows = list(group)
+        case, worlds = rows[0][0], ", ".join(str(case.world) for case, _ in rows)
+        executed = [verdict for _, verdict in rows if not verdict.refused]
+        reasons = sorted({verdict.refused for _, verdict in rows if verdict.refused})
+        worst = max((max(verdict.errors.values()) for verdict in executed), default=None)
+        sent = ", ".join(str(sum(verdict.bytes_forward + verdict.bytes_backward)) for verdict in executed)
+        outcome = "exact" if all(verdict.passed for verdict in executed) else "**WRONG**"
+        refusal = f"refused: {reasons[0]}" if reasons else ""
+        said = "; ".join(part for part in (outcome if executed else "", refusal) if part)
+        error = "" if worst is None else f"{worst:.1e}"
+        strategy, layout, mask, heads = _row_key(case)
+        lines.append(f"| {strategy} | {layout} | {mask} | {heads} | {worlds} | {error} | {sent} | {said} |")
+    return "\n".join(lines)
+
+
+def _row_key(case: VerifyCase) -> tuple[str, str, str, str]:
+    parts = ["causal" if case.causal else "full"]
+    parts += ["documents"] if case.documents else []
+    parts += [f"window {case.window}"] if case.window else []
+    return case.strategy, case.layout, " + ".join(parts), f"{case.heads}/{case.kv_heads}"
+
+
+def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
+    if as_json:
+        objects = [asdict(verdict) for verdict in verdicts]
+        print(json.dumps(objects if many else objects[0]))
+        return
+    for verdict in verdicts:
+        print(
+            f"{verdict.strategy} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}"
+        )
+        if verdict.refused:
+            continue
+        for name, error in verdict.errors.items():
+            print(f"  {name:4} relative error {error:.2e}")
+        print(f"  bytes sent by rank, forward:  {verdict.bytes_forward}")
+        print(f"  bytes sent by rank, backward: {verdict.bytes_backward}")
+        print(f"  peak extra memory {verdict.peak_extra_bytes} bytes")
+        print("  passed" if verdict.passed else "  FAILED")
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""One exactness check: what is computed, on which inputs, and how far it may be off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.attention import AttentionCase, get_strategy, refusal
+from longctx.errors import ConfigError
+from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Relative norm error that rounding may cause; bfloat16 is judged against the one-device error instead.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+BF16_FACTOR = 2.5
+TENSORS = ("out", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class VerifyCase:
+    """Plain data, so that it travels to worker processes as JSON."""
+
+    strategy: str
+    layout: str
+    world: int
+    backend: str = "sim"
+    seq: int = 1024
+    documents: tuple[int, ...] = ()
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 32
+    dtype: str = "float64"
+    window: int | None = None
+    causal: bool = True
+    batch: int = 1
+    seed: int = 0
+    layout_block: int = 1
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+        if self.documents and (min(self.documents) < 1 or sum(self.documents) != self.seq):
+            raise ConfigError(
+                f"--documents {','.join(map(str, self.documents))} add up to {sum(self.documents)}; they must be "
+                f"positive and add up to --seq {self.seq} (nearest valid: --seq {max(1, sum(self.documents))})"
+            )
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.causal, self.window)
+
+    @property
+    def packing(self) -> tuple[Documents, ...]:
+        return (Documents.from_lengths(self.documents or (self.seq,)),) * self.batch
+
+    def make_layout(self) -> Layout:
+        return make_layout(self.layout, self.layout_block)
+
+    def plan(self) -> SequencePlan:
+        return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
+
+    def refused(self) -> str | None:
+        """Why the strategy does not execute this exactly, by its own declaration; None if it does."""
+        case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
+        return refusal(get_strategy(self.strategy), case)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, dout): whole tensors ``[B, S, H or Hkv, D]``, the same on every rank."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(heads: int) -> Tensor:
+            shape = (self.batch, self.seq, heads, self.head_dim)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[self.dtype])
+
+        return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads), draw(self.heads)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank computed and spent. Tensors by name, local ``[B, T/SP, H or Hkv, D]``."""
+
+    tensors: dict[str, Tensor]
+    bytes_forward: int
+    bytes_backward: int
+    peak_extra_bytes: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``longctx verify`` prints; fields are those of its JSON object."""
+
+    strategy: str
+    layout: str
+    mixer: str | None
+    world: int
+    backend: str
+    dtype: str
+    refused: str | None
+    errors: dict[str, float]
+    bytes_forward: list[int]
+    bytes_backward: list[int]
+    peak_extra_bytes: int
+    passed: bool

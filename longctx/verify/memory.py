@@ -1,0 +1,54 @@
+"""Peak of live tensor bytes, counted from what operators return rather than asked of an allocator."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts storages born under it, at their full size, until they die.
+
+    ``implementations``: operators to look inside, with the function that each runs.
+    """
+
+    def __init__(self, implementations: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._implementations = implementations
+        self._inputs: set[int] = set()
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = self._implementations.get(func)
+        if inside is None:
+            result = func(*args, **(kwargs or {}))
+        else:
+            with self:
+                result = inside(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._alive:
+                self._inputs.add(leaf.untyped_storage()._cdata)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._notice(leaf.untyped_storage())
+        return result
+
+    def _notice(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or key in self._inputs:
+            return
+
+        def died(_: weakref.ref[torch.UntypedStorage]) -> None:
+            del self._alive[key]
+            self._bytes -= size
+
+        self._alive[key] = weakref.ref(storage, died)
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
