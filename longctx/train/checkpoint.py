@@ -1,0 +1,295 @@
+"""Checkpoints: the whole state of a run, sharded, hashed, committed by one rename, readable on any layout.
+
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=3, layout={"sp": 4, "dp_shard": 1})
+    checkpointer.save(step, TrainState(model, optimizer, scheduler, loader, step))
+    checkpointer.load(state)                 # the newest that is intact; returns its step
+
+Every rank calls every method. All ranks must see the same directory, as on a shared file system. No method
+unpickles, and ranks exchange nothing but tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from longctx.errors import ConfigError, LongctxError, StorageError
+from longctx.train import checkpoint_manifest as manifest
+from longctx.train.checkpoint_agreement import this_rank, together, world_size
+from longctx.train.checkpoint_files import (
+    CheckpointDirectory,
+    FileRecord,
+    check_file,
+    read_small,
+    write_new,
+)
+from longctx.train.checkpoint_manifest import Chunk, Commit
+from longctx.train.checkpoint_shards import locate, read_shards, read_whole, write_shards
+from longctx.train.checkpoint_state import (
+    check_tensors,
+    live_tensors,
+    model_tensors,
+    optimizer_state,
+    optimizer_targets,
+)
+from longctx.train.rng import rng_state, set_rng_state
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds.
+
+    ``scheduler`` and ``loader`` have ``state_dict`` and ``load_state_dict`` of plain JSON values, equal on
+    all ranks; either may be None.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any
+    loader: Any
+    step: int
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+        directory: holds ``step-N``; made at the first save, readable by this user only.
+        keep: newest committed checkpoints to keep, 0 for all.
+        layout: plain mapping that tells runs apart whose ranks draw different random numbers. Generators are
+            restored only where world size and layout are those of the checkpoint.
+        config_digest: of the configuration, see ``digest_of``; a change is logged on load.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 3,
+        *,
+        layout: Mapping[str, Any] | None = None,
+        config_digest: str = "",
+    ) -> None:
+        self._directory = CheckpointDirectory(Path(directory))
+        self._keep = keep
+        self._layout = manifest.plain(layout or {}, "layout")
+        self._config_digest = config_digest
+        self._checked: dict[Path, tuple[object, ...]] = {}
+
+    def save(self, step: int, state: TrainState) -> Path:
+        """Writes and commits ``step``, then deletes what ``keep`` leaves over.
+
+        Raises ``StorageError`` on every rank when any rank's disk refuses; earlier checkpoints stay intact.
+        """
+        try:
+            together(lambda: self._directory.begin(step) if this_rank() == 0 else None)
+            written = together(lambda: self._write(step, state))
+            together(lambda: self._commit(step, written) if this_rank() == 0 else None)
+        except StorageError as error:
+            if this_rank() == 0:
+                self._directory.abandon(step)
+            raise StorageError(f"step {step} was not saved, earlier ones are intact: {error}") from error
+        if this_rank() == 0:
+            self._directory.prune(self._keep, step)
+        return self._directory.path(step)
+
+    def newest(self) -> int | None:
+        """The newest committed step that is intact, found by reading it; None where there is none at all.
+
+        Raises ``StorageError`` when there are checkpoints but none is intact: starting over would lose them.
+        """
+        found = self._newest_before(None)
+        return None if found is None else found.step
+
+    def load(self, state: TrainState, step: int | None = None) -> int:
+        """Restores ``step``, or the newest intact one, into ``state``; returns the step.
+
+        Nothing is overwritten before all of it has been verified on all ranks. Raises ``StorageError`` for
+        what is missing or damaged and names the newest intact earlier step; ``ConfigError`` for a checkpoint
+        of another model, optimizer or corpus.
+        """
+        commit = self._newest_before(None) if step is None else self._intact(step)
+        if commit is None:
+            raise StorageError(
+                f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir"
+            )
+        together(lambda: self._restore(commit, state))
+        state.step = commit.step
+        return commit.step
+
+    def _write(self, step: int, state: TrainState) -> dict[str, list[Any]]:
+        """This rank's files; returns their records as plain values."""
+        rank, directory = this_rank(), self._directory.partial(step)
+        live = live_tensors(state.model)
+        tensors, description = optimizer_state(state.optimizer, live)
+        own = {f"rng.{rank}.{device}": generator for device, generator in rng_state().items()}
+        record, chunks = write_shards(
+            directory / manifest.shard_file(rank), model_tensors(live) | tensors, own
+        )
+        listing = manifest.encode_manifest(rank, chunks)
+        records = {
+            manifest.shard_file(rank): record,
+            manifest.manifest_file(rank): write_new(directory / manifest.manifest_file(rank), [listing]),
+        }
+        if rank == 0:
+            rest = manifest.plain(
+                {
+                    "step": step,
+                    "optimizer": description,
+                    "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
+                    "loader": None if state.loader is None else state.loader.state_dict(),
+                    "layout": self._layout,
+                    "config": self._config_digest,
+                },
+                "the state of the run",
+            )
+            records[manifest.STATE] = write_new(directory / manifest.STATE, [manifest.encode(rest)])
+        return {name: [item.sha256, item.bytes] for name, item in records.items()}
+
+    def _commit(self, step: int, written: list[dict[str, list[Any]]]) -> None:
+        files = {name: FileRecord(*item) for records in written for name, item in records.items()}
+        record = manifest.encode_commit(Commit(step, world_size(), files))
+        write_new(self._directory.partial(step) / manifest.COMMIT, [record])
+        self._directory.commit(step)
+
+    def _newest_before(self, limit: int | None) -> Commit | None:
+        """The newest step below ``limit`` that is intact on all ranks; damaged ones are reported and left out."""
+        views = together(self._directory.steps)
+        if any(view != views[0] for view in views) and this_rank() == 0:
+            _log.warning("ranks see different checkpoints in %s: %s", self._directory.root, views)
+        common = sorted(set.intersection(*map(set, views)), reverse=True)
+        damage = []
+        for step in [step for step in common if limit is None or step < limit]:
+            try:
+                return self._verify(step)
+            except StorageError as error:
+                damage.append(str(error))
+                if this_rank() == 0:
+                    _log.warning("step %d is left out: %s", step, error)
+        if damage and limit is None:
+            raise StorageError(
+                f"none of {len(damage)} checkpoints in {self._directory.root} is intact; newest: {damage[0]}"
+            )
+        return None
+
+    def _intact(self, step: int) -> Commit:
+        try:
+            return self._verify(step)
+        except StorageError as error:
+            earlier = self._newest_before(step)
+            found = f"step {earlier.step}" if earlier else "none"
+            raise StorageError(
+                f"cannot load step {step}: {error}; newest intact earlier one: {found}"
+            ) from error
+
+    def _verify(self, step: int) -> Commit:
+        """Checks every file's hash, each on one rank, and that all ranks read the same record."""
+        path = self._directory.path(step) / manifest.COMMIT
+        commit: list[Commit] = []
+
+        def check_share() -> str:
+            if step not in self._directory.steps():
+                raise StorageError(f"{path.parent} is no committed checkpoint")
+            data = read_small(path, manifest.LIMIT_JSON)
+            commit.append(manifest.decode_commit(data, str(path), step))
+            for number, (name, record) in enumerate(sorted(commit[0].files.items())):
+                if number % world_size() == this_rank():
+                    self._check_once(path.parent / name, record)
+            return hashlib.sha256(data).hexdigest()
+
+        if len(set(together(check_share))) > 1:
+            raise StorageError(f"{path} differs between ranks: all of them must see one shared directory")
+        return commit[0]
+
+    def _check_once(self, path: Path, record: FileRecord) -> None:
+        """``newest`` and ``load`` after it hash an untouched file once."""
+        try:
+            info = os.lstat(path)
+        except OSError as error:
+            raise StorageError(f"{path} is missing: {error.strerror or error}") from error
+        stamp = (record, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        if self._checked.get(path) != stamp:
+            check_file(path, record)
+            self._checked[path] = stamp
+
+    def _restore(self, commit: Commit, state: TrainState) -> None:
+        directory = self._directory.path(commit.step)
+        located = locate(_read_manifests(directory, commit))
+        rest = _read_state(directory, commit)
+        live = live_tensors(state.model)
+        first = {name: shards[0][1] for name, shards in located.items() if not name.startswith("rng.")}
+        targets, optimizer = optimizer_targets(
+            state.optimizer, live, rest["optimizer"], first, str(directory / manifest.STATE)
+        )
+        tensors = model_tensors(live) | targets
+        check_tensors(tensors, first, str(directory))
+        for name in ("loader", "scheduler"):
+            _restore_plain(name, getattr(state, name), rest[name], directory)
+        read_shards(tensors, {name: located[name] for name in tensors})
+        state.optimizer.load_state_dict(optimizer)
+        self._restore_rng(commit, located, rest)
+        if rest["config"] != self._config_digest and this_rank() == 0:
+            _log.info("step %d was written under another configuration", commit.step)
+
+    def _restore_rng(self, commit: Commit, located: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+        if (commit.world, rest["layout"]) == (world_size(), self._layout):
+            prefix = f"rng.{this_rank()}."
+            states: dict[str, Tensor] = {
+                name.removeprefix(prefix): read_whole(shards)
+                for name, shards in located.items()
+                if name.startswith(prefix)
+            }
+            set_rng_state(states)
+        elif this_rank() == 0:
+            _log.warning(
+                "random generators start afresh: step %d was saved by %d ranks with %s, now %d with %s",
+                *(commit.step, commit.world, rest["layout"], world_size(), self._layout),
+            )
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration as a plain mapping, whatever the order of its keys."""
+    return hashlib.sha256(manifest.encode(manifest.plain(config, "configuration"))).hexdigest()
+
+
+def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
+    """Every rank's shards, by file, after all checks; the manifests' hashes have been checked."""
+    chunks: dict[Path, list[Chunk]] = {}
+    for rank in range(commit.world):
+        path = directory / manifest.manifest_file(rank)
+        size = commit.files[manifest.shard_file(rank)].bytes
+        data = read_small(path, manifest.LIMIT_JSON)
+        chunks[directory / manifest.shard_file(rank)] = manifest.decode_manifest(data, str(path), rank, size)
+    manifest.check_coverage((chunk for inside in chunks.values() for chunk in inside), str(directory))
+    return chunks
+
+
+def _read_state(directory: Path, commit: Commit) -> dict[str, Any]:
+    path = directory / manifest.STATE
+    rest = manifest.decode(read_small(path, manifest.LIMIT_JSON), str(path))
+    keys = {"step", "optimizer", "scheduler", "loader", "layout", "config"}
+    if type(rest) is not dict or set(rest) != keys or rest["step"] != commit.step:
+        raise StorageError(f"{path} is damaged: not the state of step {commit.step}")
+    return rest
+
+
+def _restore_plain(name: str, target: Any, saved: Any, directory: Path) -> None:
+    if (target is None) != (saved is None):
+        raise ConfigError(f"{directory} was written {'without' if saved is None else 'with'} a {name}")
+    if target is None:
+        return
+    try:
+        target.load_state_dict(saved)
+    except LongctxError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{directory}: the state of the {name} does not fit: {error}") from error

@@ -1,0 +1,158 @@
+"""Model and optimizer as named tensors plus plain values, and back.
+
+Names are those of the single-device model, whatever wraps it, so a checkpoint knows nothing of the layout
+that wrote it. ``model.<parameter>`` holds weights, ``optimizer.<parameter>.<key>`` what the optimizer keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from longctx.errors import ConfigError, StorageError
+from longctx.train.checkpoint_manifest import DTYPE_CODES, DTYPES, Chunk, plain
+
+# Prefixes that torch.compile and activation checkpointing put around a module's own name.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+# How the optimizer computes, not what: follows the device of the run that resumes.
+_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers themselves, each once: tied weights under their first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        assert isinstance(tensor, Tensor), f"{name}: {type(tensor).__name__} in the state of the model"
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def model_tensors(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint stores of ``live_tensors``; shares their storage."""
+    return {f"model.{name}": tensor.detach() for name, tensor in live.items()}
+
+
+def optimizer_state(optimizer: Optimizer, live: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of the optimizer, and the rest of it as a plain value."""
+    names = {id(tensor): name for name, tensor in live.items()}
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for parameter, entries in optimizer.state.items():
+        name = names[id(parameter)]
+        state[name] = {key: None if isinstance(value, Tensor) else value for key, value in entries.items()}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                assert value.shape == parameter.shape or not isinstance(value, DTensor), f"{name}.{key}"
+                tensors[f"optimizer.{name}.{key}"] = value.detach()
+    groups = [
+        {
+            "parameters": [names[id(parameter)] for parameter in group["params"]],
+            "options": {
+                key: value.item() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in _IMPLEMENTATION
+            },
+        }
+        for group in optimizer.param_groups
+    ]
+    return tensors, plain({"state": state, "groups": groups}, "optimizer")
+
+
+def optimizer_targets(
+    optimizer: Optimizer, live: Mapping[str, Tensor], saved: Any, first: Mapping[str, Chunk], where: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Empty tensors to read the optimizer into, and the state dict that holds them.
+
+    ``saved`` is what ``optimizer_state`` returned as a plain value; ``first`` has one shard of each saved
+    tensor, which tells its dtype and shape.
+    """
+    order = _parameter_order(optimizer, live, saved, where)
+    targets: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Any]] = {}
+    for name, entries in saved["state"].items():
+        parameter = live[name]
+        state[order[name]] = dict(entries)
+        for key in [key for key, value in entries.items() if value is None]:
+            full = f"optimizer.{name}.{key}"
+            if full not in first:
+                raise StorageError(f"{where} is damaged: {full} is missing")
+            targets[full] = state[order[name]][key] = _target(parameter, key, first[full])
+    groups = []
+    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
+        options = {key: _like(group.get(key), value) for key, value in old["options"].items()}
+        groups.append({**group, **options, "params": [order[name] for name in old["parameters"]]})
+    return targets, {"state": state, "param_groups": groups}
+
+
+def check_tensors(wanted: Mapping[str, Tensor], first: Mapping[str, Chunk], where: str) -> None:
+    """Refuses a checkpoint of another model, before anything is overwritten."""
+    missing = sorted(set(wanted) - set(first))
+    extra = sorted(set(first) - set(wanted))
+    if missing or extra:
+        raise ConfigError(
+            f"{where} holds another model: missing {_some(missing)}, unknown here {_some(extra)}; "
+            "resume with the model and optimizer of the run that wrote it"
+        )
+    for name, tensor in wanted.items():
+        saved, now = first[name], (DTYPE_CODES.get(tensor.dtype), tuple(tensor.shape))
+        if (saved.dtype, saved.shape) != now:
+            raise ConfigError(
+                f"{where}: {name} is {saved.dtype} {list(saved.shape)}, the configuration makes it "
+                f"{now[0]} {list(now[1])}; resume with the model and train.dtype of the run that wrote it"
+            )
+
+
+def _parameter_order(
+    optimizer: Optimizer, live: Mapping[str, Tensor], saved: Any, where: str
+) -> dict[str, int]:
+    """The number of each parameter in the optimizer's state dict; groups must be those that were saved."""
+    names = {id(tensor): name for name, tensor in live.items()}
+    current = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    try:
+        before = [group["parameters"] for group in saved["groups"]]
+        known = {name for group in before for name in group}
+        sound = all(type(group["options"]) is dict for group in saved["groups"]) and all(
+            name in known and type(entries) is dict for name, entries in saved["state"].items()
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{where} is damaged: no state of an optimizer") from error
+    if not sound:
+        raise StorageError(f"{where} is damaged: no state of an optimizer")
+    if [sorted(group) for group in before] != [sorted(group) for group in current]:
+        raise ConfigError(
+            f"{where}: the optimizer had groups of {[len(group) for group in before]} parameters, now of "
+            f"{[len(group) for group in current]}, or of other ones; resume with the optimizer of that run"
+        )
+    return {name: number for number, name in enumerate(name for group in current for name in group)}
+
+
+def _target(parameter: Tensor, key: str, saved: Chunk) -> Tensor:
+    dtype = DTYPES[saved.dtype]
+    # torch keeps the step count on the CPU, and moves it where the implementation wants it.
+    if key != "step" and saved.shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(saved.shape, dtype=dtype)
+
+
+def _like(current: Any, saved: Any) -> Any:
+    """A saved option in the type that the optimizer uses for it."""
+    if isinstance(current, tuple) and isinstance(saved, list):
+        return tuple(saved)
+    if isinstance(current, Tensor):
+        return torch.full_like(current, saved)
+    return saved
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "nothing"
