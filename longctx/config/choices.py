@@ -1,4 +1,8 @@
-"""Every closed list of names that a configuration may hold, once."""
+"""Every closed list of names that a configuration may hold.
+
+Registries of the code behind them lie with that code, which the configuration must not import to refuse a
+name; tests/architecture holds both to the same names.
+"""
 
 STRATEGIES = ("local", "ring", "striped")
 STRATEGIES_PLANNED = (
@@ -13,6 +17,7 @@ STRATEGIES_PLANNED = (
     "zeppelin",
     "rsa",
 )
+KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKENDS = ("nccl", "gloo", "sim")
 SOURCES = ("python_stdlib", "text", "tokens")

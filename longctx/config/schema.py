@@ -70,6 +70,7 @@ class AttentionConfig:
         one_of("attention.strategy", self.strategy, choices.STRATEGIES, choices.STRATEGIES_PLANNED)
         if self.layout is not None:
             one_of("attention.layout", self.layout, choices.LAYOUTS)
+        one_of("attention.kernel", self.kernel, choices.KERNELS)
         at_least("attention.layout_block", self.layout_block, 1)
         at_least("attention.window", self.window, 1)
 
@@ -137,6 +138,10 @@ class DataConfig:
         at_least("data.max_documents", self.max_documents, 1)
         if self.path is None and self.source != "python_stdlib":
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
+        if self.path is not None and self.source == "python_stdlib":
+            raise ConfigError(
+                f"data.path={self.path} is not read by data=python_stdlib; set data=text or data=tokens"
+            )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ def with_value(path: str, value: object) -> Config:
         ("comm.shuffle_seed", 1, ["comm.shuffle_seed=1", "comm=sim"]),
         ("data.source", "parquet", ["data.source=parquet", "tokens"]),
         ("data.source", "text", ["data.path=null", "data=text"]),
+        ("data.path", "corpus", ["data.path=corpus", "not read by data=python_stdlib"]),
+        ("attention.kernel", "flash", ["attention.kernel=flash", "auto"]),
         ("data.token_dtype", "int16", ["did you mean uint16?"]),
         ("data.seq_len", 0, ["data.seq_len=0", "nearest valid value: 1"]),
         ("optim.lr", 0.0, ["optim.lr=0.0"]),

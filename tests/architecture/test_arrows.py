@@ -1,0 +1,96 @@
+"""Who may import whom. A new part of the package states its arrows here first."""
+
+from graphlib import CycleError, TopologicalSorter
+
+from tests.architecture.source_tree import imports, modules, names
+
+# errors may be used everywhere and config only where it is listed; launcher sees everything.
+ARROWS = {
+    "": set(),
+    "errors": set(),
+    "config": set(),
+    "sim": set(),
+    "sequence": set(),
+    "planner": set(),
+    "comm": set(),
+    "mesh": {"config"},
+    "attention": {"sequence", "comm"},
+    "linear": {"sequence", "comm", "attention"},
+    "kernels": {"sequence", "attention", "linear"},
+    "model": {"sequence", "attention", "linear", "config"},
+    "parallel": {"sequence", "attention", "linear", "comm", "mesh", "model", "config"},
+    "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config"},
+    "data": {"sequence", "planner", "config"},
+    "verify": {"sequence", "comm", "attention", "linear"},
+    "train": {
+        "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "config",
+    },
+    "evaluate": {
+        "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "data", "train", "config",
+    },
+    "integrations": {"sequence", "attention", "linear", "comm", "mesh"},
+}  # fmt: skip
+
+# Parts whose neighbours they may know only by what those promise, not by how they keep it.
+PROMISES = {
+    ("model", "attention"): {"longctx.attention", "longctx.attention.core", "longctx.attention.contract"},
+    ("kernels", "attention"): {"longctx.attention.contract", "longctx.attention.partial"},
+}
+
+# `python -m longctx.train` is a door into the launcher that lies inside the package for its name's sake.
+DOORS = {"longctx.train.__main__"}
+
+# sim stands for a cluster, so it stays as free of the package as a network would be.
+NOTHING_OF_OURS = {"sim", "errors"}
+
+
+def test_every_part_states_its_arrows():
+    parts = {module.unit for module in modules()} - {"launcher"}
+    assert parts <= set(ARROWS), f"state the arrows of {sorted(parts - set(ARROWS))} in ARROWS"
+
+
+def test_imports_follow_the_arrows():
+    wrong = []
+    for module in modules():
+        if module.unit == "launcher" or module.name in DOORS:
+            continue
+        allowed = ARROWS[module.unit] | {module.unit, ""}
+        if module.unit not in NOTHING_OF_OURS:
+            allowed = allowed | {"errors"}
+        for one in imports(module):
+            unit = f"{one.target}.".split(".")[1]
+            if unit not in allowed:
+                wrong.append(
+                    f"{module.where}:{one.line} imports {one.target}; {module.unit} may use {sorted(allowed)}"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_some_neighbours_are_known_only_by_their_promises():
+    wrong = [
+        f"{module.where}:{one.line} imports {one.target}"
+        for module in modules()
+        for one in imports(module)
+        for (unit, other), promised in PROMISES.items()
+        if module.unit == unit and one.target.startswith(f"longctx.{other}") and one.target not in promised
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_waits_for_itself():
+    """No cycle among the imports that run at import time, package files included."""
+    graph = {}
+    for module in modules():
+        needs = set()
+        for one in imports(module):
+            if not one.at_start:
+                continue
+            parts = one.target.split(".")
+            # Importing a.b.c runs a and a.b first, unless we are inside them and they run already.
+            chain = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+            needs |= {name for name in chain if not f"{module.name}.".startswith(f"{name}.")}
+        graph[module.name] = needs & names()
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as cycle:
+        raise AssertionError(" -> ".join(cycle.args[1])) from None

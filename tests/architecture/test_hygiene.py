@@ -1,0 +1,173 @@
+"""Taste and safety as tests: sizes, names, one reader of the environment, nothing that runs data as code."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from longctx.config import choices
+from tests.architecture.source_tree import ROOT, Module, modules
+
+LARGEST_FILE = 450
+LARGEST_FUNCTION = 80
+
+# Unpicklers run what they read. Object collectives of torch pickle as well: send bytes in tensors.
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "__import__", "os.system", "os.popen", "torch.load", "yaml.load", "yaml.load_all",
+    "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle",
+}  # fmt: skip
+FORBIDDEN_METHODS = {
+    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "recv_object_list",
+}  # fmt: skip
+FORBIDDEN_ARGUMENTS = {"shell": True, "allow_pickle": True, "trust_remote_code": True, "weights_only": False}
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+
+
+def complaints(check) -> str:
+    return "\n".join(f"{module.where}:{line} {what}" for module in modules() for line, what in check(module))
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def dangers(module: Module):
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            roots = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for root in roots:
+                if root.split(".")[0] in FORBIDDEN_IMPORTS:
+                    yield node.lineno, f"imports {root}"
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called in FORBIDDEN_CALLS or called.rpartition(".")[2] in FORBIDDEN_METHODS:
+                yield node.lineno, f"calls {called}"
+            for keyword in node.keywords:
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if keyword.arg in FORBIDDEN_ARGUMENTS and value is FORBIDDEN_ARGUMENTS[keyword.arg]:
+                    yield node.lineno, f"passes {keyword.arg}={value}"
+
+
+def environment_readers(module: Module):
+    if module.name == "longctx.launcher.env":
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and dotted(node.value) == "os" and node.attr in ENVIRONMENT:
+            yield node.lineno, f"uses os.{node.attr}"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            for alias in node.names:
+                if alias.name in ENVIRONMENT:
+                    yield node.lineno, f"imports os.{alias.name}"
+
+
+def simulation_askers(module: Module):
+    if module.unit in ("sim", "config", "launcher", "verify"):
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Constant) and node.value == "sim":
+            yield node.lineno, "names the backend sim"
+
+
+def oversized(module: Module):
+    if module.lines > LARGEST_FILE:
+        yield module.lines, f"lines; a file has at most {LARGEST_FILE}"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LARGEST_FUNCTION:
+                yield (
+                    node.lineno,
+                    f"{node.name} has {length} lines; a function has at most {LARGEST_FUNCTION}",
+                )
+
+
+def unexplained(module: Module):
+    if not ast.get_docstring(module.tree) and module.lines:
+        yield 1, "has no docstring that says what it is for"
+
+
+def vague_names(module: Module):
+    if module.path.stem in ("utils", "util", "helpers", "misc", "common"):
+        yield 1, "is named after nothing; call it by what it holds"
+
+
+@pytest.mark.parametrize(
+    "check", [dangers, environment_readers, simulation_askers, oversized, unexplained, vague_names]
+)
+def test_hygiene(check):
+    assert not complaints(check), "\n" + complaints(check)
+
+
+def test_the_lint_sees_what_it_forbids():
+    text = (
+        "import pickle\nfrom os import environ\nimport os, torch, subprocess\n"
+        "torch.load('x', weights_only=False)\neval('1')\nsubprocess.run('x', shell=True)\n"
+        "os.environ['A']\ndist.broadcast_object_list([1])\n"
+    )
+    module = Module("longctx.bad", ROOT / "bad.py", ast.parse(text), 8)
+    assert len(list(dangers(module))) == 6
+    assert len(list(environment_readers(module))) == 2
+
+
+def test_nothing_in_the_tree_is_generated_or_left_over():
+    wrong = [
+        str(file)
+        for folder in ("longctx", "launcher", "kernels", "conf", "slurm")
+        for pattern in ("*.orig", "*.rej", "*.bak", "*.swp")
+        for file in (ROOT / folder).rglob(pattern)
+    ]
+    assert not wrong
+
+
+def test_configuration_and_code_know_the_same_names():
+    from longctx.attention.contract import KERNELS
+    from longctx.attention.registry import MODULES
+    from longctx.data import SOURCES
+    from longctx.sequence import LAYOUTS
+
+    assert set(choices.STRATEGIES) == set(MODULES)
+    assert set(choices.LAYOUTS) == set(LAYOUTS)
+    assert set(choices.KERNELS) == {"auto", *KERNELS}
+    assert set(choices.SOURCES) == set(SOURCES)
+    assert not set(choices.STRATEGIES) & set(choices.STRATEGIES_PLANNED)
+
+
+BLOCKED = (
+    "hydra", "omegaconf", "wandb", "triton", "flash_attn", "deepspeed", "megatron", "transformers",
+    "matplotlib",
+)  # fmt: skip
+
+IMPORT_ALL = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocked())
+for name in {names!r}:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{{name}}: {{type(error).__name__}}: {{error}}")
+print("done")
+"""
+
+
+def test_the_library_imports_without_its_optional_companions():
+    names = [m.name for m in modules() if m.unit != "launcher" and not m.name.endswith("__main__")]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL.format(blocked=BLOCKED, names=names)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stdout + done.stderr
