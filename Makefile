@@ -42,7 +42,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 matrix: $(STAMP)
-	$(BIN)/longctx verify --all
+	$(BIN)/longctx verify --all > docs/.matrix.md
+	mv docs/.matrix.md docs/matrix.md
+	cat docs/matrix.md
 
 bench: $(STAMP)
 	$(BIN)/longctx bench

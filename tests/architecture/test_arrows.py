@@ -22,6 +22,7 @@ ARROWS = {
     "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config"},
     "data": {"sequence", "planner", "config"},
     "verify": {"sequence", "comm", "attention", "linear"},
+    "bench": {"sequence", "comm", "attention", "linear", "verify"},
     "train": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "config",
     },
