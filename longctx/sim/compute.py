@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -19,8 +20,8 @@ from longctx.sim.runtime import Seat
 from longctx.sim.tensors import nbytes
 from longctx.sim.trace import Event
 
-# The backend itself records these.
-_COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+# The backend itself records communication; prim asks for properties of tensors.
+_NO_COMPUTE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "prim")
 _aten = torch.ops.aten
 
 
@@ -42,11 +43,22 @@ _CPU_FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
+def _python_body(func: Any) -> Callable[..., Any] | None:
+    """The Python function that implements a custom operator on the CPU, None for other operators."""
+    definition = None if func.namespace in ("aten", "prims") else _maybe_get_opdef(func._schema.name)
+    if definition is None:
+        return None
+    kernels = definition._backend_fns
+    return kernels.get("cpu") or kernels.get(None) or definition._init_fn
+
+
 class ComputeRecorder(TorchDispatchMode):
     """Adds a "compute" event to the seat's trace for every operator that touches data.
 
-    Views are left out. An operator of aten, or one with a flop formula, is one event; any other custom
-    operator is opened up and its inner operators are recorded, in their order among the communication.
+    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is
+    opened up: its inner operators are recorded, in their order among the communication. Its body is called
+    directly, so with fake tensors too it communicates, where its fake kernel would not. Any other operator
+    is one event.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -55,13 +67,20 @@ class ComputeRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace in _NO_COMPUTE:
+            return func(*args, **kwargs)
         packet = func.overloadpacket
         formula = _CPU_FLOPS.get(packet) or flop_registry.get(packet)
-        if func.namespace in _COMMUNICATION:
-            return func(*args, **kwargs)
-        if formula is None and func.namespace not in ("aten", "prims"):
+        if formula is None:
+            body = _python_body(func)
+            if body is not None:
+                with self, torch._C._AutoDispatchBelowAutograd():
+                    return body(*args, **kwargs)
+            # Below autograd torch hands over composite operators whole; aten.matmul has no formula, mm has.
             with self:
-                return func(*args, **kwargs)
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         if not func.is_view:
             self._record(func, formula, args, kwargs, result)
