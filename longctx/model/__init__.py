@@ -1,4 +1,4 @@
-"""A single-device decoder. It knows nothing of ranks: attention is handed to it, sharding is applied to it."""
+"""A single-device decoder that knows nothing of ranks: attention and sharding come from outside."""
 
 from longctx.model.block import Block
 from longctx.model.decoder import Decoder

@@ -41,7 +41,7 @@ class Block(nn.Module):
         return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
 
     def post(self, o: Tensor, x: Tensor) -> Tensor:
-        """Attention's output o ``[B, T/SP, H/TP, D]`` and the block's input x ``[B, T/SP, dim]`` to its output."""
+        """Attention o ``[B, T/SP, H/TP, D]`` and the block's input x ``[B, T/SP, dim]`` to its output."""
         x = x + self.attention_out(o.flatten(-2))
         y = self.mlp_norm(x)
         out: Tensor = x + self.mlp_out(F.silu(self.gate(y)) * self.up(y))

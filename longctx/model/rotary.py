@@ -20,7 +20,7 @@ def rotation_of(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turns channel pairs (i, i + D/2) of x ``[B, T/SP, H/TP, D]``, as Llama checkpoints in Hugging Face form do."""
+    """Turns channel pairs (i, i + D/2) of x ``[B, T/SP, H/TP, D]``, the order of Hugging Face's Llama."""
     cosine, sine = rotation
     first, second = x.to(cosine.dtype).chunk(2, dim=-1)
     turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

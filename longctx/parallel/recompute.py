@@ -54,8 +54,10 @@ def recompute_activations(model: Decoder, mode: str) -> None:
         block.forward = checkpointed(block.forward, POLICIES[mode])  # type: ignore[method-assign]
 
 
-def checkpointed(forward: Callable[..., Tensor], policy: Callable[..., CheckpointPolicy]) -> Callable[..., Tensor]:
-    """``forward`` that keeps what ``policy`` says. No state of random generators is kept: blocks draw nothing."""
+def checkpointed(
+    forward: Callable[..., Tensor], policy: Callable[..., CheckpointPolicy]
+) -> Callable[..., Tensor]:
+    """``forward`` that keeps what ``policy`` says; blocks draw no random numbers, so no state of theirs."""
     return partial(
         checkpoint,
         forward,

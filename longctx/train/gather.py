@@ -13,7 +13,7 @@ def gather_numbers(
 ) -> list[list[float]]:
     """``numbers`` of each rank of ``group``, by rank; integers are exact below 2^53.
 
-    Ranks decide by what all of them know, never by what only they see: whatever comes of it, they do the same.
+    Ranks decide by what all of them know, never by what only they see, so that all decide the same.
     """
     own = torch.tensor([numbers], dtype=torch.float64, device=device)
     everyone = own.new_empty(dist.get_world_size(group), len(numbers))

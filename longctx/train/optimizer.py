@@ -61,5 +61,7 @@ class WarmupCosine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         done = state.get("done")
         if type(done) is not int or done < 0:
-            raise StorageError(f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps")
+            raise StorageError(
+                f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps"
+            )
         self.done = done

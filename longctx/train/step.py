@@ -4,6 +4,8 @@
     grad    = sum over ranks and micro-batches of d(local loss sum) / count
     norm    = global norm of grad;  grad *= min(1, clip / norm)
     update, unless loss or norm is not finite, or no token was valid
+
+A rank without valid tokens takes part in all of it and adds zeros.
 """
 
 from __future__ import annotations
@@ -64,9 +66,9 @@ class TrainStep:
         self._in_a_row = 0 if finite else self._in_a_row + 1
         if self._in_a_row == SKIPPED_IN_A_ROW:
             raise NumericsError(
-                f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} must be finite, and were "
-                f"not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, lengthen optim.warmup_steps, or go "
-                "on from an earlier checkpoint"
+                f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} must be finite, and "
+                f"were not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, lengthen optim.warmup_steps, or "
+                "go on from an earlier checkpoint"
             )
         return result
 

@@ -1,0 +1,199 @@
+"""The composition root: the one place that sees every part of a run and puts them together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.attention import get_strategy, require
+from longctx.attention.contract import KernelProblem, select_kernel
+from longctx.config import Config, simulated_world_size
+from longctx.data import Corpus, Loader, Packing, open_corpus
+from longctx.data import preflight as check_data
+from longctx.engines import NativeEngine
+from longctx.errors import LongctxError, StorageError
+from longctx.launcher import env
+from longctx.launcher.run_directory import directory_of
+from longctx.mesh import Mesh, build_mesh
+from longctx.model import Decoder, initialize
+from longctx.parallel import parallelize
+from longctx.parallel.data import COMPUTE_DTYPES, master_dtype
+from longctx.sim import Cluster, RankFailed
+from longctx.train.border import Border, attention_case
+from longctx.train.canary import run_canary
+from longctx.train.checkpoint import Checkpointer, TrainState, digest_of
+from longctx.train.meter import Meter, peak_flops
+from longctx.train.metrics import open_sink
+from longctx.train.optimizer import WarmupCosine, build_optimizer
+from longctx.train.provenance import write_environment
+from longctx.train.step import TrainStep
+from longctx.train.trainer import Trainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
+
+
+def preflight(config: Config, resume: bool) -> None:
+    """Refuses, before any process starts, all that can be refused without one."""
+    require(get_strategy(config.attention.strategy), attention_case(config))
+    select_kernel(config.attention.kernel, kernel_problem(config))
+    if resume:
+        _require_checkpoint(config)
+    check_data(config.data, config.model.vocab_size)
+
+
+def kernel_problem(config: Config) -> KernelProblem:
+    """What the run asks of its local kernel."""
+    model, tp = config.model, config.parallel.tp
+    dtype = compute_dtype(config)
+    return KernelProblem(device_type(config), dtype, model.heads // tp, model.kv_heads // tp, model.head_dim)
+
+
+def device_type(config: Config) -> str:
+    return "cuda" if config.comm.backend == "nccl" else "cpu"
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the forward and backward pass are computed in."""
+    return COMPUTE_DTYPES[config.train.dtype] or master_dtype(config.train.dtype)
+
+
+def run_rank(config: Config, resume: bool) -> None:
+    """Trains as the rank that the environment names, over Gloo or NCCL."""
+    rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
+    device = torch.device(device_type(config))
+    if device.type == "cuda":
+        device = torch.device("cuda", rank.local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        config.comm.backend,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=datetime.timedelta(seconds=config.comm.timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        with stop_on_signal() as stop, deterministic(config):
+            rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_sim(config: Config, resume: bool) -> None:
+    """Trains with all ranks in this process, on the simulated cluster."""
+    corpus = _open(config)
+    cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
+    with stop_on_signal() as stop, deterministic(config):
+        try:
+            # The ranks share one process: what memory each of them takes cannot be told apart.
+            cluster.run(rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
+        except RankFailed as failure:
+            if isinstance(failure.__cause__, LongctxError):
+                raise failure.__cause__ from None
+            raise
+
+
+def rank_main(
+    config: Config,
+    resume: bool,
+    corpus: Corpus,
+    device: torch.device,
+    memory: Callable[[], int | None],
+    stop: Callable[[], bool],
+) -> None:
+    """One rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
+    torch.manual_seed(config.train.seed)
+    mesh = build_mesh(config.parallel, device.type)
+    verdict = run_canary(config, mesh, device) if config.train.canary else None
+    directory = directory_of(config)
+    if dist.get_rank() == 0:
+        write_environment(directory, verdict)
+    meter = Meter(mesh, device, memory, stop, peak_flops(device, compute_dtype(config)))
+    build_trainer(config, resume, corpus, meter).run()
+
+
+def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) -> Trainer:
+    """A trainer at the run's first step, or at its newest checkpoint."""
+    mesh, device = meter.mesh, meter.device
+    model = build_model(config, mesh, device)
+    optimizer = build_optimizer(model, config.optim)
+    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
+    loader = Loader(
+        packing, config.train.global_batch, mesh.data_rank, mesh.data_size, config.train.micro_batch
+    )
+    schedule = WarmupCosine(config.optim, config.train.steps)
+    state = TrainState(model, optimizer, schedule, loader, step=0)
+    checkpointer = _checkpointer(config)
+    if resume:
+        checkpointer.load(state)
+    step = TrainStep(NativeEngine(model, optimizer), mesh.token_group, device, config.optim.grad_clip)
+    sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
+    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
+    """The run's decoder with its initial weights, sharded; drawn on the CPU, so equal on any device."""
+    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    initialize(model, config.train.seed)
+    return parallelize(model.to(device), config, mesh)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether a stop signal has arrived; the trainer asks once a step."""
+    asked = threading.Event()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before: dict[signal.Signals, Any] = {}
+    for number in STOP_SIGNALS if in_main_thread else ():
+        before[number] = signal.signal(number, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deterministic(config: Config) -> Iterator[None]:
+    """``train.deterministic``: operators without a deterministic form raise instead of running."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(config.train.deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _open(config: Config) -> Corpus:
+    return open_corpus(config.data, config.model.vocab_size, verify=False)
+
+
+def _checkpointer(config: Config) -> Checkpointer:
+    return Checkpointer(
+        directory_of(config) / "checkpoints",
+        config.checkpoint.keep,
+        layout=asdict(config.parallel),
+        config_digest=digest_of(config.to_dict()),
+    )
+
+
+def _require_checkpoint(config: Config) -> None:
+    if _checkpointer(config).newest() is None:
+        raise StorageError(
+            f"--resume: {directory_of(config)} holds no committed checkpoint; start without --resume, or "
+            "name the run.dir that has one"
+        )
+
+
+def _peak_memory(device: torch.device) -> Callable[[], int | None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.max_memory_allocated(device)
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,156 @@
+"""The start-up canary: one tiny step with the run's own parts, against the dense single-device step.
+
+Silent wrong masks and scales are the standing bug of sequence parallelism. So before its first step every
+run trains one layer on short sequences with its own mesh, strategy, layout, head counts, kernel, arithmetic,
+recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its definition, in fp64.
+Compilation is left out: it alone would take longer than a canary may.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from longctx.config import Config
+from longctx.engines import NativeEngine
+from longctx.errors import NumericsError
+from longctx.mesh import Mesh
+from longctx.model import Decoder, initialize
+from longctx.parallel import parallelize
+from longctx.parallel.data import master_dtype
+from longctx.sequence import Batch, LocalBatch, unshard
+from longctx.train.border import Border
+from longctx.train.canary_reference import Findings, dense_step
+from longctx.train.canary_sample import SEED, make_batches, shrink
+from longctx.train.gather import gather_numbers
+from longctx.train.optimizer import build_optimizer
+from longctx.train.step import TrainStep
+
+# Largest relative error. fp32 and fp64 leave room for sums in another order, bf16 for rounding after every
+# operation.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+# A tensor's error is taken relative to its own norm plus this share of the whole gradient's: some vanish.
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the canary found. ``worst``: the tensor with the largest relative error, ``error``.
+
+    ``gradient_scale``: length of the run's gradient along the dense one, 1 when right; a mean in place of a
+    sum shows here as one over the number of ranks.
+    """
+
+    passed: bool
+    worst: str
+    error: float
+    tolerance: float
+    gradient_scale: float
+    seconds: float
+
+
+def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, Any]:
+    """The verdict as plain JSON values. Every rank calls it; random generators are left as they were.
+
+    Raises ``NumericsError`` on all ranks, naming the worst tensor, its error and the tolerance.
+    """
+    started = time.perf_counter()
+    tiny = shrink(config)
+    with _generators_kept(device):
+        batches = make_batches(tiny, mesh.data_size)
+        found = _parallel_step(tiny, mesh, device, batches[mesh.data_rank])
+        names = ["outputs", "loss", *found.gradients]
+        numbers = [0.0, 0.0, 0.0]  # place of the worst tensor, its error, the scale
+        if mesh.tokens.get_local_rank() == 0:
+            errors, scale = compare(found, dense_step(tiny, batches, device))
+            name = max(names, key=lambda name: errors[name])
+            numbers = [float(names.index(name)), errors[name], scale]
+        worst, error, scale = gather_numbers(numbers, mesh.token_group, device)[0]
+    tolerance = TOLERANCES[config.train.dtype]
+    seconds = time.perf_counter() - started
+    verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
+    if not verdict.passed:
+        raise NumericsError(_explain(verdict, config))
+    return asdict(verdict)
+
+
+def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], float]:
+    """Relative error of each tensor (infinite for what is not finite), and the gradient's scale."""
+    square = sum(float(g.square().sum()) for g in expected.gradients.values())
+    along = sum(float((found.gradients[n] * g).sum()) for n, g in expected.gradients.items())
+    errors = {
+        "outputs": _relative(found.outputs, expected.outputs, 0.0),
+        "loss": _relative(found.loss, expected.loss, 0.0),
+    }
+    for name, gradient in expected.gradients.items():
+        errors[name] = _relative(found.gradients[name], gradient, FLOOR * math.sqrt(square))
+    return errors, along / square
+
+
+def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
+    error = float((found - expected).norm() / (expected.norm() + floor))
+    return error if math.isfinite(error) else math.inf
+
+
+def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
+    """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
+    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    initialize(model, SEED)
+    parallelize(model.to(device), config, mesh)
+    border = Border.of(config, mesh, device)
+    local = [border(batch) for batch in batches]
+    with torch.no_grad():
+        outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
+    engine = NativeEngine(model, build_optimizer(model, config.optim))
+    result = TrainStep(engine, mesh.token_group, device).gradients(local)
+    gradients = {name: _full(p.grad).double() for name, p in model.named_parameters()}
+    assert result.loss is not None, "the canary's sequences have labels"
+    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
+
+
+def _outputs(model: Decoder, batch: LocalBatch) -> Tensor:
+    logits: Tensor = model(batch.tokens, batch.positions, batch.plan.handle)
+    return logits.double()
+
+
+def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:
+    """``[B, T/SP, V]`` of each rank to ``[B, S, V]`` of each data-parallel group, one behind the other."""
+    ranks = mesh.tokens.size()
+    everyone = local.new_empty(ranks * len(local), *local.shape[1:])
+    dist.all_gather_single(everyone, local.contiguous(), group=mesh.token_group)
+    shards = everyone.chunk(ranks)
+    groups = [shards[first : first + mesh.sequence_size] for first in range(0, ranks, mesh.sequence_size)]
+    return torch.cat([unshard(list(group), batch.plan) for group in groups])
+
+
+def _full(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "every parameter takes part in the loss"
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def _explain(verdict: Verdict, config: Config) -> str:
+    attention, parallel = config.attention, config.parallel
+    return (
+        f"canary: {verdict.worst} differs from the dense single-device step by {verdict.error:.1e} "
+        f"(relative), tolerance {verdict.tolerance:.0e} for train.dtype={config.train.dtype}; gradient scale "
+        f"{verdict.gradient_scale:.4f}, must be 1. This run would train on wrong numbers: "
+        f"attention={attention.strategy}, kernel={attention.kernel}, dp_shard={parallel.dp_shard}, "
+        f"sp={parallel.sp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
+        "train.canary=false starts regardless"
+    )
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

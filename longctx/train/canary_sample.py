@@ -1,0 +1,92 @@
+"""What the canary trains on: a run shrunk to one layer and to short sequences that are hard to get right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from longctx.config import Config
+from longctx.sequence import IGNORE, Batch, Documents
+
+SEED = 20_231_003
+DIM = 32
+VOCABULARY = 64
+MICRO_BATCHES = 2  # the first spans all ranks with one document, the second has edges on theirs
+DISTINCT = 4  # sequences; more data-parallel groups take them in turn
+SHORTEST = 19  # tokens of a sequence
+LARGEST_BLOCK = 4  # of the striped layout: the run's own would put a short sequence on one rank
+
+
+def shrink(config: Config) -> Config:
+    """The same run with one layer, a few tokens per rank, and a window in the same proportion.
+
+    Head counts, head dimension and whatever else attention depends on stay. Wider initial weights make
+    attention far from uniform, so that a wrong scale or mask shows.
+    """
+    attention = config.attention
+    block = min(attention.layout_block, LARGEST_BLOCK)
+    length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
+    window = attention.window
+    if window is not None:
+        # A window of one token would leave nothing to attend to.
+        window = min(window, max(2, round(window * length / config.data.seq_len)))
+    return replace(
+        config,
+        model=replace(
+            config.model, vocab_size=VOCABULARY, dim=DIM, layers=1, hidden_dim=2 * DIM, init_std=DIM**-0.5
+        ),
+        attention=replace(attention, layout_block=block, window=window),
+        data=replace(config.data, seq_len=length),
+        train=replace(
+            config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)
+        ),
+    )
+
+
+def make_batches(config: Config, groups: int) -> list[list[Batch]]:
+    """Micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk."""
+    rows = config.train.micro_batch
+    numbers = iter(range(groups * MICRO_BATCHES * rows))
+    return [
+        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(MICRO_BATCHES)]
+        for _ in range(groups)
+    ]
+
+
+def _stack(sequences: list[Batch]) -> Batch:
+    return Batch(
+        torch.cat([sequence.tokens for sequence in sequences]),
+        torch.cat([sequence.labels for sequence in sequences]),
+        tuple(sequence.documents[0] for sequence in sequences),
+    )
+
+
+def _sequence(config: Config, number: int) -> Batch:
+    """Sequence ``number`` modulo ``DISTINCT``: unequal valid tokens, on some rank perhaps none."""
+    kind = number % DISTINCT
+    length, world = config.data.seq_len, config.parallel.sp
+    generator = torch.Generator().manual_seed(SEED + kind)
+    tokens = torch.randint(VOCABULARY, (1, length + 1), generator=generator)
+    documents = (
+        _documents(kind, length, world) if config.attention.document_mask else Documents.single(length)
+    )
+    labels = tokens[:, 1:].clone()
+    labels[0, torch.from_numpy(documents.cu_seqlens[1:] - 1)] = IGNORE
+    if kind % 2:
+        labels[0, : max(1, length // max(2, world))] = IGNORE  # the first rank's under a contiguous cut
+    return Batch(tokens[:, :-1].contiguous(), labels, (documents,))
+
+
+def _documents(kind: int, length: int, world: int) -> Documents:
+    """One-token documents, long ones, and ones that end where a rank's contiguous chunk ends."""
+    edges = [rank * length // world for rank in range(1, world)] or [length // 2]
+    cuts = {
+        0: [1],
+        1: [*edges[::2], edges[0] + 1],
+        2: [edges[-1], edges[-1] + 1],
+        3: [*edges, length - 1],
+    }[kind]
+    bounds = sorted({0, length, *cuts})
+    return Documents.from_lengths(stop - start for start, stop in pairwise(bounds))

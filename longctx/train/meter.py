@@ -1,0 +1,117 @@
+"""What a step cost: time, arithmetic, traffic and memory. What cannot be known here is None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from longctx.comm import group_of
+from longctx.config import ModelConfig
+from longctx.mesh import Mesh
+from longctx.sequence import LocalBatch
+from longctx.train.gather import gather_numbers
+
+# Dense peak in FLOP/s by a device's name and dtype, from the vendor's data sheets.
+PEAK_FLOPS = {
+    ("H200", torch.bfloat16): 989e12,
+    ("H100", torch.bfloat16): 989e12,
+    ("A100", torch.bfloat16): 312e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Of one device; None for what no data sheet of ours names."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == dtype), None)
+
+
+def training_flops(model: ModelConfig, tokens: float, cells: float) -> float:
+    """Forward and backward of ``tokens`` with ``cells`` (query, key) pairs; recompute is not counted.
+
+    A weight costs 2 FLOP per token forward and 4 backward; a cell two products of head_dim forward and four
+    backward, in every head. The lookup of embeddings costs nothing, the head does.
+    """
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    weights = model.layers * model.dim * (heads + 3 * model.hidden_dim) + model.vocab_size * model.dim
+    return 6.0 * weights * tokens + 12.0 * model.layers * model.heads * model.head_dim * cells
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Facts of one step, equal on all ranks.
+
+    ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
+    rank over the mean. ``comm_bytes``: what attention sent, all ranks together. ``stop``: somebody was asked
+    to stop.
+    """
+
+    tokens: int
+    cells: int
+    full_cells: int
+    balance: float
+    comm_bytes: int
+    memory_peak_bytes: int | None
+    stop: bool
+
+
+def _never() -> bool:
+    return False
+
+
+def _unknown() -> None:
+    return None
+
+
+@dataclass
+class Meter:
+    """One rank's view of its own work, put together with that of the others once a step.
+
+    ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end?
+    ``peak``: FLOP/s of one device.
+    """
+
+    mesh: Mesh
+    device: torch.device
+    memory: Callable[[], int | None] = _unknown
+    stop: Callable[[], bool] = _never
+    peak: float | None = None
+    _sent: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._traffic = group_of(self.mesh.sequence_group).traffic
+        self._sent = self._traffic.bytes
+
+    def observe(self, batches: Sequence[LocalBatch]) -> Observation:
+        """After a step on these micro-batches; every rank calls it."""
+        plans = [batch.plan for batch in batches]
+        cells = sum(plan.work(self.mesh.sequence_rank) for plan in plans)
+        # Each sequence is counted by the first rank of its group.
+        first = self.mesh.sequence_rank == 0
+        tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
+        full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
+        sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
+        memory = self.memory()
+        own = [cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
+        rows = gather_numbers(own, self.mesh.token_group, self.device)
+        by_rank, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        total = sum(by_rank)
+        return Observation(
+            tokens=int(sum(all_tokens)),
+            cells=int(total),
+            full_cells=int(sum(all_full)),
+            balance=max(by_rank) * len(by_rank) / total if total else 1.0,
+            comm_bytes=int(sum(all_sent)),
+            memory_peak_bytes=None if min(memories) < 0 else int(max(memories)),
+            stop=any(stops),
+        )
+
+    def utilization(self, model: ModelConfig, tokens: int, cells: int, seconds: float) -> float | None:
+        """Share of the devices' peak that the model's arithmetic took; None without a known peak."""
+        if self.peak is None:
+            return None
+        ranks = self.mesh.tokens.size()
+        return training_flops(model, tokens, cells) / (seconds * ranks * self.peak)

@@ -1,0 +1,96 @@
+"""The loop: batches, steps, metrics, checkpoints, and an orderly stop. Who does each is given to it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from longctx.config import Config
+from longctx.errors import RequeueError
+from longctx.train.border import Border
+from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.meter import Meter
+from longctx.train.metrics import MetricsSink
+from longctx.train.step import TrainStep
+
+
+@dataclass
+class Trainer:
+    """``state.step`` counts the optimizer steps that are done; the loop goes on from there."""
+
+    config: Config
+    state: TrainState
+    train_step: TrainStep
+    border: Border
+    meter: Meter
+    checkpointer: Checkpointer
+    sink: MetricsSink
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises ``RequeueError`` after a checkpoint when any rank was asked to stop, ``NumericsError`` when the
+        run has diverged. The sink is closed in every case.
+        """
+        started = time.perf_counter()
+        outcome = "failed"
+        last: dict[str, Any] = {}
+        try:
+            outcome, last = self._loop()
+        finally:
+            self.sink.close(
+                {
+                    "outcome": outcome,
+                    "steps": self.state.step,
+                    "loss": last.get("loss"),
+                    "skipped_updates": self.train_step.skipped,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+        if outcome == "stopped":
+            raise RequeueError(
+                f"asked to stop: saved step {self.state.step} of {self.config.train.steps} in "
+                f"{self.config.run.dir}; start again with --resume"
+            )
+
+    def _loop(self) -> tuple[str, dict[str, Any]]:
+        record: dict[str, Any] = {}
+        steps, every = self.config.train.steps, self.config.checkpoint.every
+        while self.state.step < steps:
+            record, stop = self._step()
+            self.sink.step(record)
+            done = self.state.step
+            at_end = done == steps and self.config.checkpoint.at_end
+            stop = stop and done < steps
+            if at_end or stop or (every and done % every == 0):
+                self.checkpointer.save(done, self.state)
+            if stop:
+                return "stopped", record
+        return "finished", record
+
+    def _step(self) -> tuple[dict[str, Any], bool]:
+        started = time.perf_counter()
+        batches = [self.border(batch) for batch in next(self.state.loader)]
+        rate = self.state.scheduler.advance()
+        result = self.train_step(batches, rate, self.state.step + 1)
+        self.state.step += 1
+        seen = self.meter.observe(batches)
+        seconds = time.perf_counter() - started
+        model = self.config.model
+        record = {
+            "step": self.state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": seen.tokens,
+            "tokens_per_second": seen.tokens / seconds,
+            "step_seconds": seconds,
+            "mfu_causal": self.meter.utilization(model, seen.tokens, seen.cells, seconds),
+            "mfu_full": self.meter.utilization(model, seen.tokens, seen.full_cells, seconds),
+            "memory_peak_bytes": seen.memory_peak_bytes,
+            "comm_bytes": seen.comm_bytes,
+            "exposed_comm_seconds": None,  # needs device timelines, which nothing reads yet
+            "balance": seen.balance,
+        }
+        return record, seen.stop
