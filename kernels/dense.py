@@ -24,9 +24,7 @@ class Dense:
     def refuses(self, problem: KernelProblem) -> str | None:
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
         for batch, rows, keys, hidden in _pieces(tiles, q.device):
             scores = _scores(q[batch, rows], k[batch, keys], hidden, scale, into.lse.dtype)
             lse = torch.logsumexp(scores, dim=-1)
@@ -58,7 +56,9 @@ class Dense:
             d_weights = torch.einsum("bqhgd,bkhd->bhgqk", d_rows, v[batch, keys].to(dtype))
             d_scores = weights * (d_weights - delta.unsqueeze(-1)) * scale
             dv[batch, keys] += torch.einsum("bhgqk,bqhgd->bkhd", weights, d_rows)
-            dk[batch, keys] += torch.einsum("bhgqk,bqhgd->bkhd", d_scores, q[batch, rows].to(dtype).unflatten(2, groups))
+            dk[batch, keys] += torch.einsum(
+                "bhgqk,bqhgd->bkhd", d_scores, q[batch, rows].to(dtype).unflatten(2, groups)
+            )
             d_query = torch.einsum("bhgqk,bkhd->bqhgd", d_scores, k[batch, keys].to(dtype))
             dq[batch, rows] += d_query.flatten(2, 3)
 
@@ -70,9 +70,7 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float, dtype: to
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
-def _pieces(
-    tiles: Sequence[TileSet], device: torch.device
-) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
+def _pieces(tiles: Sequence[TileSet], device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
     """(batch row, query rows, key rows, hidden cells) of all tiles, cut to ``MAX_SCORES`` cells."""
     for tile_set in tiles:
         for row in range(tile_set.batch_start, tile_set.batch_stop):

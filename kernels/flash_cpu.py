@@ -33,9 +33,7 @@ class FlashCpu:
             return f"dtype {problem.dtype}: it takes float32, float64, bfloat16 and float16"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
         for batch, piece in _launches(tiles):
             rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
             turn = _turn(piece)

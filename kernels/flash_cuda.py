@@ -99,9 +99,7 @@ class FlashCuda:
             return f"compute capability {major}.{minor}: it needs 8.0"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
         for launch in launches_of(tuple(tiles)):
             out, lse, *_ = torch.ops.aten._flash_attention_forward(
                 launch.pack_queries(q),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os.path
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,14 +20,13 @@ from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
 from longctx.errors import ConfigError, NotAvailableError, NumericsError
-from longctx.launcher.env import share_cores
+from longctx.launcher.processes import join_gloo, run_gloo
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
 from longctx.verify import RankResult, Verdict, VerifyCase, judge, refused, run_rank
 from longctx.verify.case import DTYPES
 
 PASSED, FAILED, REFUSED = 0, 70, 78
-GLOO_TIMEOUT = 300.0  # seconds that a whole case may take on real processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, default=4, help="ranks that share the sequence")
     parser.add_argument("--backend", choices=("sim", "gloo"), default="sim")
     parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
-    parser.add_argument(
-        "--documents", help="lengths of packed documents, comma-separated; they add up to --seq"
-    )
+    parser.add_argument("--documents", help="lengths of packed documents, comma-separated; they add up to --seq")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32)
@@ -54,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", default="auto", help="local kernel by name")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
-    parser.add_argument(
-        "--all", action="store_true", help="every strategy, layout, mask, head count and world"
-    )
+    parser.add_argument("--all", action="store_true", help="every strategy, layout, mask, head count and world")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,9 +75,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
     if arguments.mixer is not None:
         raise NotAvailableError(f"--mixer {arguments.mixer}: linear mixers are not built yet")
     try:
-        documents = (
-            tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
-        )
+        documents = tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
     except ValueError:
         raise ConfigError(
             f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
@@ -121,33 +112,19 @@ def run_on_sim(case: VerifyCase) -> list[RankResult]:
     for rank, result in enumerate(results):
         counted, carried = result.bytes_forward + result.bytes_backward, cluster.ledger.sent(rank)
         if counted != carried:
-            raise NumericsError(
-                f"rank {rank} counted {counted} bytes sent, the ledger of sim carried {carried}"
-            )
+            raise NumericsError(f"rank {rank} counted {counted} bytes sent, the ledger of sim carried {carried}")
     return results
 
 
 def run_on_gloo(case: VerifyCase) -> list[RankResult]:
     """One process a rank, which meet by a file; what they computed comes back as safetensors."""
-    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as folder:
-        command = [sys.executable, "-m", "longctx.launcher.verify_command", json.dumps(asdict(case)), folder]
-        share_cores(case.world)
-        workers = [
-            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE) for rank in range(case.world)
-        ]
-        try:
-            complaints = [worker.communicate(timeout=GLOO_TIMEOUT)[1] for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-        for rank, worker in enumerate(workers):
-            if worker.returncode:
-                last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
-                raise NumericsError(f"rank {rank} ended with {worker.returncode}: {' '.join(last)}")
-        return [_load_result(os.path.join(folder, f"rank-{rank}.safetensors")) for rank in range(case.world)]
+    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
+        folder = Path(name)
+        run_gloo("longctx.launcher.verify_command", json.dumps(asdict(case)), case.world, folder)
+        return [_load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
 
 
-def _load_result(path: str) -> RankResult:
+def _load_result(path: Path) -> RankResult:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         numbers = {name: int(value) for name, value in file.metadata().items()}
@@ -155,17 +132,14 @@ def _load_result(path: str) -> RankResult:
 
 
 def worker(words: list[str]) -> None:
-    """One Gloo rank of ``run_on_gloo``: case as JSON, folder, rank."""
-    fields, folder, rank = json.loads(words[0]), words[1], int(words[2])
+    """One Gloo rank of ``run_on_gloo``: case as JSON, folder, rank, world."""
+    fields, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     case = VerifyCase(**{**fields, "documents": tuple(fields["documents"])})
-    store = dist.FileStore(os.path.join(folder, "store"), case.world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.world)
+    join_gloo(folder, rank, world)
     result = run_rank(case, dist.group.WORLD)
-    numbers = {
-        name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")
-    }
+    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
     tensors = {name: local.contiguous() for name, local in result.tensors.items()}
-    save_file(tensors, os.path.join(folder, f"rank-{rank}.safetensors"), numbers)
+    save_file(tensors, folder / f"rank-{rank}.safetensors", numbers)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -248,9 +222,7 @@ def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
         print(json.dumps(objects if many else objects[0]))
         return
     for verdict in verdicts:
-        print(
-            f"{verdict.strategy} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}"
-        )
+        print(f"{verdict.strategy} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}")
         if verdict.refused:
             continue
         for name, error in verdict.errors.items():

@@ -48,9 +48,7 @@ class LocalKernel(Protocol):
         """Why this kernel can't run the problem exactly; None if it can."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
         """Merges the attention of all tiles into ``into``, whose rows are those of q."""
         ...
 

@@ -51,6 +51,4 @@ def _volume(plan: SequencePlan, rank: int, row_bytes: int, gradient_row_bytes: i
     return Volume(0, 0)
 
 
-STRATEGIES = {
-    "local": Strategy("local", define_operator("local", forward, backward), "contiguous", _refuses, _volume)
-}
+STRATEGIES = {"local": Strategy("local", define_operator("local", forward, backward), "contiguous", _refuses, _volume)}

@@ -24,7 +24,14 @@ class Forward(Protocol):
     """q, k, v ``[B, T/SP, H/TP, D]`` to (out in the accumulation dtype, lse ``[B, T/SP, H/TP]``)."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan, group: Group, kernel: LocalKernel, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: SequencePlan,
+        group: Group,
+        kernel: LocalKernel,
+        scale: float,
     ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -60,9 +60,7 @@ class LocalBatch:
         return int((self.labels != IGNORE).sum())
 
 
-def shard(
-    batch: Batch, layout: Layout, mask: Mask, rank: int, world: int, multiple: int = 1
-) -> LocalBatch:
+def shard(batch: Batch, layout: Layout, mask: Mask, rank: int, world: int, multiple: int = 1) -> LocalBatch:
     """Cuts a batch for ``rank`` of a sequence group of ``world`` ranks.
 
     ``multiple``: the shard length is a multiple of it (the tensor-parallel degree).

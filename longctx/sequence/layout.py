@@ -52,9 +52,7 @@ class Zigzag:
     name = "zigzag"
 
     def positions(self, length: int, world: int, rank: int) -> Int64:
-        return np.concatenate(
-            [_chunk(length, 2 * world, rank), _chunk(length, 2 * world, 2 * world - 1 - rank)]
-        )
+        return np.concatenate([_chunk(length, 2 * world, rank), _chunk(length, 2 * world, 2 * world - 1 - rank)])
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,7 @@ def make_layout(name: str, block: int = 1) -> Layout:
     if name not in LAYOUTS:
         raise ConfigError(f"attention.layout {name!r} is unknown; valid layouts: {', '.join(LAYOUTS)}")
     if name != "striped" and block != 1:
-        raise ConfigError(
-            f"attention.layout_block {block} applies to the striped layout, not to {name}; leave it at 1"
-        )
+        raise ConfigError(f"attention.layout_block {block} applies to the striped layout, not to {name}; leave it at 1")
     return {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(block)}[name]
 
 

@@ -78,9 +78,7 @@ def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[st
 
 
 def refused(case: VerifyCase, reason: str) -> Verdict:
-    return Verdict(
-        case.strategy, case.layout, None, case.world, case.backend, case.dtype, reason, {}, [], [], 0, False
-    )
+    return Verdict(case.strategy, case.layout, None, case.world, case.backend, case.dtype, reason, {}, [], [], 0, False)
 
 
 def _errors(
@@ -91,9 +89,7 @@ def _errors(
     errors = {}
     for name in TENSORS:
         difference = whole[name].double() - truth[name]
-        by_rank = [
-            difference[:, torch.from_numpy(plan.positions(rank))].norm() for rank in range(case.world)
-        ]
+        by_rank = [difference[:, torch.from_numpy(plan.positions(rank))].norm() for rank in range(case.world)]
         errors[name] = float(torch.stack(by_rank).max() / (truth[name].norm() + upstream))
     return errors
 

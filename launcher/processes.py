@@ -1,0 +1,44 @@
+"""A handful of Gloo processes on this machine for one job, which meet by a file and answer by files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from longctx.errors import NumericsError
+from longctx.launcher.env import share_cores
+
+TIMEOUT = 600.0  # seconds that a whole job may take
+
+
+def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
+    """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
+
+    Raises NumericsError with the last line that the first failing rank wrote.
+    """
+    share_cores(world)
+    command = [sys.executable, "-m", module, job, str(folder)]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)
+    ]
+    try:
+        complaints = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for rank, worker in enumerate(workers):
+        if worker.returncode:
+            last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
+            raise NumericsError(f"rank {rank} of {module} ended with {worker.returncode}: {' '.join(last)}")
+
+
+def join_gloo(folder: Path, rank: int, world: int) -> None:
+    """The default process group of a process that ``run_gloo`` started."""
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )

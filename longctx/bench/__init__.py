@@ -1,0 +1,1 @@
+"""Benchmarks: what a rank measures; ``longctx bench`` starts the processes and prints the tables."""
