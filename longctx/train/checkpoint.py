@@ -119,9 +119,7 @@ class Checkpointer:
         """
         commit = self._newest_before(None) if step is None else self._intact(step)
         if commit is None:
-            raise StorageError(
-                f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir"
-            )
+            raise StorageError(f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir")
         together(lambda: self._restore(commit, state))
         state.step = commit.step
         return commit.step
@@ -132,9 +130,7 @@ class Checkpointer:
         live = live_tensors(state.model)
         tensors, description = optimizer_state(state.optimizer, live)
         own = {f"rng.{rank}.{device}": generator for device, generator in rng_state().items()}
-        record, chunks = write_shards(
-            directory / manifest.shard_file(rank), model_tensors(live) | tensors, own
-        )
+        record, chunks = write_shards(directory / manifest.shard_file(rank), model_tensors(live) | tensors, own)
         listing = manifest.encode_manifest(rank, chunks)
         records = {
             manifest.shard_file(rank): record,
@@ -162,7 +158,7 @@ class Checkpointer:
         self._directory.commit(step)
 
     def _newest_before(self, limit: int | None) -> Commit | None:
-        """The newest step below ``limit`` that is intact on all ranks; damaged ones are reported and left out."""
+        """The newest step below ``limit`` that is intact on all ranks; damaged ones are reported."""
         views = together(self._directory.steps)
         if any(view != views[0] for view in views) and this_rank() == 0:
             _log.warning("ranks see different checkpoints in %s: %s", self._directory.root, views)
@@ -187,9 +183,7 @@ class Checkpointer:
         except StorageError as error:
             earlier = self._newest_before(step)
             found = f"step {earlier.step}" if earlier else "none"
-            raise StorageError(
-                f"cannot load step {step}: {error}; newest intact earlier one: {found}"
-            ) from error
+            raise StorageError(f"cannot load step {step}: {error}; newest intact earlier one: {found}") from error
 
     def _verify(self, step: int) -> Commit:
         """Checks every file's hash, each on one rank, and that all ranks read the same record."""
