@@ -190,7 +190,7 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
 def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
     """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds."""
     lines = [
-        "| strategy | layout | mask | heads | worlds | worst error | bytes of all ranks, forward + backward | verdict |",
+        "| strategy | layout | mask | heads | worlds | worst error | bytes sent, by world | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for _, group in itertools.groupby(verdicts, key=lambda pair: _row_key(pair[0])):

@@ -36,8 +36,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
     partial = Partial(q)
-    for _, _, block, tiles in circulate(k, v, plan, group):
-        kernel.forward(q, *block, tiles, scale, partial)
+    for _, _, (keys, values), tiles in circulate(k, v, plan, group):
+        kernel.forward(q, keys, values, tiles, scale, partial)
     return partial.out, partial.lse
 
 
@@ -57,7 +57,7 @@ def backward(
     returning: list[tuple[Rows, Pending]] = []
     for hop, rows, block, tiles in circulate(k, v, plan, group):
         shares = _zeros(block, dtype)
-        kernel.backward(dout, q, *block, out, lse, tiles, scale, (dq, *shares))
+        kernel.backward(dout, q, block[0], block[1], out, lse, tiles, scale, (dq, shares[0], shares[1]))
         if before:
             shares += before.wait()[0]
         if hop == 0:

@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 
 @dataclass
@@ -52,4 +52,4 @@ def group_of(process_group: dist.ProcessGroup | None) -> Group:
 
 def group_named(name: str) -> Group:
     """The group that ``Group.name`` named on this rank."""
-    return group_of(_resolve_process_group(name) if name else None)
+    return group_of(_resolve_process_group(GroupName(name)) if name else None)

@@ -25,6 +25,8 @@ class Layout(Protocol):
     @property
     def name(self) -> str: ...
 
+    def __hash__(self) -> int: ...
+
     def positions(self, length: int, world: int, rank: int) -> Int64:
         """Global positions of ``rank``'s tokens, int64 ``[n_rank]``, ascending; all ranks partition ``length``."""
         ...
@@ -108,7 +110,8 @@ def make_layout(name: str, block: int = 1) -> Layout:
         raise ConfigError(f"attention.layout {name!r} is unknown; valid layouts: {', '.join(LAYOUTS)}")
     if name != "striped" and block != 1:
         raise ConfigError(f"attention.layout_block {block} applies to the striped layout, not to {name}; leave it at 1")
-    return {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(block)}[name]
+    layouts: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(block)}
+    return layouts[name]
 
 
 def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> int:

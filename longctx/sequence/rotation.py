@@ -2,9 +2,10 @@
 
 Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At hop h it carries only rows
 that the holder or some later one reads (but is not cut for a trifle), and it stops after its last reader;
-its gradients travel the same hops one step behind and go home from the last reader of each row. The direction is whichever moves fewer
-rows: causal zigzag turns downwards, where the later half of a block drops out after the wrap (a quarter of
-the bytes saved); a contiguous causal block never wraps at all (half the bytes).
+its gradients travel the same hops one step behind and go home from the last reader of each row. The
+direction is whichever moves fewer rows: causal zigzag turns downwards, where the later half of a block drops
+out after the wrap (a quarter of the bytes saved); a contiguous causal block never wraps at all (half the
+bytes).
 """
 
 from __future__ import annotations
