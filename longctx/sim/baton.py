@@ -182,7 +182,7 @@ class Baton:
     def _next_after(self, rank: int) -> int | None:
         """The rank that runs next, ``rank`` itself last; None if nobody can."""
         world_size = len(self._alive)
-        order: Sequence[int] = [(rank + 1 + offset) % world_size for offset in range(world_size)]
+        order: Sequence[int] = (*range(rank + 1, world_size), *range(rank + 1))
         if self._shuffle is not None:
             order = self._shuffle.sample(order, world_size)
         while True:

@@ -154,9 +154,7 @@ class _Run:
         take_seat(seat)
         try:
             self._baton.check()
-            dist.init_process_group(
-                BACKEND_NAME, rank=rank, world_size=self._runtime.world_size, store=self._store
-            )
+            dist.init_process_group(BACKEND_NAME, rank=rank, world_size=self._runtime.world_size, store=self._store)
             with self._modes(seat):
                 self._results[rank] = body()
         except Stopped:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import _maybe_get_opdef
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from longctx.sim.runtime import Seat
-from longctx.sim.tensors import nbytes
+from longctx.sim.tensors import dtype_name, nbytes, shapes
 from longctx.sim.trace import Event
 
 # The backend itself records communication; prim asks for properties of tensors.
@@ -67,6 +68,8 @@ class ComputeRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(not issubclass(kind, FakeTensor) for kind in types):
+            return NotImplemented  # DTensor and the like first break up into their local parts
         if func.namespace in _NO_COMPUTE:
             return func(*args, **kwargs)
         packet = func.overloadpacket
@@ -96,8 +99,8 @@ class ComputeRecorder(TorchDispatchMode):
             step=self._seat.step,
             operation=f"{func.namespace}.{func.overloadpacket.__name__}",
             bytes=nbytes(inputs) + nbytes(outputs),
-            shapes=tuple(tuple(tensor.shape) for tensor in inputs),
-            dtype=str(inputs[0].dtype).removeprefix("torch.") if inputs else "",
+            shapes=shapes(inputs),
+            dtype=dtype_name(inputs),
             flops=flops,
         )
         self._seat.record(event)

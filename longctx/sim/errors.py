@@ -11,7 +11,7 @@ class DeadlockError(RuntimeError):
     """
 
 
-class RankFailed(RuntimeError):
+class RankFailed(RuntimeError):  # noqa: N818 - reads as what happened
     """A rank raised; the others were stopped.
 
     The message begins with the rank's number and its traceback. The original exception is ``__cause__``.

@@ -56,7 +56,7 @@ class SimStore(dist.Store):
     def check(self, keys: list[str]) -> bool:
         return all(key in self._values for key in keys)
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self._wait(_Keys(self._values, list(keys)))
 
     def delete_key(self, key: str) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-RedOpType = dist.ReduceOp.RedOpType
+# torch's stubs don't list the enum's members.
+RedOpType: Any = dist.ReduceOp.RedOpType
 
 
 _no_modes = contextlib.nullcontext()
@@ -27,7 +30,20 @@ def unobserved() -> contextlib.AbstractContextManager[object]:
 
 def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:
     """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
-    return any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
+    for tensor in tensors:
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            return True
+    return False
+
+
+def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError for strided tensors, which Gloo and NCCL refuse: what passes here must run there."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{operation}: tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}, must be "
+                f"contiguous; call .contiguous() first"
+            )
 
 
 def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -35,22 +51,29 @@ def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
 
     Through ``.data``, as a network card would: autograd's version counter does not move.
     """
-    destination.data.copy_(source.view(destination.shape))
+    if source.shape != destination.shape:
+        source = source.view(destination.shape)
+    destination.data.copy_(source)
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum([tensor.nbytes for tensor in tensors])
 
 
 def shapes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     """The tensors' shapes."""
-    return tuple(tuple(tensor.shape) for tensor in tensors)
+    return tuple([tuple(tensor.shape) for tensor in tensors])
 
 
 def dtype_name(tensors: Sequence[torch.Tensor]) -> str:
     """Name of the first tensor's dtype, "float32"; "" without tensors."""
-    return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+    return _dtype_name(tensors[0].dtype) if tensors else ""
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
@@ -82,12 +105,12 @@ def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
     return accumulator.to(dtype)
 
 
-def reduction_kind(op: dist.ReduceOp) -> RedOpType:
+def reduction_kind(op: Any) -> Any:
     """``op`` may be a ReduceOp or already its type, both occur in torch."""
     return getattr(op, "op", op)
 
 
-def _accumulate(into: torch.Tensor, tensor: torch.Tensor, kind: RedOpType, op: dist.ReduceOp) -> None:
+def _accumulate(into: torch.Tensor, tensor: torch.Tensor, kind: Any, op: dist.ReduceOp) -> None:
     match kind:
         case RedOpType.SUM | RedOpType.AVG:
             into.add_(tensor)
@@ -107,7 +130,7 @@ def _accumulate(into: torch.Tensor, tensor: torch.Tensor, kind: RedOpType, op: d
             into.bitwise_xor_(tensor)
 
 
-def _check_reduction(kind: RedOpType, dtype: torch.dtype) -> None:
+def _check_reduction(kind: Any, dtype: torch.dtype) -> None:
     if kind in (RedOpType.AVG, RedOpType.PREMUL_SUM) and not dtype.is_floating_point:
         raise ValueError(f"reduction {kind.name} of {dtype}: needs a floating dtype; use SUM and divide")
     if kind in (RedOpType.BAND, RedOpType.BOR, RedOpType.BXOR) and dtype.is_floating_point:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 BACKEND_NAME = "sim"
+_c10d: Any = torch._C._distributed_c10d  # the stubs lack what is used here
 
 
 class ThreadLocalWorld(threading.local):
@@ -61,14 +62,14 @@ def isolated_world(create_group: Callable[..., dist.ProcessGroup]) -> Iterator[N
     had_attribute = hasattr(dist.Backend, BACKEND_NAME.upper())
 
     dist.Backend.register_backend(BACKEND_NAME, create_group, extended_api=True, devices=["cpu"])
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _c10d._set_thread_isolation_mode(True)
     c10d._world = ThreadLocalWorld()  # type: ignore[assignment]
     try:
         yield
     finally:
         for name, value in saved_module.items():
             setattr(c10d, name, value)
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _c10d._set_thread_isolation_mode(False)
         for name, value in saved_tables.items():
             setattr(dist.Backend, name, value)
         if not had_attribute:

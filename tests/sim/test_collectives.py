@@ -164,7 +164,7 @@ def test_average_of_integers_is_refused() -> None:
     def body() -> None:
         dist.all_reduce(torch.tensor([1]), op=dist.ReduceOp.AVG)
 
-    with pytest.raises(RankFailed, match="AVG of torch.int64.*use SUM and divide"):
+    with pytest.raises(RankFailed, match=r"AVG of torch\.int64.*use SUM and divide"):
         Cluster(2).run(body)
 
 
@@ -245,7 +245,7 @@ def test_coalescing_manager(how: str) -> None:
         return [tensor.tolist() for tensor in (*reduced, *gathered, *scattered)]
 
     common = [[1.0, 1.0], [2.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0], [0.0, 1.0]]
-    assert Cluster(2).run(body) == [common + [[2.0], [2.0, 4.0]], common + [[4.0], [6.0, 8.0]]]
+    assert Cluster(2).run(body) == [[*common, [2.0], [2.0, 4.0]], [*common, [4.0], [6.0, 8.0]]]
 
 
 def test_object_collectives() -> None:

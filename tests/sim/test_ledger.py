@@ -1,6 +1,7 @@
 """Bytes against the formulas in ``longctx.sim.ledger``."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def ring(world: int, nbytes: int) -> dict[tuple[int, int], int]:
 
 
 def chain(order: list[int], nbytes: int) -> dict[tuple[int, int], int]:
-    return {(source, destination): nbytes for source, destination in zip(order, order[1:])}
+    return dict.fromkeys(pairwise(order), nbytes)
 
 
 def star(world: int, root: int, nbytes: int, *, inward: bool) -> dict[tuple[int, int], int]:
