@@ -1,9 +1,9 @@
 """The mesh: which ranks shard what.
 
 The root has the axes ``pp``, ``tokens``, ``tp``, outermost first. ``tokens`` joins all ranks that hold
-different tokens; it is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into ``dp_shard`` and ``sp``. So
-parameters shard over ``dp_shard × sp`` by one plain axis, and a sequence group is made of neighbours, which a
-launcher places inside a node. A world of one is the same mesh with every axis of size 1.
+different tokens; it is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into ``dp_shard`` and
+``sp``. So parameters shard over ``dp_shard × sp`` by one plain axis, and a sequence group is made of
+neighbours, which a launcher places inside a node. A world of one is the same mesh, every axis of size 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training step needs of an engine; decisions (scale, clipping, skipping) stay in ``longctx.train``."""
+"""What a step needs of an engine; decisions (scale, clipping, skipping) stay in ``longctx.train``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Engine(Protocol):
         ...
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the gradient's squared norm, an fp64 scalar; shares add up over those ranks."""
+        """This rank's share of the gradient's squared norm, fp64 scalar; shares add up over those ranks."""
         ...
 
     def update(self, lr: float, coefficient: float) -> None:

@@ -67,7 +67,7 @@ class TrainStep:
         if self._in_a_row == SKIPPED_IN_A_ROW:
             raise NumericsError(
                 f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} must be finite, and "
-                f"were not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, lengthen optim.warmup_steps, or "
+                f"were not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, raise optim.warmup_steps, or "
                 "go on from an earlier checkpoint"
             )
         return result
