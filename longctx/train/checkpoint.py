@@ -221,11 +221,13 @@ class Checkpointer:
         rest = _read_state(directory, commit)
         live = live_tensors(state.model)
         first = {name: shards[0][1] for name, shards in located.items() if not name.startswith("rng.")}
+        tensors = model_tensors(live)
+        check_tensors("model.", tensors, first, str(directory))
         targets, optimizer = optimizer_targets(
             state.optimizer, live, rest["optimizer"], first, str(directory / manifest.STATE)
         )
-        tensors = model_tensors(live) | targets
-        check_tensors(tensors, first, str(directory))
+        check_tensors("optimizer.", targets, first, str(directory))
+        tensors |= targets
         for name in ("loader", "scheduler"):
             _restore_plain(name, getattr(state, name), rest[name], directory)
         read_shards(tensors, {name: located[name] for name in tensors})

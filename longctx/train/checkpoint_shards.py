@@ -139,10 +139,7 @@ def _metadata(located: Mapping[str, list[Located]]) -> Metadata:
             name: TensorStorageMetadata(
                 TensorProperties(dtype=DTYPES[shards[0][1].dtype]),
                 torch.Size(shards[0][1].shape),
-                [
-                    ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-                    for _, chunk in shards
-                ],
+                [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for _, chunk in shards],
             )
             for name, shards in located.items()
         }

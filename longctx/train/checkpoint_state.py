@@ -95,10 +95,10 @@ def optimizer_targets(
     return targets, {"state": state, "param_groups": groups}
 
 
-def check_tensors(wanted: Mapping[str, Tensor], first: Mapping[str, Chunk], where: str) -> None:
-    """Refuses a checkpoint of another model, before anything is overwritten."""
+def check_tensors(prefix: str, wanted: Mapping[str, Tensor], first: Mapping[str, Chunk], where: str) -> None:
+    """Refuses a checkpoint whose tensors below ``prefix`` are not those of this model or optimizer."""
     missing = sorted(set(wanted) - set(first))
-    extra = sorted(set(first) - set(wanted))
+    extra = sorted({name for name in first if name.startswith(prefix)} - set(wanted))
     if missing or extra:
         raise ConfigError(
             f"{where} holds another model: missing {_some(missing)}, unknown here {_some(extra)}; "
@@ -113,9 +113,7 @@ def check_tensors(wanted: Mapping[str, Tensor], first: Mapping[str, Chunk], wher
             )
 
 
-def _parameter_order(
-    optimizer: Optimizer, live: Mapping[str, Tensor], saved: Any, where: str
-) -> dict[str, int]:
+def _parameter_order(optimizer: Optimizer, live: Mapping[str, Tensor], saved: Any, where: str) -> dict[str, int]:
     """The number of each parameter in the optimizer's state dict; groups must be those that were saved."""
     names = {id(tensor): name for name, tensor in live.items()}
     current = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]

@@ -135,7 +135,7 @@ def _environment(run_dir: Path) -> list[tuple[str, str]]:
 
 _CHARTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     ("loss", "loss, nats per token", True, lambda value: f"{value:.4g}"),
-    ("tokens_per_second", "tokens per second", False, quantity),
+    ("tokens_per_second", "tokens per second", True, quantity),
     ("grad_norm", "gradient norm", True, lambda value: f"{value:.3g}"),
     ("lr", "learning rate", False, lambda value: f"{value:.2g}"),
 )
