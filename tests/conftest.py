@@ -20,3 +20,15 @@ from hypothesis import settings  # noqa: E402 - after the environment
 
 settings.register_profile("longctx", deadline=None, derandomize=True, database=None)
 settings.load_profile("longctx")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "matrix: the full product of axes; only runs when asked for by -m matrix")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "matrix" in config.option.markexpr:
+        return
+    chosen = [item for item in items if not item.get_closest_marker("matrix")]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("matrix")])
+    items[:] = chosen

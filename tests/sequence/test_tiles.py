@@ -38,10 +38,10 @@ def test_tiles_of_all_rank_pairs_cover_each_allowed_cell_once(example):
 
 def test_documents_that_end_on_shard_edges_and_single_tokens():
     for layout, world, causal in itertools.product(
-        (Contiguous(), Zigzag(), Striped(), Striped(4)), (1, 2, 3, 4, 8), (True, False)
+        (Contiguous(), Zigzag(), Striped(), Striped(4)), (2, 3, 4, 8), (True, False)
     ):
         for packing in ((8, 8, 16), (16, 1, 15), (1,) * 32, (4, 4, 1, 3, 12), (32,), ()):
-            for window in (None, 1, 4, 8, 9):
+            for window in (None, 1, 8):
                 check_cover(Example((packing,), Mask(causal, window), layout, 32, world))
 
 
