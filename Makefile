@@ -10,16 +10,16 @@ help:
 	@echo "make demo    train a small model on this machine's Python source, two processes, about three minutes"
 	@echo "make test    lint and the test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make matrix  every strategy, layout, mask and world; writes docs/matrix.md"
+	@echo "make matrix  every strategy, layout, mask, head count and world; writes docs/matrix.md"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    regenerate docs/reference.md from the code"
 	@echo "make clean   remove build products and the demo's run"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade setuptools==84.2.1 wheel==0.48.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	$(BIN)/python -m pip install -qq --upgrade setuptools==84.2.1 wheel==0.48.0
+	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint]'
 	touch $@
 
 demo: $(STAMP)
@@ -39,6 +39,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 matrix: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m matrix
 	$(BIN)/longctx verify --all > docs/.matrix.md
 	mv docs/.matrix.md docs/matrix.md
 	cat docs/matrix.md

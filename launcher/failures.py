@@ -40,9 +40,7 @@ def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> in
     except LongctxError as error:
         failure = Failure(rank, time.time(), error.exit_code, str(error), None)
     except Exception as error:
-        failure = Failure(
-            rank, time.time(), CRASH, f"{type(error).__name__}: {error}", traceback.format_exc()
-        )
+        failure = Failure(rank, time.time(), CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
     if folder is None:
         report(failure)
     else:
@@ -61,9 +59,7 @@ def report(failure: Failure) -> None:
 
 def first(folder: Path) -> Failure | None:
     """The failure that came first, if any rank left one."""
-    failures = [
-        Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.json")
-    ]
+    failures = [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.json")]
     return min(failures, key=lambda failure: failure.seconds, default=None)
 
 

@@ -49,9 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise NotAvailableError(
-            "sbatch is not on this machine's PATH; `longctx submit --dry-run` prints the script"
-        )
+        raise NotAvailableError("sbatch is not on this machine's PATH; `longctx submit --dry-run` prints the script")
     # A job that Slurm restarts finds its own checkpoints, so a directory in use may be submitted to again.
     directory = open_directory(config, resume=True)
     return _submit(sbatch, directory, script)

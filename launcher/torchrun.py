@@ -27,9 +27,7 @@ SHUTDOWN_SECONDS = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``longctx launch``."""
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes to start")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,9 +97,7 @@ def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
         if failure.exitcode < 0:
             how = f"was killed by {failure.signal_name()}"
             return _Ended(128 - failure.exitcode, f"rank {rank} {how} and left no message")
-        return _Ended(
-            failure.exitcode, f"rank {rank} ended with status {failure.exitcode} and left no message"
-        )
+        return _Ended(failure.exitcode, f"rank {rank} ended with status {failure.exitcode} and left no message")
     except SignalException as stopped:
         return _Ended(128 + stopped.sigval)
     finally:

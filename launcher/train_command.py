@@ -15,14 +15,13 @@ from longctx.launcher.worker import run as run_rank
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``longctx train``."""
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train as the rank that torchrun or srun named, or alone, or as a simulated world."""
     config = compose(arguments.overrides)
+    env.share_cores(processes=1)
     if config.comm.backend == "sim":
         _simulate(config, arguments.resume)
         return 0

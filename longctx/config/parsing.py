@@ -31,9 +31,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
     """Build ``cls`` from a mapping; keys that are left out keep their defaults."""
     if not isinstance(mapping, Mapping):
         where = prefix.rstrip(".") or "the configuration"
-        raise ConfigError(
-            f"{where}={mapping!r} must be a mapping with the keys {', '.join(_names(cast(Any, cls)))}"
-        )
+        raise ConfigError(f"{where}={mapping!r} must be a mapping with the keys {', '.join(_names(cast(Any, cls)))}")
     hints = _hints(cast(Any, cls))
     values: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -112,9 +110,7 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
             return _finite(path, float(value))
         if option is not type(None) and type(value) is option:
             return _sound(path, value)
-    raise ConfigError(
-        f"{path}={value!r} is {_kind(value)}, expected {_expected(options)}{_hint(options, value)}"
-    )
+    raise ConfigError(f"{path}={value!r} is {_kind(value)}, expected {_expected(options)}{_hint(options, value)}")
 
 
 def _finite(path: str, value: float) -> float:

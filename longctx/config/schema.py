@@ -90,14 +90,10 @@ class ParallelConfig:
         for name in ("dp_replicate", "sp", "tp", "pp"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.dp_shard < 1 and self.dp_shard != -1:
-            raise ConfigError(
-                f"parallel.dp_shard={self.dp_shard} must be at least 1, or -1 for what the others leave"
-            )
+            raise ConfigError(f"parallel.dp_shard={self.dp_shard} must be at least 1, or -1 for what the others leave")
         for name, what in choices.DEGREES_PLANNED.items():
             if getattr(self, name) > 1:
-                raise NotAvailableError(
-                    f"parallel.{name}={getattr(self, name)}: {what} is not built yet; available: 1"
-                )
+                raise NotAvailableError(f"parallel.{name}={getattr(self, name)}: {what} is not built yet; available: 1")
 
 
 @dataclass(frozen=True)
@@ -139,9 +135,7 @@ class DataConfig:
         if self.path is None and self.source != "python_stdlib":
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
         if self.path is not None and self.source == "python_stdlib":
-            raise ConfigError(
-                f"data.path={self.path} is not read by data=python_stdlib; set data=text or data=tokens"
-            )
+            raise ConfigError(f"data.path={self.path} is not read by data=python_stdlib; set data=text or data=tokens")
 
 
 @dataclass(frozen=True)

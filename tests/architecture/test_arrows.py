@@ -61,9 +61,7 @@ def test_imports_follow_the_arrows():
         for one in imports(module):
             unit = f"{one.target}.".split(".")[1]
             if unit not in allowed:
-                wrong.append(
-                    f"{module.where}:{one.line} imports {one.target}; {module.unit} may use {sorted(allowed)}"
-                )
+                wrong.append(f"{module.where}:{one.line} imports {one.target}; {module.unit} may use {sorted(allowed)}")
     assert not wrong, "\n".join(wrong)
 
 

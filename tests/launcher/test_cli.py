@@ -72,9 +72,7 @@ def test_what_is_not_built_says_so(name, capsys):
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["trian"], ["train", "--nproc", "2"], ["launch"], ["launch", "--nproc", "x"]]
-)
+@pytest.mark.parametrize("words", [[], ["trian"], ["train", "--nproc", "2"], ["launch"], ["launch", "--nproc", "x"]])
 def test_usage_errors_end_with_2(words, capsys):
     assert cli.main(words) == 2
     captured = capsys.readouterr()

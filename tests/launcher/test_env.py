@@ -20,9 +20,7 @@ def test_srun_says_it_in_its_own_words():
     task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
     assert env.read_rank(task) == RankEnvironment(3, 8, 1)
     # torchrun under srun: the inner word counts.
-    assert env.read_rank({**task, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == RankEnvironment(
-        0, 2, 0
-    )
+    assert env.read_rank({**task, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == RankEnvironment(0, 2, 0)
 
 
 def test_a_shell_inside_an_allocation_is_no_rank():
@@ -62,8 +60,8 @@ def test_export_gives_a_world_of_one_an_address_and_asks_others_for_theirs():
 def test_cores_are_shared_unless_the_user_chose():
     environ: dict[str, str] = {}
     assert env.share_cores(10**6, environ) == 1
-    assert environ["OMP_NUM_THREADS"] == "1"
-    assert env.share_cores(1, {"OMP_NUM_THREADS": "7"}) == 7
+    assert environ == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert env.share_cores(1, {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}) == 7
 
 
 def test_the_launch_s_id():

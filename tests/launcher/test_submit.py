@@ -47,9 +47,7 @@ def job(**sections) -> str:
 
 def run_script(script, **extra):
     environment = {**os.environ, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "17", **extra}
-    return subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("evil", EVIL)
