@@ -126,9 +126,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
-    loader = Loader(
-        packing, config.train.global_batch, mesh.data_rank, mesh.data_size, config.train.micro_batch
-    )
+    loader = Loader(packing, config.train.global_batch, mesh.data_rank, mesh.data_size, config.train.micro_batch)
     schedule = WarmupCosine(config.optim, config.train.steps)
     state = TrainState(model, optimizer, schedule, loader, step=0)
     checkpointer = _checkpointer(config)
@@ -140,7 +138,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
-    """The run's decoder with its initial weights, sharded; drawn on the CPU, so equal on any device."""
+    """The run's decoder with its initial weights, sharded."""
     model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)

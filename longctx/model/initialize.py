@@ -16,7 +16,8 @@ OUTPUT_PROJECTIONS = ("attention_out", "mlp_out")
 def initialize(model: Decoder, seed: int) -> None:
     """Matrices are normal with ``init_std``, output projections narrower by sqrt(2 * layers); norms are 1.
 
-    Every parameter has a generator of its own, so that none depends on which others are here.
+    Every parameter has a generator of its own, so that none depends on which others are here; all are drawn
+    on the CPU in fp32, whatever the device and dtype they end in.
     """
     config = model.config
     with torch.no_grad():
@@ -27,7 +28,8 @@ def initialize(model: Decoder, seed: int) -> None:
             std = config.init_std
             if name.split(".")[-2] in OUTPUT_PROJECTIONS:
                 std /= math.sqrt(2 * config.layers)
-            parameter.normal_(0.0, std, generator=_generator(seed, name))
+            drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=_generator(seed, name))
+            parameter.copy_(drawn)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

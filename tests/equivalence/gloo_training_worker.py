@@ -1,0 +1,29 @@
+"""One of two real processes: trains over a sequence group, then over parameter shards."""
+
+import datetime
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from longctx.launcher import build
+from tests.train.small_run import CPU, corpus, small_config
+
+
+def main(rank: int, directory: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    for name, parallel in (("sequence", {"sp": 2}), ("shards", {"dp_shard": 2})):
+        run = directory / name
+        config = small_config(run, parallel=parallel, train={"steps": 10, "dtype": "float32", "canary": True})
+        build.rank_main(config, False, corpus(), CPU, lambda: 1, lambda: False)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

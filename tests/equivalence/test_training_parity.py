@@ -1,0 +1,95 @@
+"""Every mesh trains the same run: same losses, same gradient norms, from one seed over the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.small_run import small_config, train_on_sim
+
+WORKER = Path(__file__).with_name("gloo_training_worker.py")
+ROOT = Path(__file__).parents[2]
+
+# dp_shard, sp, layout, micro_batch, recompute
+MESHES = [
+    (2, 1, "contiguous", 1, "none"),
+    (1, 2, "striped", 1, "none"),
+    (1, 3, "contiguous", 2, "full"),
+    (1, 4, "zigzag", 2, "none"),
+    (2, 2, "contiguous", 1, "selective"),
+]
+
+
+def largest_difference(left, right):
+    assert len(left) == len(right)
+    return max(abs(a[i] - b[i]) / max(1.0, abs(b[i])) for a, b in zip(left, right, strict=True) for i in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return train_on_sim(small_config(tmp_path_factory.mktemp("single")))[0]
+
+
+def test_the_run_learns_something(single):
+    assert single[19][0] < 0.8 * single[0][0]
+
+
+@pytest.mark.parametrize("dp_shard,sp,layout,micro_batch,recompute", MESHES)
+def test_twenty_fp64_steps_agree_with_one_rank(single, tmp_path, dp_shard, sp, layout, micro_batch, recompute):
+    config = small_config(
+        tmp_path,
+        parallel={"dp_shard": dp_shard, "sp": sp},
+        attention={"layout": layout},
+        train={"micro_batch": micro_batch, "recompute": recompute},
+    )
+    steps, _ = train_on_sim(config)
+    assert largest_difference(steps, single) <= 1e-9
+
+
+def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):
+    runs = [
+        train_on_sim(
+            small_config(
+                tmp_path / str(seed),
+                parallel={"dp_shard": 2, "sp": 2},
+                comm={"shuffle_seed": seed},
+                train={"steps": 3, "dtype": "float32"},
+            )
+        )[0]
+        for seed in (None, 11)
+    ]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.gloo
+def test_two_gloo_processes_agree_with_one_rank(tmp_path):
+    """Ten fp32 steps over a sequence group and over shards, canary included, in one launch."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    expected, _ = train_on_sim(small_config(tmp_path / "one", train={"steps": 10, "dtype": "float32"}))
+    for name in ("sequence", "shards"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        steps = [(record["loss"], record["grad_norm"]) for record in records]
+        assert len(steps) == 10
+        assert largest_difference(steps, expected[:10]) <= 1e-4
+        assert records[0]["memory_peak_bytes"] > 0
+        assert json.loads((tmp_path / name / "environment.json").read_text())["canary"]["passed"]
