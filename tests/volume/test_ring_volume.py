@@ -1,0 +1,161 @@
+"""What the ring sends: the ledger of sim, the strategy's closed form and an independent count agree."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+
+from longctx.attention import StrategyAttention, get_strategy
+from longctx.comm import group_of
+from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, Striped, Zigzag
+from longctx.sim import Cluster
+from tests.sequence.brute_force import examples
+from tests.volume.ring_count import count
+
+DIM = 4
+BYTES = {torch.float64: (8, 8), torch.float32: (4, 4), torch.bfloat16: (2, 4)}  # of a number, of its gradient
+LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(), "striped4": Striped(4)}
+
+
+def plan_of(packing, mask: Mask, layout: Layout, length: int, world: int) -> SequencePlan:
+    return SequencePlan([Documents.from_lengths(row) for row in packing], mask, layout, length, world)
+
+
+def measured(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype):
+    """Bytes by rank in forward and in backward: of the ledger, and as counted in comm."""
+    batch = len(plan.documents)
+
+    def run(with_backward: bool) -> int:
+        q, k, v = (
+            torch.randn(batch, plan.shard, n, DIM).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
+        )
+        out = StrategyAttention("ring", dist.group.WORLD)(q, k, v, plan.handle)
+        if with_backward:
+            out.backward(torch.randn_like(out))
+        return group_of(dist.group.WORLD).traffic.bytes
+
+    cluster, ranks = Cluster(plan.world, trace=False), range(plan.world)
+    counted = cluster.run(run, False)
+    forward = [cluster.ledger.sent(rank) for rank in ranks]
+    assert counted == forward
+    turn = plan.rotation.direction
+    assert set(cluster.ledger.by_edge()) <= {(rank, (rank + turn) % plan.world) for rank in ranks}
+    counted = cluster.run(run, True)
+    both = [cluster.ledger.sent(rank) for rank in ranks]
+    assert counted == both
+    return forward, [total - part for total, part in zip(both, forward, strict=True)]
+
+
+def check(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    forward, backward = measured(plan, heads, kv_heads, dtype)
+    rows, (size, gradient_size) = count(plan), BYTES[dtype]
+    numbers = len(plan.documents) * kv_heads * DIM
+    assert forward == [2 * keys * numbers * size for keys in rows.keys]
+    assert backward == [
+        2 * (keys * size + gradients * gradient_size) * numbers
+        for keys, gradients in zip(rows.keys, rows.gradients, strict=True)
+    ]
+    volume = get_strategy("ring").volume
+    closed = [volume(plan, rank, numbers * size, numbers * gradient_size) for rank in range(plan.world)]
+    assert forward == [one.forward for one in closed]
+    assert backward == [one.backward for one in closed]
+
+
+def by_rank(layout: str, world: int) -> tuple[list[Fraction], list[Fraction]]:
+    """Shards of keys and values that a rank passes on, and of dk and dv that it sends, by theory.
+
+    Striped: everyone reads everything, so each of P blocks makes P - 1 hops. Contiguous: rank r reads the
+    blocks of ranks up to r, so block o goes from o up to P - 1 and never wraps: rank r < P - 1 passes on
+    blocks 0..r, and holds 0..r-1 of others. Zigzag: ranks below o read all of block o, ranks above it only
+    its early half; so it goes down, whole as far as rank 0, and by half from rank P - 1 to o + 1.
+    """
+    ranks = range(world)
+    if layout == "striped":
+        return [Fraction(world - 1)] * world, [Fraction(world - 1)] * world
+    if layout == "contiguous":
+        return [Fraction((r + 1) % world) for r in ranks], [Fraction(r) for r in ranks]
+    passed = [world - r + Fraction(r - 1, 2) if r else Fraction(world - 1, 2) for r in ranks]
+    return passed, [world - 1 - r + Fraction(r, 2) for r in ranks]
+
+
+@pytest.mark.parametrize(
+    ("layout", "share"), [("striped", 1), ("zigzag", Fraction(3, 4)), ("contiguous", Fraction(1, 2))]
+)
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype"), [(2, 2, torch.float32), (8, 2, torch.float64), (4, 1, torch.bfloat16)]
+)
+def test_one_causal_document_costs_what_the_paper_says(layout, share, world, heads, kv_heads, dtype):
+    shard = 8
+    plan = plan_of([(shard * world,)], Mask(), LAYOUTS[layout], shard * world, world)
+    forward, backward = measured(plan, heads, kv_heads, dtype)
+    size, gradient_size = BYTES[dtype]
+    keys, gradients = (2 * shard * kv_heads * DIM * one for one in (size, gradient_size))
+    passed, returned = by_rank(layout, world)
+    assert sum(passed) == sum(returned) == share * world * (world - 1)
+    assert forward == [keys * shards for shards in passed]
+    assert backward == [keys * p + gradients * r for p, r in zip(passed, returned, strict=True)]
+    check(plan, heads, kv_heads, dtype)
+
+
+PACKINGS = {
+    "one": [(192,)],
+    "edges": [(48, 48, 96)],
+    "mixed": [(95, 1, 1, 60, 35), (1,) * 40 + (100,)],
+    "padded": [(20, 70), (), (130, 3)],
+}
+MASKS = {"causal": Mask(), "full": Mask(False), "window": Mask(window=30), "window full": Mask(False, 30)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_and_windows_cost_what_is_read(layout, packing, mask):
+    for world, (heads, kv_heads), dtype in (
+        (3, (4, 1), torch.float32),
+        (8, (4, 2), torch.bfloat16),
+    ):
+        check(plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 192, world), heads, kv_heads, dtype)
+
+
+def test_an_explicit_layout_with_an_idle_rank():
+    layout = Explicit((((0, 40), (100, 192)), (), ((40, 100),)))
+    for mask in MASKS.values():
+        check(plan_of(PACKINGS["mixed"], mask, layout, 192, 3), 2, 1, torch.float32)
+
+
+@settings(max_examples=200)
+@given(examples())
+def test_closed_form_is_the_independent_count(example):
+    plan = example.plan()
+    rows, volume = count(plan), get_strategy("ring").volume
+    for rank in range(example.world):
+        one = volume(plan, rank, 10, 1000)
+        assert one.forward == 2 * 10 * rows.keys[rank]
+        assert one.backward == 2 * (10 * rows.keys[rank] + 1000 * rows.gradients[rank])
+
+
+@settings(max_examples=60)
+@given(examples(longest=300, rows=2))
+def test_long_blocks_are_narrowed_by_the_documented_rule(example):
+    plan = example.plan()
+    assert [plan.rotation.rows_sent(rank) for rank in range(example.world)] == count(plan).keys
+
+
+def test_documents_that_end_on_shard_edges_send_nothing():
+    plan = plan_of([(48, 48, 48, 48)], Mask(False), Contiguous(), 192, 4)
+    assert measured(plan, 2, 2, torch.float32) == ([0] * 4, [0] * 4)
+
+
+def test_a_window_costs_its_own_width_under_the_contiguous_layout():
+    """Each block goes one hop and carries the window - 1 last rows; with no future, not even that for the last."""
+    plan = plan_of([(192,)], Mask(window=9), Contiguous(), 192, 4)
+    forward, _ = measured(plan, 2, 2, torch.float32)
+    assert forward == [2 * 8 * 2 * DIM * 4] * 3 + [0]
+
+
+def test_local_attention_sends_nothing():
+    plan = plan_of([(9,)], Mask(), Contiguous(), 9, 1)
+    assert vars(get_strategy("local").volume(plan, 0, 8, 8)) == {"forward": 0, "backward": 0}
