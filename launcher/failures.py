@@ -6,11 +6,12 @@ its message, its exit code and the time in a file; the command prints the first 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,7 +71,22 @@ def clear(folder: Path) -> None:
         file.unlink()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tell the first failure in the given folder and return its exit code; 0 when no rank left one."""
+    parser = argparse.ArgumentParser(prog="python -m longctx.launcher.failures", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    failure = first(parser.parse_args(argv).folder)
+    if failure is None:
+        return 0
+    report(failure)
+    return failure.exit_code
+
+
 def _write(failure: Failure, folder: Path) -> None:
     unfinished = folder / f".rank-{failure.rank}.new"
     unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     unfinished.replace(folder / f"rank-{failure.rank}.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

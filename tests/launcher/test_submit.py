@@ -28,6 +28,13 @@ STUBS = {
     "sbatch": '#!/bin/sh\nprintf "%s\\n" "$@" > sbatch-arguments\necho Submitted batch job 17\n',
 }
 
+# An srun whose rank 1 left a reason and whose other ranks were killed.
+LAST_WORDS = """#!/bin/sh
+echo '{{"rank": 1, "seconds": 1.0, "exit_code": {code}, "message": "why", "traceback": null}}' \
+  > runs/a/failures/rank-1.json
+exit 143
+"""
+
 
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
@@ -89,6 +96,18 @@ def test_a_job_resumes_where_checkpoints_are_and_requeues_itself_on_75(stubs):
     assert done.returncode == 75
     assert "scontrol requeue 17" in done.stderr
     assert "requeue" not in run_script(script, SRUN_STATUS="65").stderr
+
+
+def test_the_first_rank_s_reason_decides_not_srun_s_status(stubs):
+    """srun ends with the status of the ranks that it killed after the first had ended."""
+    (stubs / "bin/srun").write_text(LAST_WORDS.format(code=75))
+    script = job(run={"dir": "runs/a"})
+    done = run_script(script)
+    assert (done.returncode, "scontrol requeue 17" in done.stderr) == (75, True)
+    assert "longctx: why" in done.stderr
+    (stubs / "bin/srun").write_text(LAST_WORDS.format(code=65))
+    done = run_script(script)
+    assert (done.returncode, "requeue" in done.stderr) == (65, False)
 
 
 def test_dry_run_prints_and_writes_nothing(stubs, capsys):
