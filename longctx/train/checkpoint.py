@@ -32,7 +32,7 @@ from longctx.train.checkpoint_files import (
     write_new,
 )
 from longctx.train.checkpoint_manifest import Chunk, Commit
-from longctx.train.checkpoint_shards import locate, read_shards, read_whole, write_shards
+from longctx.train.checkpoint_shards import Located, locate, read_shards, read_whole, write_shards
 from longctx.train.checkpoint_state import (
     check_tensors,
     live_tensors,
@@ -113,7 +113,7 @@ class Checkpointer:
     def load(self, state: TrainState, step: int | None = None) -> int:
         """Restores ``step``, or the newest intact one, into ``state``; returns the step.
 
-        Nothing is overwritten before all of it has been verified on all ranks. Raises ``StorageError`` for
+        No weight is overwritten before all of it has been verified on all ranks. Raises ``StorageError`` for
         what is missing or damaged and names the newest intact earlier step; ``ConfigError`` for a checkpoint
         of another model, optimizer or corpus.
         """
@@ -230,26 +230,34 @@ class Checkpointer:
         tensors |= targets
         for name in ("loader", "scheduler"):
             _restore_plain(name, getattr(state, name), rest[name], directory)
+        generators = self._generators(commit, located, rest)
         read_shards(tensors, {name: located[name] for name in tensors})
         state.optimizer.load_state_dict(optimizer)
-        self._restore_rng(commit, located, rest)
+        if generators is not None:
+            set_rng_state(generators)
         if rest["config"] != self._config_digest and this_rank() == 0:
             _log.info("step %d was written under another configuration", commit.step)
 
-    def _restore_rng(self, commit: Commit, located: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
-        if (commit.world, rest["layout"]) == (world_size(), self._layout):
-            prefix = f"rng.{this_rank()}."
-            states: dict[str, Tensor] = {
-                name.removeprefix(prefix): read_whole(shards)
-                for name, shards in located.items()
-                if name.startswith(prefix)
-            }
-            set_rng_state(states)
-        elif this_rank() == 0:
-            _log.warning(
-                "random generators start afresh: step %d was saved by %d ranks with %s, now %d with %s",
-                *(commit.step, commit.world, rest["layout"], world_size(), self._layout),
-            )
+    def _generators(
+        self, commit: Commit, located: Mapping[str, list[Located]], rest: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        """The random generators that this rank saved, if the layout is the one that it saved them on."""
+        if (commit.world, rest["layout"]) != (world_size(), self._layout):
+            if this_rank() == 0:
+                _log.warning(
+                    "random generators start afresh: step %d was saved by %d ranks with %s, now %d with %s",
+                    *(commit.step, commit.world, rest["layout"], world_size(), self._layout),
+                )
+            return None
+        prefix = f"rng.{this_rank()}."
+        states = {
+            name.removeprefix(prefix): read_whole(shards) for name, shards in located.items() if name.startswith(prefix)
+        }
+        current = rng_state()["cpu"]
+        saved = states.get("cpu")
+        if saved is None or (saved.dtype, saved.shape) != (current.dtype, current.shape):
+            raise StorageError(f"{self._directory.path(commit.step)} is damaged: no {prefix}cpu of this torch")
+        return states
 
 
 def digest_of(config: Mapping[str, Any]) -> str:

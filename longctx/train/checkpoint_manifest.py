@@ -95,7 +95,7 @@ def decode(data: bytes, where: str) -> Any:
     try:
         value = plain(json.loads(data), where)
         same = encode(value) == data
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, StorageError) as error:
         raise _damaged(where, f"no valid JSON ({type(error).__name__})") from error
     if not same:
         raise _damaged(where, "JSON in a form that longctx does not write")
