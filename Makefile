@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade setuptools==84.2.1 wheel==0.48.0
 	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track]'
 	touch $@
 
 demo: $(STAMP)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from longctx.config import Config
 from longctx.errors import NotAvailableError
 
@@ -19,8 +17,6 @@ def require(config: Config, processes: int) -> None:
                 f"comm=nccl needs a CUDA device for each of {processes} processes, this machine has "
                 f"{devices}; available here: comm=gloo, comm=sim"
             )
-    if config.logger.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise NotAvailableError(
-            f"logger.wandb={config.logger.wandb} needs the package wandb, which is not installed; "
-            "install it or set logger.wandb=disabled"
-        )
+    from longctx.train.tracker import require_tracker
+
+    require_tracker(config.logger.wandb)

@@ -20,7 +20,7 @@ def constraints() -> dict[str, str]:
 def test_every_installed_dependency_is_pinned_once():
     pinned = constraints()
     extras = PROJECT["optional-dependencies"]
-    for requirement in [*PROJECT["dependencies"], *extras["test"], *extras["lint"]]:
+    for requirement in [*PROJECT["dependencies"], *extras["test"], *extras["lint"], *extras["track"]]:
         name, version = requirement.lower().split("==")
         assert pinned[name] == version, requirement
 
