@@ -36,10 +36,11 @@ from longctx.train.optimizer import build_optimizer
 from longctx.train.step import TrainStep
 
 # Largest relative error. fp32 and fp64 leave room for sums in another order, bf16 for rounding after every
-# operation.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
-# A tensor's error is taken relative to its own norm plus this share of the whole gradient's: some vanish.
-FLOOR = 1e-3
+# operation: over head counts from 4 to 64 and head dims from 8 to 128 its worst tensor was off by 1.6e-2.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-2}
+# A tensor's error is taken relative to its own norm plus this share of the whole gradient's: the gradients of
+# norms are small sums of large terms and would measure rounding alone.
+FLOOR = 2e-2
 
 
 @dataclass(frozen=True)

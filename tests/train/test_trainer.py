@@ -1,0 +1,170 @@
+"""The loop and its composition root: records, checkpoints, orderly stops, and what is refused beforehand."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longctx.errors import ConfigError, DataError, LongctxError, NumericsError, RequeueError, StorageError
+from longctx.launcher import build
+from longctx.mesh import build_mesh
+from longctx.sim import Cluster
+from longctx.train.meter import Meter, training_flops
+from tests.train.small_run import CPU, MODEL, Recorder, corpus, small_config
+
+KEYS = [
+    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu_causal", "mfu_full",
+    "memory_peak_bytes", "comm_bytes", "exposed_comm_seconds", "balance",
+]  # fmt: skip
+
+
+def config_on_sim(directory, **sections):
+    sections = {"parallel": {"sp": 2}, "train": {"steps": 4}, **sections}
+    return small_config(directory, **sections)
+
+
+def simulate(config, resume=False):
+    """``run_sim`` on the tests' corpus."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "open_corpus", lambda *args, **kwargs: corpus())
+        build.run_sim(config, resume)
+
+
+def records_of(config):
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_leaves_the_files_of_the_contract(tmp_path):
+    config = config_on_sim(tmp_path, train={"steps": 3, "canary": True}, checkpoint={"every": 2, "at_end": True})
+    simulate(config)
+    records = records_of(config)
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert all([key for key in r if key != "nonfinite"] == KEYS for r in records)
+    first = records[0]
+    assert first["tokens"] == 2 * 61
+    assert first["mfu_causal"] is first["mfu_full"] is first["memory_peak_bytes"] is None
+    assert first["comm_bytes"] > 0 and first["balance"] >= 1.0
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["canary"]["passed"] and environment["packages"]["torch"].startswith("2.13.0")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+
+
+def test_a_resumed_run_is_the_run_it_resumes(tmp_path, monkeypatch):
+    whole = config_on_sim(tmp_path / "whole", train={"steps": 5})
+    simulate(whole)
+    stopped = config_on_sim(tmp_path / "parts", train={"steps": 5}, checkpoint={"every": 2})
+    real = build.stop_on_signal
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "stop_on_signal", lambda: signalled(real))
+        with pytest.raises(RequeueError, match="saved step 1 of 5") as stop:
+            simulate(stopped)
+    assert stop.value.exit_code == 75
+    simulate(stopped, resume=True)
+    same = [(r["loss"], r["grad_norm"], r["lr"]) for r in records_of(stopped)]
+    assert same == [(r["loss"], r["grad_norm"], r["lr"]) for r in records_of(whole)]
+
+
+@contextlib.contextmanager
+def signalled(real):
+    """``stop_on_signal`` after the signal has come."""
+    with real() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield asked
+
+
+def test_signals_set_a_flag_only_while_a_run_goes_on():
+    before = signal.getsignal(signal.SIGUSR1)
+    with build.stop_on_signal() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert asked()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    results = []
+
+    def elsewhere():
+        with build.stop_on_signal() as asked:
+            results.append(asked())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert results == [False]
+
+
+def one_rank_is_asked_to_stop(config):
+    mesh = build_mesh(config.parallel, "cpu")
+    meter = Meter(mesh, CPU, stop=lambda: mesh.sequence_rank == 1)
+    trainer = build.build_trainer(config, False, corpus(), meter)
+    trainer.sink = recorder = Recorder()
+    with pytest.raises(RequeueError):
+        trainer.run()
+    return trainer.state.step, recorder.summary
+
+
+def test_all_ranks_stop_when_one_is_asked(tmp_path):
+    config = config_on_sim(tmp_path)
+    for step, summary in Cluster(2).run(one_rank_is_asked_to_stop, config):
+        assert step == 1
+        assert summary["outcome"] == "stopped"
+    assert (tmp_path / "checkpoints" / "step-1").is_dir()
+
+
+def diverging(config):
+    trainer = build.build_trainer(config, False, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer.sink = recorder = Recorder()
+    with pytest.raises(NumericsError, match="step 3"):
+        trainer.run()
+    return recorder.summary, trainer.state.model.norm.weight.to_local().isfinite().all().item()
+
+
+def test_a_diverging_run_ends_and_says_so(tmp_path, monkeypatch):
+    from longctx.model import Decoder
+
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    for summary, finite in Cluster(2).run(diverging, config_on_sim(tmp_path)):
+        assert (summary["outcome"], summary["skipped_updates"]) == ("failed", 3)
+        assert finite
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_errors_of_ranks_reach_the_command_as_they_are(tmp_path):
+    config = config_on_sim(tmp_path)
+    with pytest.raises(StorageError) as error:
+        simulate(config, resume=True)
+    assert error.value.exit_code == 74
+
+
+@pytest.mark.parametrize(
+    "sections,error,message",
+    [
+        ({"attention": {"strategy": "striped", "layout": "zigzag"}}, ConfigError, "attention.layout=striped"),
+        ({"attention": {"kernel": "fast"}}, ConfigError, "valid kernels"),
+        ({"data": {"source": "text", "path": "/nowhere/at/all"}}, DataError, "/nowhere/at/all"),
+    ],
+)
+def test_preflight_refuses_before_any_process_starts(tmp_path, sections, error, message):
+    config = config_on_sim(tmp_path)
+    for name, fields in sections.items():
+        config = replace(config, **{name: replace(getattr(config, name), **fields)})
+    with pytest.raises(LongctxError, match=message) as refused:
+        build.preflight(config, resume=False)
+    assert isinstance(refused.value, error)
+
+
+def test_preflight_wants_a_checkpoint_to_resume_from(tmp_path):
+    with pytest.raises(StorageError, match="without --resume"):
+        build.preflight(config_on_sim(tmp_path), resume=True)
+
+
+def test_flops_of_a_dense_step_are_six_per_weight_and_token():
+    weights = 2 * 32 * ((2 * 4 + 2 * 2) * 8 + 3 * 48) + 256 * 32
+    assert training_flops(MODEL, tokens=10, cells=0) == 6 * weights * 10
+    # Two layers, four heads of eight: two products forward and four backward, two FLOP each.
+    assert training_flops(MODEL, tokens=0, cells=5) == 12 * 2 * 4 * 8 * 5
