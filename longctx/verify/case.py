@@ -12,9 +12,10 @@ from longctx.errors import ConfigError
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-# Relative norm error that rounding may cause; bfloat16 is judged against the one-device error instead.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-BF16_FACTOR = 2.5
+# Relative norm error that rounding may cost: (always, at most). Between the two it may be ROUNDING_FACTOR times
+# what the same kernel loses on one device; the upper end keeps a wrong kernel from excusing itself.
+TOLERANCE = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
+ROUNDING_FACTOR = 2.5
 TENSORS = ("out", "dq", "dk", "dv")
 
 

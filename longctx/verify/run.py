@@ -10,7 +10,7 @@ from longctx.attention import StrategyAttention, dense_attention
 from longctx.attention.operator import IMPLEMENTATIONS
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
-from longctx.verify.case import BF16_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
+from longctx.verify.case import ROUNDING_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
 from longctx.verify.memory import PeakMemory
 
 
@@ -95,8 +95,11 @@ def _errors(
 
 
 def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[str, float]:
-    if case.dtype in TOLERANCE:
-        return dict.fromkeys(TENSORS, TOLERANCE[case.dtype])
+    """How far each tensor may be off; see ``TOLERANCE``."""
+    least, most = TOLERANCE[case.dtype]
+    if least == most:
+        return dict.fromkeys(TENSORS, most)
     alone = VerifyCase(**{**vars(case), "strategy": "local", "layout": "contiguous", "layout_block": 1, "world": 1})
     single = run_rank(alone, None).tensors
-    return {name: BF16_FACTOR * error for name, error in _errors(alone, alone.plan(), single, truth, dout).items()}
+    errors = _errors(alone, alone.plan(), single, truth, dout)
+    return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}
