@@ -25,6 +25,9 @@ from longctx.attention.contract import KernelProblem
 from longctx.attention.partial import Partial
 from longctx.sequence import Tile, TileSet
 
+_forward = torch.ops.aten._flash_attention_forward
+_backward = torch.ops.aten._flash_attention_backward
+
 MAX_HEAD_DIM = 256  # of FlashAttention-2
 
 
@@ -80,7 +83,7 @@ def launches_of(tiles: tuple[TileSet, ...]) -> tuple[Launch, ...]:
 @lru_cache(maxsize=256)
 def _offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 offsets on the device, copied without blocking the host."""
-    host = torch.tensor(offsets, dtype=torch.int32, pin_memory=True)
+    host = torch.tensor(offsets, dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
@@ -101,7 +104,7 @@ class FlashCuda:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
         for launch in launches_of(tuple(tiles)):
-            out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            out, lse, *_ = _forward(
                 launch.pack_queries(q),
                 launch.pack_keys(k),
                 launch.pack_keys(v),
@@ -139,7 +142,7 @@ class FlashCuda:
     ) -> None:
         dq, dk, dv = grads
         for launch in launches_of(tuple(tiles)):
-            d_queries, d_keys, d_values = torch.ops.aten._flash_attention_backward(
+            d_queries, d_keys, d_values = _backward(
                 launch.pack_queries(dout).contiguous(),
                 launch.pack_queries(q),
                 launch.pack_keys(k),
