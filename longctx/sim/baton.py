@@ -81,7 +81,9 @@ class Baton:
         """
         self._hand_to(self._next_after(len(self._locks) - 1))
         try:
-            self._over.acquire()
+            # A signal that another thread caught is handled here only between two acquires.
+            while not self._over.acquire(timeout=0.5):
+                pass
         except BaseException as interrupt:
             self.stop(interrupt)
             self._over.acquire()

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longctx.sim.baton import Baton
 from longctx.sim.compute import ComputeRecorder
 from longctx.sim.errors import RankFailed, Stopped
+from longctx.sim.fake import FakeFloats
 from longctx.sim.faults import Fault, FaultInjector, FaultPlan
 from longctx.sim.ledger import Ledger
 from longctx.sim.process_group import create_group
@@ -44,7 +44,7 @@ class Cluster:
         faults: what goes wrong, see ``FaultPlan``.
         trace: record communication in ``trace``.
         trace_compute: record operators in ``trace`` too; slows each operator down.
-        fake: run the ranks under ``FakeTensorMode``: shapes without numbers.
+        fake: make all floating tensors of the ranks fake, shapes without numbers, see ``longctx.sim.fake``.
 
     Attributes:
         ledger: bytes sent in the latest run, see ``longctx.sim.ledger`` for the conventions.
@@ -183,10 +183,9 @@ class _Run:
     @contextlib.contextmanager
     def _modes(self, seat: Seat) -> Iterator[None]:
         with contextlib.ExitStack() as modes:
-            if self._fake:
-                modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            fake_mode = modes.enter_context(FakeFloats()) if self._fake else None
             if self._trace_compute:
-                modes.enter_context(ComputeRecorder(seat))
+                modes.enter_context(ComputeRecorder(seat, fake_mode))
             yield
 
 

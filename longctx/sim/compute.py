@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import _maybe_get_opdef
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -21,8 +21,8 @@ from longctx.sim.runtime import Seat
 from longctx.sim.tensors import dtype_name, nbytes, shapes
 from longctx.sim.trace import Event
 
-# The backend itself records communication; prim asks for properties of tensors.
-_NO_COMPUTE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "prim")
+# The backend itself records communication; prim asks for properties of tensors, profiler marks ranges.
+_NO_COMPUTE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "prim", "profiler")
 _aten = torch.ops.aten
 
 
@@ -53,24 +53,34 @@ def _python_body(func: Any) -> Callable[..., Any] | None:
     return kernels.get("cpu") or kernels.get(None) or definition._init_fn
 
 
+def _breaks_up(kind: Any) -> bool:
+    """Whether a tensor type, such as DTensor, first turns operators into ones on its local parts."""
+    return not issubclass(kind, FakeTensor) and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 class ComputeRecorder(TorchDispatchMode):
     """Adds a "compute" event to the seat's trace for every operator that touches data.
 
     Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is
     opened up: its inner operators are recorded, in their order among the communication. Its body is called
     directly, so with fake tensors too it communicates, where its fake kernel would not. Any other operator
-    is one event.
+    is one event. What DTensor runs on fake tensors of global shape, to learn how results look, is left out.
+
+    Args:
+        seat: the rank.
+        fake_mode: the run's own, None if its tensors are real.
     """
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, seat: Seat, fake_mode: FakeTensorMode | None) -> None:
         super().__init__()
         self._seat = seat
+        self._fake_mode = fake_mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(not issubclass(kind, FakeTensor) for kind in types):
-            return NotImplemented  # DTensor and the like first break up into their local parts
-        if func.namespace in _NO_COMPUTE:
+        if any(map(_breaks_up, types)):
+            return NotImplemented
+        if func.namespace in _NO_COMPUTE or self._in_shape_propagation():
             return func(*args, **kwargs)
         packet = func.overloadpacket
         formula = _CPU_FLOPS.get(packet) or flop_registry.get(packet)
@@ -88,6 +98,13 @@ class ComputeRecorder(TorchDispatchMode):
         if not func.is_view:
             self._record(func, formula, args, kwargs, result)
         return result
+
+    def _in_shape_propagation(self) -> bool:
+        """Whether somebody entered a fake mode around this operator, above the run's own if it has one."""
+        active: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if active is None:
+            return False
+        return active is not self._fake_mode or len(active.enter_stack) > 1
 
     def _record(self, func: Any, formula: Callable[..., int] | None, args: Any, kwargs: Any, result: Any) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

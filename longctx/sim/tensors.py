@@ -30,10 +30,7 @@ def unobserved() -> contextlib.AbstractContextManager[object]:
 
 def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:
     """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
-    for tensor in tensors:
-        if tensor.is_meta or isinstance(tensor, FakeTensor):
-            return True
-    return False
+    return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:

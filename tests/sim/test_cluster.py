@@ -1,6 +1,7 @@
 """Runs as a whole: results, failures, deadlocks, random numbers, and what is left behind."""
 
 import random
+import signal
 import sys
 import threading
 
@@ -223,6 +224,20 @@ def test_real_process_group_of_the_caller_survives() -> None:
         assert tensor.tolist() == [1.0, 1.0]
     finally:
         dist.destroy_process_group()
+
+
+def test_interrupt_stops_the_ranks() -> None:
+    def body() -> None:
+        if dist.get_rank() == 0:
+            signal.raise_signal(signal.SIGINT)
+        for _ in range(100_000):
+            dist.barrier()
+
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        Cluster(3, trace=False).run(body)
+    assert threading.active_count() == threads
+    assert Cluster(2).run(dist.get_rank) == [0, 1]
 
 
 def test_cluster_inside_a_rank_is_refused() -> None:

@@ -3,11 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed._functional_collectives import all_reduce as functional_all_reduce
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.sim import Cluster, Event, mark_step
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
 def test_post_and_wait_share_an_id_and_keep_program_order() -> None:
@@ -183,3 +189,36 @@ def test_compute_of_fake_tensors_is_recorded() -> None:
     cluster = Cluster(2, fake=True, trace_compute=True)
     cluster.run(body)
     assert [event.flops for event in cluster.trace[1] if event.operation == "aten.mm"] == [2 << 60] * 2
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_sharded_training_step_counts_local_flops(fake: bool) -> None:
+    width, inner, tokens = (4096, 16384, 1024) if fake else (16, 64, 8)
+
+    def body() -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = nn.Sequential(nn.Linear(width, inner, bias=False), nn.ReLU(), nn.Linear(inner, width, bias=False))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(2):
+            model(torch.randn(tokens, width)).sum().backward()
+            optimizer.step()
+
+    cluster = Cluster(4, fake=fake, trace_compute=True)
+    cluster.run(body)
+    product = 2 * tokens * width * inner // 2  # half of it, by tensor parallelism
+    for events in cluster.trace:
+        # Forward two, backward three: the first layer's input needs no gradient.
+        assert [event.flops for event in events if event.operation == "aten.mm"] == [product] * 10
+
+
+def test_integers_stay_real_among_fake_tensors() -> None:
+    def body() -> tuple[list[int], bool, tuple[int, ...]]:
+        positions = torch.arange(4)
+        dist.all_reduce(positions)
+        table = torch.randn(10, 1 << 30)
+        rows = table[torch.randint(10, (3,))]
+        return positions.tolist(), isinstance(rows, torch._subclasses.FakeTensor), tuple(rows.shape)
+
+    assert Cluster(2, fake=True).run(body) == [([0, 2, 4, 6], True, (3, 1 << 30))] * 2
