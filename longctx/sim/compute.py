@@ -104,7 +104,8 @@ class ComputeRecorder(TorchDispatchMode):
         active: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if active is None:
             return False
-        return active is not self._fake_mode or len(active.enter_stack) > 1
+        own = self._fake_mode
+        return own is None or active is not own or len(own.enter_stack) > 1
 
     def _record(self, func: Any, formula: Callable[..., int] | None, args: Any, kwargs: Any, result: Any) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
