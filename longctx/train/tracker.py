@@ -40,6 +40,7 @@ class Tracker:
     def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb
 
+        self._wandb = wandb
         name = config.run.name or run_dir.resolve().name
         settings = wandb.Settings(
             console="off",
@@ -69,12 +70,15 @@ class Tracker:
     def step(self, record: dict[str, Any]) -> None:
         """Logs what is known of a step."""
         known = {key: value for key, value in record.items() if value is not None and key != "step"}
-        self._run.log(known, step=record["step"])
+        self._run.log(known, step=record["step"], commit=True)
 
     def close(self, summary: dict[str, Any]) -> None:
         """Hands in the summary and ends the run."""
         self._run.summary.update({key: value for key, value in summary.items() if value is not None})
-        self._run.finish(exit_code=int(summary.get("outcome") == "failed"))
+        code = int(summary.get("outcome") == "failed")
+        self._run.finish(exit_code=code)
+        # finish() returns while wandb's own process still writes; this waits for that process to end.
+        self._wandb.teardown(code)
 
 
 def redacted(value: Any) -> Any:
