@@ -26,7 +26,7 @@ demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/longctx launch --nproc 2 recipe=demo run.dir=runs/demo
 	@echo
-	@echo "checkpoint: $$(ls -d runs/demo/checkpoints/step-* | tail -n 1)"
+	@echo "checkpoint: $$(ls -d runs/demo/checkpoints/step-* | sort -V | tail -n 1)"
 	@echo "wandb run:  $$(find runs/demo -type d -name 'offline-run-*' | head -n 1)"
 	@echo "report:     runs/demo/report.html"
 
