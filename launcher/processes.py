@@ -22,9 +22,7 @@ def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
     """
     share_cores(world)
     command = [sys.executable, "-m", module, job, str(folder)]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)
-    ]
+    workers = [subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
     try:
         complaints = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
     finally:
@@ -39,6 +37,4 @@ def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
 def join_gloo(folder: Path, rank: int, world: int) -> None:
     """The default process group of a process that ``run_gloo`` started."""
     store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))

@@ -56,9 +56,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     assert parallel.dp_shard > 0, "longctx.config.resolve fills in parallel.dp_shard"
     shard = parallel.dp_shard * parallel.sp
     tokens = parallel.dp_replicate * shard
-    root = init_device_mesh(
-        device_type, (parallel.pp, tokens, parallel.tp), mesh_dim_names=("pp", "tokens", "tp")
-    )
+    root = init_device_mesh(device_type, (parallel.pp, tokens, parallel.tp), mesh_dim_names=("pp", "tokens", "tp"))
     data = root._unflatten("tokens", (parallel.dp_replicate, shard), ("dp_replicate", "shard"))
     sequence = data._unflatten("shard", (parallel.dp_shard, parallel.sp), ("dp_shard", "sp"))
     replicas = sequence["dp_replicate"].get_local_rank()

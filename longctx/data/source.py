@@ -27,9 +27,7 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Cor
         return open_tokens(config.path, config.token_dtype, vocab_size, limit, verify)
     if config.source not in SOURCES:
         near = (get_close_matches(str(config.source), SOURCES, n=1) or SOURCES)[0]
-        raise ConfigError(
-            f"data.source={config.source!r} must be one of {', '.join(SOURCES)}; did you mean {near}?"
-        )
+        raise ConfigError(f"data.source={config.source!r} must be one of {', '.join(SOURCES)}; did you mean {near}?")
     if vocab_size < BYTES:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: data={config.source} delivers bytes, which need at least {BYTES}"

@@ -123,13 +123,10 @@ def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         found = excerpt(line[error.start : error.start + 8])
-        raise DataError(
-            f"{where}: bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8"
-        ) from error
+        raise DataError(f"{where}: bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: bad JSON: {shown(str(error))}, found {excerpt(line.strip())}; every line must "
-            "be one JSON object"
+            f"{where}: bad JSON: {shown(str(error))}, found {excerpt(line.strip())}; every line must be one JSON object"
         ) from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {excerpt(record)}; every line must be one JSON object")

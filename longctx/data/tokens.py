@@ -200,15 +200,12 @@ def _checked_ids(document: ArrayLike, kind: np.dtype[Any], dtype: str, number: i
     if not ids.size:
         return np.empty(0, dtype=kind)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(
-            f"document {number}: {ids.dtype} of shape {ids.shape}; it must be a row of integer ids"
-        )
+        raise DataError(f"document {number}: {ids.dtype} of shape {ids.shape}; it must be a row of integer ids")
     limit = int(np.iinfo(kind).max)
     bad = np.flatnonzero((ids < 0) | (ids > limit))
     if len(bad):
         raise DataError(
-            f"document {number}, token {int(bad[0])}: id {int(ids[bad[0]])} does not fit {dtype} (0 to "
-            f"{limit})"
+            f"document {number}, token {int(bad[0])}: id {int(ids[bad[0]])} does not fit {dtype} (0 to {limit})"
         )
     return np.ascontiguousarray(ids, dtype=kind)
 

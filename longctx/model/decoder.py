@@ -23,9 +23,7 @@ class Decoder(nn.Module):
     default device; ``initialize`` gives them their values.
     """
 
-    def __init__(
-        self, config: ModelConfig, attention: CoreAttention | None = None, loss_chunk: int = 1024
-    ) -> None:
+    def __init__(self, config: ModelConfig, attention: CoreAttention | None = None, loss_chunk: int = 1024) -> None:
         super().__init__()
         self.config = config
         self.loss_chunk = loss_chunk
@@ -45,9 +43,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.attention = attention
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None) -> Tensor:
         """tokens, positions and labels: int64 ``[B, T/SP]``; ``plan``: handle of the batch's sequence plan.
 
         With labels: the sum (not the mean) of the cross-entropy over this rank's valid tokens, a scalar in

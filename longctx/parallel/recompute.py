@@ -54,9 +54,7 @@ def recompute_activations(model: Decoder, mode: str) -> None:
         block.forward = checkpointed(block.forward, POLICIES[mode])  # type: ignore[method-assign]
 
 
-def checkpointed(
-    forward: Callable[..., Tensor], policy: Callable[..., CheckpointPolicy]
-) -> Callable[..., Tensor]:
+def checkpointed(forward: Callable[..., Tensor], policy: Callable[..., CheckpointPolicy]) -> Callable[..., Tensor]:
     """``forward`` that keeps what ``policy`` says; blocks draw no random numbers, so no state of theirs."""
     return partial(
         checkpoint,

@@ -35,7 +35,7 @@ class SequencePlan:
     ``shard``: physical tokens per rank, the same for all; valid ones come first.
     ``handle``: int64 scalar tensor on the CPU that names this plan to custom operators; a tensor, so that
     pipeline stages can receive it and ``torch.compile`` does not specialize on it. The plan lives as long as
-    somebody (the local batch, an autograd graph) holds it.
+    somebody holds it, usually the local batch; an autograd graph holds the handle alone.
     """
 
     def __init__(

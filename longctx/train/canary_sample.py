@@ -34,14 +34,10 @@ def shrink(config: Config) -> Config:
         window = min(window, max(2, round(window * length / config.data.seq_len)))
     return replace(
         config,
-        model=replace(
-            config.model, vocab_size=VOCABULARY, dim=DIM, layers=1, hidden_dim=2 * DIM, init_std=DIM**-0.5
-        ),
+        model=replace(config.model, vocab_size=VOCABULARY, dim=DIM, layers=1, hidden_dim=2 * DIM, init_std=DIM**-0.5),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
-        train=replace(
-            config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)
-        ),
+        train=replace(config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)),
     )
 
 
@@ -69,9 +65,7 @@ def _sequence(config: Config, number: int) -> Batch:
     length, world = config.data.seq_len, config.parallel.sp
     generator = torch.Generator().manual_seed(SEED + kind)
     tokens = torch.randint(VOCABULARY, (1, length + 1), generator=generator)
-    documents = (
-        _documents(kind, length, world) if config.attention.document_mask else Documents.single(length)
-    )
+    documents = _documents(kind, length, world) if config.attention.document_mask else Documents.single(length)
     labels = tokens[:, 1:].clone()
     labels[0, torch.from_numpy(documents.cu_seqlens[1:] - 1)] = IGNORE
     if kind % 2:

@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-def gather_numbers(
-    numbers: Sequence[float], group: dist.ProcessGroup, device: torch.device
-) -> list[list[float]]:
+def gather_numbers(numbers: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[list[float]]:
     """``numbers`` of each rank of ``group``, by rank; integers are exact below 2^53.
 
     Ranks decide by what all of them know, never by what only they see, so that all decide the same.

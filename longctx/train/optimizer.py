@@ -24,9 +24,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
 
 
 class WarmupCosine:
@@ -61,7 +59,5 @@ class WarmupCosine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         done = state.get("done")
         if type(done) is not int or done < 0:
-            raise StorageError(
-                f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps"
-            )
+            raise StorageError(f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps")
         self.done = done

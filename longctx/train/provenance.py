@@ -29,9 +29,7 @@ def write_environment(directory: Path, canary: dict[str, Any] | None) -> None:
         unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(directory / "environment.json")
     except OSError as error:
-        raise StorageError(
-            f"{directory}/environment.json cannot be written: {error.strerror or error}"
-        ) from None
+        raise StorageError(f"{directory}/environment.json cannot be written: {error.strerror or error}") from None
 
 
 def describe() -> dict[str, Any]:

@@ -46,9 +46,7 @@ def test_every_mesh_takes_the_same_global_batch(world: int, micro: int) -> None:
     for step in range(5):
         expected = rows([whole])
         assert rows(ranks) == expected
-        assert [row[0] for row in expected] == [
-            whole.packing.sample(step * 8 + i)[0].tolist() for i in range(8)
-        ]
+        assert [row[0] for row in expected] == [whole.packing.sample(step * 8 + i)[0].tolist() for i in range(8)]
     assert {json.dumps(each.state_dict()) for each in ranks} == {json.dumps(whole.state_dict())}
 
 
@@ -126,8 +124,6 @@ def test_a_damaged_position_is_refused(damage: dict[str, Any]) -> None:
         (4, 1, 0, "train.micro_batch=0: at least 1"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused(
-    global_batch: int, world: int, micro: int, message: str
-) -> None:
+def test_a_batch_that_does_not_divide_is_refused(global_batch: int, world: int, micro: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         loader(world, 0, micro, global_batch)

@@ -36,9 +36,7 @@ def stream(packing: Packing, samples: int) -> tuple[list[int], list[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 40), seed=st.integers(0, 2**40))
-def test_every_token_once_per_epoch_with_the_right_labels(
-    lengths: list[int], seq_len: int, seed: int
-) -> None:
+def test_every_token_once_per_epoch_with_the_right_labels(lengths: list[int], seq_len: int, seed: int) -> None:
     corpus = numbered(lengths)
     epochs = 3
     samples = -(-epochs * corpus.total_tokens // seq_len)
@@ -50,8 +48,7 @@ def test_every_token_once_per_epoch_with_the_right_labels(
         assert sorted(part) == list(range(corpus.total_tokens))
         # Whole documents in some order: after every token comes its successor, or another document's start.
         assert all(
-            after == before + 1 if before not in ends else after in corpus.bounds
-            for before, after in pairwise(part)
+            after == before + 1 if before not in ends else after in corpus.bounds for before, after in pairwise(part)
         )
 
 
@@ -71,9 +68,7 @@ def test_documents_are_the_pieces_of_the_row(lengths: list[int], seq_len: int, s
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 40), order=st.permutations(range(12)))
-def test_a_sample_depends_on_nothing_but_its_index(
-    lengths: list[int], seq_len: int, order: list[int]
-) -> None:
+def test_a_sample_depends_on_nothing_but_its_index(lengths: list[int], seq_len: int, order: list[int]) -> None:
     shared = Packing(numbered(lengths), seq_len, 1)
     for index in order:
         fresh = Packing(numbered(lengths), seq_len, 1).sample(index)
@@ -85,9 +80,7 @@ def test_a_sample_depends_on_nothing_but_its_index(
 
 def test_seeds_and_epochs_differ_in_their_order() -> None:
     corpus = numbered([1] * 50)
-    orders = {
-        tuple(Packing(corpus, 50, seed).sample(epoch)[0].tolist()) for seed in range(4) for epoch in range(4)
-    }
+    orders = {tuple(Packing(corpus, 50, seed).sample(epoch)[0].tolist()) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 

@@ -22,8 +22,7 @@ def open_text(path: Path, **settings_: object) -> Corpus:
 
 def contents(corpus: Corpus) -> list[bytes]:
     return [
-        corpus.tokens[start:stop].tobytes()
-        for start, stop in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)
+        corpus.tokens[start:stop].tobytes() for start, stop in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)
     ]
 
 

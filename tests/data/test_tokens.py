@@ -69,9 +69,7 @@ def test_max_documents(written: Path) -> None:
 def test_ids_outside_the_vocabulary_are_named(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "CHUNK", 3)
     opened(written, 9)
-    message = (
-        r"a\.bin, document 3, token 2 of it: id 7 is outside the vocabulary of 7 \(valid: 0 to 6\).* 8 or"
-    )
+    message = r"a\.bin, document 3, token 2 of it: id 7 is outside the vocabulary of 7 \(valid: 0 to 6\).* 8 or"
     with pytest.raises(DataError, match=message):
         opened(written, 7)
     packing = Packing(opened(written, 7, verify=False), 8, 0)
@@ -177,9 +175,7 @@ def test_the_path_is_a_bin_file_with_its_idx(written: Path) -> None:
         (b"text", r"document 1: \|S4 of shape \(\)"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_the_old_files(
-    written: Path, document: Any, message: str
-) -> None:
+def test_what_cannot_be_written_is_refused_and_leaves_the_old_files(written: Path, document: Any, message: str) -> None:
     before = opened(written).fingerprint
     with pytest.raises(DataError, match=message):
         write_tokens(written, [[9], document])
