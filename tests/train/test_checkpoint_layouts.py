@@ -1,5 +1,6 @@
 """What was saved on one layout is loaded on any other, bit for bit."""
 
+import datetime
 import itertools
 import json
 import logging
@@ -139,7 +140,7 @@ def test_other_dtypes_survive(tmp_path, dtype):
 def test_saving_changes_nothing_in_the_run(tmp_path):
     plain, saving = make(None), make(None)
     torch.manual_seed(5)
-    train(plain, 4)
+    train(plain, 3)
     torch.manual_seed(5)
     for step in range(3):
         Checkpointer(tmp_path).save(step, saving)
@@ -167,6 +168,31 @@ def test_another_model_is_refused_before_anything_is_overwritten(checkpoints, ch
     assert state.step == state.loader.position == 0
 
 
+def gloo_rank(rank, directory):
+    store = torch.distributed.FileStore(str(directory / "store"), 2)
+    limit = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        save_after((2,), directory / "checkpoints")
+        state = make((2,), seed=99)
+        assert Checkpointer(directory / "checkpoints").load(state) == 1
+        save_with_one_bad_rank((2,), directory / "failing", bad=1)
+    except StorageError as error:
+        (directory / f"message-{rank}").write_text(str(error))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gloo
+def test_real_processes_write_what_simulated_ranks_read(checkpoints, tmp_path):
+    torch.multiprocessing.spawn(gloo_rank, (tmp_path,), nprocs=2)
+    _, expected = checkpoints["2"]
+    for _, found in on_cluster("4", load, tmp_path / "checkpoints"):
+        assert found.same(expected)
+    messages = {(tmp_path / f"message-{rank}").read_text() for rank in range(2)}
+    assert len(messages) == 1 and "rank 1: KeyError" in messages.pop()
+
+
 def test_other_groups_of_the_optimizer_are_refused(checkpoints):
     state = make(None)
     state.optimizer = torch.optim.AdamW(state.model.parameters())
@@ -187,20 +213,23 @@ def test_state_that_is_not_plain_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def save_with_one_bad_rank(shape, directory):
+def save_with_one_bad_rank(shape, directory, bad):
     state = make(shape)
-    checkpointer = Checkpointer(directory)
-    if torch.distributed.get_rank() == 2:
+    if torch.distributed.get_rank() == bad:
         state.optimizer.param_groups[0]["params"] = [torch.zeros(1)]
+    Checkpointer(directory).save(1, state)
+
+
+def message_of_a_save(shape, directory):
     try:
-        checkpointer.save(1, state)
+        save_with_one_bad_rank(shape, directory, bad=2)
     except StorageError as error:
         return str(error)
     return None
 
 
 def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
-    messages = set(on_cluster("4", save_with_one_bad_rank, tmp_path))
+    messages = set(on_cluster("4", message_of_a_save, tmp_path))
     assert len(messages) == 1
     assert "rank 2: KeyError" in messages.pop()
     assert list(tmp_path.iterdir()) == []
