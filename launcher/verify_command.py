@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
-from longctx.errors import ConfigError, NotAvailableError, NumericsError
+from longctx.errors import ConfigError, NotAvailableError, NumericsError, StorageError, UsageError
 from longctx.launcher.processes import join_gloo, run_gloo
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
@@ -50,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
     parser.add_argument("--all", action="store_true", help="every strategy, layout, mask, head count and world")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_files(arguments)
     if arguments.all:
         return _run_all(arguments)
     case = case_of(arguments)
@@ -69,6 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
     return PASSED if verdict.passed else FAILED
 
 
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuses files that could not be written, before any work."""
+    if arguments.table and not arguments.all:
+        raise UsageError("--table is for the whole matrix; add --all")
+    if arguments.dump and arguments.all:
+        raise UsageError("--dump is for one case; leave out --all")
+    for file in (arguments.dump, arguments.table):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise StorageError(f"{file} can't be written: it must be a file in a folder that exists")
+
+
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
     """The case that the command line describes; refuses what is unknown or not built."""
     one_of("--strategy", arguments.strategy, STRATEGIES, STRATEGIES_PLANNED)
@@ -80,7 +94,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         raise ConfigError(
             f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
         ) from None
-    return VerifyCase(
+    case = VerifyCase(
         strategy=arguments.strategy,
         layout=arguments.layout or get_strategy(arguments.strategy).layout,
         world=arguments.world,
@@ -98,6 +112,9 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         layout_block=arguments.layout_block,
         kernel=arguments.kernel,
     )
+    # Asked here, so that a kernel that can't run is refused before the ranks start.
+    select_kernel(case.kernel, KernelProblem("cpu", DTYPES[case.dtype], case.heads, case.kv_heads, case.head_dim))
+    return case
 
 
 def check(case: VerifyCase) -> tuple[Verdict, dict[str, Tensor]]:
@@ -146,7 +163,8 @@ def worker(words: list[str]) -> None:
 
 def _run_all(arguments: argparse.Namespace) -> int:
     verdicts = []
-    for case in matrix(arguments.seq or 192, arguments.dtype, arguments.backend):
+    seq = 192 if arguments.seq is None else arguments.seq
+    for case in matrix(seq, arguments.dtype, arguments.backend):
         reason = case.refused()
         verdict = refused(case, reason) if reason else check(case)[0]
         verdicts.append((case, verdict))
@@ -154,6 +172,9 @@ def _run_all(arguments: argparse.Namespace) -> int:
         _show([verdict for _, verdict in verdicts], True, many=True)
     else:
         print(table(verdicts))
+    if arguments.table:
+        command = f"longctx verify --all --seq {seq} --dtype {arguments.dtype} --backend {arguments.backend}"
+        arguments.table.write_text(PAGE.format(command=command, table=table(verdicts)), encoding="utf-8")
     return PASSED if all(verdict.passed or verdict.refused for _, verdict in verdicts) else FAILED
 
 
@@ -187,26 +208,55 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
         )
 
 
+PAGE = """# Exactness, measured
+
+Written by `make matrix`, that is by
+
+    {command}
+
+Forward and backward on every rank with a random upstream gradient, against dense attention in float64. The
+error is the worst over out, dq, dk, dv and over ranks: its norm over the norm of the whole reference tensor
+plus a thousandth of the upstream gradient's. Bytes are those that all ranks send together in a forward and a
+backward pass, one number for each world. Heads are query heads / key and value heads.
+
+{table}
+"""
+
+
 def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
-    """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds."""
+    """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds.
+
+    A strategy and layout that are refused throughout, for one reason, have a single line.
+    """
     lines = [
         "| strategy | layout | mask | heads | worlds | worst error | bytes sent, by world | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for _, group in itertools.groupby(verdicts, key=lambda pair: _row_key(pair[0])):
-        rows = list(group)
-        case, worlds = rows[0][0], ", ".join(str(case.world) for case, _ in rows)
-        executed = [verdict for _, verdict in rows if not verdict.refused]
-        reasons = sorted({verdict.refused for _, verdict in rows if verdict.refused})
-        worst = max((max(verdict.errors.values()) for verdict in executed), default=None)
-        sent = ", ".join(str(sum(verdict.bytes_forward + verdict.bytes_backward)) for verdict in executed)
-        outcome = "exact" if all(verdict.passed for verdict in executed) else "**WRONG**"
-        refusal = f"refused: {reasons[0]}" if reasons else ""
-        said = "; ".join(part for part in (outcome if executed else "", refusal) if part)
-        error = "" if worst is None else f"{worst:.1e}"
-        strategy, layout, mask, heads = _row_key(case)
-        lines.append(f"| {strategy} | {layout} | {mask} | {heads} | {worlds} | {error} | {sent} | {said} |")
+    for (strategy, layout), group in itertools.groupby(verdicts, key=lambda pair: _row_key(pair[0])[:2]):
+        pairs = list(group)
+        reason, *others = {verdict.refused for _, verdict in pairs}
+        if reason and not others:
+            lines.append(f"| {strategy} | {layout} | all | all | all | | | refused: {reason} |")
+            continue
+        lines += [_line(list(row)) for _, row in itertools.groupby(pairs, key=lambda pair: _row_key(pair[0]))]
     return "\n".join(lines)
+
+
+def _line(row: list[tuple[VerifyCase, Verdict]]) -> str:
+    """One line of the table: the same case on several worlds, of which some may be refused."""
+    executed = [(case.world, verdict) for case, verdict in row if not verdict.refused]
+    declined = [str(case.world) for case, verdict in row if verdict.refused]
+    worst = max((max(verdict.errors.values()) for _, verdict in executed), default=None)
+    said = ["exact" if all(verdict.passed for _, verdict in executed) else "**WRONG**"] if executed else []
+    said += [f"refused on {', '.join(declined)}"] if declined else []
+    columns = (
+        *_row_key(row[0][0]),
+        ", ".join(str(world) for world, _ in executed),
+        "" if worst is None else f"{worst:.1e}",
+        ", ".join(str(sum(verdict.bytes_forward + verdict.bytes_backward)) for _, verdict in executed),
+        "; ".join(said),
+    )
+    return f"| {' | '.join(columns)} |"
 
 
 def _row_key(case: VerifyCase) -> tuple[str, str, str, str]:

@@ -69,7 +69,10 @@ class VerifyCase:
     def refused(self) -> str | None:
         """Why the strategy does not execute this exactly, by its own declaration; None if it does."""
         case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
-        return refusal(get_strategy(self.strategy), case)
+        reason = refusal(get_strategy(self.strategy), case)
+        if reason is None:
+            self.make_layout()  # raises where a block size, say, does not go with the layout
+        return reason
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, dout): whole tensors ``[B, S, H or Hkv, D]``, the same on every rank."""

@@ -20,7 +20,7 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self, implementations: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self._implementations = implementations
-        self._inputs: set[int] = set()
+        self._inputs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._bytes = 0
         self.peak = 0
@@ -33,12 +33,18 @@ class PeakMemory(TorchDispatchMode):
             with self:
                 result = inside(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._alive:
-                self._inputs.add(leaf.untyped_storage()._cdata)
+            if isinstance(leaf, torch.Tensor):
+                self._take_as_given(leaf.untyped_storage())
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._notice(leaf.untyped_storage())
         return result
+
+    def _take_as_given(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive and key not in self._inputs:
+            # Forgotten when it dies: another storage may get its address.
+            self._inputs[key] = weakref.ref(storage, lambda _: self._inputs.pop(key))
 
     def _notice(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -1,0 +1,262 @@
+"""``longctx verify`` as the contract states it: fields, exit codes, the dump, the matrix, and what it catches."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longctx.kernels.dense import Dense
+from longctx.launcher import cli, verify_command
+from longctx.launcher.verify_command import matrix, table
+from longctx.verify import Verdict, VerifyCase, judge, refused
+from longctx.verify.case import TOLERANCE
+from tests.equivalence.attention_definition import attention
+
+FIELDS = [
+    "strategy", "layout", "mixer", "world", "backend", "dtype", "refused", "errors", "bytes_forward",
+    "bytes_backward", "peak_extra_bytes", "passed",
+]  # fmt: skip
+SMALL = ["--seq", "31", "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]
+
+
+def verify(capsys, *words: str):
+    status = cli.main(["verify", *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def verify_json(capsys, *words: str):
+    status, out, err = verify(capsys, *words, "--json")
+    assert err == ""
+    return status, json.loads(out)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--layout", "contiguous", "--world", "2", "--documents", "3,27,1"],
+        ["--layout", "zigzag", "--world", "3", "--window", "5", "--non-causal", "--batch", "2"],
+        ["--strategy", "striped", "--world", "4", "--layout-block", "3", "--window", "1"],
+        ["--strategy", "local", "--world", "1", "--kernel", "dense"],
+        ["--world", "8", "--documents", ",".join(["1"] * 31)],
+    ],
+)
+def test_an_exact_case_passes_with_every_field(capsys, dtype, words):
+    status, verdict = verify_json(capsys, *SMALL, "--dtype", dtype, *words)
+    assert status == 0 and verdict["passed"] is True
+    assert list(verdict) == FIELDS
+    world = verdict["world"]
+    assert (verdict["mixer"], verdict["refused"], verdict["backend"], verdict["dtype"]) == (None, None, "sim", dtype)
+    assert list(verdict["errors"]) == ["out", "dq", "dk", "dv"]
+    assert all(0 <= error < TOLERANCE[dtype][1] for error in verdict["errors"].values())
+    assert len(verdict["bytes_forward"]) == len(verdict["bytes_backward"]) == world
+    assert verdict["peak_extra_bytes"] > 0
+
+
+def test_defaults_are_sensible(capsys):
+    status, verdict = verify_json(capsys, "--seq", "64", "--head-dim", "8")
+    assert (status, verdict["strategy"], verdict["layout"], verdict["world"]) == (0, "ring", "zigzag", 4)
+    assert verdict["dtype"] == "float64"
+    status, verdict = verify_json(capsys, "--strategy", "striped", "--documents", "10,6", "--head-dim", "8")
+    assert (status, verdict["layout"]) == (0, "striped")
+
+
+def test_the_text_names_every_figure(capsys):
+    status, out, err = verify(capsys, *SMALL, "--world", "2")
+    assert (status, err) == (0, "")
+    for word in ("ring on zigzag, 2 ranks, sim, float64", "out ", "dq ", "dk ", "dv ", "forward:", "backward:", "peak"):
+        assert word in out
+    assert out.endswith("passed\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--strategy", "local", "--world", "4"], "4 ranks share the sequence"),
+        (["--strategy", "striped", "--layout", "zigzag"], "use attention.layout=striped, or ring"),
+        (["--heads", "8", "--kv-heads", "3"], "nearest valid: kv_heads=2"),
+        (["--layout", "spiral"], "valid layouts: contiguous, zigzag, striped"),
+    ],
+)
+def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
+    status, verdict = verify_json(capsys, *words)
+    assert status == 78 and reason in verdict["refused"] and verdict["passed"] is False
+    assert list(verdict) == FIELDS
+    assert (verdict["errors"], verdict["bytes_forward"], verdict["bytes_backward"]) == ({}, [], [])
+    status, _, err = verify(capsys, *words)
+    assert status == 78 and reason in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (
+            ["--seq", "1024", "--documents", "300,700"],
+            78,
+            "add up to 1000; they must be positive and add up to --seq 1024",
+        ),
+        (["--documents", "5,0,3"], 78, "must be positive"),
+        (["--documents", "5,-2"], 78, "must be positive"),
+        (["--documents", "5;3"], 78, "'5;3' must be whole numbers with commas between"),
+        (["--window", "0"], 78, "attention window 0 must be at least 1"),
+        (["--world", "0"], 78, "--world 0 must be at least 1"),
+        (["--seq", "0"], 78, "--seq 0 must be at least 1"),
+        (["--all", "--seq", "0"], 78, "--seq 0 must be at least 1"),
+        (["--layout", "zigzag", "--layout-block", "4"], 78, "layout_block 4 applies to the striped layout"),
+        (["--layout", "explicit"], 78, "'explicit' is unknown; valid layouts: contiguous, zigzag, striped"),
+        (["--kernel", "flsh"], 78, "'flsh' is unknown; valid kernels: auto, flash_cuda, flash_cpu, dense"),
+        (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
+        (["--strategy", "rign"], 78, "did you mean ring?"),
+        (["--strategy", "ulysses"], 69, "--strategy=ulysses is not built yet; available: local, ring, striped"),
+        (["--mixer", "retnet"], 69, "--mixer retnet: linear mixers are not built yet"),
+        (["--dump", "nowhere/at/all.safetensors"], 74, "must be a file in a folder that exists"),
+        (["--all", "--table", "."], 74, "must be a file in a folder that exists"),
+        (["--table", "t.md"], 2, "--table is for the whole matrix; add --all"),
+        (["--all", "--dump", "t.safetensors"], 2, "--dump is for one case; leave out --all"),
+    ],
+)
+def test_bad_input_is_one_message_and_the_contract_s_code(capsys, words, status, message):
+    code, out, err = verify(capsys, *words)
+    assert (code, out) == (status, "")
+    assert message in err and err.startswith("longctx: ") and err.count("\n") == 1
+
+
+def test_unknown_options_are_usage_errors(capsys):
+    assert verify(capsys, "--wrold", "3")[0] == 2
+    assert verify(capsys, "--dtype", "float8")[0] == 2
+
+
+@pytest.mark.parametrize("words", [["--documents", "9,1,21"], ["--window", "6", "--non-causal", "--batch", "2"]])
+def test_the_dump_can_be_checked_by_anyone(capsys, tmp_path, words):
+    file = tmp_path / "tensors.safetensors"
+    status, verdict = verify_json(capsys, *SMALL, "--world", "3", "--dump", str(file), *words)
+    assert status == 0
+    tensors = load_file(file)
+    assert sorted(tensors) == ["dk", "dout", "dq", "dv", "k", "out", "q", "v"]
+    batch = 2 if "--batch" in words else 1
+    for name, tensor in tensors.items():
+        heads = 2 if name in ("k", "v", "dk", "dv") else 4
+        assert tensor.shape == (batch, 31, heads, 8) and tensor.dtype == torch.float64
+    lengths = (9, 1, 21) if "--documents" in words else (31,)
+    window = 6 if "--window" in words else None
+    truth = attention(tensors, (lengths,) * batch, causal="--non-causal" not in words, window=window)
+    upstream = tensors["dout"].norm()
+    for name, right in truth.items():
+        error = float((tensors[name] - right).norm() / (right.norm() + 1e-3 * upstream))
+        assert error <= 1e-10 and verdict["errors"][name] <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_a_kernel_with_a_wrong_scale_is_caught(capsys, monkeypatch, dtype, half):
+    """In every dtype: a kernel must not be excused by its own error on one device."""
+    right = getattr(Dense, half)
+
+    def wrong(self, *arguments):
+        place = 4 if half == "forward" else 7
+        return right(self, *arguments[:place], 1.5 * arguments[place], *arguments[place + 1 :])
+
+    monkeypatch.setattr(Dense, half, wrong)
+    status, verdict = verify_json(capsys, *SMALL, "--world", "2", "--kernel", "dense", "--dtype", dtype)
+    assert status == 70 and verdict["passed"] is False and verdict["refused"] is None
+    assert verdict["errors"]["dq"] > TOLERANCE[dtype][1]
+
+
+def test_a_wrong_answer_says_so_in_words(capsys, monkeypatch):
+    right = Dense.forward
+    monkeypatch.setattr(
+        Dense, "forward", lambda self, q, k, v, tiles, scale, into: right(self, q, k, v * 2, tiles, scale, into)
+    )
+    status, out, _ = verify(capsys, *SMALL, "--world", "2", "--kernel", "dense")
+    assert status == 70 and out.endswith("FAILED\n")
+
+
+def test_nan_and_noise_on_padding_rows_never_pass():
+    case = VerifyCase("ring", "contiguous", 2, seq=5, heads=2, kv_heads=1, head_dim=4)
+    results = verify_command.run_on_sim(case)
+    assert judge(case, results)[0].passed
+    results[0].tensors["dk"][0, 0, 0, 0] = math.nan
+    assert not judge(case, results)[0].passed
+    results = verify_command.run_on_sim(case)
+    assert len(case.plan().positions(0)) == 2 < results[0].tensors["dq"].shape[1]
+    results[0].tensors["dq"][0, -1] = 1e-30
+    assert not judge(case, results)[0].passed
+
+
+def test_bytes_that_the_ledger_does_not_know_are_an_error(capsys, monkeypatch):
+    from longctx.comm import Traffic
+
+    monkeypatch.setattr(Traffic, "add", lambda self, size: None)
+    status, _, err = verify(capsys, *SMALL, "--world", "2")
+    assert status == 70 and "counted 0 bytes sent, the ledger of sim carried" in err
+
+
+@pytest.mark.gloo
+def test_gloo_gives_the_numbers_of_sim(capsys):
+    words = [*SMALL, "--world", "2", "--documents", "9,1,21", "--dtype", "float32"]
+    _, simulated = verify_json(capsys, *words)
+    command = [sys.executable, "-m", "longctx.launcher.cli", "verify", *words, "--backend", "gloo", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    real = json.loads(done.stdout)
+    assert real["backend"] == "gloo" and real["passed"]
+    for field in ("errors", "bytes_forward", "bytes_backward"):
+        assert real[field] == simulated[field]
+
+
+@pytest.mark.gloo
+def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
+    words = [*SMALL, "--world", "2", "--backend", "gloo"]
+    monkeypatch.setattr(verify_command, "asdict", lambda case: {**vars(case), "kernel": "flash_cuda"})
+    status, out, err = verify(capsys, *words)
+    assert (status, out) == (70, "")
+    assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)
+
+
+def test_the_whole_matrix_passes_on_a_short_sequence(capsys, tmp_path):
+    file = tmp_path / "exactness.md"
+    status, out, err = verify(capsys, "--all", "--seq", "5", "--table", str(file))
+    assert (status, err) == (0, "")
+    assert "WRONG" not in out and out.strip() in file.read_text()
+    page = file.read_text()
+    assert page.startswith("# Exactness")
+    assert "    longctx verify --all --seq 5 --dtype float64 --backend sim\n" in page
+    assert "| ring | zigzag | causal + documents + window 1 | 8/2 | 1, 2, 3, 4, 8 |" in page
+    assert page.count("| striped | zigzag |") == 1, "what is refused throughout has one line"
+
+
+def test_the_matrix_holds_every_axis():
+    cases = list(matrix(40, "float64", "sim"))
+    assert len(cases) == len(set(cases)) == 3 * 3 * 5 * 3 * 5
+    assert {case.world for case in cases} == {1, 2, 3, 4, 8}
+    assert {(case.heads // case.kv_heads, case.kv_heads) for case in cases} == {(1, 4), (4, 2), (4, 1)}
+    assert {bool(case.window) for case in cases} == {case.causal for case in cases} == {True, False}
+    assert any(1 in case.documents for case in cases)
+
+
+def test_the_table_tells_refusals_and_errors_apart():
+    def exact(case: VerifyCase, passed: bool = True) -> Verdict:
+        errors = {"out": 1e-16, "dq": 3e-15}
+        return Verdict(
+            case.strategy, case.layout, None, case.world, "sim", "float64", None, errors, [5], [7], 1, passed
+        )
+
+    cases = [VerifyCase("ring", "zigzag", world) for world in (1, 2)]
+    striped = [VerifyCase("striped", "zigzag", world, window=w) for w in (None, 3) for world in (1, 2)]
+    local = [VerifyCase("local", "zigzag", world) for world in (1, 2, 3)]
+    rows = [(case, exact(case)) for case in cases]
+    rows += [(case, refused(case, "no")) for case in striped]
+    rows += [(local[0], exact(local[0])), *((case, refused(case, f"not {case.world}")) for case in local[1:])]
+    rows += [(case, exact(case, passed=case.world == 1)) for case in (VerifyCase("ring", "striped", w) for w in (1, 2))]
+    assert table(rows).splitlines()[2:] == [
+        "| ring | zigzag | causal | 8/2 | 1, 2 | 3.0e-15 | 12, 12 | exact |",
+        "| striped | zigzag | all | all | all | | | refused: no |",
+        "| local | zigzag | causal | 8/2 | 1 | 3.0e-15 | 12 | exact; refused on 2, 3 |",
+        "| ring | striped | causal | 8/2 | 1, 2 | 3.0e-15 | 12, 12 | **WRONG** |",
+    ]
