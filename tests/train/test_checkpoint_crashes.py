@@ -32,7 +32,8 @@ class Disk:
 
     def __init__(self, root: Path, kind: str = "", at: int = -1) -> None:
         self.root, self.kind, self.at, self.count = root, kind, at, 0
-        self.unsynced: dict[int, str] = {}
+        self.files: dict[int, str] = {}
+        self.unsynced: set[str] = set()
 
     @contextlib.contextmanager
     def installed(self):
@@ -42,16 +43,19 @@ class Disk:
                 patch.setattr(os, name, self._watched(name, real[name]))
             yield self
         if self.kind == "kill":
-            for path in set(self.unsynced.values()):
+            for path in self.unsynced:
                 with contextlib.suppress(FileNotFoundError):
                     os.truncate(path, 0)
 
     def _watched(self, name, call):
         def wrapped(target, *args, **kwargs):
             writes = name != "open" or (args and args[0] & os.O_CREAT)
-            ours = target in self.unsynced if isinstance(target, int) else str(target).startswith(str(self.root))
+            ours = target in self.files if isinstance(target, int) else str(target).startswith(str(self.root))
             if not (ours and writes):
-                return call(target, *args, **kwargs)
+                result = call(target, *args, **kwargs)
+                if name == "open":
+                    self.files[result] = str(target)  # its number may have been another file's
+                return result
             number, self.count = self.count, self.count + 1
             if number == self.at or (number > self.at >= 0 and self.kind in ("broken", "kill")):
                 if self.kind == "kill":
@@ -65,12 +69,13 @@ class Disk:
 
     def _remember(self, name, target, args, result):
         if name == "open":
-            self.unsynced[result] = str(target)
+            self.files[result] = str(target)
+            self.unsynced.add(str(target))
         elif name == "fsync":
-            self.unsynced.pop(target, None)
-        elif name == "rename":
-            moved = {p for p in self.unsynced.values() if p.startswith(f"{target}/")}
-            assert not moved, "a file was renamed into place before it was synced"
+            self.unsynced.discard(self.files[target])
+        elif name == "rename" and Path(args[0]).name.startswith("step-"):
+            moved = [path for path in self.unsynced if path.startswith(f"{target}/")]
+            assert not moved, f"{moved} put in place before they were synced"
 
 
 def rewind_and_save(step, directory, again):
