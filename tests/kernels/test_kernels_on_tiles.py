@@ -66,13 +66,14 @@ def test_an_upstream_gradient_may_be_an_expanded_scalar(kernel):
     check(KERNELS[kernel], whole, [TileSet(0, 2, (KINDS["causal, more keys"],))])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [1, 2, 127, 128, 129, 280, 1000])
 @pytest.mark.parametrize("causal", [True, False])
-def test_windows_around_the_width_that_changes_the_path(kernel, window, causal):
-    plan = Example(((280,), (150, 1, 120)), Mask(causal, window), Contiguous(), 280, 1).plan()
-    whole = tensors(torch.float64, 2, 280, 280, 2, 1, 8)
-    check(KERNELS[kernel], whole, list(plan.tiles(0, 0)))
+def test_windows_around_the_width_that_changes_the_path(window, causal):
+    plan = Example(((280,),), Mask(causal, window), Contiguous(), 280, 1).plan()
+    whole, tile_sets = tensors(torch.float64, 1, 280, 280, 2, 1, 8), list(plan.tiles(0, 0))
+    truth = expected(whole, seen_cells(tile_sets, 1, 280, 280), 0.3)
+    for kernel in KERNELS.values():
+        assert_close(run_kernel(kernel, whole, tile_sets, 0.3), truth, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -113,7 +114,7 @@ def test_the_dense_kernel_cuts_long_tiles_to_its_memory(monkeypatch):
         check(Dense(), whole, [TileSet(0, 2, (kind,))])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_tile(data):
     n, first = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))

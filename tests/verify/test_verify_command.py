@@ -1,10 +1,9 @@
 """``longctx verify`` as the contract states it: fields, exit codes, the dump, the matrix, and what it catches."""
 
+import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -201,11 +200,8 @@ def test_bytes_that_the_ledger_does_not_know_are_an_error(capsys, monkeypatch):
 def test_gloo_gives_the_numbers_of_sim(capsys):
     words = [*SMALL, "--world", "2", "--documents", "9,1,21", "--dtype", "float32"]
     _, simulated = verify_json(capsys, *words)
-    command = [sys.executable, "-m", "longctx.launcher.cli", "verify", *words, "--backend", "gloo", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    real = json.loads(done.stdout)
-    assert real["backend"] == "gloo" and real["passed"]
+    status, real = verify_json(capsys, *words, "--backend", "gloo")
+    assert status == 0 and real["backend"] == "gloo" and real["passed"]
     for field in ("errors", "bytes_forward", "bytes_backward"):
         assert real[field] == simulated[field]
 
@@ -219,16 +215,26 @@ def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
     assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)
 
 
-def test_the_whole_matrix_passes_on_a_short_sequence(capsys, tmp_path):
+def test_the_matrix_passes_on_a_short_sequence(capsys, tmp_path, monkeypatch):
+    """Every seventh of its cases, so that all values of all axes occur; the rest is `make matrix`."""
     file = tmp_path / "exactness.md"
+    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 7))
     status, out, err = verify(capsys, "--all", "--seq", "5", "--table", str(file))
     assert (status, err) == (0, "")
     assert "WRONG" not in out and out.strip() in file.read_text()
     page = file.read_text()
     assert page.startswith("# Exactness")
     assert "    longctx verify --all --seq 5 --dtype float64 --backend sim\n" in page
-    assert "| ring | zigzag | causal + documents + window 1 | 8/2 | 1, 2, 3, 4, 8 |" in page
+    for layout in ("contiguous", "zigzag", "striped"):
+        assert f"| ring | {layout} | causal + documents + window 1 |" in page
     assert page.count("| striped | zigzag |") == 1, "what is refused throughout has one line"
+
+
+def test_the_matrix_as_json_is_a_list_of_the_same_objects(capsys, monkeypatch):
+    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 67))
+    status, verdicts = verify_json(capsys, "--all", "--seq", "5")
+    assert status == 0 and {tuple(verdict) for verdict in verdicts} == {tuple(FIELDS)}
+    assert {verdict["refused"] is None for verdict in verdicts} == {True, False}
 
 
 def test_the_matrix_holds_every_axis():

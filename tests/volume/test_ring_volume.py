@@ -11,6 +11,7 @@ from longctx.attention import StrategyAttention, get_strategy
 from longctx.comm import group_of
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
+from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
 from tests.volume.ring_count import count
 
@@ -109,15 +110,15 @@ PACKINGS = {
 MASKS = {"causal": Mask(), "full": Mask(False), "window": Mask(window=30), "window full": Mask(False, 30)}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_documents_and_windows_cost_what_is_read(layout, packing, mask):
-    for world, (heads, kv_heads), dtype in (
-        (3, (4, 1), torch.float32),
-        (8, (4, 2), torch.bfloat16),
-    ):
-        check(plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 192, world), heads, kv_heads, dtype)
+@pytest.mark.parametrize(
+    ("layout", "packing", "mask", "world"),
+    [(*axes, (3, 8)[i % 2]) for i, axes in enumerate(pairwise((tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS))))]
+    + [("zigzag", "mixed", "window", 2), ("striped", "mixed", "causal", 4), ("contiguous", "mixed", "full", 4)],
+)
+def test_documents_and_windows_cost_what_is_read(layout, packing, mask, world):
+    plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 192, world)
+    check(plan, 4, 1, torch.float32)
+    check(plan, 4, 2, torch.bfloat16)
 
 
 def test_an_explicit_layout_with_an_idle_rank():
