@@ -1,10 +1,13 @@
 """Documents packed into samples of constant length: a pure function of (corpus, seed, sample index).
 
 The stream. Each epoch lists all documents in a permutation drawn from (seed, epoch); the epochs follow one
-another without end, and sample i is tokens ``[i * S, (i + 1) * S)`` of that stream. So every token is used
-exactly once per epoch, nothing is dropped or padded, a sample may hold the end of one epoch and the start of
-the next (or several whole ones, when the corpus is shorter than S), and no sample depends on how many ranks
-there are or on what was read before.
+another without end, and row r is tokens ``[r * S, (r + 1) * S)`` of that stream. So every token is used exactly
+once per epoch, nothing is dropped or padded, and a row may hold the end of one epoch and the start of the next
+(or several whole ones, when the corpus is shorter than S).
+
+The order. Rows are read shuffled, within windows of as many rows as an epoch fills: otherwise one long document
+would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read
+before.
 
 The cut. A document that crosses the end of a sample is split; what follows is a document of its own in the
 next sample. Labels are shifted before the cut: the last token of a sample is still taught the token that
@@ -21,6 +24,7 @@ from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
 
+_ROWS = 2**32  # in a seed, sets the permutations of rows apart from those of an epoch's documents
 KEPT_EPOCHS = 2  # permutations kept: a sample rarely spans more than two epochs
 
 
@@ -51,6 +55,7 @@ class Packing:
         self.seed = seed
         self.document_mask = document_mask
         self._epochs: tuple[Epoch, ...] = ()
+        self._window: tuple[int, Int64] | None = None
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
         """Tokens int64 ``[S]``, labels int64 ``[S]`` (``IGNORE`` at a document's end), and the documents.
@@ -59,6 +64,19 @@ class Packing:
         Raises ``DataError`` when a token is outside the vocabulary.
         """
         assert index >= 0, "samples are counted from 0"
+        return self.row(self.row_of(index))
+
+    def row_of(self, index: int) -> int:
+        """Which row of the stream is the sample of that number; a permutation within each window of rows."""
+        rows = max(1, self.corpus.total_tokens // self.seq_len)
+        window, place = divmod(index, rows)
+        if self._window is None or self._window[0] != window:
+            self._window = (window, _permutation(rows, self.seed, _ROWS, window))
+        order = self._window[1]
+        return window * len(order) + int(order[place])
+
+    def row(self, index: int) -> tuple[Int64, Int64, Documents]:
+        """Row ``index`` of the stream, as ``sample`` returns it."""
         tokens = np.empty(self.seq_len, dtype=np.int64)
         labels = np.empty(self.seq_len, dtype=np.int64)
         pieces = self._pieces(index)
@@ -77,7 +95,7 @@ class Packing:
         return tokens, labels, documents
 
     def _pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """(start, stop, end of its document) of each piece of a sample, in positions of the corpus."""
+        """(start, stop, end of its document) of each piece of a row, in positions of the corpus."""
         epoch_tokens = self.corpus.total_tokens
         position, missing = index * self.seq_len, self.seq_len
         pieces: list[tuple[int, int, int]] = []
@@ -100,10 +118,7 @@ class Packing:
         for kept in self._epochs:
             if kept.number == number:
                 return kept
-        # Raw words of a bit generator and a stable sort: unlike Generator.permutation, numpy promises that
-        # these never change between versions.
-        words = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw(len(self.corpus))
-        order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+        order = _permutation(len(self.corpus), self.seed, number)
         starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]).astype(np.int64, copy=False)
         epoch = Epoch(number, order, starts)
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
@@ -117,3 +132,13 @@ class Packing:
 
         self.corpus.check_ids(tokens, positions)
         self.corpus.check_ids(labels, lambda offset: positions(offset) + 1)
+
+
+def _permutation(length: int, *seed: int) -> Int64:
+    """A permutation of ``range(length)``, int64, drawn from ``seed``.
+
+    Raw words of a bit generator and a stable sort: unlike Generator.permutation, numpy promises that these
+    never change between versions.
+    """
+    words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(length)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)

@@ -26,8 +26,8 @@ def numbered(lengths: list[int]) -> Corpus:
 
 
 def stream(packing: Packing, samples: int) -> tuple[list[int], list[int]]:
-    """Tokens and labels of the first samples, one after another."""
-    parts = [packing.sample(index) for index in range(samples)]
+    """Tokens and labels of the first rows, one after another."""
+    parts = [packing.row(index) for index in range(samples)]
     return (
         np.concatenate([tokens for tokens, _, _ in parts]).tolist(),
         np.concatenate([labels for _, labels, _ in parts]).tolist(),
@@ -56,11 +56,11 @@ def test_every_token_once_per_epoch_with_the_right_labels(lengths: list[int], se
 @given(lengths=LENGTHS, seq_len=st.integers(1, 40), seed=st.integers(0, 9), index=st.integers(0, 60))
 def test_documents_are_the_pieces_of_the_row(lengths: list[int], seq_len: int, seed: int, index: int) -> None:
     corpus = numbered(lengths)
-    tokens, labels, documents = Packing(corpus, seq_len, seed).sample(index)
+    tokens, labels, documents = Packing(corpus, seq_len, seed).row(index)
     assert tokens.dtype == labels.dtype == np.int64
     starts = [0] + [i for i in range(1, seq_len) if tokens[i] in corpus.bounds]
     assert documents.cu_seqlens.tolist() == [*starts, seq_len]
-    unmasked = Packing(corpus, seq_len, seed, document_mask=False).sample(index)
+    unmasked = Packing(corpus, seq_len, seed, document_mask=False).row(index)
     assert unmasked[2] == Documents.single(seq_len)
     assert np.array_equal(unmasked[0], tokens)
     assert np.array_equal(unmasked[1], labels)
@@ -76,6 +76,28 @@ def test_a_sample_depends_on_nothing_but_its_index(lengths: list[int], seq_len: 
         assert np.array_equal(fresh[0], again[0])
         assert np.array_equal(fresh[1], again[1])
         assert fresh[2] == again[2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, seq_len=st.integers(1, 12), seed=st.integers(0, 9), windows=st.integers(1, 4))
+def test_samples_are_rows_in_another_order_within_each_window(
+    lengths: list[int], seq_len: int, seed: int, windows: int
+) -> None:
+    packing = Packing(numbered(lengths), seq_len, seed)
+    size = max(1, sum(lengths) // seq_len)
+    rows = [packing.row_of(index) for index in range(windows * size)]
+    for window in range(windows):
+        part = range(window * size, (window + 1) * size)
+        assert sorted(rows[window * size : (window + 1) * size]) == list(part)
+    last = windows * size - 1
+    assert np.array_equal(packing.sample(last)[0], packing.row(rows[last])[0])
+
+
+def test_neighbours_of_a_long_document_are_read_far_apart() -> None:
+    packing = Packing(numbered([1000]), 10, 0)
+    rows = [packing.row_of(index) for index in range(100)]
+    assert rows != sorted(rows)
+    assert sum(abs(a - b) == 1 for a, b in pairwise(rows)) < 10
 
 
 def test_seeds_and_epochs_differ_in_their_order() -> None:
