@@ -80,6 +80,9 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
 def require_exact(cases: list[VerifyCase]) -> None:
     """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
     for case in cases:
+        reason = case.refused()
+        if reason:
+            raise ConfigError(f"{case.strategy} on {case.layout} refuses: {reason}")
         small = replace(case, backend="sim", seq=min(case.seq, 509), dtype="float64")
         if not check(small)[0].passed:
             raise NumericsError(f"{case.strategy} on {case.layout} is not exact; it is not timed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     case = case_of(arguments)
     reason = case.refused()
     if reason:
-        _show([refused(case, reason)], arguments.json, many=False)
         if not arguments.json:
-            print(f"longctx: attention.strategy={case.strategy} refuses: {reason}", file=sys.stderr)
+            raise ConfigError(f"attention.strategy={case.strategy} refuses: {reason}")
+        _show([refused(case, reason)], True, many=False)
         return REFUSED
     verdict, tensors = check(case)
     if arguments.dump:
-        save_file({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
+        _dump({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
     _show([verdict], arguments.json, many=False)
     return PASSED if verdict.passed else FAILED
 
@@ -81,6 +81,16 @@ def _check_files(arguments: argparse.Namespace) -> None:
     for file in (arguments.dump, arguments.table):
         if file and (file.is_dir() or not file.parent.is_dir()):
             raise StorageError(f"{file} can't be written: it must be a file in a folder that exists")
+        # safetensors renames a new file over the old one: a device node would be gone.
+        if file and ((file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK)):
+            raise StorageError(f"{file} can't be written: it must be a regular file in a writable folder")
+
+
+def _dump(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{file} can't be written: {error}") from error
 
 
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
@@ -94,7 +104,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         raise ConfigError(
             f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
         ) from None
-    case = VerifyCase(
+    return VerifyCase(
         strategy=arguments.strategy,
         layout=arguments.layout or get_strategy(arguments.strategy).layout,
         world=arguments.world,
@@ -112,9 +122,6 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         layout_block=arguments.layout_block,
         kernel=arguments.kernel,
     )
-    # Asked here, so that a kernel that can't run is refused before the ranks start.
-    select_kernel(case.kernel, KernelProblem("cpu", DTYPES[case.dtype], case.heads, case.kv_heads, case.head_dim))
-    return case
 
 
 def check(case: VerifyCase) -> tuple[Verdict, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention import AttentionCase, get_strategy, refusal
+from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.errors import ConfigError
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
 
@@ -46,10 +47,17 @@ class VerifyCase:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        if self.documents and (min(self.documents) < 1 or sum(self.documents) != self.seq):
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^63; 0 is the default")
+        if self.documents and min(self.documents) < 1:
             raise ConfigError(
-                f"--documents {','.join(map(str, self.documents))} add up to {sum(self.documents)}; they must be "
-                f"positive and add up to --seq {self.seq} (nearest valid: --seq {max(1, sum(self.documents))})"
+                f"--documents {','.join(map(str, self.documents))}: each length must be at least 1; leave out "
+                f"the {min(self.documents)}"
+            )
+        if self.documents and sum(self.documents) != self.seq:
+            raise ConfigError(
+                f"--documents {','.join(map(str, self.documents))} add up to {sum(self.documents)}; they must "
+                f"add up to --seq {self.seq} (nearest valid: --seq {sum(self.documents)})"
             )
 
     @property
@@ -67,11 +75,18 @@ class VerifyCase:
         return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
 
     def refused(self) -> str | None:
-        """Why the strategy does not execute this exactly, by its own declaration; None if it does."""
-        case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
-        reason = refusal(get_strategy(self.strategy), case)
-        if reason is None:
-            self.make_layout()  # raises where a block size, say, does not go with the layout
+        """Why this is not executed exactly: by the strategy's own declaration, the mask's, the layout's or the
+        kernel's rules; None if it is.
+        """
+        problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
+        try:
+            case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
+            reason = refusal(get_strategy(self.strategy), case)
+            if reason is None:
+                self.make_layout()
+                select_kernel(self.kernel, problem)
+        except ConfigError as error:
+            reason = str(error)
         return reason
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

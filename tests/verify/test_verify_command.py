@@ -98,10 +98,12 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (
             ["--seq", "1024", "--documents", "300,700"],
             78,
-            "add up to 1000; they must be positive and add up to --seq 1024",
+            "add up to 1000; they must add up to --seq 1024",
         ),
-        (["--documents", "5,0,3"], 78, "must be positive"),
-        (["--documents", "5,-2"], 78, "must be positive"),
+        (["--documents", "5,0,3"], 78, "each length must be at least 1"),
+        (["--seed", "99999999999999999999"], 78, "must be at least 0 and below 2^63"),
+        (["--dump", "/dev/null"], 74, "must be a regular file"),
+        (["--documents", "5,-2"], 78, "each length must be at least 1"),
         (["--documents", "5;3"], 78, "'5;3' must be whole numbers with commas between"),
         (["--window", "0"], 78, "attention window 0 must be at least 1"),
         (["--world", "0"], 78, "--world 0 must be at least 1"),
@@ -266,3 +268,9 @@ def test_the_table_tells_refusals_and_errors_apart():
         "| local | zigzag | causal | 8/2 | 1 | 3.0e-15 | 12 | exact; refused on 2, 3 |",
         "| ring | striped | causal | 8/2 | 1, 2 | 3.0e-15 | 12, 12 | **WRONG** |",
     ]
+
+
+def test_a_refusal_by_any_rule_is_an_object_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--window", "0"], ["--layout", "zigzag", "--layout-block", "3"], ["--kernel", "flsh"]):
+        assert cli.main(["verify", "--json", *words]) == 78
+        assert json.loads(capsys.readouterr().out)["refused"]
