@@ -127,7 +127,7 @@ class DataConfig:
     max_documents: int | None = None  # take only the first so many documents
 
     def check(self) -> None:
-        """Refuse sources without what they read."""
+        """Refuse sources without what they read, and options that the source would not read."""
         one_of("data.source", self.source, choices.SOURCES)
         one_of("data.token_dtype", self.token_dtype, choices.TOKEN_DTYPES)
         at_least("data.seq_len", self.seq_len, 1)
@@ -136,6 +136,12 @@ class DataConfig:
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
         if self.path is not None and self.source == "python_stdlib":
             raise ConfigError(f"data.path={self.path} is not read by data=python_stdlib; set data=text or data=tokens")
+        for name, reader in (("text_key", "text"), ("token_dtype", "tokens")):
+            value, default = getattr(self, name), getattr(DataConfig, name)
+            if value != default and self.source != reader:
+                raise ConfigError(
+                    f"data.{name}={value} is not read by data={self.source}; set data={reader}, or leave {default}"
+                )
 
 
 @dataclass(frozen=True)
@@ -250,8 +256,10 @@ class LoggerConfig:
     trace: bool = False
 
     def check(self) -> None:
-        """Refuse unknown wandb modes."""
+        """Refuse unknown wandb modes, and the trace, which has no code yet."""
         one_of("logger.wandb", self.wandb, choices.WANDB_MODES)
+        if self.trace:
+            raise NotAvailableError("logger.trace=true: the trace of a run is not built yet; available: false")
 
 
 @dataclass(frozen=True)

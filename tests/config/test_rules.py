@@ -36,6 +36,8 @@ def with_value(path: str, value: object) -> Config:
         ("data.source", "parquet", ["data.source=parquet", "tokens"]),
         ("data.source", "text", ["data.path=null", "data=text"]),
         ("data.path", "corpus", ["data.path=corpus", "not read by data=python_stdlib"]),
+        ("data.text_key", "body", ["data.text_key=body", "not read by data=python_stdlib", "data=text", "leave text"]),
+        ("data.token_dtype", "uint32", ["data.token_dtype=uint32", "not read by data=python_stdlib", "data=tokens"]),
         ("attention.kernel", "flash", ["attention.kernel=flash", "auto"]),
         ("data.token_dtype", "int16", ["did you mean uint16?"]),
         ("data.seq_len", 0, ["data.seq_len=0", "nearest valid value: 1"]),
@@ -78,6 +80,7 @@ def test_known_strategies_without_code_are_not_available(strategy):
         ("parallel.dp_replicate", 2),
         ("engine.name", "deepspeed"),
         ("engine.name", "megatron"),
+        ("logger.trace", True),
     ],
 )
 def test_other_parts_without_code_are_not_available(path, value):
@@ -92,6 +95,15 @@ def test_other_parts_without_code_are_not_available(path, value):
 def test_valid_names_are_taken(path, values):
     for value in values:
         with_value(path, value)
+
+
+def test_an_option_of_another_source_is_refused_and_of_its_own_taken():
+    Config.from_dict({"data": {"source": "text", "path": "x", "text_key": "body"}})
+    Config.from_dict({"data": {"source": "tokens", "path": "x", "token_dtype": "uint32"}})
+    with pytest.raises(ConfigError, match=r"data\.text_key=body is not read by data=tokens"):
+        Config.from_dict({"data": {"source": "tokens", "path": "x", "text_key": "body"}})
+    with pytest.raises(ConfigError, match=r"data\.token_dtype=uint32 is not read by data=text"):
+        Config.from_dict({"data": {"source": "text", "path": "x", "token_dtype": "uint32"}})
 
 
 def test_local_attention_cannot_share_a_sequence():
