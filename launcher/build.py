@@ -43,11 +43,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun
 
 def preflight(config: Config, resume: bool) -> None:
     """Refuses, before any process starts, all that can be refused without one."""
-    require(get_strategy(config.attention.strategy), attention_case(config))
+    preflight_attention(config)
     select_kernel(config.attention.kernel, kernel_problem(config))
     if resume:
         _require_checkpoint(config)
     check_data(config.data, config.model.vocab_size)
+
+
+def preflight_attention(config: Config) -> None:
+    """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
+    require(get_strategy(config.attention.strategy), attention_case(config))
 
 
 def kernel_problem(config: Config) -> KernelProblem:

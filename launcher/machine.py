@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longctx.config import Config
-from longctx.errors import NotAvailableError
+from longctx.errors import ConfigError, NotAvailableError
 
 
 def require(config: Config, processes: int) -> None:
@@ -20,3 +20,14 @@ def require(config: Config, processes: int) -> None:
     from longctx.train.tracker import require_tracker
 
     require_tracker(config.logger.wandb)
+
+
+def require_nodes(config: Config, processes: int = 1) -> None:
+    """Refuse more nodes than ``processes`` can stand on, one of them at least on each; without a job it is one."""
+    nodes = config.cluster.nodes
+    if nodes > processes:
+        here = "this command runs on this machine alone" if processes == 1 else f"the world has {processes} processes"
+        raise ConfigError(
+            f"cluster.nodes={nodes}, but {here}; start a run on several nodes with `longctx submit`, "
+            f"or set cluster.nodes={processes}"
+        )

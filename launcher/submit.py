@@ -60,6 +60,10 @@ def prepare(config: Config) -> Config:
     if config.comm.backend == "sim":
         raise ConfigError("comm=sim needs one process, not a Slurm job: use `longctx train comm=sim ...`")
     config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices_per_node))
+    from longctx.launcher import build
+
+    # Kernel and data are the job's machines' to check; the strategy needs no machine, and every rank would refuse it.
+    build.preflight_attention(config)
     return replace(config, run=replace(config.run, dir=str(directory_of(config).absolute())))
 
 

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(config: Config, resume: bool) -> None:
+    machine.require_nodes(config)
     config = with_directory(resolve(config, simulated_world_size(config)))
     machine.require(config, processes=1)
     refuse_occupied(config, resume)
@@ -50,6 +51,8 @@ def _simulate(config: Config, resume: bool) -> None:
 
 def _prepare(config: Config, rank: env.RankEnvironment, resume: bool) -> Config:
     """Everything that can be refused before this rank meets the others."""
+    # Only a rank that torchrun or srun named can have others on further nodes.
+    machine.require_nodes(config, rank.world_size)
     config = _resolve(config, rank.world_size)
     if config.run.dir is None and rank.world_size > 1 and env.run_id() is None:
         raise ConfigError(

@@ -91,6 +91,9 @@ def test_usage_errors_end_with_2(words, capsys):
         (["launch", "--nproc", "3", "parallel.sp=2"], 78),
         (["launch", "--nproc", "2", "train.global_batch=3"], 78),
         (["submit", "--dry-run", "comm=sim"], 78),
+        (["launch", "--nproc", "4", "cluster=slurm", "cluster.nodes=4"], 78),
+        (["train", "cluster.nodes=2"], 78),
+        (["train", "comm=sim", "parallel.sp=4", "cluster.nodes=2"], 78),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing_behind(words, code, capsys, build):
@@ -161,6 +164,17 @@ def test_a_rank_under_torchrun_prepares_only_on_rank_0(build, monkeypatch):
     ((name, config, _),) = build.calls
     assert (name, config.run.dir) == ("run_rank", "runs/job-abc")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("nodes", "status"), [(2, 0), (3, 78)])
+def test_ranks_may_stand_on_as_many_nodes_as_there_are_ranks(nodes, status, build, monkeypatch, capsys):
+    for name, value in ((env.RANK, "0"), (env.WORLD_SIZE, "2"), (env.LOCAL_RANK, "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(env.MASTER_ADDR, "127.0.0.1")
+    monkeypatch.setenv(env.MASTER_PORT, "29500")
+    assert cli.main(["train", "parallel.sp=2", "run.dir=run", f"cluster.nodes={nodes}"]) == status
+    told = capsys.readouterr().err
+    assert ("cluster.nodes=3, but the world has 2 processes" in told and "longctx submit" in told) == (status == 78)
 
 
 def test_ranks_that_cannot_agree_on_a_directory_are_refused(build, monkeypatch, capsys):

@@ -139,3 +139,16 @@ def test_what_cannot_be_a_job_is_refused():
         Config.from_dict({"run": {"name": "a\n#SBATCH --wrap=x"}})
     with pytest.raises(ConfigError, match="does not divide the world's 1 process"):
         prepare(Config.from_dict({"parallel": {"sp": 8}}))
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ({"layout": "zigzag", "layout_block": 4}, "layout_block 4 applies to the striped layout, not to zigzag"),
+        ({"strategy": "striped", "layout": "contiguous"}, "attention.strategy=striped refuses"),
+    ],
+)
+def test_what_every_rank_would_refuse_is_no_job(attention, words):
+    mapping = {"attention": attention, "cluster": {"devices_per_node": 8}, "parallel": {"sp": 8}}
+    with pytest.raises(ConfigError, match=words):
+        prepare(Config.from_dict(mapping))
