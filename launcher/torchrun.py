@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     failures.clear(reasons)
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
     ended = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
-    failure = failures.first(reasons)
-    if failure is not None:
+    failure = None if ended.status == failures.INTERRUPTED else failures.first(reasons)
+    # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
+    if failure is not None and not (ended.killed and failure.traceback is not None):
         failures.report(failure)
         return failure.exit_code
     if ended.message is not None:
@@ -57,6 +59,7 @@ def prepare(config: Config, processes: int, resume: bool) -> Config:
             "comm=sim holds all ranks in one process: use `longctx train comm=sim ...`, "
             "or launch with comm=gloo or comm=nccl"
         )
+    machine.require_nodes(config)
     config = with_directory(resolve(config, processes))
     machine.require(config, processes)
     refuse_occupied(config, resume)
@@ -72,6 +75,16 @@ class _Ended:
 
     status: int
     message: str | None = None
+    killed: bool = False  # a signal from outside ended a rank, which explains the crashes of the others
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """How one rank's process failed, negative for a signal as ``subprocess`` has it, and when torchrun saw it."""
+
+    rank: int
+    status: int
+    seconds: int
 
 
 def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
@@ -93,13 +106,29 @@ def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
     try:
         torchrun.run(torchrun.parse_args([*options, *worker]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            how = f"was killed by {failure.signal_name()}"
-            return _Ended(128 - failure.exitcode, f"rank {rank} {how} and left no message")
-        return _Ended(failure.exitcode, f"rank {rank} ended with status {failure.exitcode} and left no message")
+        # In the order in which torchrun saw them end; the last ones may be those that it ended itself.
+        return _why([_Exit(rank, end.exitcode, end.timestamp) for rank, end in error.failures.items()])
     except SignalException as stopped:
         return _Ended(128 + stopped.sigval)
     finally:
         logging.disable(logging.NOTSET)
     return _Ended(0)
+
+
+def _why(failed: Sequence[_Exit]) -> _Ended:
+    """The end that the exits of failed ranks tell, the first one first."""
+    if any(end.status == -signal.SIGINT for end in failed):
+        return _Ended(failures.INTERRUPTED)
+    cause = next((end for end in failed if _killed_from_outside(end, failed[0])), failed[0])
+    if cause.status >= 0:
+        return _Ended(cause.status, f"rank {cause.rank} ended with status {cause.status} and left no message")
+    number = signal.Signals(-cause.status)
+    memory = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
+    message = f"rank {cause.rank} was killed by {number.name}{memory}; --resume goes on from the newest checkpoint"
+    # NCCL's watchdog aborts a rank that has lost its peer, whose own words then say more.
+    return _Ended(failures.CRASH, message, killed=number != signal.SIGABRT)
+
+
+def _killed_from_outside(end: _Exit, first: _Exit) -> bool:
+    """Whether ``end`` is a kill that torchrun did not send: it ends the others with TERM, and late with KILL."""
+    return end.status == -signal.SIGKILL and end.seconds - first.seconds < SHUTDOWN_SECONDS / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,4 +42,6 @@ def run(config: Config, resume: bool) -> None:
 
 
 if __name__ == "__main__":
+    # The command that was interrupted answers Ctrl-C; tracebacks of its ranks would say nothing more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

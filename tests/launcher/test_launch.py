@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longctx.launcher import torchrun
+
 FAKE = Path(__file__).parent / "fake_build"
 
 
@@ -24,12 +26,20 @@ def start(folder, name, *extra):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # a process group of its own, as a terminal gives to each command
     )
 
 
 def finish(process):
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def wait_for_ranks(folder):
+    deadline = time.monotonic() + 60
+    while not all((folder / f"run/ready-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
 
 
 @pytest.mark.gloo
@@ -60,21 +70,47 @@ def test_a_crash_shows_the_first_traceback_alone(tmp_path):
     assert err.endswith("longctx: rank 0 crashed: ZeroDivisionError: a bug\n")
 
 
+RESUME = "; --resume goes on from the newest checkpoint\n"
+MEMORY = "; the machine may have run out of memory"
+
+
 @pytest.mark.gloo
-def test_a_killed_rank_is_named(tmp_path):
-    status, _, err = finish(start(tmp_path, "killed-rank-1"))
-    assert status == 128 + signal.SIGKILL
-    assert err == "longctx: rank 1 was killed by SIGKILL and left no message\n"
+def test_a_killed_rank_is_named_and_not_the_one_that_lost_its_peer(tmp_path):
+    status, _, err = finish(start(tmp_path, "killed-rank-1-SIGKILL"))
+    assert status == 70
+    assert err == "longctx: rank 1 was killed by SIGKILL" + MEMORY + RESUME
+
+
+@pytest.mark.parametrize(
+    ("exits", "told"),
+    [
+        ([(1, -signal.SIGSEGV, 5), (0, 70, 5)], (70, "rank 1 was killed by SIGSEGV" + RESUME.strip(), True)),
+        ([(0, 70, 5), (1, -signal.SIGKILL, 5)], (70, "rank 1 was killed by SIGKILL" + MEMORY + RESUME.strip(), True)),
+        # What torchrun does to the others after one has failed is no cause.
+        ([(0, 70, 5), (1, -signal.SIGTERM, 5)], (70, "rank 0 ended with status 70 and left no message", False)),
+        ([(0, 70, 5), (1, -signal.SIGKILL, 65)], (70, "rank 0 ended with status 70 and left no message", False)),
+        # NCCL aborts a rank after it lost its peer: what the peer left comes first.
+        ([(1, -signal.SIGABRT, 5)], (70, "rank 1 was killed by SIGABRT" + RESUME.strip(), False)),
+        ([(0, 70, 5), (1, -signal.SIGINT, 5)], (130, None, False)),
+    ],
+)
+def test_the_exits_of_ranks_tell_who_was_killed(exits, told):
+    assert torchrun._why([torchrun._Exit(*each) for each in exits]) == torchrun._Ended(*told)
+
+
+@pytest.mark.gloo
+def test_ctrl_c_is_quiet(tmp_path):
+    process = start(tmp_path, "wait")
+    wait_for_ranks(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process) == (130, "", "")
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_ranks_and_requeue_is_the_answer(tmp_path, number):
     process = start(tmp_path, "wait")
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"run/ready-{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline, "the ranks did not start"
-        time.sleep(0.05)
+    wait_for_ranks(tmp_path)
     process.send_signal(number)
     status, _, err = finish(process)
     assert status == 75

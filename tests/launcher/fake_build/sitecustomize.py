@@ -27,8 +27,11 @@ def run_rank(config, resume):
         time.sleep(60)
     if name == "crash-on-rank-0" and rank == 0:
         raise ZeroDivisionError("a bug")
-    if name == "killed-rank-1" and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("killed-rank-1"):
+        if rank == 1:
+            os.kill(os.getpid(), getattr(signal, name.rpartition("-")[2]))
+        time.sleep(0.02)  # not long enough for torchrun to look in between
+        raise ConnectionError("the peer is gone")
     if name == "wait":
         stopped = []
         for number in (signal.SIGTERM, signal.SIGUSR1):
