@@ -71,11 +71,11 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
         found = _parallel_step(tiny, mesh, device, batches[mesh.data_rank])
         names = ["outputs", "loss", *found.gradients]
         numbers = [0.0, 0.0, 0.0]  # place of the worst tensor, its error, the scale
-        if mesh.tokens.get_local_rank() == 0:
+        if dist.get_rank(mesh.world_group) == 0:
             errors, scale = compare(found, dense_step(tiny, batches, device))
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
-        worst, error, scale = gather_numbers(numbers, mesh.token_group, device)[0]
+        worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
     tolerance = TOLERANCES[config.train.dtype]
     seconds = time.perf_counter() - started
     verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
@@ -112,7 +112,7 @@ def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Se
     with torch.no_grad():
         outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
     engine = NativeEngine(model, build_optimizer(model, config.optim))
-    result = TrainStep(engine, mesh.token_group, device).gradients(local)
+    result = TrainStep(engine, mesh, device).gradients(local)
     gradients = {name: _full(p.grad).double() for name, p in model.named_parameters()}
     assert result.loss is not None, "the canary's sequences have labels"
     return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
@@ -144,8 +144,9 @@ def _explain(verdict: Verdict, config: Config) -> str:
         f"canary: {verdict.worst} differs from the dense single-device step by {verdict.error:.1e} "
         f"(relative), tolerance {verdict.tolerance:.0e} for train.dtype={config.train.dtype}; gradient scale "
         f"{verdict.gradient_scale:.4f}, must be 1. This run would train on wrong numbers: "
-        f"attention={attention.strategy}, kernel={attention.kernel}, dp_shard={parallel.dp_shard}, "
-        f"sp={parallel.sp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
+        f"attention={attention.strategy}, kernel={attention.kernel}, "
+        f"dp_replicate={parallel.dp_replicate}, dp_shard={parallel.dp_shard}, sp={parallel.sp}, "
+        f"tp={parallel.tp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
         "train.canary=false starts regardless"
     )
 
