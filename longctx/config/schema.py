@@ -102,9 +102,7 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
     if problem is None:
         return
     valid = [degree for degree in divisors(model.heads) if _unequal_part(model, degree) is None]
-    raise ConfigError(
-        f"parallel.tp={tp} {problem}; nearest valid parallel.tp for this model: {nearest_of(tp, valid)}"
-    )
+    raise ConfigError(f"parallel.tp={tp} {problem}; nearest valid parallel.tp for this model: {nearest_of(tp, valid)}")
 
 
 def _unequal_part(model: ModelConfig, tp: int) -> str | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from longctx.sequence import IGNORE
 
-
 # Hidden states [n, dim], weight [V, dim] and labels [n] of one chunk to its loss and the gradient of its logits.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

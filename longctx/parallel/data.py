@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from longctx.model import Decoder
 
@@ -62,6 +62,17 @@ def _tensor_part(parameter: Tensor) -> int:
         if name == "tp" and placement.is_shard()
     ]
     return parameter.numel() // math.prod(split)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, gradient or state of the optimizer in full on every rank; all ranks call it.
+
+    Shards of FSDP2 lie inside those of the tensor-parallel axis, the last of the mesh, and are gathered first.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    inner = [Replicate()] * (tensor.device_mesh.ndim - 1)
+    return tensor.redistribute(placements=[*inner, tensor.placements[-1]]).full_tensor()
 
 
 def as_sharded(model: Decoder) -> FSDPModule:

@@ -74,7 +74,7 @@ def plan_of_block(config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
     return plan
 
 
-class GatheredNorm(SequenceParallel):  # type: ignore[misc]
+class GatheredNorm(SequenceParallel):
     """A norm of each rank's part of the sequence, whose output every rank has whole.
 
     ``[B, T/SP/TP, dim]`` to a DTensor ``[B, T/SP, dim]``, gathered once for all projections that read it; the
@@ -86,7 +86,7 @@ class GatheredNorm(SequenceParallel):  # type: ignore[misc]
         return output.redistribute(mesh, [Replicate()])
 
 
-class SharedHead(ParallelStyle):  # type: ignore[misc]
+class SharedHead(ParallelStyle):
     """A projection to fewer key/value heads than ranks: each rank computes the one head that its queries read.
 
     Query heads of rank r are ``r * H/TP ..``, key head of query head h is ``h * Hkv // H``, so the rank reads
@@ -113,7 +113,7 @@ def _project_rows(module: nn.Module, rows: slice, x: DTensor) -> Tensor:
     return F.linear(x.to_local(grad_placements=summed), weight.to_local(grad_placements=summed)[rows])
 
 
-class VocabularyRows(ParallelStyle):  # type: ignore[misc]
+class VocabularyRows(ParallelStyle):
     """The weight ``[V, dim]`` of a head, of which each rank has ``[V/TP, dim]``; the loss reads it."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from longctx.config import Config
 from longctx.engines import NativeEngine
@@ -26,7 +25,7 @@ from longctx.errors import NumericsError
 from longctx.mesh import Mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype
+from longctx.parallel.data import master_dtype, whole
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.border import Border
 from longctx.train.canary_reference import Findings, dense_step
@@ -113,7 +112,8 @@ def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Se
         outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
     engine = NativeEngine(model, build_optimizer(model, config.optim))
     result = TrainStep(engine, mesh, device).gradients(local)
-    gradients = {name: _full(p.grad).double() for name, p in model.named_parameters()}
+    gradients = {name: whole(p.grad).double() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters())), "every parameter takes part in the loss"
     assert result.loss is not None, "the canary's sequences have labels"
     return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
 
@@ -131,11 +131,6 @@ def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:
     shards = everyone.chunk(ranks)
     groups = [shards[first : first + mesh.sequence_size] for first in range(0, ranks, mesh.sequence_size)]
     return torch.cat([unshard(list(group), batch.plan) for group in groups])
-
-
-def _full(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None, "every parameter takes part in the loss"
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def _explain(verdict: Verdict, config: Config) -> str:
