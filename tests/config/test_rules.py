@@ -98,14 +98,14 @@ def test_valid_names_are_taken(path, values):
         (
             {},
             3,
-            ["parallel.tp=3 must divide model.heads=4", "model.heads: 3 or 6", "parallel.tp for this model: 2 or 4"],
+            ["parallel.tp=3 must divide model.heads=4", "model.heads: 3 or 6", "for this model: 2 or 4"],
         ),
         ({"hidden_dim": 381}, 2, ["model.hidden_dim=381", "model.hidden_dim: 380 or 382", "for this model: 1"]),
         ({"vocab_size": 258}, 4, ["model.vocab_size=258", "model.vocab_size: 256 or 260", "for this model: 1 or 2"]),
         (
             {"heads": 12, "kv_heads": 6, "head_dim": 8},
             4,
-            ["parallel.tp=4 must divide model.kv_heads=6, or be a multiple of it", "for this model: 3 or 6"],
+            ["parallel.tp=4 must divide model.kv_heads=6, or be a multiple of it", "for this model: 1 or 2"],
         ),
     ],
 )

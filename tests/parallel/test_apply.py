@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from longctx.engines import native
 from longctx.model import Decoder
 from longctx.parallel import apply
+from tests.parallel import small_decoder
 from tests.parallel.small_decoder import MODEL, Outcome, config_of, on_sim, worst
 
 
@@ -35,6 +37,20 @@ def test_recompute_neither_changes_gradients_nor_sends_anything_again(single):
         sent[recompute] = cluster.ledger.by_operation()
     assert sent["none"] == sent["selective"] == sent["full"]
     assert sent["none"]["send"] > 0
+
+
+def test_replicas_are_reduced_once_a_step(single, monkeypatch):
+    """Two micro-batches each, whose gradients do not fit unsharded: shards are reduced twice, replicas once."""
+    twice = [*small_decoder.batches(), *small_decoder.batches()]
+    monkeypatch.setattr(small_decoder, "batches", lambda: twice)
+    sent = {}
+    for limit in (0, 2**30):
+        monkeypatch.setattr(native, "UNSHARDED_GRADIENT_BYTES", limit)
+        found, cluster = on_sim(config_of(dp_replicate=2, sp=2, layout="contiguous"))
+        assert worst(found, Outcome(0.0, {n: 2 * g for n, g in single.gradients.items()})) < 1e-12
+        sent[limit] = cluster.ledger.by_operation(rank=0)
+    assert sent[0]["reduce_scatter"] == 2 * sent[2**30]["reduce_scatter"]
+    assert sent[0]["all_reduce"] == sent[2**30]["all_reduce"]
 
 
 def test_each_block_is_gathered_once_forward_and_once_backward_except_the_last():
