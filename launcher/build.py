@@ -57,9 +57,8 @@ def preflight_attention(config: Config) -> None:
 
 def kernel_problem(config: Config) -> KernelProblem:
     """What the run asks of its local kernel."""
-    model, tp = config.model, config.parallel.tp
-    dtype = compute_dtype(config)
-    return KernelProblem(device_type(config), dtype, model.heads // tp, model.kv_heads // tp, model.head_dim)
+    heads, kv_heads = config.local_heads
+    return KernelProblem(device_type(config), compute_dtype(config), heads, kv_heads, config.model.head_dim)
 
 
 def device_type(config: Config) -> str:
@@ -137,7 +136,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     checkpointer = _checkpointer(config)
     if resume:
         checkpointer.load(state)
-    step = TrainStep(NativeEngine(model, optimizer), mesh.token_group, device, config.optim.grad_clip)
+    step = TrainStep(NativeEngine(model, optimizer), mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
     return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
 

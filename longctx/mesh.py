@@ -22,18 +22,32 @@ class Mesh:
 
     ``tokens``: ranks that hold different tokens, over which loss and gradients are summed. ``parameters``:
     what FSDP2 shards over (``shard``), behind an axis of replicas when there are any. ``sequence``: ranks
-    that share sequences. ``data_rank`` of ``data_size``: which sequences this rank's group takes.
+    that share sequences. ``tensor``: ranks that hold the same tokens and split heads, hidden channels and
+    vocabulary. ``data_rank`` of ``data_size``: which sequences this rank's group takes.
     """
 
     tokens: DeviceMesh
     parameters: DeviceMesh
     sequence: DeviceMesh
+    tensor: DeviceMesh
     data_rank: int
     data_size: int
 
     @property
     def token_group(self) -> dist.ProcessGroup:
         return self.tokens.get_group()
+
+    @property
+    def world_group(self) -> dist.ProcessGroup:
+        """All ranks: those of all tokens, and of all parts of the model."""
+        world = dist.group.WORLD
+        assert world is not None, "a mesh is built in a world"
+        return world
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank counts its tokens and their loss; of ranks with the same tokens, one does."""
+        return self.tensor.get_local_rank() == 0
 
     @property
     def sequence_group(self) -> dist.ProcessGroup:
@@ -64,6 +78,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
         tokens=root["tokens"],
         parameters=data["shard"] if parallel.dp_replicate == 1 else data["dp_replicate", "shard"],
         sequence=sequence["sp"],
+        tensor=root["tp"],
         data_rank=replicas * parallel.dp_shard + sequence["dp_shard"].get_local_rank(),
         data_size=parallel.dp_replicate * parallel.dp_shard,
     )

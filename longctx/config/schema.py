@@ -96,6 +96,25 @@ class ParallelConfig:
                 raise NotAvailableError(f"parallel.{name}={getattr(self, name)}: {what} is not built yet; available: 1")
 
 
+def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
+    """Refuse degrees that do not split heads, hidden channels and vocabulary into equal parts."""
+    problem = _unequal_part(model, tp)
+    if problem is None:
+        return
+    valid = [degree for degree in divisors(model.heads) if _unequal_part(model, degree) is None]
+    raise ConfigError(f"parallel.tp={tp} {problem}; nearest valid parallel.tp for this model: {nearest_of(tp, valid)}")
+
+
+def _unequal_part(model: ModelConfig, tp: int) -> str | None:
+    for name in ("heads", "hidden_dim", "vocab_size"):
+        size = getattr(model, name)
+        if size % tp:
+            return f"must divide model.{name}={size} (nearest valid model.{name}: {nearest_multiples(size, tp)})"
+    if model.kv_heads % tp and tp % model.kv_heads:
+        return f"must divide model.kv_heads={model.kv_heads}, or be a multiple of it"
+    return None
+
+
 @dataclass(frozen=True)
 class CommConfig:
     """What carries messages between ranks."""
@@ -287,6 +306,12 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def local_heads(self) -> tuple[int, int]:
+        """Query and key/value heads of one rank; of fewer key/value heads than ranks, each rank has one."""
+        tp = self.parallel.tp
+        return self.model.heads // tp, max(1, self.model.kv_heads // tp)
+
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Config:
         """The configuration that a plain nested mapping states, checked; absent keys keep their defaults."""
@@ -314,6 +339,7 @@ class Config:
             self.logger,
         ):
             section.check()
+        check_tensor_parallel(self.model, self.parallel.tp)
         if self.data.source in choices.BYTE_SOURCES and self.model.vocab_size < 256:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} must be at least 256 for the bytes of "

@@ -17,12 +17,12 @@ class Engine(Protocol):
         """Forward and backward of all micro-batches of a step.
 
         Adds ``scale`` times the gradient of the global sum of the loss. Returns this rank's own sum of the
-        loss, unscaled, a scalar.
+        loss, unscaled, a scalar; ranks that hold the same tokens return the same.
         """
         ...
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the gradient's squared norm, fp64 scalar; shares add up over those ranks."""
+        """This rank's share of the gradient's squared norm, fp64 scalar; shares add up over all ranks."""
         ...
 
     def update(self, lr: float, coefficient: float) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from longctx.model import Decoder
-from longctx.parallel.data import as_sharded
+from longctx.parallel.data import as_sharded, gathered_bytes
 from longctx.sequence import LocalBatch
 
 # With several micro-batches, gradients are reduced once, after the last, where all of them fit unsharded in
@@ -25,8 +25,7 @@ class NativeEngine:
     def __init__(self, model: Decoder, optimizer: Optimizer) -> None:
         self.model = model
         self.optimizer = optimizer
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        self._reduce_once = size <= UNSHARDED_GRADIENT_BYTES
+        self._reduce_once = gathered_bytes(model) <= UNSHARDED_GRADIENT_BYTES
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
         total: Tensor | None = None
@@ -34,6 +33,8 @@ class NativeEngine:
             last = number == len(batches)
             as_sharded(self.model).set_is_last_backward(last)
             as_sharded(self.model).set_requires_gradient_sync(last or not self._reduce_once)
+            # Shards may have to be reduced each time; between replicas they never need to be before the last.
+            as_sharded(self.model).set_requires_all_reduce(last)
             loss = self.model(batch.tokens, batch.positions, batch.plan.handle, batch.labels)
             (loss * scale).backward()
             total = loss.detach() if total is None else total + loss.detach()

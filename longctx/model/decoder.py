@@ -16,6 +16,16 @@ from longctx.model.loss import cross_entropy_sum
 from longctx.model.rotary import rotation_of
 
 
+class Vocabulary:
+    """How hidden states ``[B, T/SP, dim]`` meet the head's weight ``[V, dim]``, all of it being here."""
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+    def loss_sum(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
+
+
 class Decoder(nn.Module):
     """A Llama-style decoder in its configuration's sizes.
 
@@ -27,6 +37,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.loss_chunk = loss_chunk
+        self.vocabulary = Vocabulary()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -57,5 +68,5 @@ class Decoder(nn.Module):
         x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
-            return F.linear(x, weight)
-        return cross_entropy_sum(x.flatten(0, 1), weight, labels.flatten(), self.loss_chunk)
+            return self.vocabulary.logits(x, weight)
+        return self.vocabulary.loss_sum(x, weight, labels, self.loss_chunk)

@@ -7,6 +7,7 @@ and computes nothing twice. Known from Liger Kernel's fused linear cross-entropy
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,30 +15,51 @@ from torch import Tensor
 
 from longctx.sequence import IGNORE
 
+# Hidden states [n, dim], weight [V, dim] and labels [n] of one chunk to its loss and the gradient of its logits.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+
+def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
+
+    ``where`` rather than a product: an ignored token's hidden state may be anything, even infinite.
+    """
+    logits = (hidden @ weight.T).to(wide(hidden))
+    ignored = labels == IGNORE
+    target = labels.masked_fill(ignored, 0)[:, None]
+    logsumexp = logits.logsumexp(dim=1, keepdim=True)
+    loss = (logsumexp - logits.gather(1, target)).masked_fill(ignored[:, None], 0.0).sum()
+    dlogits = logits.sub_(logsumexp).exp_()
+    dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand_as(target))
+    return loss, dlogits.masked_fill_(ignored[:, None], 0.0)
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, of_chunk: ChunkLoss = chunk_loss
+) -> Tensor:
     """Sum of the cross-entropy of ``hidden @ weight.T`` over the tokens whose label is not ``IGNORE``.
 
     hidden ``[N, dim]``, weight ``[V, dim]``, labels int64 ``[N]``. The result is a scalar in fp32, fp64 for
-    fp64; softmax, sums and the head's gradient accumulate in the same.
+    fp64; softmax, sums and the head's gradient accumulate in the same. ``of_chunk``: who computes a chunk,
+    for a weight that is only part of the vocabulary.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, of_chunk)
         return loss
-    total = hidden.new_zeros((), dtype=_wide(hidden))
+    total = hidden.new_zeros((), dtype=wide(hidden))
     for rows in _chunks(hidden, chunk):
-        total += _chunk_loss(hidden[rows], weight, labels[rows])[0]
+        total += of_chunk(hidden[rows], weight, labels[rows])[0]
     return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        total = hidden.new_zeros((), dtype=_wide(hidden))
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, of_chunk: ChunkLoss) -> Tensor:
+        total = hidden.new_zeros((), dtype=wide(hidden))
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=_wide(hidden))
+        dweight = torch.zeros_like(weight, dtype=wide(hidden))
         for rows in _chunks(hidden, chunk):
-            loss, dlogits = _chunk_loss(hidden[rows], weight, labels[rows])
+            loss, dlogits = of_chunk(hidden[rows], weight, labels[rows])
             total += loss
             dlogits = dlogits.to(hidden.dtype)
             torch.mm(dlogits, weight, out=dhidden[rows])
@@ -49,28 +71,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         (scale,) = upstream
-        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(dweight.dtype), None, None
+        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(dweight.dtype), None, None, None
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
-
-    ``where`` rather than a product: an ignored token's hidden state may be anything, even infinite.
-    """
-    logits = (hidden @ weight.T).to(_wide(hidden))
-    ignored = labels == IGNORE
-    target = labels.masked_fill(ignored, 0)[:, None]
-    logsumexp = logits.logsumexp(dim=1, keepdim=True)
-    loss = (logsumexp - logits.gather(1, target)).masked_fill(ignored[:, None], 0.0).sum()
-    dlogits = logits.sub_(logsumexp).exp_()
-    dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand_as(target))
-    return loss, dlogits.masked_fill_(ignored[:, None], 0.0)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
+    """What softmax and sums are computed in."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -8,16 +8,18 @@ from longctx.mesh import Mesh
 from longctx.model import Decoder
 from longctx.parallel.data import shard_parameters
 from longctx.parallel.recompute import recompute_activations
+from longctx.parallel.tensor import split_tensors
 
 
 def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
     """Changes ``model`` in place and returns it; ``config`` is resolved for the world of ``mesh``.
 
     Each step wraps the one before: what is recomputed is the parallel block, what is compiled holds its
-    recomputation, and the gathering of parameters stays outside of both. Stages of a pipeline and tensor
-    parallelism come first once they exist; the configuration refuses them until then.
+    recomputation, and the gathering of parameters stays outside of both. Stages of a pipeline come first once
+    they exist; the configuration refuses them until then.
     """
     attention, train = config.attention, config.train
+    split_tensors(model, mesh.tensor)
     model.set_attention(StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel))
     recompute_activations(model, train.recompute)
     if train.compile:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from longctx.model import Decoder
 
@@ -41,6 +44,35 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def gathered_bytes(model: Decoder) -> int:
+    """What all parameters, or their gradients, take on one rank before FSDP2 shards them."""
+    return sum(_tensor_part(p) * p.element_size() for p in model.parameters())
+
+
+def _tensor_part(parameter: Tensor) -> int:
+    """Elements of a parameter that its rank of the tensor-parallel axis holds."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel()
+    names = parameter.device_mesh.mesh_dim_names or ()
+    split = [
+        size
+        for name, size, placement in zip(names, parameter.device_mesh.shape, parameter.placements, strict=True)
+        if name == "tp" and placement.is_shard()
+    ]
+    return parameter.numel() // math.prod(split)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, gradient or state of the optimizer in full on every rank; all ranks call it.
+
+    Shards of FSDP2 lie inside those of the tensor-parallel axis, the last of the mesh, and are gathered first.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    inner = [Replicate()] * (tensor.device_mesh.ndim - 1)
+    return tensor.redistribute(placements=[*inner, tensor.placements[-1]]).full_tensor()
 
 
 def as_sharded(model: Decoder) -> FSDPModule:

@@ -1,7 +1,8 @@
 """Recomputing a block's activations in the backward pass instead of keeping them.
 
 Attention is never part of it: the outputs (out, lse) of every operator of ours are kept, so recompute
-neither runs attention nor communicates again.
+neither runs attention nor sends its traffic again. What tensor parallelism sends inside a block is repeated
+under ``full``, whose point is memory, and kept under ``selective``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from longctx.model import Decoder
 
 ATTENTION_NAMESPACE = "longctx"
+COLLECTIVES_NAMESPACE = "_c10d_functional"
 # What `selective` keeps besides: the outputs that are dear to compute.
 MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -33,8 +35,8 @@ def keep_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) ->
 
 
 def keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """``selective``: attention and matrix products are kept, the cheap rest is recomputed."""
-    if operator.namespace == ATTENTION_NAMESPACE or operator in MATRIX_PRODUCTS:
+    """``selective``: attention, matrix products and collectives are kept, the cheap rest is recomputed."""
+    if operator.namespace in (ATTENTION_NAMESPACE, COLLECTIVES_NAMESPACE) or operator in MATRIX_PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -26,11 +26,11 @@ def mask_of(config: Config) -> Mask:
 
 def attention_case(config: Config) -> AttentionCase:
     """What the run asks of its attention strategy, on each rank."""
-    model, parallel = config.model, config.parallel
+    heads, kv_heads = config.local_heads
     return AttentionCase(
-        world=parallel.sp,
-        heads=model.heads // parallel.tp,
-        kv_heads=model.kv_heads // parallel.tp,
+        world=config.parallel.sp,
+        heads=heads,
+        kv_heads=kv_heads,
         layout=layout_of(config).name,
         mask=mask_of(config),
     )
@@ -38,21 +38,26 @@ def attention_case(config: Config) -> AttentionCase:
 
 @dataclass(frozen=True)
 class Border:
-    """Cuts whole batches for one rank of a sequence group and moves its share to the device."""
+    """Cuts whole batches for one rank of a sequence group and moves its share to the device.
+
+    ``multiple``: what the shard length is a multiple of, for tensor parallelism cuts it again.
+    """
 
     layout: Layout
     mask: Mask
     rank: int
     size: int
     device: torch.device
+    multiple: int = 1
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, device: torch.device) -> Border:
-        return cls(layout_of(config), mask_of(config), mesh.sequence_rank, mesh.sequence_size, device)
+        multiple = mesh.tensor.size()
+        return cls(layout_of(config), mask_of(config), mesh.sequence_rank, mesh.sequence_size, device, multiple)
 
     def __call__(self, batch: Batch) -> LocalBatch:
         """``[B, S]`` to ``[B, T/SP]``."""
-        local = shard(batch, self.layout, self.mask, self.rank, self.size)
+        local = shard(batch, self.layout, self.mask, self.rank, self.size, self.multiple)
         return replace(
             local,
             tokens=local.tokens.to(self.device, non_blocking=True),

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from longctx.config import Config
 from longctx.engines import NativeEngine
@@ -26,7 +25,7 @@ from longctx.errors import NumericsError
 from longctx.mesh import Mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype
+from longctx.parallel.data import master_dtype, whole
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.border import Border
 from longctx.train.canary_reference import Findings, dense_step
@@ -71,11 +70,11 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
         found = _parallel_step(tiny, mesh, device, batches[mesh.data_rank])
         names = ["outputs", "loss", *found.gradients]
         numbers = [0.0, 0.0, 0.0]  # place of the worst tensor, its error, the scale
-        if mesh.tokens.get_local_rank() == 0:
+        if dist.get_rank(mesh.world_group) == 0:
             errors, scale = compare(found, dense_step(tiny, batches, device))
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
-        worst, error, scale = gather_numbers(numbers, mesh.token_group, device)[0]
+        worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
     tolerance = TOLERANCES[config.train.dtype]
     seconds = time.perf_counter() - started
     verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
@@ -112,8 +111,9 @@ def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Se
     with torch.no_grad():
         outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
     engine = NativeEngine(model, build_optimizer(model, config.optim))
-    result = TrainStep(engine, mesh.token_group, device).gradients(local)
-    gradients = {name: _full(p.grad).double() for name, p in model.named_parameters()}
+    result = TrainStep(engine, mesh, device).gradients(local)
+    gradients = {name: whole(p.grad).double() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters())), "every parameter takes part in the loss"
     assert result.loss is not None, "the canary's sequences have labels"
     return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
 
@@ -133,19 +133,15 @@ def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:
     return torch.cat([unshard(list(group), batch.plan) for group in groups])
 
 
-def _full(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None, "every parameter takes part in the loss"
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-
-
 def _explain(verdict: Verdict, config: Config) -> str:
     attention, parallel = config.attention, config.parallel
     return (
         f"canary: {verdict.worst} differs from the dense single-device step by {verdict.error:.1e} "
         f"(relative), tolerance {verdict.tolerance:.0e} for train.dtype={config.train.dtype}; gradient scale "
         f"{verdict.gradient_scale:.4f}, must be 1. This run would train on wrong numbers: "
-        f"attention={attention.strategy}, kernel={attention.kernel}, dp_shard={parallel.dp_shard}, "
-        f"sp={parallel.sp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
+        f"attention={attention.strategy}, kernel={attention.kernel}, "
+        f"dp_replicate={parallel.dp_replicate}, dp_shard={parallel.dp_shard}, sp={parallel.sp}, "
+        f"tp={parallel.tp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
         "train.canary=false starts regardless"
     )
 

@@ -28,13 +28,16 @@ def shrink(config: Config) -> Config:
     attention = config.attention
     block = min(attention.layout_block, LARGEST_BLOCK)
     length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
+    # Tensor parallelism wants equal parts of both.
+    vocabulary, hidden = (-(-size // config.parallel.tp) * config.parallel.tp for size in (VOCABULARY, 2 * DIM))
+    sizes = {"vocab_size": vocabulary, "dim": DIM, "layers": 1, "hidden_dim": hidden, "init_std": DIM**-0.5}
     window = attention.window
     if window is not None:
         # A window of one token would leave nothing to attend to.
         window = min(window, max(2, round(window * length / config.data.seq_len)))
     return replace(
         config,
-        model=replace(config.model, vocab_size=VOCABULARY, dim=DIM, layers=1, hidden_dim=2 * DIM, init_std=DIM**-0.5),
+        model=replace(config.model, **sizes),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
         train=replace(config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from longctx.comm import group_of
 from longctx.config import ModelConfig
@@ -89,15 +90,17 @@ class Meter:
         """After a step on these micro-batches; every rank calls it."""
         plans = [batch.plan for batch in batches]
         cells = sum(plan.work(self.mesh.sequence_rank) for plan in plans)
-        # Each sequence is counted by the first rank of its group.
-        first = self.mesh.sequence_rank == 0
+        # Each sequence is counted by the first rank of its group, each token by one of those that hold it.
+        speaks = self.mesh.speaks
+        first = speaks and self.mesh.sequence_rank == 0
         tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
         full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
         sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
         memory = self.memory()
-        own = [cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
-        rows = gather_numbers(own, self.mesh.token_group, self.device)
-        by_rank, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        own = [speaks, cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
+        rows = gather_numbers(own, self.mesh.world_group, self.device)
+        speaking, all_cells, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        by_rank = [cells for cells, counts in zip(all_cells, speaking) if counts]
         total = sum(by_rank)
         return Observation(
             tokens=int(sum(all_tokens)),
@@ -113,5 +116,5 @@ class Meter:
         """Share of the devices' peak that the model's arithmetic took; None without a known peak."""
         if self.peak is None:
             return None
-        ranks = self.mesh.tokens.size()
+        ranks = dist.get_world_size(self.mesh.world_group)
         return training_flops(model, tokens, cells) / (seconds * ranks * self.peak)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from longctx.engines import Engine
 from longctx.errors import NumericsError
+from longctx.mesh import Mesh
 from longctx.sequence import LocalBatch
 from longctx.train.gather import gather_numbers
 
@@ -42,14 +42,12 @@ class StepResult:
 
 
 class TrainStep:
-    """``group``: all ranks that hold different tokens. ``grad_clip``: largest global norm, None for any."""
+    """``mesh``: who holds which tokens. ``grad_clip``: largest global norm, None for any."""
 
-    def __init__(
-        self, engine: Engine, group: dist.ProcessGroup, device: torch.device, grad_clip: float | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, mesh: Mesh, device: torch.device, grad_clip: float | None = None) -> None:
         self.engine = engine
         self.skipped = 0
-        self._group = group
+        self._mesh = mesh
         self._device = device
         self._grad_clip = grad_clip
         self._in_a_row = 0
@@ -75,10 +73,12 @@ class TrainStep:
     def gradients(self, batches: Sequence[LocalBatch]) -> StepResult:
         """Leaves the step's gradients, unclipped, in the engine."""
         valid = sum(batch.valid_tokens for batch in batches)
-        count = int(sum(row[0] for row in gather_numbers([valid], self._group, self._device)))
+        count = int(sum(row[0] for row in gather_numbers([valid], self._mesh.token_group, self._device)))
         loss = self.engine.accumulate(batches, 1.0 / max(count, 1))
-        own = torch.stack([loss.double(), self.engine.squared_norm()]).tolist()
-        losses, squares = zip(*gather_numbers(own, self._group, self._device), strict=True)
+        # Ranks with the same tokens have the same loss, and different parts of the gradient.
+        own_loss = loss.double() if self._mesh.speaks else torch.zeros_like(loss, dtype=torch.float64)
+        own = torch.stack([own_loss, self.engine.squared_norm()]).tolist()
+        losses, squares = zip(*gather_numbers(own, self._mesh.world_group, self._device), strict=True)
         mean = sum(losses) / count if count else None
         norm = math.sqrt(sum(squares))  # of NaN it is NaN, of infinity infinity
         finite = math.isfinite(norm) and (mean is None or math.isfinite(mean))

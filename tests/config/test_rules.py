@@ -75,9 +75,7 @@ def test_known_strategies_without_code_are_not_available(strategy):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("parallel.tp", 2),
         ("parallel.pp", 2),
-        ("parallel.dp_replicate", 2),
         ("engine.name", "deepspeed"),
         ("engine.name", "megatron"),
         ("logger.trace", True),
@@ -104,6 +102,35 @@ def test_an_option_of_another_source_is_refused_and_of_its_own_taken():
         Config.from_dict({"data": {"source": "tokens", "path": "x", "text_key": "body"}})
     with pytest.raises(ConfigError, match=r"data\.token_dtype=uint32 is not read by data=text"):
         Config.from_dict({"data": {"source": "text", "path": "x", "token_dtype": "uint32"}})
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "words"),
+    [
+        (
+            {},
+            3,
+            ["parallel.tp=3 must divide model.heads=4", "model.heads: 3 or 6", "for this model: 2 or 4"],
+        ),
+        ({"hidden_dim": 381}, 2, ["model.hidden_dim=381", "model.hidden_dim: 380 or 382", "for this model: 1"]),
+        ({"vocab_size": 258}, 4, ["model.vocab_size=258", "model.vocab_size: 256 or 260", "for this model: 1 or 2"]),
+        (
+            {"heads": 12, "kv_heads": 6, "head_dim": 8},
+            4,
+            ["parallel.tp=4 must divide model.kv_heads=6, or be a multiple of it", "for this model: 1 or 2"],
+        ),
+    ],
+)
+def test_tensor_parallelism_that_leaves_unequal_parts_is_refused(model, tp, words):
+    with pytest.raises(ConfigError) as refused:
+        Config.from_dict({"model": model, "parallel": {"tp": tp}})
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, (4, 2)), (2, (2, 1)), (4, (1, 1))])
+def test_fewer_key_value_heads_than_ranks_are_shared(tp, heads):
+    assert Config.from_dict({"parallel": {"tp": tp}}).local_heads == heads
 
 
 def test_local_attention_cannot_share_a_sequence():

@@ -23,6 +23,25 @@ MESHES = [
 ]
 
 
+# parallel, model, layout, micro_batch, recompute
+TIED, UNTIED, PLAIN = {}, {"tie_embeddings": False}, {"tie_embeddings": False, "qk_norm": False}
+SPLIT_MESHES = [
+    ({"dp_replicate": 2}, TIED, "zigzag", 1, "none"),
+    ({"dp_replicate": 2, "dp_shard": 2}, TIED, "zigzag", 1, "none"),
+    ({"tp": 2}, PLAIN, "contiguous", 2, "none"),
+    ({"dp_shard": 2, "tp": 2}, TIED, "zigzag", 1, "selective"),
+    ({"sp": 2, "tp": 2}, TIED, "zigzag", 1, "full"),
+]
+MORE_MESHES = [
+    ({"tp": 4}, TIED, "contiguous", 1, "none"),  # two key/value heads for four ranks
+    ({"tp": 4}, PLAIN, "contiguous", 2, "full"),
+    ({"sp": 2, "tp": 2}, UNTIED, "striped", 2, "none"),
+    ({"dp_shard": 2, "tp": 2}, PLAIN, "zigzag", 1, "none"),
+    ({"dp_replicate": 2, "tp": 2}, UNTIED, "zigzag", 1, "selective"),
+    ({"dp_shard": 2, "sp": 2, "tp": 2}, TIED, "striped", 1, "full"),
+]
+
+
 def largest_difference(left, right):
     assert len(left) == len(right)
     return max(abs(a[i] - b[i]) / max(1.0, abs(b[i])) for a, b in zip(left, right, strict=True) for i in (0, 1))
@@ -49,6 +68,50 @@ def test_twenty_fp64_steps_agree_with_one_rank(single, tmp_path, dp_shard, sp, l
     assert largest_difference(steps, single) <= 1e-9
 
 
+def train(directory, parallel, model, layout, micro_batch, recompute, steps):
+    """A run of four sequences a step: enough for two replicas of two shards, twice where there are fewer."""
+    config = small_config(
+        directory,
+        parallel=parallel,
+        model=model,
+        attention={"layout": layout},
+        train={"micro_batch": micro_batch, "recompute": recompute, "steps": steps, "global_batch": 4},
+    )
+    return train_on_sim(config)[0]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One rank's run of each model, once."""
+    found = {}
+
+    def of(model, steps):
+        key = (tuple(model.items()), steps)
+        if key not in found:
+            directory = tmp_path_factory.mktemp("alone")
+            found[key] = train(directory, {}, model, "contiguous", 1, "none", steps)
+        return found[key]
+
+    return of
+
+
+@pytest.mark.parametrize("parallel,model,layout,micro_batch,recompute", SPLIT_MESHES, ids=str)
+def test_split_tensors_and_replicas_agree_with_one_rank(
+    alone, tmp_path, parallel, model, layout, micro_batch, recompute
+):
+    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, 6)
+    assert largest_difference(steps, alone(model, 6)) <= 1e-9
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel,model,layout,micro_batch,recompute", [*SPLIT_MESHES, *MORE_MESHES], ids=str)
+def test_twenty_steps_of_more_meshes_agree_with_one_rank(
+    alone, tmp_path, parallel, model, layout, micro_batch, recompute
+):
+    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, 20)
+    assert largest_difference(steps, alone(model, 20)) <= 1e-9
+
+
 def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):
     runs = [
         train_on_sim(
@@ -66,7 +129,7 @@ def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):
 
 @pytest.mark.gloo
 def test_two_gloo_processes_agree_with_one_rank(tmp_path):
-    """Ten fp32 steps over a sequence group and over shards, canary included, in one launch."""
+    """Ten fp32 steps over a sequence group, over shards and over split tensors, canary included, in one launch."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -85,7 +148,7 @@ def test_two_gloo_processes_agree_with_one_rank(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     expected, _ = train_on_sim(small_config(tmp_path / "one", train={"steps": 10, "dtype": "float32"}))
-    for name in ("sequence", "shards"):
+    for name in ("sequence", "shards", "tensors"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         steps = [(record["loss"], record["grad_norm"]) for record in records]

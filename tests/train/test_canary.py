@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Partial
 
 from longctx.attention import StrategyAttention
+from longctx.config import simulated_world_size
 from longctx.errors import NumericsError
 from longctx.mesh import build_mesh
-from longctx.parallel import apply
+from longctx.parallel import apply, tensor
 from longctx.sequence import SequencePlan, TileSet
 from longctx.sim import Cluster, RankFailed
 from longctx.train import border as border_module
@@ -24,8 +26,7 @@ def canary(config):
 
 
 def run(config):
-    parallel = config.parallel
-    return Cluster(parallel.dp_shard * parallel.sp).run(canary, config)
+    return Cluster(simulated_world_size(config)).run(canary, config)
 
 
 RIGHT = [
@@ -34,6 +35,7 @@ RIGHT = [
     {"parallel": {"dp_shard": 2, "sp": 2}, "attention": {"window": 20}, "train": {"recompute": "full"}},
     {"parallel": {"sp": 5}, "attention": {"layout": "contiguous"}, "train": {"dtype": "float32"}},
     {"parallel": {"sp": 2}, "attention": {"document_mask": False}, "train": {"dtype": "bfloat16"}},
+    {"parallel": {"tp": 2, "dp_replicate": 2}, "train": {"dtype": "float32", "recompute": "selective"}},
 ]
 
 
@@ -127,6 +129,15 @@ def test_a_mean_in_place_of_a_sum_shows_as_the_gradient_scale(tmp_path, monkeypa
     averaged_gradients(monkeypatch)
     with pytest.raises(RankFailed, match=r"gradient scale 0\.5000"):
         run(small_config(tmp_path, parallel={"sp": 2}))
+
+
+def test_gradients_of_shared_heads_that_are_not_summed_are_caught(tmp_path, monkeypatch):
+    def project(module, rows, x):
+        return torch.nn.functional.linear(x.to_local(grad_placements=[Partial()]), module.weight.to_local()[rows])
+
+    monkeypatch.setattr(tensor, "_project_rows", project)
+    with pytest.raises(RankFailed, match=r"blocks\.0\.[kv]\.weight differs .* tp=4"):
+        run(small_config(tmp_path, parallel={"tp": 4}))
 
 
 def test_compile_is_left_out(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ class Rank:
         self.mesh = mesh
         self.model = build_model(config, mesh, CPU)
         self.engine = NativeEngine(self.model, build_optimizer(self.model, config.optim))
-        self.step = TrainStep(self.engine, mesh.token_group, CPU, grad_clip)
+        self.step = TrainStep(self.engine, mesh, CPU, grad_clip)
         self.border = Border.of(config, mesh, CPU)
 
     def weights(self):

@@ -1,0 +1,136 @@
+"""Tensor parallelism: heads, hidden channels and vocabulary over the ranks of one axis, by DTensor plans.
+
+Between blocks each rank holds its part of the local sequence, ``[B, T/SP/TP, dim]``. A norm works on that part
+and gathers its output over the axis; q, k, v, gate and up are split by their outputs, attention_out and
+mlp_out by their inputs, and the sum of their products is scattered back to parts of the sequence. The core of
+attention sees plain tensors of all local tokens and its own heads, ``[B, T/SP, H/TP, D]``.
+
+A block gathers twice and scatters twice per pass. ``recompute=full`` gathers both and scatters the first
+again; ``selective`` keeps what they returned.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import Placement
+
+from longctx.config import ModelConfig
+from longctx.model import Decoder
+from longctx.parallel.vocabulary import ShardedVocabulary, lookup
+
+TOKENS, HEADS = 1, 2  # dims of [B, T, H, D]
+
+
+def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
+    """Splits ``model``, whose weights are whole and equal on all ranks of ``mesh``, an axis of it.
+
+    Names and global shapes of parameters stay those of the single-device model.
+    """
+    if mesh.size() == 1:
+        return
+    block_plan = plan_of_block(model.config, mesh.size())
+    outer_plan = {"embedding": EmbeddingRows(), "norm": GatheredNorm()}
+    if model.head is not None:
+        outer_plan["head"] = VocabularyRows()
+    # Weights are whole here already, so that nothing has to be sent to split them.
+    parallelize_module(model, mesh, outer_plan, src_data_rank=None)
+    for block in model.layers:
+        parallelize_module(block, mesh, block_plan, src_data_rank=None)
+    model.vocabulary = ShardedVocabulary(mesh)
+
+
+def plan_of_block(config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
+    """What happens to each module of a block."""
+    replicated = config.kv_heads < degree
+    plan: dict[str, ParallelStyle] = {
+        "attention_norm": GatheredNorm(),
+        "q": ColwiseParallel(),
+        "k": SharedHead(config) if replicated else ColwiseParallel(),
+        "v": SharedHead(config) if replicated else ColwiseParallel(),
+        "attention_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
+        "mlp_norm": GatheredNorm(),
+        "gate": ColwiseParallel(),
+        "up": ColwiseParallel(),
+        "mlp_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
+    }
+    if config.qk_norm:
+        # One weight for all heads: its gradient is a sum over the ranks, shared heads included, for each of
+        # their copies brings only what its own queries ask of it.
+        plan["q_norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
+        plan["k_norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
+    return plan
+
+
+class GatheredNorm(SequenceParallel):
+    """A norm of each rank's part of the sequence, whose output every rank has whole.
+
+    ``[B, T/SP/TP, dim]`` to a DTensor ``[B, T/SP, dim]``, gathered once for all projections that read it; the
+    sum of their gradients is scattered once.
+    """
+
+    @staticmethod
+    def _prepare_output_fn(_use_local: bool, _module: nn.Module, output: DTensor, mesh: DeviceMesh) -> DTensor:
+        return output.redistribute(mesh, [Replicate()])
+
+
+class SharedHead(ParallelStyle):
+    """A projection to fewer key/value heads than ranks: each rank computes the one head that its queries read.
+
+    Query heads of rank r are ``r * H/TP ..``, key head of query head h is ``h * Hkv // H``, so the rank reads
+    head ``r * Hkv // TP``. The weight is whole on every rank and its gradient is summed over them: each has
+    that of its own head, and of ranks that share a head each has the part of its own queries.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._heads, self._head_dim = config.kv_heads, config.head_dim
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        place_weight(module, mesh, Replicate())
+        first = mesh.get_local_rank() * self._heads // mesh.size() * self._head_dim
+        rows = slice(first, first + self._head_dim)
+        module.forward = partial(_project_rows, module, rows)
+        return module
+
+
+def _project_rows(module: nn.Module, rows: slice, x: DTensor) -> Tensor:
+    """A DTensor ``[B, T/SP, dim]``, whole on every rank, to ``[B, T/SP, D]``."""
+    weight = cast("DTensor", module.weight)
+    summed = [Partial()]
+    return F.linear(x.to_local(grad_placements=summed), weight.to_local(grad_placements=summed)[rows])
+
+
+class VocabularyRows(ParallelStyle):
+    """The weight ``[V, dim]`` of a head, of which each rank has ``[V/TP, dim]``; the loss reads it."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        place_weight(module, mesh, Shard(0))
+        return module
+
+
+class EmbeddingRows(VocabularyRows):
+    """The table of an embedding by rows: tokens ``[B, T/SP]`` to ``[B, T/SP/TP, dim]``."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        super()._apply(module, mesh)
+        module.forward = partial(lookup, module, mesh)
+        return module
+
+
+def place_weight(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Makes the weight, whole and equal on all ranks, a DTensor."""
+    weight: Any = distribute_tensor(cast("Tensor", module.weight), mesh, [placement], src_data_rank=None)
+    module.weight = nn.Parameter(weight)
