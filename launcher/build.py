@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import resource
 import signal
 import threading
@@ -18,7 +19,6 @@ from longctx.attention import get_strategy, require
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus, Loader, Packing, open_corpus
-from longctx.data import preflight as check_data
 from longctx.engines import NativeEngine
 from longctx.errors import LongctxError, StorageError
 from longctx.launcher import env
@@ -30,13 +30,15 @@ from longctx.parallel.data import COMPUTE_DTYPES, master_dtype
 from longctx.sim import Cluster, RankFailed
 from longctx.train.border import Border, attention_case
 from longctx.train.canary import run_canary
-from longctx.train.checkpoint import Checkpointer, TrainState, digest_of
+from longctx.train.checkpoint import Checkpointer, TrainState
 from longctx.train.meter import Meter, peak_flops
 from longctx.train.metrics import open_sink
 from longctx.train.optimizer import WarmupCosine, build_optimizer
 from longctx.train.provenance import write_environment
 from longctx.train.step import TrainStep
 from longctx.train.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
 
@@ -47,7 +49,9 @@ def preflight(config: Config, resume: bool) -> None:
     select_kernel(config.attention.kernel, kernel_problem(config))
     if resume:
         _require_checkpoint(config)
-    check_data(config.data, config.model.vocab_size)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    if resume:
+        _require_fit(config, corpus)
 
 
 def preflight_attention(config: Config) -> None:
@@ -119,7 +123,7 @@ def rank_main(
     verdict = run_canary(config, mesh, device) if config.train.canary else None
     directory = directory_of(config)
     if dist.get_rank() == 0:
-        write_environment(directory, verdict)
+        write_environment(directory, verdict, _told(corpus))
     meter = Meter(mesh, device, memory, stop, peak_flops(device, compute_dtype(config)))
     build_trainer(config, resume, corpus, meter).run()
 
@@ -129,8 +133,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     mesh, device = meter.mesh, meter.device
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
-    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
-    loader = Loader(packing, config.train.global_batch, mesh.data_rank, mesh.data_size, config.train.micro_batch)
+    loader = _loader(config, corpus, mesh.data_rank, mesh.data_size)
     schedule = WarmupCosine(config.optim, config.train.steps)
     state = TrainState(model, optimizer, schedule, loader, step=0)
     checkpointer = _checkpointer(config)
@@ -183,8 +186,20 @@ def _checkpointer(config: Config) -> Checkpointer:
         directory_of(config) / "checkpoints",
         config.checkpoint.keep,
         layout=asdict(config.parallel),
-        config_digest=digest_of(config.to_dict()),
+        config=config.to_dict(),
     )
+
+
+def _loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
+    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
+    return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
+
+
+def _told(corpus: Corpus) -> dict[str, int]:
+    """What the run is trained on, in numbers; what was left out of it is also said."""
+    if corpus.skipped_empty:
+        _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
+    return {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
 
 
 def _require_checkpoint(config: Config) -> None:
@@ -193,6 +208,14 @@ def _require_checkpoint(config: Config) -> None:
             f"--resume: {directory_of(config)} holds no committed checkpoint; start without --resume, or "
             "name the run.dir that has one"
         )
+
+
+def _require_fit(config: Config, corpus: Corpus) -> None:
+    """Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data."""
+    with torch.device("meta"):
+        model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    optimizer, schedule = build_optimizer(model, config.optim), WarmupCosine(config.optim, config.train.steps)
+    _checkpointer(config).check(TrainState(model, optimizer, schedule, _loader(config, corpus, 0, 1), step=0))
 
 
 def _peak_memory(device: torch.device) -> Callable[[], int | None]:

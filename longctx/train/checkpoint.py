@@ -34,11 +34,13 @@ from longctx.train.checkpoint_files import (
 from longctx.train.checkpoint_manifest import Chunk, Commit
 from longctx.train.checkpoint_shards import Located, locate, read_shards, read_whole, write_shards
 from longctx.train.checkpoint_state import (
+    changed_keys,
     check_tensors,
     live_tensors,
     model_tensors,
     optimizer_state,
     optimizer_targets,
+    recorded_config,
 )
 from longctx.train.rng import rng_state, set_rng_state
 
@@ -68,7 +70,7 @@ class Checkpointer:
         keep: newest committed checkpoints to keep, 0 for all.
         layout: plain mapping that tells runs apart whose ranks draw different random numbers. Generators are
             restored only where world size and layout are those of the checkpoint.
-        config_digest: of the configuration, see ``digest_of``; a change is logged on load.
+        config: the configuration as plain sections; what differs from the one that was saved is told on load.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class Checkpointer:
         keep: int = 3,
         *,
         layout: Mapping[str, Any] | None = None,
-        config_digest: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self._directory = CheckpointDirectory(Path(directory))
         self._keep = keep
         self._layout = manifest.plain(layout or {}, "layout")
-        self._config_digest = config_digest
+        self._config = recorded_config(config or {})
+        self._damaged: set[int] = set()  # steps found damaged, until they are written anew
         self._checked: dict[Path, tuple[object, ...]] = {}
 
     def save(self, step: int, state: TrainState) -> Path:
@@ -98,17 +101,29 @@ class Checkpointer:
             if this_rank() == 0:
                 self._directory.abandon(step)
             raise StorageError(f"step {step} was not saved, earlier ones are intact: {error}") from error
+        self._damaged.discard(step)
         if this_rank() == 0:
-            self._directory.prune(self._keep, step)
+            self._directory.prune(self._keep, step, self._damaged)
         return self._directory.path(step)
 
     def newest(self) -> int | None:
         """The newest committed step that is intact, found by reading it; None where there is none at all.
 
-        Raises ``StorageError`` when there are checkpoints but none is intact: starting over would lose them.
+        Says nothing of damaged ones, for ``load`` will. Raises ``StorageError`` when there are checkpoints but
+        none is intact: starting over would lose them.
         """
         found = self._newest_before(None)
         return None if found is None else found.step
+
+    def check(self, state: TrainState) -> int | None:
+        """The step that ``load`` would restore into ``state``, after all its refusals of another model or corpus.
+
+        Reads no weights, so ``state`` may hold tensors on the meta device; its loader and schedule are moved.
+        """
+        commit = self._newest_before(None)
+        if commit is not None:
+            together(lambda: self._fit(commit, state) and None)
+        return None if commit is None else commit.step
 
     def load(self, state: TrainState, step: int | None = None) -> int:
         """Restores ``step``, or the newest intact one, into ``state``; returns the step.
@@ -117,7 +132,7 @@ class Checkpointer:
         what is missing or damaged and names the newest intact earlier step; ``ConfigError`` for a checkpoint
         of another model, optimizer or corpus.
         """
-        commit = self._newest_before(None) if step is None else self._intact(step)
+        commit = self._newest_before(None, tell=True) if step is None else self._intact(step)
         if commit is None:
             raise StorageError(f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir")
         together(lambda: self._restore(commit, state))
@@ -144,7 +159,7 @@ class Checkpointer:
                     "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
                     "loader": None if state.loader is None else state.loader.state_dict(),
                     "layout": self._layout,
-                    "config": self._config_digest,
+                    "config": self._config,
                 },
                 "the state of the run",
             )
@@ -157,23 +172,28 @@ class Checkpointer:
         write_new(self._directory.partial(step) / manifest.COMMIT, [record])
         self._directory.commit(step)
 
-    def _newest_before(self, limit: int | None) -> Commit | None:
-        """The newest step below ``limit`` that is intact on all ranks; damaged ones are reported."""
+    def _newest_before(self, limit: int | None, tell: bool = False) -> Commit | None:
+        """The newest step below ``limit`` that is intact on all ranks; ``tell`` reports the damaged ones above it."""
         views = together(self._directory.steps)
         if any(view != views[0] for view in views) and this_rank() == 0:
             _log.warning("ranks see different checkpoints in %s: %s", self._directory.root, views)
         common = sorted(set.intersection(*map(set, views)), reverse=True)
-        damage = []
+        damage: dict[int, str] = {}
         for step in [step for step in common if limit is None or step < limit]:
             try:
-                return self._verify(step)
+                found = self._verify(step)
             except StorageError as error:
-                damage.append(str(error))
-                if this_rank() == 0:
-                    _log.warning("step %d is left out: %s", step, error)
+                damage[step] = str(error)
+                self._damaged.add(step)
+                continue
+            # Only now: where nothing is intact, the error below says it all.
+            for broken, why in damage.items() if tell and this_rank() == 0 else ():
+                _log.warning("step %d is left out: %s", broken, why)
+            return found
         if damage and limit is None:
+            newest = damage[max(damage)]
             raise StorageError(
-                f"none of {len(damage)} checkpoints in {self._directory.root} is intact; newest: {damage[0]}"
+                f"none of {len(damage)} checkpoints in {self._directory.root} is intact; newest: {newest}"
             )
         return None
 
@@ -216,6 +236,23 @@ class Checkpointer:
             self._checked[path] = stamp
 
     def _restore(self, commit: Commit, state: TrainState) -> None:
+        located, rest, tensors, optimizer = self._fit(commit, state)
+        generators = self._generators(commit, located, rest)
+        read_shards(tensors, {name: located[name] for name in tensors})
+        state.optimizer.load_state_dict(optimizer)
+        if generators is not None:
+            set_rng_state(generators)
+        # Earlier checkpoints kept only a digest, which cannot say what has changed.
+        changed = changed_keys(rest["config"], self._config) if type(rest["config"]) is dict else []
+        if changed and this_rank() == 0:
+            _log.warning(
+                "step %d was written under another configuration; from here on: %s", commit.step, ", ".join(changed)
+            )
+
+    def _fit(
+        self, commit: Commit, state: TrainState
+    ) -> tuple[dict[str, list[Located]], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        """Shards, plain state, tensors to fill and the optimizer's state around them; all that is refused, is here."""
         directory = self._directory.path(commit.step)
         located = locate(_read_manifests(directory, commit))
         rest = _read_state(directory, commit)
@@ -230,13 +267,7 @@ class Checkpointer:
         tensors |= targets
         for name in ("loader", "scheduler"):
             _restore_plain(name, getattr(state, name), rest[name], directory)
-        generators = self._generators(commit, located, rest)
-        read_shards(tensors, {name: located[name] for name in tensors})
-        state.optimizer.load_state_dict(optimizer)
-        if generators is not None:
-            set_rng_state(generators)
-        if rest["config"] != self._config_digest and this_rank() == 0:
-            _log.info("step %d was written under another configuration", commit.step)
+        return located, rest, tensors, optimizer
 
     def _generators(
         self, commit: Commit, located: Mapping[str, list[Located]], rest: Mapping[str, Any]
@@ -258,11 +289,6 @@ class Checkpointer:
         if saved is None or (saved.dtype, saved.shape) != (current.dtype, current.shape):
             raise StorageError(f"{self._directory.path(commit.step)} is damaged: no {prefix}cpu of this torch")
         return states
-
-
-def digest_of(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration as a plain mapping, whatever the order of its keys."""
-    return hashlib.sha256(manifest.encode(manifest.plain(config, "configuration"))).hexdigest()
 
 
 def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,16 +174,18 @@ class CheckpointDirectory:
         with contextlib.suppress(OSError):
             _remove(self.partial(step))
 
-    def prune(self, keep: int, newest: int) -> None:
+    def prune(self, keep: int, newest: int, damaged: Collection[int] = ()) -> None:
         """Deletes all but the ``keep`` newest steps up to ``newest`` (0: none); failures are only reported.
 
-        Later steps belong to a future that this run was rewound from; they are the user's to delete.
+        ``damaged`` ones do not count as kept, and go with those below the oldest that does. Later steps belong
+        to a future that this run was rewound from; they are the user's to delete.
         """
         committed = self.steps()
-        reached = [step for step in committed if step <= newest]
-        for step in reached[:-keep] if keep else []:
+        usable = [step for step in committed if step <= newest and step not in damaged]
+        oldest = usable[-keep] if 0 < keep <= len(usable) else 0
+        for step in [step for step in committed if step < oldest]:
             self._discard(self.path(step))
-        later = [f"step-{step}" for step in committed if step > newest]
+        later = [f"step-{step}" for step in committed if step > newest and step not in damaged]
         if later:
             _log.warning("%s lie ahead of step %d and would be resumed from first", ", ".join(later), newest)
 

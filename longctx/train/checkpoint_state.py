@@ -6,7 +6,8 @@ that wrote it. ``model.<parameter>`` holds weights, ``optimizer.<parameter>.<key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 # How the optimizer computes, not what: follows the device of the run that resumes.
 _IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
+
+# What a schedule sets from step to step is state; all other options are the configuration's, which may change.
+_SCHEDULED = ("lr", "initial_lr")
+
+# Where a run lies and what it tells nobody needs to know about when it is resumed.
+_INCIDENTAL = ("run.", "logger.")
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -90,8 +97,8 @@ def optimizer_targets(
             targets[full] = state[order[name]][key] = _target(parameter, key, first[full])
     groups = []
     for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
-        options = {key: _like(group.get(key), value) for key, value in old["options"].items()}
-        groups.append({**group, **options, "params": [order[name] for name in old["parameters"]]})
+        scheduled = {key: _like(group.get(key), value) for key, value in old["options"].items() if key in _SCHEDULED}
+        groups.append({**group, **scheduled, "params": [order[name] for name in old["parameters"]]})
     return targets, {"state": state, "param_groups": groups}
 
 
@@ -111,6 +118,31 @@ def check_tensors(prefix: str, wanted: Mapping[str, Tensor], first: Mapping[str,
                 f"{where}: {name} is {saved.dtype} {list(saved.shape)}, the configuration makes it "
                 f"{now[0]} {list(now[1])}; resume with the model and train.dtype of the run that wrote it"
             )
+
+
+def recorded_config(config: Mapping[str, Any]) -> Any:
+    """What a checkpoint keeps of the configuration, so that a run that resumes can tell what has changed."""
+    kept = {key: value for key, value in config.items() if f"{key}." not in _INCIDENTAL}
+    return plain(kept, "configuration")
+
+
+def changed_keys(saved: Any, now: Any) -> list[str]:
+    """The keys whose values differ, each with both values, in words."""
+    before, after = dict(_leaves(saved, "")), dict(_leaves(now, ""))
+    return [
+        f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Dotted keys, and values as a user writes them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)
 
 
 def _parameter_order(optimizer: Optimizer, live: Mapping[str, Tensor], saved: Any, where: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware and the canary's verdict, in ``environment.json``."""
+"""What a run ran on: versions, commit, hardware, data and the canary's verdict, in ``environment.json``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from longctx.errors import StorageError
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "flash-attn")
 
 
-def write_environment(directory: Path, canary: dict[str, Any] | None) -> None:
-    """Writes ``environment.json``; ``canary``: its verdict, None when it was switched off.
+def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict[str, int]) -> None:
+    """Writes ``environment.json``; ``canary``: its verdict, None when it was switched off; ``data``: counts.
 
     No environment variables: they may hold secrets.
     """
     unfinished = directory / ".environment.json.new"
-    text = json.dumps({**describe(), "canary": canary}, indent=2)
+    text = json.dumps({**describe(), "data": data, "canary": canary}, indent=2)
     try:
         unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(directory / "environment.json")

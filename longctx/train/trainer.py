@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ from longctx.config import Config
 from longctx.errors import RequeueError
 from longctx.train.border import Border
 from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.checkpoint_agreement import this_rank
 from longctx.train.meter import Meter
 from longctx.train.metrics import MetricsSink
 from longctx.train.step import TrainStep
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Trainer:
         Raises ``RequeueError`` after a checkpoint when any rank was asked to stop, ``NumericsError`` when the
         run has diverged. The sink is closed in every case.
         """
+        if self.state.step >= self.config.train.steps and this_rank() == 0:
+            done, steps = self.state.step, self.config.train.steps
+            _log.warning("step %d of %d is done already; raise train.steps to go on", done, steps)
         started = time.perf_counter()
         outcome = "failed"
         last: dict[str, Any] = {}
