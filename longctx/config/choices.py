@@ -33,6 +33,5 @@ WANDB_MODES = ("offline", "online", "disabled")
 # Degrees of the mesh that have no code behind them yet.
 DEGREES_PLANNED = {
     "tp": "tensor parallelism",
-    "pp": "pipeline parallelism",
     "dp_replicate": "replicated data parallelism",
 }

@@ -1,4 +1,4 @@
-"""What the canary trains on: a run shrunk to one layer and to short sequences that are hard to get right."""
+"""What the canary trains on: a run shrunk to one layer per stage and to short sequences that are hard to get right."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from longctx.config import Config
+from longctx.config.pipeline import nearest_microbatches
 from longctx.sequence import IGNORE, Batch, Documents
 
 SEED = 20_231_003
@@ -20,7 +21,7 @@ LARGEST_BLOCK = 4  # of the striped layout: the run's own would put a short sequ
 
 
 def shrink(config: Config) -> Config:
-    """The same run with one layer, a few tokens per rank, and a window in the same proportion.
+    """The same run with one layer per pipeline stage, a few tokens per rank, and a window in the same proportion.
 
     Head counts, head dimension and whatever else attention depends on stay. Wider initial weights make
     attention far from uniform, so that a wrong scale or mask shows.
@@ -34,7 +35,14 @@ def shrink(config: Config) -> Config:
         window = min(window, max(2, round(window * length / config.data.seq_len)))
     return replace(
         config,
-        model=replace(config.model, vocab_size=VOCABULARY, dim=DIM, layers=1, hidden_dim=2 * DIM, init_std=DIM**-0.5),
+        model=replace(
+            config.model,
+            vocab_size=VOCABULARY,
+            dim=DIM,
+            layers=config.parallel.stages,
+            hidden_dim=2 * DIM,
+            init_std=DIM**-0.5,
+        ),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
         train=replace(config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)),
@@ -43,11 +51,11 @@ def shrink(config: Config) -> Config:
 
 def make_batches(config: Config, groups: int) -> list[list[Batch]]:
     """Micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk."""
-    rows = config.train.micro_batch
-    numbers = iter(range(groups * MICRO_BATCHES * rows))
+    rows, parallel = config.train.micro_batch, config.parallel
+    count = nearest_microbatches(parallel.pp_schedule, parallel.pp, MICRO_BATCHES)
+    numbers = iter(range(groups * count * rows))
     return [
-        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(MICRO_BATCHES)]
-        for _ in range(groups)
+        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(count)] for _ in range(groups)
     ]
 
 

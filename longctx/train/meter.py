@@ -96,8 +96,10 @@ class Meter:
         sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
         memory = self.memory()
         own = [cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
-        rows = gather_numbers(own, self.mesh.token_group, self.device)
-        by_rank, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        rows = gather_numbers(own, self.mesh.share_group, self.device)
+        _, _, _, all_sent, memories, stops = zip(*rows, strict=True)
+        # Stages of a pipeline see the same tokens; the first one's ranks stand first.
+        by_rank, all_tokens, all_full, *_ = zip(*rows[: self.mesh.tokens.size()], strict=True)
         total = sum(by_rank)
         return Observation(
             tokens=int(sum(all_tokens)),
@@ -113,5 +115,5 @@ class Meter:
         """Share of the devices' peak that the model's arithmetic took; None without a known peak."""
         if self.peak is None:
             return None
-        ranks = self.mesh.tokens.size()
+        ranks = self.mesh.shares.size()
         return training_flops(model, tokens, cells) / (seconds * ranks * self.peak)

@@ -42,14 +42,23 @@ class StepResult:
 
 
 class TrainStep:
-    """``group``: all ranks that hold different tokens. ``grad_clip``: largest global norm, None for any."""
+    """``group``: all ranks that hold different tokens. ``grad_clip``: largest global norm, None for any.
+
+    ``shares``: all ranks whose shares of loss and norm add up, ``group`` of every pipeline stage; None: ``group``.
+    """
 
     def __init__(
-        self, engine: Engine, group: dist.ProcessGroup, device: torch.device, grad_clip: float | None = None
+        self,
+        engine: Engine,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        grad_clip: float | None = None,
+        shares: dist.ProcessGroup | None = None,
     ) -> None:
         self.engine = engine
         self.skipped = 0
         self._group = group
+        self._shares = shares or group
         self._device = device
         self._grad_clip = grad_clip
         self._in_a_row = 0
@@ -78,7 +87,7 @@ class TrainStep:
         count = int(sum(row[0] for row in gather_numbers([valid], self._group, self._device)))
         loss = self.engine.accumulate(batches, 1.0 / max(count, 1))
         own = torch.stack([loss.double(), self.engine.squared_norm()]).tolist()
-        losses, squares = zip(*gather_numbers(own, self._group, self._device), strict=True)
+        losses, squares = zip(*gather_numbers(own, self._shares, self._device), strict=True)
         mean = sum(losses) / count if count else None
         norm = math.sqrt(sum(squares))  # of NaN it is NaN, of infinity infinity
         finite = math.isfinite(norm) and (mean is None or math.isfinite(mean))
