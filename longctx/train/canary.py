@@ -2,7 +2,8 @@
 
 Silent wrong masks and scales are the standing bug of sequence parallelism. So before its first step every
 run trains one layer per pipeline stage on short sequences with its own mesh, strategy, layout, head counts,
-kernel, arithmetic, recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its definition, in fp64.
+kernel, arithmetic, recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its
+definition, in fp64.
 Compilation is left out: it alone would take longer than a canary may.
 """
 
