@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from longctx.config import choices
 from longctx.config.rules import one_of
 from longctx.errors import ConfigError
 
@@ -28,17 +29,20 @@ RULES = {
     "gpipe": ScheduleRules(1, 1, False, lambda pp, count: count >= 1, "at least 1"),
     "1f1b": ScheduleRules(1, 1, False, lambda pp, count: count >= pp, "at least parallel.pp"),
     "interleaved_1f1b": ScheduleRules(
-        2, None, False, lambda pp, count: count >= pp and count % (count // pp) == 0, "rounds of equal size, each >= pp"
+        2,
+        None,
+        False,
+        lambda pp, count: count >= pp and count % (count // pp) == 0,
+        "at least parallel.pp in rounds of one size",
     ),
     "zbv": ScheduleRules(2, 2, True, lambda pp, count: count >= 1, "at least 1"),
     "dualpipev": ScheduleRules(2, 2, True, lambda pp, count: count >= 2 * pp, "at least 2 × parallel.pp"),
 }
-SCHEDULES = tuple(RULES)
 
 
 def virtual_stages(schedule: str, wish: int | None) -> int:
     """Stages per rank; None takes what the schedule needs. Raises ``ConfigError``."""
-    one_of("parallel.pp_schedule", schedule, SCHEDULES)
+    one_of("parallel.pp_schedule", schedule, choices.SCHEDULES)
     rules = RULES[schedule]
     if wish is None:
         return rules.virtual
@@ -52,7 +56,7 @@ def virtual_stages(schedule: str, wish: int | None) -> int:
 
 
 def nearest_microbatches(schedule: str, pp: int, wanted: int) -> int:
-    """The count next to ``wanted`` that the schedule takes on ``pp`` ranks, the larger of two."""
+    """The count next to ``wanted`` that the schedule takes on ``pp`` ranks, the larger of two at one distance."""
     fits = RULES[schedule].fits
     return next(
         count
