@@ -6,11 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from longctx.sequence.documents import Int64
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,6 @@ class Rows:
             else:
                 merged.append((start, stop))
         return cls(tuple(merged))
-
-    @classmethod
-    def of_indices(cls, indices: Int64) -> Rows:
-        """The set of ascending, distinct row numbers."""
-        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-        return cls(tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(indices, breaks) if len(run)))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
