@@ -19,14 +19,15 @@ from longctx.attention import get_strategy, require
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus, Loader, Packing, open_corpus
-from longctx.engines import NativeEngine
+from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
 from longctx.launcher import env
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import COMPUTE_DTYPES, master_dtype
+from longctx.parallel.data import compute_dtype, master_dtype
+from longctx.parallel.pipeline import Pipeline
 from longctx.sim import Cluster, RankFailed
 from longctx.train.border import Border, attention_case
 from longctx.train.canary import run_canary
@@ -62,16 +63,12 @@ def preflight_attention(config: Config) -> None:
 def kernel_problem(config: Config) -> KernelProblem:
     """What the run asks of its local kernel."""
     heads, kv_heads = config.local_heads
-    return KernelProblem(device_type(config), compute_dtype(config), heads, kv_heads, config.model.head_dim)
+    dtype = compute_dtype(config.train.dtype)
+    return KernelProblem(device_type(config), dtype, heads, kv_heads, config.model.head_dim)
 
 
 def device_type(config: Config) -> str:
     return "cuda" if config.comm.backend == "nccl" else "cpu"
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """What the forward and backward pass are computed in."""
-    return COMPUTE_DTYPES[config.train.dtype] or master_dtype(config.train.dtype)
 
 
 def run_rank(config: Config, resume: bool) -> None:
@@ -124,7 +121,7 @@ def rank_main(
     directory = directory_of(config)
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
-    meter = Meter(mesh, device, memory, stop, peak_flops(device, compute_dtype(config)))
+    meter = Meter(mesh, device, memory, stop, peak_flops(device, compute_dtype(config.train.dtype)))
     build_trainer(config, resume, corpus, meter).run()
 
 
@@ -139,13 +136,14 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     checkpointer = _checkpointer(config)
     if resume:
         checkpointer.load(state)
-    step = TrainStep(NativeEngine(model, optimizer), mesh, device, config.optim.grad_clip)
+    engine = engine_of(model, optimizer, config, mesh)
+    step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
     return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
-    """The run's decoder with its initial weights, sharded."""
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
+    """The run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
     model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)

@@ -1,9 +1,9 @@
 """The mesh: which ranks shard what.
 
-The root has the axes ``pp``, ``tokens``, ``tp``, outermost first. ``tokens`` joins all ranks that hold
-different tokens; it is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into ``dp_shard`` and
-``sp``. So parameters shard over ``dp_shard × sp`` by one plain axis, and a sequence group is made of
-neighbours, which a launcher places inside a node. A world of one is the same mesh, every axis of size 1.
+The root has the axes ``pp``, ``tokens``, ``tp``, outermost first. ``tokens`` joins the ranks of one pipeline
+stage that hold different tokens; it is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into
+``dp_shard`` and ``sp``. So parameters shard over ``dp_shard × sp`` by one plain axis, and a sequence group is
+made of neighbours, which a launcher places inside a node. A world of one is the same mesh, every axis of size 1.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from longctx.config import ParallelConfig
 class Mesh:
     """The axes of one run, seen from one rank.
 
-    ``tokens``: ranks that hold different tokens, over which loss and gradients are summed. ``parameters``:
-    what FSDP2 shards over (``shard``), behind an axis of replicas when there are any. ``sequence``: ranks
-    that share sequences. ``tensor``: ranks that hold the same tokens and split heads, hidden channels and
-    vocabulary. ``data_rank`` of ``data_size``: which sequences this rank's group takes.
+    ``pipeline``: ranks that hold the stages of one model and read the same data. ``tokens``: ranks of one stage
+    that hold different tokens, over which gradients are summed. ``parameters``: what FSDP2 shards over
+    (``shard``), behind an axis of replicas when there are any. ``sequence``: ranks that share sequences.
+    ``tensor``: ranks that hold the same tokens and split heads, hidden channels and vocabulary. ``data_rank`` of
+    ``data_size``: which sequences this rank's group takes.
     """
 
+    pipeline: DeviceMesh
     tokens: DeviceMesh
     parameters: DeviceMesh
     sequence: DeviceMesh
     tensor: DeviceMesh
     data_rank: int
     data_size: int
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return self.pipeline.get_group()
 
     @property
     def token_group(self) -> dist.ProcessGroup:
@@ -45,9 +51,14 @@ class Mesh:
         return world
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank counts its tokens and their loss; of ranks with the same tokens, one does."""
+    def leads_tensor(self) -> bool:
+        """Whether this rank is the first of those that split one stage's weights over the same tokens."""
         return self.tensor.get_local_rank() == 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank counts its tokens; of ranks with the same tokens, of any stage, one does."""
+        return self.leads_tensor and self.pipeline.get_local_rank() == 0
 
     @property
     def sequence_group(self) -> dist.ProcessGroup:
@@ -75,6 +86,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     sequence = data._unflatten("shard", (parallel.dp_shard, parallel.sp), ("dp_shard", "sp"))
     replicas = sequence["dp_replicate"].get_local_rank()
     return Mesh(
+        pipeline=root["pp"],
         tokens=root["tokens"],
         parameters=data["shard"] if parallel.dp_replicate == 1 else data["dp_replicate", "shard"],
         sequence=sequence["sp"],

@@ -19,6 +19,7 @@ STRATEGIES_PLANNED = (
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 BACKENDS = ("nccl", "gloo", "sim")
 SOURCES = ("python_stdlib", "text", "tokens")
 BYTE_SOURCES = ("python_stdlib", "text")
@@ -29,8 +30,3 @@ RECOMPUTE = ("none", "selective", "full")
 ENGINES = ("native",)
 ENGINES_PLANNED = ("deepspeed", "megatron")
 WANDB_MODES = ("offline", "online", "disabled")
-
-# Degrees of the mesh that have no code behind them yet.
-DEGREES_PLANNED = {
-    "pp": "pipeline parallelism",
-}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from longctx.config.pipeline import RULES, nearest_microbatches
 from longctx.config.rules import divisors, nearest_multiples, nearest_of
 from longctx.config.schema import Config, ParallelConfig
 from longctx.errors import ConfigError
@@ -62,6 +63,13 @@ def _check_batch(config: Config) -> None:
             f"train.global_batch={train.global_batch} must be a multiple of {unit} "
             f"(data-parallel groups {groups} × train.micro_batch {train.micro_batch}); "
             f"nearest valid values: {nearest_multiples(train.global_batch, unit)}"
+        )
+    count, schedule, pp = train.global_batch // unit, parallel.pp_schedule, parallel.pp
+    if pp > 1 and not RULES[schedule].fits(pp, count):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is {count} microbatch{'es' if count > 1 else ''} per "
+            f"pipeline; parallel.pp_schedule={schedule} on parallel.pp={pp} takes {RULES[schedule].needs}; nearest "
+            f"valid value: {unit * nearest_microbatches(schedule, pp, count)}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from longctx.config import choices
 from longctx.config.parsing import as_dict, parse
+from longctx.config.pipeline import RULES, virtual_stages
 from longctx.config.rules import above, at_least, divisors, nearest_multiples, nearest_of, one_of, within
 from longctx.errors import ConfigError, NotAvailableError
 
@@ -84,16 +85,21 @@ class ParallelConfig:
     sp: int = 1
     tp: int = 1
     pp: int = 1
+    pp_schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zbv or dualpipev
+    pp_virtual: int | None = None  # stages per pipeline rank; None: what the schedule needs
+
+    @property
+    def stages(self) -> int:
+        """Stages of the whole pipeline; 1 without one."""
+        return 1 if self.pp == 1 else self.pp * virtual_stages(self.pp_schedule, self.pp_virtual)
 
     def check(self) -> None:
-        """Refuse degrees that are no degrees, and those that have no code yet."""
+        """Refuse degrees that are no degrees, and stages that the schedule does not have."""
         for name in ("dp_replicate", "sp", "tp", "pp"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.dp_shard < 1 and self.dp_shard != -1:
             raise ConfigError(f"parallel.dp_shard={self.dp_shard} must be at least 1, or -1 for what the others leave")
-        for name, what in choices.DEGREES_PLANNED.items():
-            if getattr(self, name) > 1:
-                raise NotAvailableError(f"parallel.{name}={getattr(self, name)}: {what} is not built yet; available: 1")
+        virtual_stages(self.pp_schedule, self.pp_virtual)
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
@@ -350,3 +356,24 @@ class Config:
                 f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
                 f"got parallel.sp={self.parallel.sp}; valid with it: ring, striped"
             )
+        if self.parallel.pp > 1:
+            self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        parallel, train, layers = self.parallel, self.train, self.model.layers
+        if parallel.stages > layers:
+            virtual = parallel.stages // parallel.pp
+            nearest = max(1, layers // virtual)
+            raise ConfigError(
+                f"parallel.pp={parallel.pp} with {virtual} stage{'s' if virtual > 1 else ''} per rank "
+                f"(parallel.pp_schedule={parallel.pp_schedule}) makes {parallel.stages} stages, and each needs a "
+                f"layer: model.layers={layers}; nearest valid: parallel.pp={nearest}"
+            )
+        if RULES[parallel.pp_schedule].split_backward:
+            for name, value, valid in (("recompute", train.recompute, "none"), ("compile", train.compile, False)):
+                if value != valid:
+                    raise ConfigError(
+                        f"train.{name}={value} with parallel.pp_schedule={parallel.pp_schedule}: its backward pass "
+                        "goes over each graph twice, for inputs and for weights, and would run attention's forward "
+                        f"again; nearest valid: train.{name}={str(valid).lower()}, or pp_schedule=interleaved_1f1b"
+                    )

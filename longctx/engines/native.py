@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longctx.model import Decoder
 from longctx.parallel.data import as_sharded, gathered_bytes
 from longctx.sequence import LocalBatch
 
@@ -22,7 +21,7 @@ UNSHARDED_GRADIENT_BYTES = 2**30
 class NativeEngine:
     """``model`` has passed through ``parallelize``; ``optimizer`` holds its parameters."""
 
-    def __init__(self, model: Decoder, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model = model
         self.optimizer = optimizer
         self._reduce_once = gathered_bytes(model) <= UNSHARDED_GRADIENT_BYTES
@@ -44,10 +43,14 @@ class NativeEngine:
     def squared_norm(self) -> Tensor:
         shares = [
             torch.linalg.vector_norm(_local(p.grad), dtype=torch.float64).square() / _copies(p.grad)
-            for p in self.model.parameters()
+            for p in self.counted()
             if p.grad is not None
         ]
         return torch.stack(shares).sum()
+
+    def counted(self) -> Iterable[nn.Parameter]:
+        """Parameters of which this rank holds a share, each once."""
+        return self.model.parameters()
 
     def update(self, lr: float, coefficient: float) -> None:
         if coefficient != 1.0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -26,22 +28,42 @@ class Vocabulary:
         return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers of a decoder; the first part also embeds, the last has the norm, the head and the loss."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
 class Decoder(nn.Module):
-    """A Llama-style decoder in its configuration's sizes.
+    """A Llama-style decoder in its configuration's sizes, or a part of one.
 
     ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its
-    default device; ``initialize`` gives them their values.
+    default device; ``initialize`` gives them their values. Those of a part have their names in the whole.
     """
 
-    def __init__(self, config: ModelConfig, attention: CoreAttention | None = None, loss_chunk: int = 1024) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: CoreAttention | None = None,
+        loss_chunk: int = 1024,
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.loss_chunk = loss_chunk
         self.vocabulary = Vocabulary()
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.part = part = part or Part(range(config.layers))
+        tied, embeds = config.tie_embeddings, part.first or (part.last and config.tie_embeddings)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim) if embeds else None
+        self.blocks = nn.ModuleList()
+        for layer in part.layers:
+            self.blocks.add_module(str(layer), Block(config))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
+        headed = part.last and not tied
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if headed else None
         if attention is not None:
             self.set_attention(attention)
 
@@ -54,19 +76,41 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.attention = attention
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, positions and labels: int64 ``[B, T/SP]``; ``plan``: handle of the batch's sequence plan.
+    def cut(self, part: Part) -> Decoder:
+        """The same decoder with only ``part`` kept. Modules are shared, but for an embedding that the head uses
+        too: where the head is in another part it gets a copy."""
+        with torch.device("meta"):
+            kept = Decoder(self.config, loss_chunk=self.loss_chunk, part=part)
+        for name in list(kept.blocks._modules):
+            kept.blocks._modules[name] = self.blocks._modules[name]
+        if kept.embedding is not None:
+            kept.embedding = self.embedding if part.first else copy.deepcopy(self.embedding)
+        kept.norm = self.norm if part.last else None
+        kept.head = self.head if part.last else None
+        return kept
+
+    def forward(self, x: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x: tokens, int64 ``[B, T/SP]``, in a later part the hidden states of the part before it, ``[B, T/SP,
+        dim]``; positions and labels: int64 ``[B, T/SP]``; ``plan``: handle of the batch's sequence plan.
 
         With labels: the sum (not the mean) of the cross-entropy over this rank's valid tokens, a scalar in
-        fp32 (fp64 for fp64). Without: logits ``[B, T/SP, V]``.
+        fp32 (fp64 for fp64). Without: logits ``[B, T/SP, V]``. A part that is not the last returns its hidden
+        states, whether it is given labels or not.
         """
-        x = self.embedding(tokens)
+        if self.part.first:
+            assert self.embedding is not None, "the first part embeds"
+            x = self.embedding(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         rotation = rotation_of(positions, self.config.head_dim, self.config.rope_theta, dtype)
         for block in self.blocks:
             x = block(x, rotation, plan)
+        return self._end(x, labels) if self.norm is not None else x
+
+    def _end(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.norm is not None, "the last part has the norm"
+        output = self.embedding if self.head is None else self.head
+        assert output is not None, "the last part has a head, or the embedding that is tied to it"
         x = self.norm(x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
-            return self.vocabulary.logits(x, weight)
-        return self.vocabulary.loss_sum(x, weight, labels, self.loss_chunk)
+            return self.vocabulary.logits(x, output.weight)
+        return self.vocabulary.loss_sum(x, output.weight, labels, self.loss_chunk)

@@ -7,25 +7,29 @@ from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
 from longctx.parallel.data import shard_parameters
+from longctx.parallel.pipeline import Pipeline, cut_into_stages
 from longctx.parallel.recompute import recompute_activations
 from longctx.parallel.tensor import split_tensors
 
 
-def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
-    """Changes ``model`` in place and returns it; ``config`` is resolved for the world of ``mesh``.
+def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipeline:
+    """Changes ``model`` in place and returns it, or this rank's stages of it where there is a pipeline.
 
-    Each step wraps the one before: what is recomputed is the parallel block, what is compiled holds its
-    recomputation, and the gathering of parameters stays outside of both. Stages of a pipeline come first once
-    they exist; the configuration refuses them until then.
+    ``config`` is resolved for the world of ``mesh``. Each step wraps the one before: what is recomputed is the
+    parallel block, what is compiled holds its recomputation, and the gathering of parameters stays outside of
+    both.
     """
     attention, train = config.attention, config.train
-    split_tensors(model, mesh.tensor)
-    model.set_attention(StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel))
-    recompute_activations(model, train.recompute)
-    if train.compile:
-        compile_blocks(model)
-    shard_parameters(model, mesh.parameters, train.dtype)
-    return model
+    pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None
+    core = StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel)
+    for part in [model] if pipeline is None else pipeline.stages:
+        split_tensors(part, mesh.tensor)
+        part.set_attention(core)
+        recompute_activations(part, train.recompute)
+        if train.compile:
+            compile_blocks(part)
+        shard_parameters(part, mesh.parameters, train.dtype, keep_gathered=pipeline is not None)
+    return model if pipeline is None else pipeline
 
 
 def compile_blocks(model: Decoder, backend: str = "inductor") -> None:

@@ -6,7 +6,7 @@ import math
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -22,11 +22,17 @@ def master_dtype(dtype: str) -> torch.dtype:
     return torch.float64 if dtype == "float64" else torch.float32
 
 
-def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str) -> None:
+def compute_dtype(dtype: str) -> torch.dtype:
+    """What the forward and backward pass are computed in, and hidden states are."""
+    return COMPUTE_DTYPES[dtype] or master_dtype(dtype)
+
+
+def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str, keep_gathered: bool = False) -> None:
     """Shards each block and the rest (embedding, norm, head) over ``mesh``; gradients become global sums.
 
     The sum is never turned into a mean, for ranks hold different numbers of valid tokens and the loss is
     divided by their global count. Forced sums, because otherwise FSDP2 takes PREMUL_SUM, which Gloo lacks.
+    ``keep_gathered``: blocks stay whole from their first forward to the end of the step, for pipeline stages.
     """
     compute = COMPUTE_DTYPES[dtype]
     # Rotations are fp32 whatever the arithmetic, so inputs of blocks are not cast.
@@ -38,15 +44,16 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str) -> None:
     blocks = list(model.layers)
     for block in blocks:
         # The backward pass starts with the last block: freeing it in between would gather it twice.
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        free = block is not blocks[-1] and not keep_gathered
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def gathered_bytes(model: Decoder) -> int:
+def gathered_bytes(model: nn.Module) -> int:
     """What all parameters, or their gradients, take on one rank before FSDP2 shards them."""
     return sum(_tensor_part(p) * p.element_size() for p in model.parameters())
 
@@ -75,6 +82,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[*inner, tensor.placements[-1]]).full_tensor()
 
 
-def as_sharded(model: Decoder) -> FSDPModule:
+def as_sharded(model: nn.Module) -> FSDPModule:
     """The same object by its other name: what ``shard_parameters`` has added to it."""
     return cast("FSDPModule", model)

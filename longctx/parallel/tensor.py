@@ -42,9 +42,9 @@ def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     block_plan = plan_of_block(model.config, mesh.size())
-    outer_plan = {"embedding": EmbeddingRows(), "norm": GatheredNorm()}
-    if model.head is not None:
-        outer_plan["head"] = VocabularyRows()
+    styles: dict[str, ParallelStyle] = {"embedding": EmbeddingRows(), "norm": GatheredNorm(), "head": VocabularyRows()}
+    # A tied model has no head, a pipeline stage only its own parts.
+    outer_plan = {name: style for name, style in styles.items() if getattr(model, name) is not None}
     # Weights are whole here already, so that nothing has to be sent to split them.
     parallelize_module(model, mesh, outer_plan, src_data_rank=None)
     for block in model.layers:

@@ -1,8 +1,9 @@
 """The start-up canary: one tiny step with the run's own parts, against the dense single-device step.
 
 Silent wrong masks and scales are the standing bug of sequence parallelism. So before its first step every
-run trains one layer on short sequences with its own mesh, strategy, layout, head counts, kernel, arithmetic,
-recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its definition, in fp64.
+run trains one layer per pipeline stage on short sequences with its own mesh, strategy, layout, head counts,
+kernel, arithmetic, recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its
+definition, in fp64.
 Compilation is left out: it alone would take longer than a canary may.
 """
 
@@ -17,15 +18,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from longctx.config import Config
-from longctx.engines import NativeEngine
+from longctx.engines import engine_of
 from longctx.errors import NumericsError
 from longctx.mesh import Mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype, whole
+from longctx.parallel.data import compute_dtype, master_dtype, whole
+from longctx.parallel.pipeline import Pipeline, run_forward
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.border import Border
 from longctx.train.canary_reference import Findings, dense_step
@@ -75,7 +77,8 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
         worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
-    tolerance = TOLERANCES[config.train.dtype]
+    # Roundings of one layer after another add up like a random walk.
+    tolerance = TOLERANCES[config.train.dtype] * math.sqrt(config.parallel.stages)
     seconds = time.perf_counter() - started
     verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
     if not verdict.passed:
@@ -103,24 +106,41 @@ def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
 
 def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
     """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
-    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
-    initialize(model, SEED)
-    parallelize(model.to(device), config, mesh)
+    decoder = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    initialize(decoder, SEED)
+    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    model = parallelize(decoder.to(device), config, mesh)
     border = Border.of(config, mesh, device)
     local = [border(batch) for batch in batches]
     with torch.no_grad():
-        outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
-    engine = NativeEngine(model, build_optimizer(model, config.optim))
+        outputs = [_whole(_outputs(model, batch, config, mesh), batch, mesh) for batch in local]
+    engine = engine_of(model, build_optimizer(model, config.optim), config, mesh)
     result = TrainStep(engine, mesh, device).gradients(local)
-    gradients = {name: whole(p.grad).double() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(list(model.parameters())), "every parameter takes part in the loss"
+    own = model.own_parameters() if isinstance(model, Pipeline) else model.named_parameters()
+    mine = {name: whole(p.grad).double() for name, p in own if p.grad is not None}
+    gradients = _of_all_stages(mine, shapes, mesh, device)
     assert result.loss is not None, "the canary's sequences have labels"
     return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
 
 
-def _outputs(model: Decoder, batch: LocalBatch) -> Tensor:
-    logits: Tensor = model(batch.tokens, batch.positions, batch.plan.handle)
+def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:
+    """Logits ``[B, T/SP, V]`` of this rank's tokens, in a pipeline on the ranks of all stages."""
+    if isinstance(model, Pipeline):
+        logits = run_forward(model, batch, mesh, compute_dtype(config.train.dtype))
+    else:
+        logits = model(batch.tokens, batch.positions, batch.plan.handle)
     return logits.double()
+
+
+def _of_all_stages(
+    own: dict[str, Tensor], shapes: dict[str, torch.Size], mesh: Mesh, device: torch.device
+) -> dict[str, Tensor]:
+    """Every stage's gradients on every rank: each is one stage's, to which the others add zeros."""
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    flat = torch.cat([own.get(name, nothing.expand(shape)).flatten() for name, shape in shapes.items()])
+    dist.all_reduce(flat, group=mesh.pipeline_group)
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:
@@ -141,8 +161,8 @@ def _explain(verdict: Verdict, config: Config) -> str:
         f"{verdict.gradient_scale:.4f}, must be 1. This run would train on wrong numbers: "
         f"attention={attention.strategy}, kernel={attention.kernel}, "
         f"dp_replicate={parallel.dp_replicate}, dp_shard={parallel.dp_shard}, sp={parallel.sp}, "
-        f"tp={parallel.tp}. Try attention.kernel=dense to tell kernel from communication, and report it; "
-        "train.canary=false starts regardless"
+        f"tp={parallel.tp}, pp={parallel.pp}. Try attention.kernel=dense to tell kernel from communication, and "
+        "report it; train.canary=false starts regardless"
     )
 
 

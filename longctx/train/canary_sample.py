@@ -1,4 +1,4 @@
-"""What the canary trains on: a run shrunk to one layer and to short sequences that are hard to get right."""
+"""What the canary trains on: a run shrunk to one layer per stage and to short sequences that are hard to get right."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from longctx.config import Config
+from longctx.config.pipeline import nearest_microbatches
 from longctx.sequence import IGNORE, Batch, Documents
 
 SEED = 20_231_003
@@ -20,7 +21,7 @@ LARGEST_BLOCK = 4  # of the striped layout: the run's own would put a short sequ
 
 
 def shrink(config: Config) -> Config:
-    """The same run with one layer, a few tokens per rank, and a window in the same proportion.
+    """The same run with one layer per pipeline stage, a few tokens per rank, and a window in the same proportion.
 
     Head counts, head dimension and whatever else attention depends on stay. Wider initial weights make
     attention far from uniform, so that a wrong scale or mask shows.
@@ -30,7 +31,8 @@ def shrink(config: Config) -> Config:
     length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
     # Tensor parallelism wants equal parts of both.
     vocabulary, hidden = (-(-size // config.parallel.tp) * config.parallel.tp for size in (VOCABULARY, 2 * DIM))
-    sizes = {"vocab_size": vocabulary, "dim": DIM, "layers": 1, "hidden_dim": hidden, "init_std": DIM**-0.5}
+    layers = config.parallel.stages
+    sizes = {"vocab_size": vocabulary, "dim": DIM, "layers": layers, "hidden_dim": hidden, "init_std": DIM**-0.5}
     window = attention.window
     if window is not None:
         # A window of one token would leave nothing to attend to.
@@ -46,11 +48,11 @@ def shrink(config: Config) -> Config:
 
 def make_batches(config: Config, groups: int) -> list[list[Batch]]:
     """Micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk."""
-    rows = config.train.micro_batch
-    numbers = iter(range(groups * MICRO_BATCHES * rows))
+    rows, parallel = config.train.micro_batch, config.parallel
+    count = nearest_microbatches(parallel.pp_schedule, parallel.pp, MICRO_BATCHES)
+    numbers = iter(range(groups * count * rows))
     return [
-        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(MICRO_BATCHES)]
-        for _ in range(groups)
+        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(count)] for _ in range(groups)
     ]
 
 

@@ -34,13 +34,18 @@ from longctx.train.checkpoint_files import (
 from longctx.train.checkpoint_manifest import Chunk, Commit
 from longctx.train.checkpoint_shards import Located, locate, read_shards, read_whole, write_shards
 from longctx.train.checkpoint_state import (
+    COPY,
     changed_keys,
     check_tensors,
+    describe,
+    join,
     live_tensors,
     model_tensors,
-    optimizer_state,
     optimizer_targets,
+    optimizer_tensors,
+    originals,
     recorded_config,
+    saved_tensors,
 )
 from longctx.train.rng import rng_state, set_rng_state
 
@@ -95,7 +100,8 @@ class Checkpointer:
         """
         try:
             together(lambda: self._directory.begin(step) if this_rank() == 0 else None)
-            written = together(lambda: self._write(step, state))
+            described = self._described(state)
+            written = together(lambda: self._write(step, state, described))
             together(lambda: self._commit(step, written) if this_rank() == 0 else None)
         except StorageError as error:
             if this_rank() == 0:
@@ -122,7 +128,8 @@ class Checkpointer:
         """
         commit = self._newest_before(None)
         if commit is not None:
-            together(lambda: self._fit(commit, state) and None)
+            described = self._described(state)
+            together(lambda: self._fit(commit, state, described) and None)
         return None if commit is None else commit.step
 
     def load(self, state: TrainState, step: int | None = None) -> int:
@@ -135,17 +142,23 @@ class Checkpointer:
         commit = self._newest_before(None, tell=True) if step is None else self._intact(step)
         if commit is None:
             raise StorageError(f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir")
-        together(lambda: self._restore(commit, state))
+        described = self._described(state)
+        together(lambda: self._restore(commit, state, described))
         state.step = commit.step
         return commit.step
 
-    def _write(self, step: int, state: TrainState) -> dict[str, list[Any]]:
+    def _described(self, state: TrainState) -> dict[str, Any]:
+        """Names of the whole model, and the optimizer without its tensors, from the ranks that hold them."""
+        return join(together(lambda: describe(state.optimizer, live_tensors(state.model))))
+
+    def _write(self, step: int, state: TrainState, described: dict[str, Any]) -> dict[str, list[Any]]:
         """This rank's files; returns their records as plain values."""
         rank, directory = this_rank(), self._directory.partial(step)
         live = live_tensors(state.model)
-        tensors, description = optimizer_state(state.optimizer, live)
-        own = {f"rng.{rank}.{device}": generator for device, generator in rng_state().items()}
-        record, chunks = write_shards(directory / manifest.shard_file(rank), model_tensors(live) | tensors, own)
+        tensors, own = optimizer_tensors(state.optimizer, live)
+        own |= {f"rng.{rank}.{device}": generator for device, generator in rng_state().items()}
+        tensors |= model_tensors(originals(live))
+        record, chunks = write_shards(directory / manifest.shard_file(rank), tensors, own)
         listing = manifest.encode_manifest(rank, chunks)
         records = {
             manifest.shard_file(rank): record,
@@ -155,7 +168,7 @@ class Checkpointer:
             rest = manifest.plain(
                 {
                     "step": step,
-                    "optimizer": description,
+                    "optimizer": {key: described[key] for key in ("state", "groups")},
                     "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
                     "loader": None if state.loader is None else state.loader.state_dict(),
                     "layout": self._layout,
@@ -235,8 +248,8 @@ class Checkpointer:
             check_file(path, record)
             self._checked[path] = stamp
 
-    def _restore(self, commit: Commit, state: TrainState) -> None:
-        located, rest, tensors, optimizer = self._fit(commit, state)
+    def _restore(self, commit: Commit, state: TrainState, described: dict[str, Any]) -> None:
+        located, rest, tensors, optimizer = self._fit(commit, state, described)
         generators = self._generators(commit, located, rest)
         read_shards(tensors, {name: located[name] for name in tensors})
         state.optimizer.load_state_dict(optimizer)
@@ -250,20 +263,20 @@ class Checkpointer:
             )
 
     def _fit(
-        self, commit: Commit, state: TrainState
+        self, commit: Commit, state: TrainState, described: dict[str, Any]
     ) -> tuple[dict[str, list[Located]], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """Shards, plain state, tensors to fill and the optimizer's state around them; all that is refused, is here."""
         directory = self._directory.path(commit.step)
-        located = locate(_read_manifests(directory, commit))
-        rest = _read_state(directory, commit)
         live = live_tensors(state.model)
+        located = _with_copies(locate(_read_manifests(directory, commit)), live)
+        rest = _read_state(directory, commit)
         first = {name: shards[0][1] for name, shards in located.items() if not name.startswith("rng.")}
         tensors = model_tensors(live)
-        check_tensors("model.", tensors, first, str(directory))
+        check_tensors("model.", tensors, {f"model.{name}" for name in described["model"]}, first, str(directory))
         targets, optimizer = optimizer_targets(
-            state.optimizer, live, rest["optimizer"], first, str(directory / manifest.STATE)
+            state.optimizer, live, rest["optimizer"], described, first, str(directory / manifest.STATE)
         )
-        check_tensors("optimizer.", targets, first, str(directory))
+        check_tensors("optimizer.", targets, saved_tensors(rest["optimizer"]), first, str(directory))
         tensors |= targets
         for name in ("loader", "scheduler"):
             _restore_plain(name, getattr(state, name), rest[name], directory)
@@ -301,6 +314,16 @@ def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
         chunks[directory / manifest.shard_file(rank)] = manifest.decode_manifest(data, str(path), rank, size)
     manifest.check_coverage((chunk for inside in chunks.values() for chunk in inside), str(directory))
     return chunks
+
+
+def _with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
+    """``located`` with entries for this rank's copies of tied weights, which read what the original reads."""
+    for copy in [name for name in live if COPY in name]:
+        original = copy.removesuffix(COPY)
+        for name in list(located):
+            if name == f"model.{original}" or name.startswith(f"optimizer.{original}."):
+                located[name.replace(original, copy, 1)] = located[name]
+    return located
 
 
 def _read_state(directory: Path, commit: Commit) -> dict[str, Any]:

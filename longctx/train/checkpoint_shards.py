@@ -37,7 +37,7 @@ Located = tuple[Path, Chunk]  # the file that holds a shard, and where in it
 def write_shards(
     path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[FileRecord, list[Chunk]]:
-    """Writes this rank's part of ``tensors``, which are the same on all ranks, and all of ``own``.
+    """Writes this rank's part of ``tensors``, which other ranks share, and all of ``own``.
 
     A replica is written once: of a DTensor by the first rank along each replicated axis, of a plain tensor by
     rank 0.

@@ -91,16 +91,16 @@ class Meter:
         plans = [batch.plan for batch in batches]
         cells = sum(plan.work(self.mesh.sequence_rank) for plan in plans)
         # Each sequence is counted by the first rank of its group, each token by one of those that hold it.
-        speaks = self.mesh.speaks
-        first = speaks and self.mesh.sequence_rank == 0
+        counts = self.mesh.counts_tokens
+        first = counts and self.mesh.sequence_rank == 0
         tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
         full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
         sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
         memory = self.memory()
-        own = [speaks, cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
+        own = [counts, cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
         rows = gather_numbers(own, self.mesh.world_group, self.device)
-        speaking, all_cells, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
-        by_rank = [cells for cells, counts in zip(all_cells, speaking) if counts]
+        counting, all_cells, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        by_rank = [cells for cells, its in zip(all_cells, counting) if its]
         total = sum(by_rank)
         return Observation(
             tokens=int(sum(all_tokens)),

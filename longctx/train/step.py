@@ -75,8 +75,8 @@ class TrainStep:
         valid = sum(batch.valid_tokens for batch in batches)
         count = int(sum(row[0] for row in gather_numbers([valid], self._mesh.token_group, self._device)))
         loss = self.engine.accumulate(batches, 1.0 / max(count, 1))
-        # Ranks with the same tokens have the same loss, and different parts of the gradient.
-        own_loss = loss.double() if self._mesh.speaks else torch.zeros_like(loss, dtype=torch.float64)
+        # Ranks with the same tokens of one stage have the same loss, and different parts of the gradient.
+        own_loss = loss.double() if self._mesh.leads_tensor else torch.zeros_like(loss, dtype=torch.float64)
         own = torch.stack([own_loss, self.engine.squared_norm()]).tolist()
         losses, squares = zip(*gather_numbers(own, self._mesh.world_group, self._device), strict=True)
         mean = sum(losses) / count if count else None

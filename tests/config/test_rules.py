@@ -30,6 +30,9 @@ def with_value(path: str, value: object) -> Config:
         ("parallel.sp", 0, ["parallel.sp=0", "at least 1"]),
         ("parallel.dp_shard", 0, ["parallel.dp_shard=0", "-1"]),
         ("parallel.dp_shard", -2, ["parallel.dp_shard=-2", "-1"]),
+        ("parallel.pp_schedule", "zb", ["parallel.pp_schedule=zb", "gpipe, 1f1b, interleaved_1f1b, zbv, dualpipev"]),
+        ("parallel.pp_virtual", 2, ["parallel.pp_virtual=2", "1f1b has 1 stage per rank", "nearest valid value: 1"]),
+        ("parallel.pp", 8, ["parallel.pp=8", "8 stages", "model.layers=4", "nearest valid: parallel.pp=4"]),
         ("comm.backend", "mpi", ["comm.backend=mpi", "nccl, gloo, sim"]),
         ("comm.timeout_seconds", 0, ["comm.timeout_seconds=0.0", "greater than 0"]),
         ("comm.shuffle_seed", 1, ["comm.shuffle_seed=1", "comm=sim"]),
@@ -75,7 +78,6 @@ def test_known_strategies_without_code_are_not_available(strategy):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("parallel.pp", 2),
         ("engine.name", "deepspeed"),
         ("engine.name", "megatron"),
         ("logger.trace", True),
@@ -175,3 +177,57 @@ def test_batch_that_does_not_divide_names_its_neighbours():
 def test_simulated_world_is_the_product_of_the_degrees():
     assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4}})) == 4
     assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4, "dp_shard": 2}})) == 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "words"),
+    [
+        ("interleaved_1f1b", 1, ["at least 2 stages per rank", "nearest valid value: 2"]),
+        ("zbv", 3, ["zbv has 2 stages per rank"]),
+        ("dualpipev", 1, ["dualpipev has 2 stages per rank"]),
+    ],
+)
+def test_each_schedule_has_its_number_of_stages(schedule, virtual, words):
+    with pytest.raises(ConfigError) as refused:
+        Config.from_dict({"parallel": {"pp_schedule": schedule, "pp_virtual": virtual}})
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_stages_count_virtual_ones_against_layers():
+    with pytest.raises(
+        ConfigError, match=r"parallel\.pp=4 with 2 stages per rank .* 8 stages.*layers=4.*parallel\.pp=2"
+    ):
+        Config.from_dict({"parallel": {"pp": 4, "pp_schedule": "zbv"}})
+    assert Config.from_dict({"parallel": {"pp": 2, "pp_schedule": "zbv"}}).parallel.stages == 4
+    assert Config.from_dict({"parallel": {"pp_schedule": "zbv"}}).parallel.stages == 1
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+@pytest.mark.parametrize(("name", "value"), [("recompute", "full"), ("recompute", "selective"), ("compile", True)])
+def test_a_split_backward_takes_neither_recompute_nor_compile(schedule, name, value):
+    mapping = {"parallel": {"pp": 2, "pp_schedule": schedule}, "train": {name: value}}
+    with pytest.raises(ConfigError, match=rf"train\.{name}={value} with parallel\.pp_schedule={schedule}.*nearest"):
+        Config.from_dict(mapping)
+    Config.from_dict({**mapping, "parallel": {"pp": 2, "pp_schedule": "interleaved_1f1b"}})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "batch", "nearest"),
+    [("1f1b", 2, 8), ("interleaved_1f1b", 22, 24), ("dualpipev", 14, 16), ("gpipe", 2, None), ("zbv", 2, None)],
+)
+def test_schedules_need_their_microbatches(schedule, batch, nearest):
+    """Four stages' ranks, two data-parallel groups of one sequence per micro-batch."""
+    config = Config.from_dict(
+        {
+            "model": {"layers": 8},
+            "parallel": {"pp": 4, "pp_schedule": schedule},
+            "train": {"global_batch": batch},
+        }
+    )
+    if nearest is None:
+        assert resolve(config, 8).parallel.dp_shard == 2
+        return
+    with pytest.raises(ConfigError, match=rf"global_batch={batch} is {batch // 2} .*nearest valid value: {nearest}$"):
+        resolve(config, 8)
+    resolve(Config.from_dict({**config.to_dict(), "train": {"global_batch": nearest}}), 8)

@@ -1,4 +1,4 @@
-"""One of two real processes: trains over a sequence group, then over parameter shards, then split tensors."""
+"""One of two real processes: trains over sequence groups, parameter shards, split tensors and pipeline stages."""
 
 import datetime
 import sys
@@ -18,7 +18,8 @@ def main(rank: int, directory: Path) -> None:
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    for name, parallel in (("sequence", {"sp": 2}), ("shards", {"dp_shard": 2}), ("tensors", {"tp": 2})):
+    meshes = {"sequence": {"sp": 2}, "shards": {"dp_shard": 2}, "tensors": {"tp": 2}, "stages": {"pp": 2}}
+    for name, parallel in meshes.items():
         run = directory / name
         config = small_config(run, parallel=parallel, train={"steps": 10, "dtype": "float32", "canary": True})
         build.rank_main(config, False, corpus(), CPU, lambda: 1, lambda: False)

@@ -129,7 +129,7 @@ def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):
 
 @pytest.mark.gloo
 def test_two_gloo_processes_agree_with_one_rank(tmp_path):
-    """Ten fp32 steps over a sequence group, over shards and over split tensors, canary included, in one launch."""
+    """Ten fp32 steps over a sequence group, shards, split tensors and stages, canary included, in one launch."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -148,7 +148,7 @@ def test_two_gloo_processes_agree_with_one_rank(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     expected, _ = train_on_sim(small_config(tmp_path / "one", train={"steps": 10, "dtype": "float32"}))
-    for name in ("sequence", "shards", "tensors"):
+    for name in ("sequence", "shards", "tensors", "stages"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         steps = [(record["loss"], record["grad_norm"]) for record in records]

@@ -50,7 +50,8 @@ def test_ranks_read_one_resolved_configuration(tmp_path):
     for rank in range(2):
         assert (tmp_path / f"run/started-{rank}").read_text() == f"2 True {threads}"
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert written["parallel"] == {"dp_replicate": 1, "dp_shard": 1, "sp": 2, "tp": 1, "pp": 1}
+    degrees = {"dp_replicate": 1, "dp_shard": 1, "sp": 2, "tp": 1, "pp": 1}
+    assert written["parallel"] == {**degrees, "pp_schedule": "1f1b", "pp_virtual": None}
 
 
 @pytest.mark.gloo

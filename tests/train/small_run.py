@@ -27,7 +27,9 @@ from longctx.config import (
 from longctx.data import Corpus
 from longctx.launcher import build
 from longctx.mesh import build_mesh
+from longctx.parallel.pipeline import Pipeline
 from longctx.sim import Cluster
+from longctx.train.gather import gather_numbers
 from longctx.train.meter import Meter
 
 MODEL = ModelConfig(vocab_size=256, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=48, qk_norm=True)
@@ -90,9 +92,12 @@ def train_rank(config: Config, source: Corpus) -> list[tuple[float, float, float
     trainer.sink = recorder = Recorder()
     trainer.run()
     seen = [(r["loss"], r["grad_norm"], r["lr"], float(r["comm_bytes"])) for r in recorder.records]
-    weights = [p.full_tensor().detach().double() for p in trainer.state.model.parameters()]  # type: ignore[attr-defined]
-    sums = (sum(float(w.sum()) for w in weights), sum(float(w.norm()) for w in weights), 0.0, 0.0)
-    return [*seen, sums]
+    model = trainer.state.model
+    own = model.own_parameters() if isinstance(model, Pipeline) else model.named_parameters()
+    weights = [p.full_tensor().detach().double() for _, p in own]  # type: ignore[attr-defined]
+    sums = [sum(float(w.sum()) for w in weights), sum(float(w.norm()) for w in weights)]
+    total, norms = (sum(column) for column in zip(*gather_numbers(sums, meter.mesh.pipeline_group, CPU)))
+    return [*seen, (total, norms, 0.0, 0.0)]
 
 
 def train_on_sim(config: Config) -> tuple[list[tuple[float, float, float, float]], Cluster]:

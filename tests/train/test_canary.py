@@ -9,9 +9,11 @@ from torch.distributed.tensor import Partial
 
 from longctx.attention import StrategyAttention
 from longctx.config import simulated_world_size
+from longctx.engines import pipeline as pipeline_engine
 from longctx.errors import NumericsError
 from longctx.mesh import build_mesh
 from longctx.parallel import apply, tensor
+from longctx.parallel.pipeline import Pipeline
 from longctx.sequence import SequencePlan, TileSet
 from longctx.sim import Cluster, RankFailed
 from longctx.train import border as border_module
@@ -36,6 +38,8 @@ RIGHT = [
     {"parallel": {"sp": 5}, "attention": {"layout": "contiguous"}, "train": {"dtype": "float32"}},
     {"parallel": {"sp": 2}, "attention": {"document_mask": False}, "train": {"dtype": "bfloat16"}},
     {"parallel": {"tp": 2, "dp_replicate": 2}, "train": {"dtype": "float32", "recompute": "selective"}},
+    {"parallel": {"pp": 2, "sp": 2}, "train": {"micro_batch": 1}},
+    {"parallel": {"pp": 2, "pp_schedule": "zbv"}, "model": {"layers": 4}, "train": {"dtype": "bfloat16"}},
 ]
 
 
@@ -123,6 +127,25 @@ def test_planted_mistakes_are_caught(tmp_path, monkeypatch, mistake, dtype):
     error = failure.value.__cause__
     assert isinstance(error, NumericsError) and error.exit_code == 70
     assert "canary: " in str(error) and "tolerance" in str(error)
+
+
+def test_one_plan_for_all_microbatches_of_a_pipeline_is_caught(tmp_path, monkeypatch):
+    """What torch does to arguments that are no tensors: every microbatch would get the first one's mask."""
+    stack = torch.stack
+
+    def first_one_for_all(given, *options, **named):
+        same = [given[0]] * len(given) if given[0].dtype == torch.int64 else given
+        return stack(same, *options, **named)
+
+    monkeypatch.setattr(pipeline_engine.torch, "stack", first_one_for_all)
+    with pytest.raises(RankFailed, match="canary: "):
+        run(small_config(tmp_path, parallel={"pp": 2}))
+
+
+def test_tied_gradients_that_are_not_summed_are_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, "sum_tied_gradients", lambda self, group: None)
+    with pytest.raises(RankFailed, match=r"canary: embedding\.weight differs"):
+        run(small_config(tmp_path, parallel={"pp": 2}))
 
 
 def test_a_mean_in_place_of_a_sum_shows_as_the_gradient_scale(tmp_path, monkeypatch):

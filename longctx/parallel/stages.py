@@ -1,0 +1,104 @@
+"""Which layers each pipeline stage holds, by what they are estimated to cost; plain data, the same on all ranks.
+
+The slowest stage sets the pace of a pipeline, so the largest cost is made as small as it can be, exactly. The ends
+of the model count: a head costs as much as several layers of a small model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from longctx.config import Config, ParallelConfig
+from longctx.config.pipeline import RULES
+from longctx.model import Part
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOP of one sequence's forward pass; the backward pass costs twice as much everywhere."""
+
+    layers: tuple[float, ...]
+    embedding: float
+    head: float
+
+
+def estimate_costs(config: Config) -> Costs:
+    """Of a whole sequence without document edges: edges differ from batch to batch, stages do not.
+
+    A weight costs 2 FLOP per token, a visible (query, key) pair two products of head_dim in every head. The
+    embedding is a lookup: one operation per channel.
+    """
+    model, length = config.model, config.data.seq_len
+    window = min(config.attention.window or length, length)
+    pairs = window * (window + 1) // 2 + (length - window) * window
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    weights = 2.0 * length * model.dim * (heads + 3 * model.hidden_dim)
+    layer = weights + 4.0 * pairs * model.heads * model.head_dim
+    return Costs(
+        (layer,) * model.layers,
+        embedding=float(length * model.dim),
+        head=2.0 * length * model.dim * model.vocab_size,
+    )
+
+
+def split_layers(costs: Costs, stages: int) -> list[range]:
+    """Consecutive layers of each stage, at least one: the largest cost of a stage is as small as possible.
+
+    Of all such cuts the one with the smallest sum of squares is taken, so that a dear head does not leave the
+    stages before it to chance.
+    """
+    assert 1 <= stages <= len(costs.layers), "the configuration refuses more stages than layers"
+    sums = list(accumulate(costs.layers, initial=0.0))
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        ends = costs.embedding * (stage == 0) + costs.head * (stage == stages - 1)
+        return sums[stop] - sums[start] + ends
+
+    largest, _ = _cut(len(costs.layers), stages, cost, max)
+    bound = largest * (1.0 + 1e-12)  # sums in another order may differ in their last bits
+
+    def square(stage: int, start: int, stop: int) -> float:
+        own = cost(stage, start, stop)
+        return own * own if own <= bound else math.inf
+
+    _, bounds = _cut(len(costs.layers), stages, square, lambda before, own: before + own)
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _cut(
+    layers: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """Least joined cost of cutting ``layers`` into ``stages``, and the bounds of that cut: dynamic programming
+    over the layers that the first stages hold."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for stage in range(stages):
+        best = {
+            stop: min(
+                (join(value, cost(stage, start, stop)), (*bounds, stop))
+                for start, (value, bounds) in best.items()
+                if start < stop
+            )
+            for stop in range(stage + 1, layers - stages + stage + 2)
+        }
+    return best[layers]
+
+
+def stage_numbers(parallel: ParallelConfig, rank: int) -> list[int]:
+    """The stages that pipeline rank ``rank`` holds, in the order in which data pass them.
+
+    V-shaped schedules go down the ranks and up again, so that the first and the last stage share a rank;
+    the others go around.
+    """
+    if RULES[parallel.pp_schedule].split_backward:
+        return [rank, parallel.stages - 1 - rank]
+    return list(range(rank, parallel.stages, parallel.pp))
+
+
+def parts_of(config: Config) -> list[Part]:
+    """The part of the model that each stage holds."""
+    stages = config.parallel.stages
+    cut = split_layers(estimate_costs(config), stages)
+    return [Part(layers, number == 0, number == stages - 1) for number, layers in enumerate(cut)]
