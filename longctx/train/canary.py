@@ -8,7 +8,6 @@ Compilation is left out: it alone would take longer than a canary may.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,26 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.config import Config
-from longctx.engines import NativeEngine
 from longctx.errors import NumericsError
 from longctx.mesh import Mesh
-from longctx.model import Decoder, initialize
-from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype, whole
+from longctx.model import Decoder
 from longctx.sequence import Batch, LocalBatch, unshard
-from longctx.train.border import Border
-from longctx.train.canary_reference import Findings, dense_step
-from longctx.train.canary_sample import SEED, make_batches, shrink
+from longctx.train.canary_reference import Findings, dense_model, dense_step
+from longctx.train.canary_sample import make_batches, shrink
+from longctx.train.comparison import TOLERANCES, gradient_errors, relative
 from longctx.train.gather import gather_numbers
-from longctx.train.optimizer import build_optimizer
-from longctx.train.step import TrainStep
-
-# Largest relative error. fp32 and fp64 leave room for sums in another order, bf16 for rounding after every
-# operation: over head counts from 4 to 64 and head dims from 8 to 128 its worst tensor was off by 1.6e-2.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-2}
-# A tensor's error is taken relative to its own norm plus this share of the whole gradient's: the gradients of
-# norms are small sums of large terms and would measure rounding alone.
-FLOOR = 2e-2
+from longctx.train.tiny_run import TinyRun
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
         names = ["outputs", "loss", *found.gradients]
         numbers = [0.0, 0.0, 0.0]  # place of the worst tensor, its error, the scale
         if dist.get_rank(mesh.world_group) == 0:
-            errors, scale = compare(found, dense_step(tiny, batches, device))
+            errors, scale = compare(found, dense_step(dense_model(tiny, device), tiny, batches, device))
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
         worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
@@ -88,34 +76,22 @@ def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], floa
     square = sum(float(g.square().sum()) for g in expected.gradients.values())
     along = sum(float((found.gradients[n] * g).sum()) for n, g in expected.gradients.items())
     errors = {
-        "outputs": _relative(found.outputs, expected.outputs, 0.0),
-        "loss": _relative(found.loss, expected.loss, 0.0),
+        "outputs": relative(found.outputs, expected.outputs),
+        "loss": relative(found.loss, expected.loss),
+        **gradient_errors(found.gradients, expected.gradients),
     }
-    for name, gradient in expected.gradients.items():
-        errors[name] = _relative(found.gradients[name], gradient, FLOOR * math.sqrt(square))
     return errors, along / square
-
-
-def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
-    error = float((found - expected).norm() / (expected.norm() + floor))
-    return error if math.isfinite(error) else math.inf
 
 
 def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
     """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
-    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
-    initialize(model, SEED)
-    parallelize(model.to(device), config, mesh)
-    border = Border.of(config, mesh, device)
-    local = [border(batch) for batch in batches]
+    run = TinyRun.of(config, mesh, device)
+    local = [run.border(batch) for batch in batches]
     with torch.no_grad():
-        outputs = [_whole(_outputs(model, batch), batch, mesh) for batch in local]
-    engine = NativeEngine(model, build_optimizer(model, config.optim))
-    result = TrainStep(engine, mesh, device).gradients(local)
-    gradients = {name: whole(p.grad).double() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(list(model.parameters())), "every parameter takes part in the loss"
+        outputs = [_whole(_outputs(run.model, batch), batch, mesh) for batch in local]
+    result = run.step.gradients(local)
     assert result.loss is not None, "the canary's sequences have labels"
-    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
+    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
 
 
 def _outputs(model: Decoder, batch: LocalBatch) -> Tensor:

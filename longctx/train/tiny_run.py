@@ -1,0 +1,56 @@
+"""A shrunken run on its mesh: what the canary and ``longctx verify --mesh`` step and look into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longctx.config import Config
+from longctx.engines import NativeEngine
+from longctx.mesh import Mesh
+from longctx.model import Decoder, initialize
+from longctx.parallel import parallelize
+from longctx.parallel.data import master_dtype, whole
+from longctx.train.border import Border
+from longctx.train.canary_sample import SEED
+from longctx.train.optimizer import build_optimizer
+from longctx.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """The run's own parts in small, as one rank holds them."""
+
+    model: Decoder
+    step: TrainStep
+    border: Border
+
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh, device: torch.device) -> TinyRun:
+        """``config``: shrunk, and resolved for the world of ``mesh``. Every rank calls it."""
+        model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+        initialize(model, SEED)
+        model = parallelize(model.to(device), config, mesh)
+        engine = NativeEngine(model, build_optimizer(model, config.optim))
+        step = TrainStep(engine, mesh, device, config.optim.grad_clip)
+        return cls(model, step, Border.of(config, mesh, device))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient in full and in fp64, on every rank; all ranks call it after ``gradients``."""
+        found = self._whole((name, p.grad) for name, p in self._parameters() if p.grad is not None)
+        assert len(found) == len(list(self._parameters())), "every parameter takes part in the loss"
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter in full and in fp64, on every rank; all ranks call it."""
+        return self._whole((name, p.detach()) for name, p in self._parameters())
+
+    def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Parameters of which this rank holds a part."""
+        return self.model.named_parameters()
+
+    def _whole(self, parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: whole(part).double() for name, part in parts}
