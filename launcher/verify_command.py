@@ -21,7 +21,7 @@ from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
 from longctx.errors import ConfigError, NotAvailableError, NumericsError, StorageError, UsageError
-from longctx.launcher import verify_mesh
+from longctx.launcher import parity_page, verify_mesh
 from longctx.launcher.processes import join_gloo, run_gloo
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", help="local kernel by name; default: auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
-    parser.add_argument("--all", action="store_true", help="every strategy, layout, mask, head count and world")
+    parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
     parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
     verify_mesh.add_arguments(parser)
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
     if arguments.mesh:
         _refuse_case_options(arguments)
-        return verify_mesh.run(arguments)
+        return parity_page.run(arguments) if arguments.all else verify_mesh.run(arguments)
     if arguments.steps is not None or arguments.overrides:
         word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
         raise UsageError(f"{word} is for a whole run; add --mesh, or leave it out")
@@ -105,7 +105,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     """Refuses files that could not be written, before any work."""
     if arguments.table and not arguments.all:
         raise UsageError("--table is for the whole matrix; add --all")
-    if arguments.dump and arguments.all:
+    if arguments.dump and arguments.all and not arguments.mesh:
         raise UsageError("--dump is for one case; leave out --all")
     for file in (arguments.dump, arguments.table):
         if file and (file.is_dir() or not file.parent.is_dir()):

@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", action="store_true", help="train a shrunken copy of the configured run on its mesh and on one rank"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help=f"with --mesh: optimizer steps; default: {STEPS}")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help=f"with --mesh: optimizer steps; default: {STEPS}, or 20 with --all"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    steps = STEPS if arguments.steps is None else arguments.steps
-    if steps < 1:
-        raise ConfigError(f"--steps {steps} must be at least 1; {STEPS} is the default")
+    steps = steps_of(arguments, STEPS)
     config = with_dtype(compose(arguments.overrides), arguments.dtype)
     env.share_cores(processes=1)
     rank = env.read_rank() if config.comm.backend != "sim" else None
@@ -46,6 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     report = on_this_machine(config, steps)
     _show(report, arguments.json)
     return PASSED if report.passed else FAILED
+
+
+def steps_of(arguments: argparse.Namespace, default: int) -> int:
+    steps: int = default if arguments.steps is None else arguments.steps
+    if steps < 1:
+        raise ConfigError(f"--steps {steps} must be at least 1; {default} is the default")
+    return steps
 
 
 def with_dtype(config: Config, dtype: str | None) -> Config:
@@ -100,7 +107,7 @@ def worker(words: Sequence[str]) -> None:
     dist.destroy_process_group()
 
 
-def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, as_json: bool) -> int:
+def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted: bool) -> int:
     """One rank of torchrun or srun; the first one tells, all end alike."""
     try:
         machine.require_nodes(config, rank.world_size)
@@ -114,12 +121,18 @@ def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, as_json: boo
     with build.joined(tiny) as device, build.deterministic(tiny):
         passed, report = run_parity(tiny, device)
     if report is not None:
-        _show(report, as_json)
+        _show(report, json_wanted)
     return PASSED if passed else FAILED
 
 
-def _show(report: Parity, as_json: bool) -> None:
-    print(json.dumps(_plain(asdict(report)), allow_nan=False) if as_json else text(report))
+def as_json(report: Parity) -> dict[str, Any]:
+    """The report as plain values."""
+    plain: dict[str, Any] = _plain(asdict(report))
+    return plain
+
+
+def _show(report: Parity, json_wanted: bool) -> None:
+    print(json.dumps(as_json(report), allow_nan=False) if json_wanted else text(report))
 
 
 def _plain(value: Any) -> Any:

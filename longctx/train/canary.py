@@ -25,7 +25,7 @@ from longctx.model import Decoder
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.canary_reference import Findings, dense_model, dense_step
 from longctx.train.canary_sample import make_batches, shrink
-from longctx.train.comparison import TOLERANCES, gradient_errors, relative
+from longctx.train.comparison import gradient_errors, relative, tolerance_of
 from longctx.train.gather import gather_numbers
 from longctx.train.tiny_run import TinyRun
 
@@ -63,7 +63,7 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
         worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
-    tolerance = TOLERANCES[config.train.dtype]
+    tolerance = tolerance_of(config.train.dtype, tiny.model.layers)
     seconds = time.perf_counter() - started
     verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
     if not verdict.passed:

@@ -15,6 +15,14 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-2}
 FLOOR = 2e-2
 
 
+def tolerance_of(dtype: str, layers: int) -> float:
+    """Largest relative error of a run of so many layers.
+
+    Roundings of one layer after another add up like a random walk; only for bf16 does that come near the limit.
+    """
+    return TOLERANCES[dtype] * (math.sqrt(layers) if dtype == "bfloat16" else 1.0)
+
+
 def relative(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Norm of the difference over the expected norm plus ``floor``; infinite for what is not finite."""
     error = float((found - expected).norm() / (expected.norm() + floor))

@@ -20,7 +20,7 @@ from longctx.sequence import Batch
 from longctx.train.border import layout_of
 from longctx.train.canary_reference import dense_model, dense_step
 from longctx.train.canary_sample import make_batches, shrink
-from longctx.train.comparison import TOLERANCES, gradient_errors, relative
+from longctx.train.comparison import gradient_errors, relative, tolerance_of
 from longctx.train.gather import gather_numbers
 from longctx.train.optimizer import WarmupCosine, build_optimizer
 from longctx.train.tiny_run import TinyRun
@@ -163,7 +163,7 @@ def compare(config: Config, found: Trained, expected: Trained) -> Parity:
     differences |= {f"loss of step {one.step}": one.loss_difference for one in steps}
     differences |= {f"gradient norm of step {one.step}": one.grad_norm_difference for one in steps}
     worst = max(differences, key=lambda name: differences[name])
-    tolerance = TOLERANCES[config.train.dtype]
+    tolerance = tolerance_of(config.train.dtype, config.model.layers)
     sizes = {name: getattr(config.model, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim")}
     return Parity(
         backend=config.comm.backend,
