@@ -29,6 +29,10 @@ LAYERS = 2  # one that frees its gathered weights after the forward pass, and th
 LARGEST_HEAD = 16  # channels
 LARGEST_MICRO_BATCH = 4  # sequences
 MOST_MICRO_BATCHES = 4  # accumulation is there from the second on
+# AdamW divides each gradient by its own size: where that is nearly zero, rounding alone would decide about a step
+# of the full learning rate. The tiny run's gradients are about as large as this, which keeps its updates smooth.
+SMALLEST_EPS = 1e-2
+LARGEST_LR = 1e-2  # above it, twenty steps in bf16 make more of rounding than a mistake would
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Trained:
 def shrink_for_parity(config: Config, steps: int) -> Config:
     """A resolved run as the canary has it, but with its own micro-batches, for ``steps`` steps.
 
-    Warm-up and the chunks of the loss shrink in proportion, so that both still matter.
+    Warm-up and the chunks of the loss shrink in proportion, so that both still matter. AdamW's eps grows, and its
+    learning rate is bounded.
     """
     tiny = shrink(config)
     train, parallel = config.train, config.parallel
@@ -92,7 +97,12 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     return replace(
         tiny,
         model=replace(tiny.model, layers=LAYERS, head_dim=min(LARGEST_HEAD, tiny.model.head_dim)),
-        optim=replace(tiny.optim, warmup_steps=warmup),
+        optim=replace(
+            tiny.optim,
+            lr=min(LARGEST_LR, tiny.optim.lr),
+            warmup_steps=warmup,
+            eps=max(SMALLEST_EPS, tiny.optim.eps),
+        ),
         train=replace(tiny.train, steps=steps, micro_batch=rows, global_batch=groups * rows * count, loss_chunk=chunk),
     )
 
