@@ -40,9 +40,9 @@ class TinyRun:
 
     def gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient in full and in fp64, on every rank; all ranks call it after ``gradients``."""
-        found = self._whole((name, p.grad) for name, p in self._parameters() if p.grad is not None)
-        assert len(found) == len(list(self._parameters())), "every parameter takes part in the loss"
-        return found
+        parts = {name: p.grad for name, p in self._parameters() if p.grad is not None}
+        assert len(parts) == len(list(self._parameters())), "every parameter takes part in the loss"
+        return self._whole(parts.items())
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter in full and in fp64, on every rank; all ranks call it."""
