@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,15 @@ from longctx.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
 
 
 def preflight(config: Config, resume: bool) -> None:
     """Refuses, before any process starts, all that can be refused without one."""
     preflight_attention(config)
-    select_kernel(config.attention.kernel, kernel_problem(config))
+    preflight_kernel(config)
     if resume:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
@@ -58,6 +60,11 @@ def preflight(config: Config, resume: bool) -> None:
 def preflight_attention(config: Config) -> None:
     """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
     require(get_strategy(config.attention.strategy), attention_case(config))
+
+
+def preflight_kernel(config: Config) -> None:
+    """Refuses kernels that do not fit, or that this machine does not have."""
+    select_kernel(config.attention.kernel, kernel_problem(config))
 
 
 def kernel_problem(config: Config) -> KernelProblem:
@@ -73,6 +80,13 @@ def device_type(config: Config) -> str:
 
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
+    with joined(config) as device, stop_on_signal() as stop, deterministic(config):
+        rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[torch.device]:
+    """Meets the other ranks as the one that the environment names; yields this rank's device."""
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     device = torch.device(device_type(config))
     if device.type == "cuda":
@@ -86,8 +100,7 @@ def run_rank(config: Config, resume: bool) -> None:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        with stop_on_signal() as stop, deterministic(config):
-            rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+        yield device
     finally:
         dist.destroy_process_group()
 
@@ -95,11 +108,17 @@ def run_rank(config: Config, resume: bool) -> None:
 def run_sim(config: Config, resume: bool) -> None:
     """Trains with all ranks in this process, on the simulated cluster."""
     corpus = _open(config)
+    with stop_on_signal() as stop:
+        # The ranks share one process: what memory each of them takes cannot be told apart.
+        simulate(config, rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
+
+
+def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -> list[Result]:
+    """What each rank of a simulated world returns; an error of ours that a rank raises is raised here."""
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
-    with stop_on_signal() as stop, deterministic(config):
+    with deterministic(config):
         try:
-            # The ranks share one process: what memory each of them takes cannot be told apart.
-            cluster.run(rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
+            return cluster.run(function, *arguments)
         except RankFailed as failure:
             if isinstance(failure.__cause__, LongctxError):
                 raise failure.__cause__ from None
