@@ -199,8 +199,11 @@ class TrainConfig:
     dtype: str = "float32"  # float32, bfloat16 (fp32 master weights and reductions) or float64
     global_batch: int = 4  # sequences per optimizer step, the same data for every mesh
     micro_batch: int = 1  # sequences per forward pass of one data-parallel group
-    recompute: str = "none"  # none, selective or full; attention is never run twice
+    recompute: str = "none"  # none, selective (keeps attention, products, collectives) or full (keeps attention)
+    recompute_keep: tuple[str, ...] | None = None  # what full keeps instead; []: nothing, attention is run again
+    mlp_chunk: int | None = None  # tokens whose MLP intermediates exist at one time; null: all
     loss_chunk: int = 1024  # tokens whose logits exist at one time
+    offload: bool = False  # what recompute keeps waits for the backward pass in host memory
     compile: bool = False
     deterministic: bool = False
     canary: bool = True  # compare one tiny step with the dense single-device step before training
@@ -210,8 +213,29 @@ class TrainConfig:
         one_of("train.dtype", self.dtype, choices.DTYPES)
         one_of("train.recompute", self.recompute, choices.RECOMPUTE)
         at_least("train.seed", self.seed, 0)
-        for name in ("steps", "global_batch", "micro_batch", "loss_chunk"):
+        for name in ("steps", "global_batch", "micro_batch", "loss_chunk", "mlp_chunk"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        self._check_memory_levers()
+
+    def _check_memory_levers(self) -> None:
+        for name in self.recompute_keep or ():
+            one_of("train.recompute_keep", name, choices.KEEPABLE)
+        if self.recompute_keep is not None and self.recompute != "full":
+            raise ConfigError(
+                f"train.recompute_keep=[{','.join(self.recompute_keep)}] says what train.recompute=full keeps, got "
+                f"train.recompute={self.recompute}; set train.recompute=full, or train.recompute_keep=null"
+            )
+        if self.offload and self.recompute == "none":
+            raise ConfigError(
+                "train.offload=true moves what recompute keeps, and train.recompute=none recomputes nothing; "
+                "nearest valid: train.recompute=selective"
+            )
+        for name, value in (("mlp_chunk", self.mlp_chunk), ("offload", self.offload or None)):
+            if self.compile and value is not None:
+                raise ConfigError(
+                    f"train.{name}={str(value).lower()} does not go into the one graph of a block that "
+                    f"train.compile=true makes; set train.compile=false, or leave train.{name} out"
+                )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from longctx.model import Decoder
 from longctx.parallel.data import shard_parameters
 from longctx.parallel.recompute import recompute_activations
 from longctx.parallel.tensor import split_tensors
+from longctx.parallel.tiled_mlp import tile_mlps
 
 
 def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
@@ -21,7 +22,8 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
     attention, train = config.attention, config.train
     split_tensors(model, mesh.tensor)
     model.set_attention(StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel))
-    recompute_activations(model, train.recompute)
+    tile_mlps(model, train.mlp_chunk, mesh.tensor.size())
+    recompute_activations(model, train.recompute, train.recompute_keep)
     if train.compile:
         compile_blocks(model)
     shard_parameters(model, mesh.parameters, train.dtype)

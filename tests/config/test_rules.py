@@ -49,6 +49,10 @@ def with_value(path: str, value: object) -> Config:
         ("optim.name", "sgd", ["optim.name=sgd", "adamw"]),
         ("train.dtype", "float16", ["train.dtype=float16", "bfloat16"]),
         ("train.recompute", "ful", ["did you mean full?"]),
+        ("train.mlp_chunk", 0, ["train.mlp_chunk=0", "at least 1"]),
+        ("train.recompute_keep", ["atention"], ["did you mean attention?", "products"]),
+        ("train.recompute_keep", [], ["train.recompute_keep=[]", "recompute=none", "set train.recompute=full"]),
+        ("train.offload", True, ["train.offload=true", "train.recompute=none", "selective"]),
         ("train.seed", -1, ["train.seed=-1"]),
         ("train.global_batch", 0, ["train.global_batch=0"]),
         ("checkpoint.every", -1, ["checkpoint.every=-1"]),
@@ -175,3 +179,11 @@ def test_batch_that_does_not_divide_names_its_neighbours():
 def test_simulated_world_is_the_product_of_the_degrees():
     assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4}})) == 4
     assert simulated_world_size(Config.from_dict({"parallel": {"sp": 4, "dp_shard": 2}})) == 8
+
+
+@pytest.mark.parametrize("lever", [{"mlp_chunk": 8}, {"offload": True, "recompute": "full"}], ids=str)
+def test_levers_that_break_a_graph_are_refused_under_compilation(lever):
+    (name, *_) = lever
+    with pytest.raises(ConfigError, match=rf"train\.{name}=.*train\.compile=false"):
+        Config.from_dict({"train": {"compile": True, **lever}})
+    Config.from_dict({"train": lever})
