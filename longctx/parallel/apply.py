@@ -7,7 +7,8 @@ from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
 from longctx.parallel.data import shard_parameters
-from longctx.parallel.recompute import recompute_activations
+from longctx.parallel.offload import offload_activations
+from longctx.parallel.recompute import names_kept, recompute_activations
 from longctx.parallel.tensor import split_tensors
 from longctx.parallel.tiled_mlp import tile_mlps
 
@@ -23,7 +24,9 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder:
     split_tensors(model, mesh.tensor)
     model.set_attention(StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel))
     tile_mlps(model, train.mlp_chunk, mesh.tensor.size())
-    recompute_activations(model, train.recompute, train.recompute_keep)
+    if train.recompute != "none":
+        recompute = offload_activations if train.offload else recompute_activations
+        recompute(model, names_kept(train.recompute, train.recompute_keep))
     if train.compile:
         compile_blocks(model)
     shard_parameters(model, mesh.parameters, train.dtype)

@@ -48,15 +48,17 @@ def keeps(kept: tuple[str, ...], operator: Any) -> bool:
     return not in_tile() and any(KINDS[name](operator) for name in kept)
 
 
-def recompute_activations(model: Decoder, mode: str, kept: tuple[str, ...] | None = None) -> None:
-    """``mode``: none, selective or full; ``kept``: names of ``KINDS`` in place of those that the mode stands for.
+def names_kept(mode: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Of ``KINDS``: those that are listed, or without a list those that the mode stands for."""
+    return KEPT[mode] if names is None else names
+
+
+def recompute_activations(model: Decoder, kept: tuple[str, ...]) -> None:
+    """``kept``: names of ``KINDS``.
 
     The checkpoint goes inside the block's ``forward``, not around the module: FSDP2's hooks stay outside of
     it, so parameters are gathered for the backward pass once, as without recompute.
     """
-    if mode == "none":
-        return
-    kept = KEPT[mode] if kept is None else kept
     for block in model.layers:
         block.forward = checkpointed(block.forward, contexts_of(kept))  # type: ignore[method-assign]
 
