@@ -31,6 +31,7 @@ from longctx.sim import Cluster, RankFailed
 from longctx.train.border import Border, attention_case
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.memory import StepMemory, is_measured
 from longctx.train.meter import Meter, peak_flops
 from longctx.train.metrics import open_sink
 from longctx.train.optimizer import WarmupCosine, build_optimizer
@@ -47,6 +48,8 @@ def preflight(config: Config, resume: bool) -> None:
     """Refuses, before any process starts, all that can be refused without one."""
     preflight_attention(config)
     select_kernel(config.attention.kernel, kernel_problem(config))
+    if config.train.offload and device_type(config) == "cpu":
+        _log.warning("train.offload=true copies from host memory to host memory on comm=%s", config.comm.backend)
     if resume:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
@@ -141,7 +144,8 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
         checkpointer.load(state)
     step = TrainStep(NativeEngine(model, optimizer), mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
-    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
+    memory = StepMemory([model], optimizer, device, directory_of(config)) if is_measured(config) else None
+    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:

@@ -296,6 +296,7 @@ class LoggerConfig:
     wandb: str = "offline"  # offline, online or disabled
     project: str = "longctx"
     report: bool = True
+    memory: bool | None = None  # bytes by category of one step, in memory.json; null: unless train.compile
     trace: bool = False
 
     def check(self) -> None:
@@ -368,6 +369,11 @@ class Config:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} must be at least 256 for the bytes of "
                 f"data={self.data.source}; nearest valid value: 256"
+            )
+        if self.logger.memory and self.train.compile:
+            raise ConfigError(
+                "logger.memory=true looks at every operator, which train.compile=true leaves no trace of; "
+                "set logger.memory=false or null, or train.compile=false"
             )
         if self.attention.strategy == "local" and self.parallel.sp > 1:
             raise ConfigError(

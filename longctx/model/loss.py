@@ -74,7 +74,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         (scale,) = upstream
-        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(dweight.dtype), None, None, None
+        # In place, for they are as large as anything here; autograd refuses a second backward pass by itself.
+        return dhidden.mul_(scale), dweight.mul_(scale), None, None, None
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -158,9 +158,7 @@ class Away:
 class View:
     """A tensor of a storage that is away."""
 
-    def __init__(
-        self, away: Away, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int
-    ) -> None:
+    def __init__(self, away: Away, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
         self.away = away
         self._layout = (offset, shape, stride)
         self._dtype = dtype

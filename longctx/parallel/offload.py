@@ -36,9 +36,7 @@ def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
 class OffloadedBlock:
     """``forward`` of a block, recomputed in the backward pass from what waits in ``memory``."""
 
-    def __init__(
-        self, forward: Callable[..., Tensor], kept: tuple[str, ...], memory: HostMemory, last: bool
-    ) -> None:
+    def __init__(self, forward: Callable[..., Tensor], kept: tuple[str, ...], memory: HostMemory, last: bool) -> None:
         self._forward, self._kept, self._memory, self._last = forward, kept, memory, last
 
     def __call__(self, *inputs: Any) -> Tensor:

@@ -42,7 +42,9 @@ def shrink(config: Config) -> Config:
         model=replace(config.model, **sizes),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
-        train=replace(config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)),
+        train=replace(
+            config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)
+        ),
     )
 
 

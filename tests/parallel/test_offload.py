@@ -31,9 +31,13 @@ def test_offload_is_exact_and_sends_nothing_again(single, degrees, keep):
 def test_buffers_hold_inputs_and_attention_and_are_used_again(monkeypatch):
     """Two micro-batches of two layers: x [31, 16] and out [31, 2, 8] of each layer, and no buffer for the second."""
     models = []
-    monkeypatch.setattr(
-        small_decoder, "parallelize", lambda model, *rest, real=small_decoder.parallelize: models.append(model) or real(model, *rest)
-    )
+    real = small_decoder.parallelize
+
+    def remembered(model, *rest):
+        models.append(model)
+        return real(model, *rest)
+
+    monkeypatch.setattr(small_decoder, "parallelize", remembered)
     on_sim(config_of(recompute="full", offload=True))
     (model,) = models
     assert [buffer.numel() for buffer in host_buffers(model)] == [31 * 16 * 8] * 4
@@ -64,9 +68,7 @@ def test_parameters_small_tensors_and_small_views_stay():
 
 def test_a_block_comes_back_one_ahead():
     memory = HostMemory(CPU)
-    packed = []
-    for number in range(3):
-        packed.append(memory.pack(memory.enter_block(), torch.full((1000,), float(number))))
+    packed = [memory.pack(memory.enter_block(), torch.full((1000,), float(number))) for number in range(3)]
     assert memory.unpack(packed[2])[0] == 2
     assert [p.away._coming is not None for p in packed] == [False, True, False]
     assert memory.unpack(packed[1])[0] == 1
