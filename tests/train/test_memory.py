@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from longctx.config import Config
 from longctx.errors import ConfigError
@@ -23,8 +24,7 @@ def run_of(directory, **sections):
     return seen, cluster, json.loads(path.read_text()) if path.exists() else None
 
 
-@pytest.mark.parametrize("degrees", [{}, {"sp": 2, "tp": 2}], ids=str)
-@pytest.mark.parametrize("levers", [{}, LEVERS], ids=["plain", "levers"])
+@pytest.mark.parametrize(("degrees", "levers"), [({}, LEVERS), ({"tp": 2}, {}), ({"sp": 2}, LEVERS)], ids=str)
 def test_a_measured_step_adds_up_and_changes_nothing(tmp_path, degrees, levers):
     sections = {"parallel": degrees, "train": {"steps": 3, **levers}}
     seen, cluster, memory = run_of(tmp_path / "measured", **sections)
@@ -32,7 +32,7 @@ def test_a_measured_step_adds_up_and_changes_nothing(tmp_path, degrees, levers):
     assert seen == without and nothing is None
     assert memory["step"] == 2 and memory["device"] == "cpu"
     ranks = memory["ranks"]
-    assert [rank["rank"] for rank in ranks] == list(range(4 if degrees else 1))
+    assert [rank["rank"] for rank in ranks] == list(range(2 if degrees else 1))
     for rank in ranks:
         assert sum(rank[name] for name in CATEGORIES) == rank["peak"]
         assert rank["optimizer"] > 2 * rank["parameters"] * 0.99 and rank["parameters"] > 0
@@ -80,11 +80,11 @@ def test_what_backward_makes_is_told_apart():
     x = torch.ones(1000, requires_grad=True)
     with LiveStorages("cpu", {}) as storages:
         storages.tag(x.detach(), "parameters")
-        y = torch.utils.checkpoint.checkpoint(lambda x: x.sin().exp().sin(), x, use_reentrant=False)
+        y = checkpoint(lambda x: x.sin().exp().sin().exp().sin(), x, use_reentrant=False)
         storages.keep()
         y.sum().backward()
     found = by_category(storages)
-    assert found["recomputed"] >= 8000 and found["activations"] == 4000 and found["parameters"] == 4000
+    assert found["recomputed"] >= 12000 and found["activations"] == 4000 and found["parameters"] == 4000
     assert found["peak"] == sum(found[name] for name in CATEGORIES)
 
 
@@ -97,9 +97,8 @@ def test_compiled_runs_are_not_measured_and_say_so_when_asked():
 
 def test_the_report_shows_the_fullest_rank(tmp_path):
     sizes = dict.fromkeys(CATEGORIES, 0)
-    ranks = [
-        {"rank": rank, **sizes, "activations": size, "peak": size, "host": 7} for rank, size in enumerate((10, 20))
-    ]
+    peaks = [{"activations": size, "peak": size, "host": 7} for size in (10, 20)]
+    ranks = [{"rank": rank, **sizes, **peak} for rank, peak in enumerate(peaks)]
     (tmp_path / "memory.json").write_text(json.dumps({"step": 2, "device": "cpu", "ranks": ranks}))
     page = render(tmp_path)
     assert "rank 1, the fullest of 2" in page and CATEGORIES["activations"] in page
