@@ -58,7 +58,7 @@ class HostMemory:
         away = known[1]() if known is not None and known[0]() is storage else None
         if away is None:
             away = self._send(stay, storage)
-        return View(away, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return View(away, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, View):
@@ -81,7 +81,7 @@ class HostMemory:
                 buffer.copy_(source, non_blocking=True)
             self._leaving.append((self._entered, source, self.stream.record_event()))
         away = Away(self, stay, buffer, source.device)
-        weakref.finalize(away, self._free[buffer.numel()].append, buffer)
+        weakref.finalize(away, _let_go, away.coming, self._free[buffer.numel()], buffer)
         key = storage._cdata
         # Forgotten when it dies: another storage may get its address.
         self._away[key] = (weakref.ref(storage, lambda _: self._away.pop(key, None)), weakref.ref(away))
@@ -128,31 +128,38 @@ class Away:
     def __init__(self, memory: HostMemory, stay: Stay, buffer: Tensor, device: torch.device) -> None:
         self.stay = stay
         self._memory, self._buffer, self._device = memory, buffer, device
-        self._coming: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.coming: list[tuple[Tensor, torch.cuda.Event | None]] = []  # one at most
 
     def begin_return(self) -> None:
-        if self._coming is not None:
+        if self.coming:
             return
         target = torch.empty_like(self._buffer, device=self._device, pin_memory=False)
         stream = self._memory.stream
         if stream is None:
             target.copy_(self._buffer)
-            self._coming = (target, None)
+            self.coming.append((target, None))
             return
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             target.copy_(self._buffer, non_blocking=True)
-        self._coming = (target, stream.record_event())
+        self.coming.append((target, stream.record_event()))
 
     def returned(self) -> Tensor:
         """The bytes, after their copy in the compute stream's order; whoever asks again gets another copy."""
         self.begin_return()
-        assert self._coming is not None
-        target, copied = self._coming
+        target, copied = self.coming.pop()
         if copied is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
-        self._coming = None
         return target
+
+
+def _let_go(coming: list[tuple[Tensor, torch.cuda.Event | None]], free: list[Tensor], buffer: Tensor) -> None:
+    """A recompute stops once it has all it needs; what came back for the rest may not be used again while written."""
+    for target, copied in coming:
+        if copied is not None:
+            torch.cuda.current_stream(target.device).wait_event(copied)
+    coming.clear()
+    free.append(buffer)
 
 
 class View:

@@ -30,7 +30,7 @@ def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
     blocks = list(model.layers)
     for block in blocks:
         last = block is blocks[-1]
-        block.forward = OffloadedBlock(block.forward, kept, memory, last)  # type: ignore[method-assign]
+        block.forward = OffloadedBlock(block.forward, kept, memory, last)  # type: ignore[method-assign, assignment]
 
 
 class OffloadedBlock:

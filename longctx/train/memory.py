@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,7 @@ CATEGORIES = {
 def category_of(life: Life) -> str:
     """What a storage was, knowing all that became of it."""
     if life.tag in CATEGORIES and life.region != "loss":
-        return cast("str", life.tag)
+        return life.tag
     if life.region == "loss":
         return "loss"
     if life.given and len(life.sizes) > 1:

@@ -36,6 +36,7 @@ RIGHT = [
     {"parallel": {"sp": 5}, "attention": {"layout": "contiguous"}, "train": {"dtype": "float32"}},
     {"parallel": {"sp": 2}, "attention": {"document_mask": False}, "train": {"dtype": "bfloat16"}},
     {"parallel": {"tp": 2, "dp_replicate": 2}, "train": {"dtype": "float32", "recompute": "selective"}},
+    {"parallel": {"sp": 2}, "train": {"recompute": "full", "mlp_chunk": 4096, "offload": True}},
 ]
 
 
