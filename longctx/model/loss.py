@@ -67,6 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dweight.addmm_(dlogits.T, hidden[rows])
             else:
                 dweight += dlogits.T @ hidden[rows]
+            del dlogits  # or the next chunk's logits would stand beside it
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total
 
