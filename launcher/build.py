@@ -27,11 +27,12 @@ from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
 from longctx.parallel.data import compute_dtype, master_dtype
-from longctx.parallel.pipeline import Pipeline
+from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
 from longctx.train.border import Border, attention_case
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.memory import StepMemory, is_measured
 from longctx.train.meter import Meter, peak_flops
 from longctx.train.metrics import open_sink
 from longctx.train.optimizer import WarmupCosine, build_optimizer
@@ -50,6 +51,8 @@ def preflight(config: Config, resume: bool) -> None:
     """Refuses, before any process starts, all that can be refused without one."""
     preflight_attention(config)
     preflight_kernel(config)
+    if config.train.offload and device_type(config) == "cpu":
+        _log.warning("train.offload=true copies from host memory to host memory on comm=%s", config.comm.backend)
     if resume:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
@@ -158,7 +161,8 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     engine = engine_of(model, optimizer, config, mesh)
     step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
-    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
+    memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
+    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:

@@ -40,12 +40,16 @@ def shrink(config: Config) -> Config:
     if window is not None:
         # A window of one token would leave nothing to attend to.
         window = min(window, max(2, round(window * length / config.data.seq_len)))
+    # More tiles than one on every rank, and a last one that is shorter.
+    chunk = None if config.train.mlp_chunk is None else 3
     return replace(
         config,
         model=replace(config.model, **sizes),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
-        train=replace(config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)),
+        train=replace(
+            config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)
+        ),
     )
 
 
