@@ -12,9 +12,10 @@ from longctx.errors import ConfigError, NotAvailableError
 BENCHES = {
     "attention": "longctx.launcher.bench_attention",
     "trainer": "longctx.launcher.bench_trainer",
+    "context": "longctx.launcher.bench_context",
 }
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
-TAKE_OVERRIDES = ("trainer",)
+TAKE_OVERRIDES = ("trainer", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
