@@ -20,8 +20,9 @@ TAKE_OVERRIDES = ("trainer", "context")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bench", nargs="?", default="attention", help=f"one of {', '.join(BENCHES)}")
+    takers = ", ".join(TAKE_OVERRIDES)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help=f"what differs from conf/train.yaml, for {', '.join(TAKE_OVERRIDES)}"
+        "overrides", nargs="*", metavar="key=value", help=f"what differs from conf/train.yaml, for {takers}"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for name in BENCHES:

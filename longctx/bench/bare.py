@@ -6,6 +6,7 @@ batches are ready before the clock starts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ class PlainAttention:
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         outs = []
         for row, start, stop in plan.tolist():
-            parts = (tensor[row : row + 1, start:stop].transpose(1, 2) for tensor in (q, k, v))
-            out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            one, keys, values = (tensor[row : row + 1, start:stop].transpose(1, 2) for tensor in (q, k, v))
+            out = F.scaled_dot_product_attention(one, keys, values, is_causal=True, enable_gqa=True)
             outs.append(out.transpose(1, 2)[0])
         return Started(torch.cat(outs).view_as(q))
 
@@ -53,7 +54,7 @@ class Ready:
         bounds, positions = [], []
         for row, documents in enumerate(batch.documents):
             cuts = documents.cu_seqlens.tolist()
-            pairs = list(zip(cuts, cuts[1:], strict=False))
+            pairs = list(itertools.pairwise(cuts))
             bounds += [(row, start, stop) for start, stop in pairs]
             positions.append(torch.cat([torch.arange(stop - start) for start, stop in pairs]))
         return cls(batch.tokens, batch.labels, torch.stack(positions), torch.tensor(bounds), batch.valid_tokens)

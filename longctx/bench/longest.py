@@ -20,20 +20,22 @@ class Longest:
 
 
 def longest(fits: Callable[[int], bool], start: int, cap: int, unit: int) -> Longest:
-    """Doubles (or halves) from ``start``, then bisects to a sixteenth, in multiples of ``unit``."""
-    low, high = 0, start
-    while high <= cap and fits(high):
-        low, high = high, min(2 * high, cap) if high < cap else cap + 1
-    if high > cap:
-        return Longest(low, None)
-    while not low:
-        half = high // 2 // unit * unit
-        if not half:
-            return Longest(0, high)
-        low, high = (half, high) if fits(half) else (0, half)
-    while high - low > max(unit, low // RESOLUTION):
+    """Gallops away from ``start`` by a sixteenth, two, four, ... of it until both are known, then bisects.
+
+    Lengths are multiples of ``unit``, as ``start`` and ``cap`` are. A good guess costs two probes.
+    """
+    low, high = 0, cap + unit
+    stride = max(unit, start // RESOLUTION // unit * unit)
+    probe = min(start, cap)
+    while low < probe < high:
+        if fits(probe):
+            low = probe
+            probe = min(probe + stride, cap) if high > cap else probe
+        else:
+            high = probe
+            probe = max(probe - stride, unit) if not low else probe
+        stride *= 2
+    while low and high <= cap and high - low > max(unit, low // RESOLUTION):
         middle = (low + high) // 2 // unit * unit
-        if middle in (low, high):
-            break
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return Longest(low, high)
+    return Longest(low, high if high <= cap else None)

@@ -22,8 +22,8 @@ class Sdpa:
     """What ``context_parallel`` replaces while it is entered."""
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
-        parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return Started(F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return Started(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
 
     def finish(self, started: Started) -> Tensor:
         return started.out
@@ -62,7 +62,7 @@ def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], 
 
 
 def teach_cpu() -> None:
-    """Registers the CPU's flash kernel with context parallel, which knows only those of CUDA; its ring does the rest."""
+    """Registers the CPU's flash kernel with context parallel, which knows only those of CUDA; the ring is its own."""
     import torch.distributed.tensor.experimental._context_parallel._attention as attention
     import torch.distributed.tensor.experimental._context_parallel._sharding_rules as rules
     from torch.distributed.tensor import DTensor
@@ -70,16 +70,19 @@ def teach_cpu() -> None:
 
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    rings = {forward: partial(_ring_forward, attention, forward), backward: partial(_ring_backward, attention, backward)}
+    rings = {
+        forward: partial(_ring_forward, attention, forward),
+        backward: partial(_ring_backward, attention, backward),
+    }
 
-    def handle(operator: Any, args: Any, kwargs: Any) -> Any:
+    def handle(op_call: Any, args: Any, kwargs: Any) -> Any:
         dispatcher = DTensor._op_dispatcher
-        info = dispatcher.unwrap_to_op_info(operator, args, kwargs)
+        info = dispatcher.unwrap_to_op_info(op_call, args, kwargs)
         dispatcher.sharding_propagator.propagate(info)
         sharding = info.output_sharding
-        assert not sharding.needs_redistribute
+        assert sharding is not None and not sharding.needs_redistribute
         return dispatcher.wrap(
-            rings[operator](info.compute_mesh, *info.local_args, **info.local_kwargs), sharding.output_spec
+            rings[op_call](info.compute_mesh, *info.local_args, **info.local_kwargs), sharding.output_spec
         )
 
     register = rules.register_cp_sharding_rules

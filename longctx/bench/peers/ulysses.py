@@ -82,8 +82,8 @@ class _Ulysses:
 
 
 def _local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).contiguous()
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
 
 
 def _tiled_post(tile: int) -> Callable[[Block, Tensor, Tensor], Tensor]:
