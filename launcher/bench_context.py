@@ -33,6 +33,8 @@ PACKAGES = {"ulysses": "deepspeed"}
 TILED = ("ulysses", OURS)
 UNTILED_UNIT = 128  # tokens: zigzag cuts them in four, and that is fine enough
 
+FOOTPRINTS = {"optimizer": "after the optimizer's creation", "step": "after one short step"}
+
 # The model of the comparison, and an optimizer that all systems have in common.
 MODEL = (
     "model.vocab_size=32000", "model.dim=256", "model.layers=4", "model.heads=8", "model.kv_heads=8",
@@ -47,6 +49,9 @@ PATIENCE = 600.0  # seconds that one probe may take
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="which to measure, comma-separated")
     parser.add_argument("--allowance", type=int, default=512, help="MiB over what a process takes before its step")
+    parser.add_argument(
+        "--footprint", choices=FOOTPRINTS, default="optimizer", help="when it is read: before or after a short step"
+    )
     parser.add_argument("--tile", type=int, default=256, help="tokens of a tile, where a system cuts loss or MLP")
     parser.add_argument("--start", default="4096", help="tokens of the first probe, or one number per system")
     parser.add_argument("--cap", type=int, default=65536, help="longest probe; a system that fits is reported as more")
@@ -156,12 +161,13 @@ class _Bench:
             MemoryGroup(memory_group.ROOT / f"longctx-{self._folder.name}-{self._launches}-{rank}")
             for rank in range(WORLD)
         ]
-        config = self._config(system, tokens)
+        config, tile = self._config(system, tokens), self._arguments.tile
+        warm = WORLD * tile if limited and self._arguments.footprint == "step" else 0
         with groups[0], groups[1]:
             workers = []
             for rank, group in enumerate(groups):
                 job = Job(
-                    system, tokens, steps, self._arguments.tile, self._arguments.allowance << 20, config.to_dict(),
+                    system, tokens, steps, tile, self._arguments.allowance << 20, warm, config.to_dict(),
                     str(meeting), rank, WORLD, str(group.folder) if limited else None,
                 )  # fmt: skip
                 workers.append(self._start(system, meeting, job))
@@ -215,7 +221,7 @@ def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
     ours = next((row.get("fits") for row in rows if row["system"] == OURS), None)
     lines = [
         f"one training step, {WORLD} Gloo processes of one thread, fp32, 4 layers x 256, vocabulary 32,000; each held "
-        f"to its memory after the optimizer's creation + {arguments.allowance} MiB",
+        f"to its memory {FOOTPRINTS[arguments.footprint]} + {arguments.allowance} MiB",
         "",
         "| system | tokens per sequence | longctx is ahead by | probes |",
         "|---|---|---|---|",
@@ -237,6 +243,6 @@ def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
 def _memory(row: dict[str, Any]) -> list[str]:
     """Bytes by category of rank 0 at the longest length that fits."""
     at = row["at_longest"]
-    parts = {"before the first step": at["footprint"], **(at["bytes"] or {}), "peak": at["peak"]}
+    parts = {"footprint": at["footprint"], **(at["bytes"] or {}), "peak": at["peak"]}
     told = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in parts.items())
     return [f"{row['system']} at {row['fits']} tokens, MiB of rank 0: {told}"]

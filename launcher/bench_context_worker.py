@@ -18,8 +18,9 @@ from longctx.launcher.memory_group import MemoryGroup
 class Job:
     """``steps`` on sequences of ``seq_len`` random tokens, with ``allowance`` bytes over the footprint.
 
-    ``config``: a resolved configuration. ``meeting``: folder where ranks meet and answer. ``group``: folder of this
-    process's memory group, None for no limit.
+    ``warm``: tokens of a step that is taken before the footprint is read, so that every system's optimizer has its
+    states by then, whenever it makes them; 0 for none. ``config``: a resolved configuration. ``meeting``: folder
+    where ranks meet and answer. ``group``: folder of this process's memory group, None for no limit.
     """
 
     system: str
@@ -27,6 +28,7 @@ class Job:
     steps: int
     tile: int
     allowance: int
+    warm: int
     config: dict[str, Any]
     meeting: str
     rank: int
@@ -53,17 +55,15 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     join_gloo(Path(job.meeting), job.rank, job.world)
     system = _ours(job) if job.system == "longctx" else _peer(job)
+    if job.warm:
+        system.step(*_text(job, job.warm, seed=job.steps))
     dist.barrier()
     footprint = group.taken() if group else 0
     if group:
         group.limit(footprint + job.allowance)
         group.forget_peak()
     dist.barrier()
-    losses = []
-    for number in range(job.steps):
-        generator = torch.Generator().manual_seed(number)
-        text = torch.randint(job.config["model"]["vocab_size"], (1, job.seq_len + 1), generator=generator)
-        losses.append(system.step(text[:, :-1].contiguous(), text[:, 1:].contiguous()))
+    losses = [system.step(*_text(job, job.seq_len, seed=number)) for number in range(job.steps)]
     dist.barrier()
     answer = {
         "losses": losses,
@@ -73,6 +73,15 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     }
     dist.destroy_process_group()
     return answer
+
+
+def _text(job: Job, length: int, seed: int) -> Any:
+    """Random tokens ``[1, length]``, and their labels."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(job.config["model"]["vocab_size"], (1, length + 1), generator=generator)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 @dataclass(frozen=True)
