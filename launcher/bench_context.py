@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown:
         raise ConfigError(f"--systems {unknown[0]!r} is unknown; valid: {', '.join(SYSTEMS)}")
-    starts = _starts(arguments, len(systems))
+    starts = _starts(arguments, systems)
     memory_group.require()
     rows = []
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
@@ -82,20 +82,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _starts(arguments: argparse.Namespace, systems: int) -> list[int]:
-    unit = WORLD * arguments.tile
+def _starts(arguments: argparse.Namespace, systems: Sequence[str]) -> list[int]:
     try:
         numbers = [int(word) for word in arguments.start.split(",")]
     except ValueError:
         raise ConfigError(f"--start {arguments.start!r} must be whole numbers with commas between") from None
-    if len(numbers) not in (1, systems):
+    if len(numbers) not in (1, len(systems)):
         raise ConfigError(
-            f"--start {arguments.start!r} has {len(numbers)} numbers for {systems} systems; give 1 or {systems}"
+            f"--start {arguments.start!r} has {len(numbers)} numbers; give 1 or {len(systems)}, one per system"
         )
-    for number in (*numbers, arguments.cap):
-        if number < unit or number % unit:
-            raise ConfigError(f"{number} tokens must be a multiple of {unit}, the tiles of {WORLD} processes")
-    return numbers * (systems if len(numbers) == 1 else 1)
+    numbers *= len(systems) // len(numbers)
+    for system, number in zip(systems, numbers, strict=True):
+        unit = _unit(arguments, system)
+        for tokens in (number, arguments.cap):
+            if tokens < unit or tokens % unit:
+                raise ConfigError(f"{tokens} tokens must be a multiple of {unit} for {system} on {WORLD} processes")
+    return numbers
+
+
+def _unit(arguments: argparse.Namespace, system: str) -> int:
+    """Tokens that every length is a multiple of."""
+    return WORLD * arguments.tile if system in TILED else UNTILED_UNIT
 
 
 @dataclass(frozen=True)
@@ -146,8 +153,7 @@ class _Bench:
                 best.update(tokens=tokens, rank0=probe.answers[0])
             return probe.answers is not None
 
-        unit = WORLD * self._arguments.tile if system in TILED else UNTILED_UNIT
-        found: Longest = longest(fits, start, self._arguments.cap, unit)
+        found: Longest = longest(fits, start, self._arguments.cap, _unit(self._arguments, system))
         if any(probe["tokens"] == found.fails and probe["outcome"] == "slow" for probe in probes):
             found = replace(found, fails=None)  # nobody knows whether it would have fitted
         return {**asdict(found), "probes": probes, "at_longest": best.get("rank0")}

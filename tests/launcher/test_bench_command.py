@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[2]
         (["trainer", "--pairs", "1"], 78, "at least 2"),
         (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
         (["context", "--systems", "torch,horovod"], 78, "horovod"),
-        (["context", "--start", "1000"], 78, "multiple of 512"),
-        (["context", "--start", "512,512"], 78, "2 numbers for 3 systems"),
+        (["context", "--start", "1000"], 78, "multiple of 128"),
+        (["context", "--start", "128"], 78, "multiple of 512 for ulysses"),
+        (["context", "--start", "512,512"], 78, "2 numbers; give 1 or 3"),
     ],
 )
 def test_refusals(words, code, said, capsys):

@@ -19,7 +19,5 @@ PEERS: dict[str, Callable[[Decoder, float, int], Step]] = {
     "torch": torch_context_parallel.prepare,
     "ulysses": ulysses.prepare,
 }
-# What each needs beyond torch, by the name that it is imported by.
-PACKAGES = {"torch": None, "ulysses": "deepspeed"}
 
-__all__ = ["PACKAGES", "PEERS", "Step"]
+__all__ = ["PEERS", "Step"]
