@@ -8,8 +8,9 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.attention.operator import DEFAULT, Options
 from longctx.attention.registry import get_strategy
-from longctx.comm import group_of
+from longctx.comm import grid_of, group_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class StrategyAttention:
     """A registered strategy on the ranks of one sequence group.
 
     ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
-    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D).
+    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``inner``:
+    neighbours in one row of the group, for strategies that see it as a grid (``registry.inner_of`` has their
+    default); all ranks of the group then make it at one point. Refusals are the registry's; nothing is checked here.
     """
 
     def __init__(
@@ -44,16 +47,20 @@ class StrategyAttention:
         group: dist.ProcessGroup | None = None,
         kernel: str = "auto",
         scale: float | None = None,
+        inner: int = 1,
+        options: Options = DEFAULT,
     ) -> None:
-        self._operator = get_strategy(strategy).operator
-        self._group = group_of(group).name
+        found = get_strategy(strategy)
+        self._operator = found.operator
+        self._group = (grid_of(group, inner) if "inner" in found.takes else group_of(group)).name
         self._kernel = kernel
         self._scale = scale
+        self._options = (options.backward, options.travel)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
-        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale)
+        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, *self._options)
         return Started(out)
 
     def finish(self, started: Started) -> Tensor:

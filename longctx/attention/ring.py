@@ -21,50 +21,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import LocalKernel
-from longctx.attention.operator import define_operator
+from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
 from longctx.comm import Group, Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
 ROWS = 2  # the dim of tokens in a block of keys and values (or their gradients), [2, B, rows, Hkv/TP, D]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan, group: Group, kernel: LocalKernel, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
     partial = Partial(q)
-    for _, _, (keys, values), tiles in circulate(k, v, plan, group):
-        kernel.forward(q, keys, values, tiles, scale, partial)
+    for _, _, (keys, values), tiles in circulate(k, v, call.plan, call.group):
+        call.kernel.forward(q, keys, values, tiles, call.scale, partial)
     return partial.out, partial.lse
 
 
-def backward(
-    dout: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    plan: SequencePlan,
-    group: Group,
-    kernel: LocalKernel,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
     q, k, v, out, lse = saved
-    dtype = accumulation_dtype(q.dtype)
+    plan, group, dtype = call.plan, call.group, accumulation_dtype(q.dtype)
     dq, home = _zeros(q, dtype), (_zeros(k, dtype), _zeros(v, dtype))
     before: Pending | None = None  # shares of the block at hand, summed over the ranks that it has visited
     returning: list[tuple[Rows, Pending]] = []
     for hop, rows, block, tiles in circulate(k, v, plan, group):
         shares = _zeros(block, dtype)
-        kernel.backward(dout, q, block[0], block[1], out, lse, tiles, scale, (dq, shares[0], shares[1]))
+        call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, shares[0], shares[1]))
         if before:
             shares += before.wait()[0]
         if hop == 0:
             add_home(home, rows, shares)
-            continue
-        before = pass_on(shares, rows, hop, plan, group)
-        returning.append(send_home(shares, rows, hop, plan, group))
+        elif call.options.travel == "narrow":
+            returning.append(return_share(shares.to(k.dtype), hop, plan, group))
+        else:
+            before = pass_on(shares, rows, hop, plan, group)
+            returning.append(send_home(shares, rows, hop, plan, group))
     for rows, pending in returning:
         add_home(home, rows, pending.wait()[0])
     return dq, *home
@@ -114,6 +106,17 @@ def send_home(shares: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: G
     return own, arrival
 
 
+def return_share(shares: Tensor, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
+    """Sends this rank's own share of the gradients of the block at hand to the block's owner, unsummed.
+
+    Returns the rows of the rank's own block that its holder at this hop has a share of, and their arrival.
+    """
+    rotation, me = plan.rotation, group.rank
+    own = rotation.carried(me, hop)
+    arrival = exchange(group, [(rotation.owner(me, hop), shares)], [(rotation.holder(me, hop), _buffer(shares, own))])
+    return own, arrival
+
+
 def _narrowed(block: Tensor, rows: Rows, kept: Rows) -> Tensor:
     """``kept`` of the ``rows`` that a block holds; the block itself if that is all of them."""
     return block if kept == rows else kept.inside(rows).take(block, ROWS).contiguous()
@@ -127,13 +130,20 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_zeros(like.shape, dtype=dtype)
 
 
-def volume(plan: SequencePlan, rank: int, row_bytes: int, gradient_row_bytes: int) -> Volume:
-    """Bytes that a rank sends: keys and values of the rows it passes on, in the backward pass once more,
-    and dk and dv of every row it has held for others.
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends: keys and values of the rows it passes on, in the backward pass once more, and dk and dv
+    of every row it has held for others, passed on, sent home, or both.
     """
-    passed = 2 * plan.rotation.rows_sent(rank) * row_bytes
-    gradients = 2 * plan.rotation.gradient_rows_sent(rank) * gradient_row_bytes
-    return Volume(passed, passed + gradients)
+    rotation, world = plan.rotation, plan.world
+    hops = [(rotation.owner(rank, hop), hop) for hop in range(world)]
+    blocks = sum(bool(rotation.carried(owner, hop + 1)) for owner, hop in hops)
+    passed = 2 * rotation.rows_sent(rank) * sizes.keys
+    gradients = 2 * rotation.gradient_rows_sent(rank)
+    if sizes.options.travel == "narrow":
+        shares = sum(bool(rotation.carried(owner, hop)) for owner, hop in hops[1:])
+        return Volume(passed, passed + gradients * sizes.keys, blocks, blocks + shares)
+    shares = sum(bool(rotation.carried(owner, hop + 1)) + bool(rotation.ended(owner, hop)) for owner, hop in hops[1:])
+    return Volume(passed, passed + gradients * sizes.key_gradients, blocks, blocks + shares)
 
 
 def _refuses_striped(case: AttentionCase) -> str | None:
@@ -144,7 +154,9 @@ def _refuses_striped(case: AttentionCase) -> str | None:
 
 _operator = define_operator("ring", forward, backward)
 
+_TAKES = frozenset({"travel"})
+
 STRATEGIES = {
-    "ring": Strategy("ring", _operator, "zigzag", lambda case: None, volume),
-    "striped": Strategy("striped", _operator, "striped", _refuses_striped, volume),
+    "ring": Strategy("ring", _operator, "zigzag", lambda case: None, volume, _TAKES),
+    "striped": Strategy("striped", _operator, "striped", _refuses_striped, volume, _TAKES),
 }

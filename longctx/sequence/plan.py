@@ -18,11 +18,19 @@ from torch import Tensor
 
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
-from longctx.sequence.layout import Layout, shard_length
+from longctx.sequence.layout import Joined, Layout, shard_length
 from longctx.sequence.mask import Mask
 from longctx.sequence.rotation import Rotation, plan_rotation
 from longctx.sequence.rows import Rows
-from longctx.sequence.tiles import TileSet, group_rows, key_intervals, renumber_keys, tiles_of
+from longctx.sequence.tiles import (
+    TileSet,
+    group_rows,
+    key_intervals,
+    query_rows,
+    renumber_keys,
+    renumber_queries,
+    tiles_of,
+)
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -58,7 +66,9 @@ class SequencePlan:
         self._ranges: dict[tuple[int, int], tuple[Int64, Int64]] = {}
         self._tiles: dict[tuple[int, int], tuple[TileSet, ...]] = {}
         self._packed: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
+        self._visiting: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
         self._reads: dict[tuple[int, int], Rows] = {}
+        self._joined: dict[int, SequencePlan] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -96,6 +106,37 @@ class SequencePlan:
                     needed.append((low, high))
             self._reads[pair] = Rows.union(needed)
         return self._reads[pair]
+
+    def sees(self, owner: int, reader: int) -> Rows:
+        """Local rows of ``owner``'s queries that see a key of ``reader``, united over the batch."""
+        return query_rows(self.tiles(owner, reader))
+
+    def visiting_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
+        """``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
+        key = (q_rank, k_rank, rows)
+        if key not in self._visiting:
+            self._visiting[key] = renumber_queries(self.tiles(q_rank, k_rank), rows)
+        return self._visiting[key]
+
+    def gathered_tiles(self, q_rank: int, keys: Int64) -> tuple[TileSet, ...]:
+        """What queries of ``q_rank`` owe keys at these ascending global positions, which hold all that they see."""
+        ranges = [self._key_ranges(q_rank, row) for row in range(len(self.documents))]
+        return group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
+
+    def joined(self, inner: int) -> SequencePlan:
+        """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
+        if inner not in self._joined:
+            layout = Joined(self.layout, inner)
+            made = SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner)
+            self._joined[inner] = made
+        return self._joined[inner]
+
+    @cached_property
+    def query_rotation(self) -> Rotation:
+        """How blocks of queries travel around the ring of all ranks."""
+        return plan_rotation(
+            lambda reader, owner: self.sees(owner, reader), [len(positions) for positions in self._positions]
+        )
 
     @cached_property
     def rotation(self) -> Rotation:
