@@ -52,7 +52,7 @@ class StrategyAttention:
     ) -> None:
         found = get_strategy(strategy)
         self._operator = found.operator
-        self._group = (grid_of(group, inner) if "inner" in found.takes else group_of(group)).name
+        self._group = (group_of(group) if found.inner is None else grid_of(group, inner)).name
         self._kernel = kernel
         self._scale = scale
         self._options = (options.backward, options.travel)

@@ -40,4 +40,6 @@ def _volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return Volume(0, 0, 0, 0)
 
 
-STRATEGIES = {"local": Strategy("local", define_operator("local", forward, backward), "contiguous", _refuses, _volume)}
+attend = define_operator("local", forward, backward)
+
+STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume)}

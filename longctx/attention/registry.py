@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from longctx.attention.operator import DEFAULT, Attend, Options
 from longctx.errors import ConfigError
@@ -80,17 +80,16 @@ class Volume:
     messages_forward: int
     messages_backward: int
 
-
-def _one(case: AttentionCase) -> int:
-    return 1
+    def __add__(self, other: Volume) -> Volume:
+        return Volume(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Strategy:
     """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
 
-    ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: the grid's row where
-    the user has not named one.
+    ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
+    their ranks as a grid, its row where the user has not named one; None for all others.
     """
 
     name: str
@@ -99,7 +98,7 @@ class Strategy:
     refuses: Callable[[AttentionCase], str | None]
     volume: Callable[[SequencePlan, int, Sizes], Volume]
     takes: frozenset[str] = frozenset()
-    inner: Callable[[AttentionCase], int] = _one
+    inner: Callable[[AttentionCase], int] | None = None
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
@@ -114,6 +113,9 @@ MODULES = {
     "local": "longctx.attention.local",
     "ring": "longctx.attention.ring",
     "striped": "longctx.attention.ring",
+    "ulysses": "longctx.attention.ulysses",
+    "usp": "longctx.attention.usp",
+    "gather": "longctx.attention.gather",
 }
 
 
@@ -138,8 +140,14 @@ def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
 
 
 def inner_of(strategy: Strategy, case: AttentionCase) -> int:
-    """Neighbours in one row of the grid, for a case that the strategy does not refuse."""
-    return strategy.inner(case) if case.inner is None else case.inner
+    """Neighbours in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
+    if case.inner is not None:
+        return case.inner
+    return 1 if strategy.inner is None else strategy.inner(case)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
@@ -153,8 +161,7 @@ def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
         if valid and value not in valid:
             return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
     if case.inner is not None and (case.inner < 1 or case.world % case.inner):
-        divisors = [n for n in range(1, case.world + 1) if case.world % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - (case.inner or 1)))
+        nearest = min(divisors(case.world), key=lambda n: abs(n - (case.inner or 1)))
         return (
             f"attention.inner={case.inner} must divide the {case.world} ranks of a sequence; nearest valid: {nearest}"
         )

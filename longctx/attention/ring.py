@@ -152,11 +152,11 @@ def _refuses_striped(case: AttentionCase) -> str | None:
     return None
 
 
-_operator = define_operator("ring", forward, backward)
+attend = define_operator("ring", forward, backward)
 
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", _operator, "zigzag", lambda case: None, volume, _TAKES),
-    "striped": Strategy("striped", _operator, "striped", _refuses_striped, volume, _TAKES),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES),
 }

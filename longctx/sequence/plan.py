@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -34,6 +35,16 @@ from longctx.sequence.tiles import (
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """``rows``: of each owner, what a reader sees; one behind the other they are a buffer, whose places in order of
+    position are ``order``, int64. ``tiles``: over the ordered keys."""
+
+    rows: tuple[Rows, ...]
+    order: Int64
+    tiles: tuple[TileSet, ...]
 
 
 class SequencePlan:
@@ -69,6 +80,7 @@ class SequencePlan:
         self._visiting: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
         self._reads: dict[tuple[int, int], Rows] = {}
         self._joined: dict[int, SequencePlan] = {}
+        self._gathered: dict[int, Gathered] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -118,16 +130,30 @@ class SequencePlan:
             self._visiting[key] = renumber_queries(self.tiles(q_rank, k_rank), rows)
         return self._visiting[key]
 
-    def gathered_tiles(self, q_rank: int, keys: Int64) -> tuple[TileSet, ...]:
-        """What queries of ``q_rank`` owe keys at these ascending global positions, which hold all that they see."""
-        ranges = [self._key_ranges(q_rank, row) for row in range(len(self.documents))]
-        return group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
+    def gathered(self, reader: int) -> Gathered:
+        """All keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
+        if reader not in self._gathered:
+            rows = tuple(self.reads(reader, owner) for owner in range(self.world))
+            held = [
+                self._positions[owner][start:stop]
+                for owner in range(self.world)
+                for start, stop in rows[owner].intervals
+            ]
+            positions = np.concatenate(held) if held else np.empty(0, dtype=np.int64)
+            order = np.argsort(positions)
+            keys = positions[order]
+            ranges = [self._key_ranges(reader, row) for row in range(len(self.documents))]
+            tiles = group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
+            self._gathered[reader] = Gathered(rows, order, tiles)
+        return self._gathered[reader]
 
     def joined(self, inner: int) -> SequencePlan:
         """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
         if inner not in self._joined:
             layout = Joined(self.layout, inner)
-            made = SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner)
+            # Physical tokens of a row are those of its ranks: a constant of the run, whatever the lengths.
+            multiple = inner * self.shard
+            made = SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner, multiple)
             self._joined[inner] = made
         return self._joined[inner]
 
