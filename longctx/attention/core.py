@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention.operator import DEFAULT, Options
-from longctx.attention.registry import get_strategy
-from longctx.comm import grid_of, group_of
+from longctx.attention.registry import Strategy, get_strategy
+from longctx.comm import Group, grid_of, group_of
+from longctx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class StrategyAttention:
 
     ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
     ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``inner``:
-    neighbours in one row of the group, for strategies that see it as a grid (``registry.inner_of`` has their
-    default); all ranks of the group then make it at one point. Refusals are the registry's; nothing is checked here.
+    neighbours in one row of the group, for strategies that see it as a grid, whose rows are single ranks by
+    default (``registry.inner_of`` has a better one); all ranks of the group then make this object at one point.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class StrategyAttention:
         group: dist.ProcessGroup | None = None,
         kernel: str = "auto",
         scale: float | None = None,
-        inner: int = 1,
+        inner: int | None = None,
         options: Options = DEFAULT,
     ) -> None:
         found = get_strategy(strategy)
         self._operator = found.operator
-        self._group = (group_of(group) if found.inner is None else grid_of(group, inner)).name
+        self._group = _ranks(found, group, inner).name
         self._kernel = kernel
         self._scale = scale
         self._options = (options.backward, options.travel)
@@ -69,3 +70,17 @@ class StrategyAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
         return self.finish(self.start(q, k, v, plan))
+
+
+def _ranks(strategy: Strategy, process_group: dist.ProcessGroup | None, inner: int | None) -> Group:
+    """The group as the strategy sees it."""
+    group = group_of(process_group)
+    chosen = "inner" in strategy.takes
+    if inner is not None and (group.size % inner or not (chosen or inner in (1, group.size))):
+        raise ConfigError(
+            f"inner={inner}: attention.strategy={strategy.name} on {group.size} ranks "
+            + (f"takes divisors of {group.size}" if chosen else "has no such choice; leave it out")
+        )
+    if strategy.inner is None:
+        return group
+    return grid_of(process_group, (inner or 1) if chosen else group.size)

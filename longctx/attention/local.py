@@ -8,11 +8,14 @@ from torch import Tensor
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.errors import ConfigError
 from longctx.sequence import SequencePlan
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]`` to (out, lse)."""
+    if call.group.size != 1:
+        raise ConfigError(f"local attention computes whole sequences, and {call.group.size} ranks share this one")
     partial = Partial(q)
     call.kernel.forward(q, k, v, call.plan.tiles(0, 0), call.scale, partial)
     return partial.out, partial.lse

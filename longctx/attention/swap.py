@@ -231,6 +231,9 @@ _to_tokens_backward = _define("to_tokens_backward", _run_to_tokens_backward, f"(
 _joined = _define("joined_plan", _run_joined, "(Tensor plan, int inner) -> Tensor")
 
 
+OPERATORS = tuple(made._opoverload for made in (_to_heads, _to_heads_backward, _to_tokens, _to_tokens_backward))
+
+
 def _inner(group: str) -> Group:
     inner = group_named(group).inner
     assert inner is not None, "StrategyAttention makes the grid"

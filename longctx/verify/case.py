@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.attention import AttentionCase, get_strategy, refusal
+from longctx.attention import AttentionCase, Options, get_strategy, refusal
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.errors import ConfigError
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
@@ -40,6 +40,9 @@ class VerifyCase:
     seed: int = 0
     layout_block: int = 1
     kernel: str = "auto"
+    inner: int | None = None
+    backward: str = "auto"
+    travel: str = "wide"
 
     def __post_init__(self) -> None:
         for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block"):
@@ -74,14 +77,21 @@ class VerifyCase:
     def plan(self) -> SequencePlan:
         return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
 
+    @property
+    def options(self) -> Options:
+        return Options(self.backward, self.travel)
+
+    def asked(self) -> AttentionCase:
+        """What this asks of its strategy."""
+        return AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options)
+
     def refused(self) -> str | None:
         """Why this is not executed exactly: by the strategy's own declaration, the mask's, the layout's or the
         kernel's rules; None if it is.
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:
-            case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
-            reason = refusal(get_strategy(self.strategy), case)
+            reason = refusal(get_strategy(self.strategy), self.asked())
             if reason is None:
                 self.make_layout()
                 select_kernel(self.kernel, problem)

@@ -6,12 +6,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import StrategyAttention, dense_attention
+from longctx.attention import StrategyAttention, dense_attention, get_strategy, inner_of
 from longctx.attention.operator import IMPLEMENTATIONS
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify.case import ROUNDING_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
 from longctx.verify.memory import PeakMemory
+
+# The same computation on one device.
+ALONE = {
+    "strategy": "local",
+    "layout": "contiguous",
+    "layout_block": 1,
+    "world": 1,
+    "inner": None,
+    "backward": "auto",
+    "travel": "wide",
+}
 
 
 def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
@@ -20,7 +31,7 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
     q, k, v, dout = (cut(whole, plan, ranks.rank) for whole in case.inputs())
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    attention = StrategyAttention(case.strategy, group, case.kernel)
+    attention = attention_of(case, group)
     before = ranks.traffic.bytes
     with PeakMemory(IMPLEMENTATIONS) as memory:
         out = attention(q, k, v, plan.handle)
@@ -28,6 +39,12 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
         grads = torch.autograd.grad(out, (q, k, v), dout)
     tensors = dict(zip(TENSORS, (out.detach(), *grads), strict=True))
     return RankResult(tensors, between - before, ranks.traffic.bytes - between, memory.peak)
+
+
+def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
+    """The case's strategy; ranks of the group call it at the same point."""
+    inner = inner_of(get_strategy(case.strategy), case.asked())
+    return StrategyAttention(case.strategy, group, case.kernel, inner=inner, options=case.options)
 
 
 def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
@@ -99,7 +116,7 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[st
     least, most = TOLERANCE[case.dtype]
     if least == most:
         return dict.fromkeys(TENSORS, most)
-    alone = VerifyCase(**{**vars(case), "strategy": "local", "layout": "contiguous", "layout_block": 1, "world": 1})
+    alone = VerifyCase(**{**vars(case), **ALONE})
     single = run_rank(alone, None).tensors
     errors = _errors(alone, alone.plan(), single, truth, dout)
     return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}
