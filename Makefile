@@ -10,7 +10,7 @@ help:
 	@echo "make demo    train a small model on this machine's Python source, two processes, about three minutes"
 	@echo "make test    lint and the test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make matrix  every strategy, layout, mask, head count and world; writes docs/exactness.md"
+	@echo "make matrix  every strategy, layout, mask, head count and world, every mesh; writes docs/exactness.md and docs/parity.md"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    regenerate docs/reference.md from the code"
 	@echo "make clean   remove build products and the demo's run"
@@ -41,6 +41,7 @@ lint: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m matrix
 	$(BIN)/longctx verify --all --table docs/exactness.md
+	$(BIN)/longctx verify --mesh --all --table docs/parity.md
 
 bench: $(STAMP)
 	$(BIN)/longctx bench

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,12 @@ from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
 from longctx.parallel.core import attention_case
 from longctx.parallel.data import compute_dtype, master_dtype
-from longctx.parallel.pipeline import Pipeline
+from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
 from longctx.train.border import Border
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.memory import StepMemory, is_measured
 from longctx.train.meter import Meter, peak_flops
 from longctx.train.metrics import open_sink
 from longctx.train.optimizer import WarmupCosine, build_optimizer
@@ -42,13 +43,17 @@ from longctx.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
 
 
 def preflight(config: Config, resume: bool) -> None:
     """Refuses, before any process starts, all that can be refused without one."""
     preflight_attention(config)
-    select_kernel(config.attention.kernel, kernel_problem(config))
+    preflight_kernel(config)
+    if config.train.offload and device_type(config) == "cpu":
+        _log.warning("train.offload=true copies from host memory to host memory on comm=%s", config.comm.backend)
     if resume:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
@@ -59,6 +64,11 @@ def preflight(config: Config, resume: bool) -> None:
 def preflight_attention(config: Config) -> None:
     """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
     require(get_strategy(config.attention.strategy), attention_case(config))
+
+
+def preflight_kernel(config: Config) -> None:
+    """Refuses kernels that do not fit, or that this machine does not have."""
+    select_kernel(config.attention.kernel, kernel_problem(config))
 
 
 def kernel_problem(config: Config) -> KernelProblem:
@@ -74,6 +84,13 @@ def device_type(config: Config) -> str:
 
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
+    with joined(config) as device, stop_on_signal() as stop, deterministic(config):
+        rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[torch.device]:
+    """Meets the other ranks as the one that the environment names; yields this rank's device."""
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     device = torch.device(device_type(config))
     if device.type == "cuda":
@@ -87,8 +104,7 @@ def run_rank(config: Config, resume: bool) -> None:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        with stop_on_signal() as stop, deterministic(config):
-            rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+        yield device
     finally:
         dist.destroy_process_group()
 
@@ -96,11 +112,17 @@ def run_rank(config: Config, resume: bool) -> None:
 def run_sim(config: Config, resume: bool) -> None:
     """Trains with all ranks in this process, on the simulated cluster."""
     corpus = _open(config)
+    with stop_on_signal() as stop:
+        # The ranks share one process: what memory each of them takes cannot be told apart.
+        simulate(config, rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
+
+
+def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -> list[Result]:
+    """What each rank of a simulated world returns; an error of ours that a rank raises is raised here."""
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
-    with stop_on_signal() as stop, deterministic(config):
+    with deterministic(config):
         try:
-            # The ranks share one process: what memory each of them takes cannot be told apart.
-            cluster.run(rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
+            return cluster.run(function, *arguments)
         except RankFailed as failure:
             if isinstance(failure.__cause__, LongctxError):
                 raise failure.__cause__ from None
@@ -140,7 +162,8 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     engine = engine_of(model, optimizer, config, mesh)
     step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
-    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink)
+    memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
+    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:

@@ -65,15 +65,18 @@ COMMANDS = (
     ),
     Command(
         "verify",
-        "exactness of an attention strategy against the dense reference",
+        "exactness of an attention strategy, or of a whole run on its mesh, against the dense reference",
         (
             "longctx verify --strategy ring --layout zigzag --world 4",
             "longctx verify --strategy striped --world 8 --documents 300,724 --seq 1024 --window 256 --json",
             "longctx verify --backend gloo --world 2 --dtype float32 --dump tensors.safetensors",
             "longctx verify --all",
+            "longctx verify --mesh comm=sim parallel.sp=4 parallel.tp=2",
+            "longctx verify --mesh --dtype float64 --json recipe=demo",
+            "longctx verify --mesh --all --table docs/parity.md",
+            "torchrun --nproc-per-node 8 -m longctx.launcher.cli verify --mesh comm=nccl parallel.sp=8",
         ),
         "longctx.launcher.verify_command",
-        overrides=False,
     ),
     Command(
         "plan",

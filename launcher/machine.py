@@ -8,6 +8,14 @@ from longctx.errors import ConfigError, NotAvailableError
 
 def require(config: Config, processes: int) -> None:
     """Refuse a run whose devices or packages are not here; ``processes`` run on this machine."""
+    require_devices(config, processes)
+    from longctx.train.tracker import require_tracker
+
+    require_tracker(config.logger.wandb)
+
+
+def require_devices(config: Config, processes: int) -> None:
+    """Refuse NCCL without a CUDA device for each of ``processes``."""
     if config.comm.backend == "nccl":
         import torch
 
@@ -17,9 +25,6 @@ def require(config: Config, processes: int) -> None:
                 f"comm=nccl needs a CUDA device for each of {processes} processes, this machine has "
                 f"{devices}; available here: comm=gloo, comm=sim"
             )
-    from longctx.train.tracker import require_tracker
-
-    require_tracker(config.logger.wandb)
 
 
 def require_nodes(config: Config, processes: int = 1) -> None:

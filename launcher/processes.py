@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from longctx.errors import NumericsError
@@ -36,5 +37,20 @@ def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
 
 def join_gloo(folder: Path, rank: int, world: int) -> None:
     """The default process group of a process that ``run_gloo`` started."""
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    join(folder, rank, world, "gloo")
+
+
+def join(folder: Path, rank: int, world: int, backend: str) -> torch.device:
+    """The same over Gloo or NCCL; returns the rank's device, under NCCL the one of its number."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(str(folder / "store"), world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device

@@ -21,6 +21,7 @@ from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
 from longctx.errors import ConfigError, NotAvailableError, NumericsError, StorageError, UsageError
+from longctx.launcher import parity_page, verify_mesh
 from longctx.launcher.processes import join_gloo, run_gloo
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
@@ -30,35 +31,54 @@ from longctx.verify.case import DTYPES
 PASSED, FAILED, REFUSED = 0, 70, 78
 
 
+# Options of one attention case, with what they are when left out. The parser leaves them at None, so that
+# --mesh can refuse those that were given.
+CASE = {
+    "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
+    "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
+    "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strategy", default="ring", help=f"one of {', '.join(MODULES)}")
+    parser.add_argument("--strategy", help=f"one of {', '.join(MODULES)}; default: ring")
     parser.add_argument("--layout", help=f"one of {', '.join(LAYOUTS)}; default: what the strategy prefers")
-    parser.add_argument("--layout-block", type=int, default=1, help="tokens per stripe of the striped layout")
+    parser.add_argument("--layout-block", type=int, help="tokens per stripe of the striped layout; default: 1")
     parser.add_argument("--mixer", help="linear mixer of a linear strategy")
-    parser.add_argument("--world", type=int, default=4, help="ranks that share the sequence")
-    parser.add_argument("--backend", choices=("sim", "gloo"), default="sim")
+    parser.add_argument("--world", type=int, help="ranks that share the sequence; default: 4")
+    parser.add_argument("--backend", choices=("sim", "gloo"), help="default: sim")
     parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
     parser.add_argument("--documents", help="lengths of packed documents, comma-separated; they add up to --seq")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float64")
+    parser.add_argument("--heads", type=int, help="default: 8")
+    parser.add_argument("--kv-heads", type=int, help="default: 2")
+    parser.add_argument("--head-dim", type=int, help="default: 32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float64; with --mesh: train.dtype")
     parser.add_argument("--window", type=int, help="a query sees itself and the window - 1 tokens before it")
-    parser.add_argument("--non-causal", action="store_true", help="queries see later tokens too")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kernel", default="auto", help="local kernel by name")
+    parser.add_argument("--non-causal", action="store_true", default=None, help="queries see later tokens too")
+    parser.add_argument("--batch", type=int, help="default: 1")
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--kernel", help="local kernel by name; default: auto")
     parser.add_argument("--inner", type=int, help="neighbours in one row of the ranks seen as a grid")
-    parser.add_argument("--backward", default="auto", help="what travels in the backward pass: auto, keys or queries")
-    parser.add_argument("--travel", default="wide", help="gradients on their way: wide (summed there) or narrow")
+    parser.add_argument("--backward", help="what travels in the backward pass: auto (default), keys or queries")
+    parser.add_argument("--travel", help="gradients on their way: wide (default), summed there, or narrow")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
-    parser.add_argument("--all", action="store_true", help="every strategy, layout, mask, head count and world")
+    parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
     parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
+    verify_mesh.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
+    if arguments.mesh:
+        _refuse_case_options(arguments)
+        return parity_page.run(arguments) if arguments.all else verify_mesh.run(arguments)
+    if arguments.steps is not None or arguments.overrides:
+        word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
+        raise UsageError(f"{word} is for a whole run; add --mesh, or leave it out")
+    for name, default in {**CASE, "dtype": "float64"}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     if arguments.all:
         return _run_all(arguments)
     case = case_of(arguments)
@@ -75,11 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
     return PASSED if verdict.passed else FAILED
 
 
+def _refuse_case_options(arguments: argparse.Namespace) -> None:
+    given = [name for name in CASE if getattr(arguments, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for one attention case; --mesh reads the run's configuration, "
+            "for example attention=ring attention.layout=zigzag parallel.sp=2"
+        )
+
+
 def _check_files(arguments: argparse.Namespace) -> None:
     """Refuses files that could not be written, before any work."""
     if arguments.table and not arguments.all:
         raise UsageError("--table is for the whole matrix; add --all")
-    if arguments.dump and arguments.all:
+    if arguments.dump and arguments.all and not arguments.mesh:
         raise UsageError("--dump is for one case; leave out --all")
     for file in (arguments.dump, arguments.table):
         if file and (file.is_dir() or not file.parent.is_dir()):

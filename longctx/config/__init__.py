@@ -1,6 +1,6 @@
 """The configuration of a run: the tree, its strict reading, and every rule about it."""
 
-from longctx.config.resolve import resolve, simulated_world_size
+from longctx.config.resolve import DEGREES, resolve, simulated_world_size
 from longctx.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -18,6 +18,7 @@ from longctx.config.schema import (
 )
 
 __all__ = [
+    "DEGREES",
     "AttentionConfig",
     "CheckpointConfig",
     "ClusterConfig",

@@ -47,7 +47,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
 def as_dict(tree: Any) -> dict[str, Any]:
     """The plain nested mapping of a dataclass tree, in the order of its fields."""
     return {
-        field.name: as_dict(value) if is_dataclass(value) else value
+        field.name: as_dict(value) if is_dataclass(value) else list(value) if type(value) is tuple else value
         for field in fields(tree)
         for value in [getattr(tree, field.name)]
     }
@@ -106,6 +106,9 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
     if value is None and type(None) in options:
         return None
     for option in options:
+        if typing.get_origin(option) is tuple and type(value) in (list, tuple):
+            (item, _) = typing.get_args(option)
+            return tuple(_leaf(f"{path}[{place}]", item, entry) for place, entry in enumerate(value))
         if option is float and type(value) in (int, float):
             return _finite(path, float(value))
         if option is not type(None) and type(value) is option:
@@ -138,7 +141,7 @@ def _kind(value: Any) -> str:
 
 
 def _expected(options: tuple[Any, ...]) -> str:
-    return " or ".join(_KINDS[option] for option in options)
+    return " or ".join(_KINDS.get(option, "a list") for option in options)
 
 
 def _hint(options: tuple[Any, ...], value: Any) -> str:

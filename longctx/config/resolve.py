@@ -9,7 +9,7 @@ from longctx.config.rules import divisors, nearest_multiples, nearest_of
 from longctx.config.schema import Config, ParallelConfig
 from longctx.errors import ConfigError
 
-_DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
+DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 
 
 def resolve(config: Config, world_size: int) -> Config:
@@ -75,13 +75,13 @@ def _check_batch(config: Config) -> None:
 
 def _product(parallel: ParallelConfig) -> int:
     product = 1
-    for name in _DEGREES:
+    for name in DEGREES:
         product *= getattr(parallel, name)
     return abs(product)
 
 
 def _degrees(parallel: ParallelConfig) -> str:
-    named = [(name, getattr(parallel, name)) for name in _DEGREES]
+    named = [(name, getattr(parallel, name)) for name in DEGREES]
     return "parallel." + " × ".join(f"{name} {degree}" for name, degree in named if degree != -1)
 
 

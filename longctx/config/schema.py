@@ -211,8 +211,11 @@ class TrainConfig:
     dtype: str = "float32"  # float32, bfloat16 (fp32 master weights and reductions) or float64
     global_batch: int = 4  # sequences per optimizer step, the same data for every mesh
     micro_batch: int = 1  # sequences per forward pass of one data-parallel group
-    recompute: str = "none"  # none, selective or full; attention is never run twice
+    recompute: str = "none"  # none, selective (keeps attention, products, collectives) or full (keeps attention)
+    recompute_keep: tuple[str, ...] | None = None  # what full keeps instead; []: nothing, attention is run again
+    mlp_chunk: int | None = None  # tokens whose MLP intermediates exist at one time; null: all
     loss_chunk: int = 1024  # tokens whose logits exist at one time
+    offload: bool = False  # what recompute keeps waits for the backward pass in host memory
     compile: bool = False
     deterministic: bool = False
     canary: bool = True  # compare one tiny step with the dense single-device step before training
@@ -222,8 +225,29 @@ class TrainConfig:
         one_of("train.dtype", self.dtype, choices.DTYPES)
         one_of("train.recompute", self.recompute, choices.RECOMPUTE)
         at_least("train.seed", self.seed, 0)
-        for name in ("steps", "global_batch", "micro_batch", "loss_chunk"):
+        for name in ("steps", "global_batch", "micro_batch", "loss_chunk", "mlp_chunk"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        self._check_memory_levers()
+
+    def _check_memory_levers(self) -> None:
+        for name in self.recompute_keep or ():
+            one_of("train.recompute_keep", name, choices.KEEPABLE)
+        if self.recompute_keep is not None and self.recompute != "full":
+            raise ConfigError(
+                f"train.recompute_keep=[{','.join(self.recompute_keep)}] says what train.recompute=full keeps, got "
+                f"train.recompute={self.recompute}; set train.recompute=full, or train.recompute_keep=null"
+            )
+        if self.offload and self.recompute == "none":
+            raise ConfigError(
+                "train.offload=true moves what recompute keeps, and train.recompute=none recomputes nothing; "
+                "nearest valid: train.recompute=selective"
+            )
+        for name, value in (("mlp_chunk", self.mlp_chunk), ("offload", self.offload or None)):
+            if self.compile and value is not None:
+                raise ConfigError(
+                    f"train.{name}={str(value).lower()} does not go into the one graph of a block that "
+                    f"train.compile=true makes; set train.compile=false, or leave train.{name} out"
+                )
 
 
 @dataclass(frozen=True)
@@ -284,6 +308,7 @@ class LoggerConfig:
     wandb: str = "offline"  # offline, online or disabled
     project: str = "longctx"
     report: bool = True
+    memory: bool | None = None  # bytes by category of one step, in memory.json; null: unless train.compile
     trace: bool = False
 
     def check(self) -> None:
@@ -357,6 +382,11 @@ class Config:
                 f"model.vocab_size={self.model.vocab_size} must be at least 256 for the bytes of "
                 f"data={self.data.source}; nearest valid value: 256"
             )
+        if self.logger.memory and self.train.compile:
+            raise ConfigError(
+                "logger.memory=true looks at every operator, which train.compile=true leaves no trace of; "
+                "set logger.memory=false or null, or train.compile=false"
+            )
         if self.attention.strategy == "local" and self.parallel.sp > 1:
             raise ConfigError(
                 f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
@@ -376,10 +406,12 @@ class Config:
                 f"layer: model.layers={layers}; nearest valid: parallel.pp={nearest}"
             )
         if RULES[parallel.pp_schedule].split_backward:
-            for name, value, valid in (("recompute", train.recompute, "none"), ("compile", train.compile, False)):
+            given = {"recompute": train.recompute, "mlp_chunk": train.mlp_chunk, "compile": train.compile}
+            for name, valid in (("recompute", "none"), ("mlp_chunk", None), ("compile", False)):
+                value, words = given[name], "null" if valid is None else str(valid).lower()
                 if value != valid:
                     raise ConfigError(
                         f"train.{name}={value} with parallel.pp_schedule={parallel.pp_schedule}: its backward pass "
                         "goes over each graph twice, for inputs and for weights, and would run attention's forward "
-                        f"again; nearest valid: train.{name}={str(valid).lower()}, or pp_schedule=interleaved_1f1b"
+                        f"again; nearest valid: train.{name}={words}, or pp_schedule=interleaved_1f1b"
                     )

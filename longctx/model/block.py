@@ -42,7 +42,10 @@ class Block(nn.Module):
 
     def post(self, o: Tensor, x: Tensor) -> Tensor:
         """Attention o ``[B, T/SP, H/TP, D]`` and the block's input x ``[B, T/SP, dim]`` to its output."""
-        x = x + self.attention_out(o.flatten(-2))
+        return self.mlp(x + self.attention_out(o.flatten(-2)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The second half, residual included: each token's by itself, so that tokens may come in parts."""
         y = self.mlp_norm(x)
         out: Tensor = x + self.mlp_out(F.silu(self.gate(y)) * self.up(y))
         return out

@@ -67,6 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dweight.addmm_(dlogits.T, hidden[rows])
             else:
                 dweight += dlogits.T @ hidden[rows]
+            del dlogits  # or the next chunk's logits would stand beside it
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total
 
@@ -74,7 +75,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         (scale,) = upstream
-        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(dweight.dtype), None, None, None
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # Another pass over this graph follows: a pipeline's split backward, or the user's.
+            return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(dweight.dtype), None, None, None
+        # In place, for they are as large as anything here.
+        return dhidden.mul_(scale), dweight.mul_(scale), None, None, None
 
 
 def wide(tensor: Tensor) -> torch.dtype:

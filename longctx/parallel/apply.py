@@ -7,9 +7,11 @@ from longctx.mesh import Mesh
 from longctx.model import Decoder
 from longctx.parallel.core import core_attention
 from longctx.parallel.data import shard_parameters
+from longctx.parallel.offload import offload_activations
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
-from longctx.parallel.recompute import recompute_activations
+from longctx.parallel.recompute import names_kept, recompute_activations
 from longctx.parallel.tensor import split_tensors
+from longctx.parallel.tiled_mlp import tile_mlps
 
 
 def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipeline:
@@ -25,7 +27,10 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     for part in [model] if pipeline is None else pipeline.stages:
         split_tensors(part, mesh.tensor)
         part.set_attention(core)
-        recompute_activations(part, train.recompute)
+        tile_mlps(part, train.mlp_chunk, mesh.tensor.size())
+        if train.recompute != "none":
+            recompute = offload_activations if train.offload else recompute_activations
+            recompute(part, names_kept(train.recompute, train.recompute_keep))
         if train.compile:
             compile_blocks(part)
         shard_parameters(part, mesh.parameters, train.dtype, keep_gathered=pipeline is not None)

@@ -97,6 +97,11 @@ class Pipeline(nn.Module):
         gradients[0].add_(received)
 
 
+def decoders(model: Decoder | Pipeline) -> list[Decoder]:
+    """What runs forward on this rank: the stages that it holds, or the whole model."""
+    return model.stages if isinstance(model, Pipeline) else [model]
+
+
 def cut_into_stages(model: Decoder, config: Config, mesh: Mesh) -> Pipeline:
     """This rank's stages of ``model``, whose other parts are let go."""
     parallel, parts = config.parallel, parts_of(config)

@@ -9,7 +9,6 @@ Compilation is left out: it alone would take longer than a canary may.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,27 +20,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.config import Config
-from longctx.engines import engine_of
 from longctx.errors import NumericsError
 from longctx.mesh import Mesh
-from longctx.model import Decoder, initialize
-from longctx.parallel import parallelize
-from longctx.parallel.data import compute_dtype, master_dtype, whole
+from longctx.parallel.data import compute_dtype
 from longctx.parallel.pipeline import Pipeline, run_forward
 from longctx.sequence import Batch, LocalBatch, unshard
-from longctx.train.border import Border
-from longctx.train.canary_reference import Findings, dense_step
-from longctx.train.canary_sample import SEED, make_batches, shrink
+from longctx.train.canary_reference import Findings, dense_model, dense_step
+from longctx.train.canary_sample import make_batches, shrink
+from longctx.train.comparison import gradient_errors, relative, tolerance_of
 from longctx.train.gather import gather_numbers
-from longctx.train.optimizer import build_optimizer
-from longctx.train.step import TrainStep
-
-# Largest relative error. fp32 and fp64 leave room for sums in another order, bf16 for rounding after every
-# operation: over head counts from 4 to 64 and head dims from 8 to 128 its worst tensor was off by 1.6e-2.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-2}
-# A tensor's error is taken relative to its own norm plus this share of the whole gradient's: the gradients of
-# norms are small sums of large terms and would measure rounding alone.
-FLOOR = 2e-2
+from longctx.train.tiny_run import TinyRun
 
 
 @dataclass(frozen=True)
@@ -73,12 +61,11 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
         names = ["outputs", "loss", *found.gradients]
         numbers = [0.0, 0.0, 0.0]  # place of the worst tensor, its error, the scale
         if dist.get_rank(mesh.world_group) == 0:
-            errors, scale = compare(found, dense_step(tiny, batches, device))
+            errors, scale = compare(found, dense_step(dense_model(tiny, device), tiny, batches, device))
             name = max(names, key=lambda name: errors[name])
             numbers = [float(names.index(name)), errors[name], scale]
         worst, error, scale = gather_numbers(numbers, mesh.world_group, device)[0]
-    # Roundings of one layer after another add up like a random walk.
-    tolerance = TOLERANCES[config.train.dtype] * math.sqrt(config.parallel.stages)
+    tolerance = tolerance_of(config.train.dtype, tiny.model.layers)
     seconds = time.perf_counter() - started
     verdict = Verdict(error <= tolerance, names[int(worst)], error, tolerance, scale, seconds)
     if not verdict.passed:
@@ -91,36 +78,22 @@ def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], floa
     square = sum(float(g.square().sum()) for g in expected.gradients.values())
     along = sum(float((found.gradients[n] * g).sum()) for n, g in expected.gradients.items())
     errors = {
-        "outputs": _relative(found.outputs, expected.outputs, 0.0),
-        "loss": _relative(found.loss, expected.loss, 0.0),
+        "outputs": relative(found.outputs, expected.outputs),
+        "loss": relative(found.loss, expected.loss),
+        **gradient_errors(found.gradients, expected.gradients),
     }
-    for name, gradient in expected.gradients.items():
-        errors[name] = _relative(found.gradients[name], gradient, FLOOR * math.sqrt(square))
     return errors, along / square
-
-
-def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
-    error = float((found - expected).norm() / (expected.norm() + floor))
-    return error if math.isfinite(error) else math.inf
 
 
 def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
     """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
-    decoder = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
-    initialize(decoder, SEED)
-    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    model = parallelize(decoder.to(device), config, mesh)
-    border = Border.of(config, mesh, device)
-    local = [border(batch) for batch in batches]
+    run = TinyRun.of(config, mesh, device)
+    local = [run.border(batch) for batch in batches]
     with torch.no_grad():
-        outputs = [_whole(_outputs(model, batch, config, mesh), batch, mesh) for batch in local]
-    engine = engine_of(model, build_optimizer(model, config.optim), config, mesh)
-    result = TrainStep(engine, mesh, device).gradients(local)
-    own = model.own_parameters() if isinstance(model, Pipeline) else model.named_parameters()
-    mine = {name: whole(p.grad).double() for name, p in own if p.grad is not None}
-    gradients = _of_all_stages(mine, shapes, mesh, device)
+        outputs = [_whole(_outputs(run.model, batch, config, mesh), batch, mesh) for batch in local]
+    result = run.step.gradients(local)
     assert result.loss is not None, "the canary's sequences have labels"
-    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), gradients)
+    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
 
 
 def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:
@@ -130,17 +103,6 @@ def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) ->
     else:
         logits = model(batch.tokens, batch.positions, batch.plan.handle)
     return logits.double()
-
-
-def _of_all_stages(
-    own: dict[str, Tensor], shapes: dict[str, torch.Size], mesh: Mesh, device: torch.device
-) -> dict[str, Tensor]:
-    """Every stage's gradients on every rank: each is one stage's, to which the others add zeros."""
-    nothing = torch.zeros((), dtype=torch.float64, device=device)
-    flat = torch.cat([own.get(name, nothing.expand(shape)).flatten() for name, shape in shapes.items()])
-    dist.all_reduce(flat, group=mesh.pipeline_group)
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:

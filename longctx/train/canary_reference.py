@@ -46,15 +46,19 @@ class DenseAttention:
         return started.out
 
 
-def dense_step(config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> Findings:
-    """The same weights and sequences as the run's; ``batches`` as ``make_batches`` gives them.
+def dense_model(config: Config, device: torch.device) -> Decoder:
+    """The run's initial weights, rounded as the run has them and then taken to fp64."""
+    model = Decoder(config.model).to(master_dtype(config.train.dtype))
+    initialize(model, SEED)
+    return model.to(device).double()
+
+
+def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> Findings:
+    """The run's sequences; ``batches`` as ``make_batches`` gives them. Leaves the gradients in ``model`` too.
 
     Equal sequences are computed once and counted as often as they occur. Outputs come in the order in which
     the run has them: by micro-batch, then by group.
     """
-    model = Decoder(config.model).to(master_dtype(config.train.dtype))
-    initialize(model, SEED)
-    model = model.to(device).double()
     order = [row for micro in zip(*batches, strict=True) for batch in micro for row in _rows(batch)]
     count = sum(row.valid_tokens for row in order)
     names = [row.tokens.numpy().tobytes() for row in order]

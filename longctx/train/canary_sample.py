@@ -1,4 +1,7 @@
-"""What the canary trains on: a run shrunk to one layer per stage and to short sequences that are hard to get right."""
+"""A run shrunk to one layer per stage and to short sequences that are hard to get right.
+
+The canary and ``longctx verify --mesh`` train on it.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +40,32 @@ def shrink(config: Config) -> Config:
     if window is not None:
         # A window of one token would leave nothing to attend to.
         window = min(window, max(2, round(window * length / config.data.seq_len)))
+    # More tiles than one on every rank, and a last one that is shorter.
+    chunk = None if config.train.mlp_chunk is None else 3
     return replace(
         config,
         model=replace(config.model, **sizes),
         attention=replace(attention, layout_block=block, window=window),
         data=replace(config.data, seq_len=length),
-        train=replace(config.train, compile=False, loss_chunk=5, micro_batch=min(2, config.train.micro_batch)),
+        train=replace(
+            config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)
+        ),
     )
 
 
-def make_batches(config: Config, groups: int) -> list[list[Batch]]:
-    """Micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk."""
+def make_batches(config: Config, groups: int, count: int | None = None, step: int = 0) -> list[list[Batch]]:
+    """``count`` micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk.
+
+    None: as many as the pipeline's schedule takes. Each ``step`` has tokens of its own, and the next kind of
+    sequence in each place.
+    """
     rows, parallel = config.train.micro_batch, config.parallel
-    count = nearest_microbatches(parallel.pp_schedule, parallel.pp, MICRO_BATCHES)
+    if count is None:
+        count = nearest_microbatches(parallel.pp_schedule, parallel.pp, MICRO_BATCHES)
     numbers = iter(range(groups * count * rows))
     return [
-        [_stack([_sequence(config, next(numbers)) for _ in range(rows)]) for _ in range(count)] for _ in range(groups)
+        [_stack([_sequence(config, next(numbers) + step, step) for _ in range(rows)]) for _ in range(count)]
+        for _ in range(groups)
     ]
 
 
@@ -64,11 +77,11 @@ def _stack(sequences: list[Batch]) -> Batch:
     )
 
 
-def _sequence(config: Config, number: int) -> Batch:
+def _sequence(config: Config, number: int, step: int) -> Batch:
     """Sequence ``number`` modulo ``DISTINCT``: unequal valid tokens, on some rank perhaps none."""
     kind = number % DISTINCT
     length, world = config.data.seq_len, config.parallel.sp
-    generator = torch.Generator().manual_seed(SEED + kind)
+    generator = torch.Generator().manual_seed(SEED + DISTINCT * step + kind)
     tokens = torch.randint(VOCABULARY, (1, length + 1), generator=generator)
     documents = _documents(kind, length, world) if config.attention.document_mask else Documents.single(length)
     labels = tokens[:, 1:].clone()

@@ -18,9 +18,11 @@ import yaml
 from longctx.config import Config
 from longctx.errors import StorageError
 from longctx.train.checkpoint_files import CheckpointDirectory
+from longctx.train.memory import MEMORY
 from longctx.train.metrics_file import METRICS, read_records
 from longctx.train.progress import duration, quantity
 from longctx.train.report_chart import line_chart
+from longctx.train.report_memory import memory_section
 from longctx.train.tracker import redacted
 
 REPORT = "report.html"
@@ -31,7 +33,7 @@ Records = list[dict[str, Any]]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Makes ``report.html`` anew from ``metrics.jsonl``, ``config.yaml`` and ``environment.json``.
+    """Makes ``report.html`` anew from the run's JSON files and ``config.yaml``.
 
     Missing files leave their part out. Raises ``StorageError`` when the report cannot be written.
     """
@@ -60,6 +62,7 @@ def render(run_dir: Path) -> str:
         subtitle=html.escape(_outcome(records, config)),
         tiles="".join(_tile(label, value) for label, value in _headline(records)),
         charts="".join(_chart(records, *chart) for chart in _CHARTS),
+        memory=memory_section(_read(run_dir / MEMORY)),
         rows="".join(_row(label, value) for label, value in _facts(run_dir, records, config)),
         config=f"<details><summary>config.yaml</summary><pre>{html.escape(text)}</pre></details>" if text else "",
     )
@@ -211,6 +214,9 @@ polyline { fill: none; stroke-linejoin: round; }
 .dot { fill: var(--line); stroke: none; }
 .hint { fill: transparent; }
 .hint:hover { fill: var(--line); }
+.share { fill: var(--line); }
+figure table { border: 0; margin: 0; font-variant-numeric: tabular-nums; }
+figure td:last-child { width: 50%; vertical-align: middle; }
 table { width: 100%; border-collapse: separate; border-spacing: 0; margin-bottom: 1rem; padding: .3rem 0; }
 th, td { padding: .45rem 1.1rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 400; width: 22rem; }
@@ -232,6 +238,7 @@ _PAGE = """<!doctype html>
 <header><h1>{title}</h1><p>{subtitle}</p></header>
 <div class="tiles">{tiles}</div>
 <div class="charts">{charts}</div>
+{memory}
 <table>{rows}</table>
 {config}
 </body>

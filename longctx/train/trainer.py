@@ -9,12 +9,14 @@ from typing import Any
 
 from longctx.config import Config
 from longctx.errors import RequeueError
+from longctx.sequence import LocalBatch
 from longctx.train.border import Border
 from longctx.train.checkpoint import Checkpointer, TrainState
 from longctx.train.checkpoint_agreement import this_rank
+from longctx.train.memory import StepMemory
 from longctx.train.meter import Meter
 from longctx.train.metrics import MetricsSink
-from longctx.train.step import TrainStep
+from longctx.train.step import StepResult, TrainStep
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ class Trainer:
     meter: Meter
     checkpointer: Checkpointer
     sink: MetricsSink
+    memory: StepMemory | None = None
+
+    def __post_init__(self) -> None:
+        # The second step of this process: the optimizer has its state by then, and FSDP2 has set itself up.
+        self._measured_step = self.state.step + 2
 
     def run(self) -> None:
         """Trains to the end.
@@ -80,7 +87,7 @@ class Trainer:
         started = time.perf_counter()
         batches = [self.border(batch) for batch in next(self.state.loader)]
         rate = self.state.scheduler.advance()
-        result = self.train_step(batches, rate, self.state.step + 1)
+        result = self._train(batches, rate, self.state.step + 1)
         self.state.step += 1
         seen = self.meter.observe(batches)
         seconds = time.perf_counter() - started
@@ -101,3 +108,11 @@ class Trainer:
             "balance": seen.balance,
         }
         return record, seen.stop
+
+    def _train(self, batches: list[LocalBatch], rate: float, step: int) -> StepResult:
+        if self.memory is None or step != self._measured_step:
+            return self.train_step(batches, rate, step)
+        with self.memory.measured(self.train_step) as found:
+            result = self.train_step(batches, rate, step)
+        self.memory.write(found, step, self.meter.mesh)
+        return result

@@ -129,12 +129,15 @@ def test_configuration_and_code_know_the_same_names():
     from longctx.attention.contract import KERNELS
     from longctx.attention.registry import MODULES
     from longctx.data import SOURCES
+    from longctx.parallel.recompute import KEPT, KINDS
     from longctx.sequence import LAYOUTS
 
     assert set(choices.STRATEGIES) == set(MODULES)
     assert set(choices.LAYOUTS) == set(LAYOUTS)
     assert set(choices.KERNELS) == {"auto", *KERNELS}
     assert set(choices.SOURCES) == set(SOURCES)
+    assert set(choices.KEEPABLE) == set(KINDS)
+    assert set(choices.RECOMPUTE) == {"none", *KEPT}
     assert not set(choices.STRATEGIES) & set(choices.STRATEGIES_PLANNED)
 
 

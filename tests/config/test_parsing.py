@@ -147,3 +147,20 @@ def test_something_that_is_no_mapping_is_refused(mapping):
 def test_field_without_its_section_is_found():
     with pytest.raises(ConfigError, match=r"did you mean data\.seq_len\?"):
         Config.from_dict({"seq_len": 5})
+
+
+def test_a_list_of_names_is_read_and_written():
+    mapping = {"train": {"recompute": "full", "recompute_keep": ["attention", "products"]}}
+    config = Config.from_dict(mapping)
+    assert config.train.recompute_keep == ("attention", "products")
+    assert config.to_dict()["train"]["recompute_keep"] == ["attention", "products"]
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("attention", "expected a list or null"), ([1], r"recompute_keep\[0\]=1 is an integer, expected a string")],
+)
+def test_what_is_no_list_of_names_is_refused(value, words):
+    with pytest.raises(ConfigError, match=words):
+        Config.from_dict({"train": {"recompute_keep": value}})

@@ -52,6 +52,10 @@ def with_value(path: str, value: object) -> Config:
         ("optim.name", "sgd", ["optim.name=sgd", "adamw"]),
         ("train.dtype", "float16", ["train.dtype=float16", "bfloat16"]),
         ("train.recompute", "ful", ["did you mean full?"]),
+        ("train.mlp_chunk", 0, ["train.mlp_chunk=0", "at least 1"]),
+        ("train.recompute_keep", ["atention"], ["did you mean attention?", "products"]),
+        ("train.recompute_keep", [], ["train.recompute_keep=[]", "recompute=none", "set train.recompute=full"]),
+        ("train.offload", True, ["train.offload=true", "train.recompute=none", "selective"]),
         ("train.seed", -1, ["train.seed=-1"]),
         ("train.global_batch", 0, ["train.global_batch=0"]),
         ("checkpoint.every", -1, ["checkpoint.every=-1"]),
@@ -204,8 +208,8 @@ def test_stages_count_virtual_ones_against_layers():
 
 
 @pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
-@pytest.mark.parametrize(("name", "value"), [("recompute", "full"), ("recompute", "selective"), ("compile", True)])
-def test_a_split_backward_takes_neither_recompute_nor_compile(schedule, name, value):
+@pytest.mark.parametrize(("name", "value"), [("recompute", "full"), ("mlp_chunk", 64), ("compile", True)])
+def test_a_split_backward_takes_no_recompute_tiles_or_compile(schedule, name, value):
     mapping = {"parallel": {"pp": 2, "pp_schedule": schedule}, "train": {name: value}}
     with pytest.raises(ConfigError, match=rf"train\.{name}={value} with parallel\.pp_schedule={schedule}.*nearest"):
         Config.from_dict(mapping)
@@ -231,3 +235,11 @@ def test_schedules_need_their_microbatches(schedule, batch, nearest):
     with pytest.raises(ConfigError, match=rf"global_batch={batch} is {batch // 2} .*nearest valid value: {nearest}$"):
         resolve(config, 8)
     resolve(Config.from_dict({**config.to_dict(), "train": {"global_batch": nearest}}), 8)
+
+
+@pytest.mark.parametrize("lever", [{"mlp_chunk": 8}, {"offload": True, "recompute": "full"}], ids=str)
+def test_levers_that_break_a_graph_are_refused_under_compilation(lever):
+    (name, *_) = lever
+    with pytest.raises(ConfigError, match=rf"train\.{name}=.*train\.compile=false"):
+        Config.from_dict({"train": {"compile": True, **lever}})
+    Config.from_dict({"train": lever})

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from longctx.launcher import parity_page
+from longctx.sequence import LAYOUTS
 from tests.train.small_run import small_config, train_on_sim
 
 WORKER = Path(__file__).with_name("gloo_training_worker.py")
@@ -110,6 +112,14 @@ def test_twenty_steps_of_more_meshes_agree_with_one_rank(
 ):
     steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, 20)
     assert largest_difference(steps, alone(model, 20)) <= 1e-9
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parallel", parity_page.MESHES, ids=str)
+def test_the_trainer_agrees_with_one_rank_on_every_mesh_of_the_page(alone, tmp_path, parallel, layout):
+    steps = train(tmp_path, parallel, TIED, layout, 1, "none", 20)
+    assert largest_difference(steps, alone(TIED, 20)) <= 1e-9
 
 
 def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):

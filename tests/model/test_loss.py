@@ -82,3 +82,18 @@ def test_no_tensor_of_all_logits_exists():
     with Largest() as largest:
         cross_entropy_sum(hidden, weight, labels, 4).backward()
     assert largest.numel <= VOCABULARY * DIM  # the head's gradient; all logits would be N * VOCABULARY
+
+
+def test_a_graph_that_is_kept_can_be_gone_over_twice():
+    """Gradients are scaled in place only where nobody comes after."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(11, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(9, (11,), generator=generator)
+    loss = cross_entropy_sum(hidden, weight, labels, 4) * 0.25
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") * 0.25
+    for found, again, right in zip(first, second, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert torch.equal(found, again)
+        torch.testing.assert_close(found, right)

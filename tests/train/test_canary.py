@@ -40,6 +40,7 @@ RIGHT = [
     {"parallel": {"tp": 2, "dp_replicate": 2}, "train": {"dtype": "float32", "recompute": "selective"}},
     {"parallel": {"pp": 2, "sp": 2}, "train": {"micro_batch": 1}},
     {"parallel": {"pp": 2, "pp_schedule": "zbv"}, "model": {"layers": 4}, "train": {"dtype": "bfloat16"}},
+    {"parallel": {"sp": 2}, "train": {"recompute": "full", "mlp_chunk": 4096, "offload": True}},
 ]
 
 
