@@ -1,131 +1,55 @@
-"""``longctx bench``: benchmarks on real processes of this machine, each behind a green exactness check."""
+"""``longctx bench``: one benchmark per module, each with its own options."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import os
-import platform
-import sys
-import tempfile
-from dataclasses import asdict, replace
-from pathlib import Path
+import importlib
+from types import ModuleType
 
-import torch.distributed as dist
+from longctx.errors import ConfigError, NotAvailableError
 
-from longctx.bench.attention import measure
-from longctx.errors import ConfigError, NotAvailableError, NumericsError
-from longctx.launcher.processes import join_gloo, run_gloo
-from longctx.launcher.verify_command import check
-from longctx.verify import VerifyCase
-
-BENCHES = ("attention",)
+# Each module provides ``add_arguments(group)`` and ``run(arguments) -> exit code``.
+BENCHES = {
+    "attention": "longctx.launcher.bench_attention",
+    "trainer": "longctx.launcher.bench_trainer",
+    "context": "longctx.launcher.bench_context",
+}
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
-LAYOUTS_TIMED = ("contiguous", "zigzag", "striped")
+TAKE_OVERRIDES = ("trainer", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bench", nargs="?", default="attention", help=f"one of {', '.join(BENCHES)}")
-    parser.add_argument("--world", type=int, default=2, help="processes; more than cores measure the scheduler")
-    parser.add_argument("--seq", default="4096,8192", help="tokens, comma-separated")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    takers = ", ".join(TAKE_OVERRIDES)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"what differs from conf/train.yaml, for {takers}"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for name in BENCHES:
+        _module(name).add_arguments(parser.add_argument_group(f"bench {name}"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.bench in BENCHES_PLANNED:
-        raise NotAvailableError(f"bench {arguments.bench} is not built yet; available: {', '.join(BENCHES)}")
-    if arguments.bench not in BENCHES:
-        raise ConfigError(f"bench {arguments.bench!r} is unknown; valid: {', '.join(BENCHES)}")
-    if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 7 is the default")
-    cases = cases_of(arguments)
-    require_exact(cases)
-    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
-        job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.repeats})
-        run_gloo("longctx.launcher.bench_command", job, arguments.world, Path(name))
-        rows = json.loads((Path(name) / "measured.json").read_text())
-    if arguments.json:
-        print(json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": rows}))
-    else:
-        print(table(arguments, rows))
-    return 0
+    name = arguments.bench
+    if name in BENCHES_PLANNED:
+        raise NotAvailableError(f"bench {name} is not built yet; available: {', '.join(BENCHES)}")
+    if name not in BENCHES:
+        raise ConfigError(f"bench {name!r} is unknown; valid: {', '.join(BENCHES)}")
+    if arguments.overrides and name not in TAKE_OVERRIDES:
+        raise ConfigError(f"bench {name} takes no overrides, got {arguments.overrides[0]!r}")
+    _refuse_options_of_others(arguments)
+    status: int = _module(name).run(arguments)
+    return status
 
 
-def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
-    try:
-        lengths = [int(length) for length in arguments.seq.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seq {arguments.seq!r} must be whole numbers with commas between") from None
-    return [
-        VerifyCase(
-            "ring",
-            layout,
-            arguments.world,
-            "gloo",
-            seq,
-            heads=arguments.heads,
-            kv_heads=arguments.kv_heads,
-            head_dim=arguments.head_dim,
-            dtype="float32",
-        )
-        for seq, layout in itertools.product(lengths, LAYOUTS_TIMED)
-    ]
+def _refuse_options_of_others(arguments: argparse.Namespace) -> None:
+    for name in BENCHES:
+        parser = argparse.ArgumentParser(add_help=False)
+        _module(name).add_arguments(parser.add_argument_group())
+        for option, default in vars(parser.parse_args([])).items():
+            if name != arguments.bench and getattr(arguments, option) != default:
+                raise ConfigError(f"--{option.replace('_', '-')} belongs to bench {name}, not to {arguments.bench}")
 
 
-def require_exact(cases: list[VerifyCase]) -> None:
-    """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
-    for case in cases:
-        reason = case.refused()
-        if reason:
-            raise ConfigError(f"{case.strategy} on {case.layout} refuses: {reason}")
-        small = replace(case, backend="sim", seq=min(case.seq, 509), dtype="float64")
-        if not check(small)[0].passed:
-            raise NumericsError(f"{case.strategy} on {case.layout} is not exact; it is not timed")
-
-
-def machine() -> dict[str, object]:
-    return {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
-
-
-def table(arguments: argparse.Namespace, rows: list[dict[str, dict[str, float]]]) -> str:
-    lines = [
-        f"forward + backward, {arguments.world} Gloo processes, {arguments.heads}/{arguments.kv_heads} heads of "
-        f"{arguments.head_dim}, causal, float32, {arguments.repeats} interleaved repeats; median (min-max)",
-        "",
-        "| tokens | layout | time, ms | floor, ms | share of floor |",
-        "|---|---|---|---|---|",
-    ]
-    for case, row in zip(cases_of(arguments), rows, strict=True):
-        milliseconds = (_spread(row[name], 1e3, ".0f") for name in ("strategy", "floor"))
-        share = _spread(row["share_of_floor"], 1.0, ".3f")
-        lines.append(f"| {case.seq} | {case.layout} | {' | '.join(milliseconds)} | {share} |")
-    return "\n".join(lines)
-
-
-def _spread(timing: dict[str, float], scale: float, form: str) -> str:
-    low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
-    return f"{median} ({low}-{high})"
-
-
-def worker(words: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= world:
-        os.sched_setaffinity(0, {cores[rank]})
-    join_gloo(folder, rank, world)
-    cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in job["cases"]]
-    rows = [asdict(measured) for measured in measure(cases, job["repeats"])]
-    if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1:])
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(BENCHES[name])

@@ -85,7 +85,7 @@ def device_type(config: Config) -> str:
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
     with joined(config) as device, stop_on_signal() as stop, deterministic(config):
-        rank_main(config, resume, _open(config), device, _peak_memory(device), stop)
+        rank_main(config, resume, _open(config), device, peak_memory(device), stop)
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     mesh, device = meter.mesh, meter.device
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
-    loader = _loader(config, corpus, mesh.data_rank, mesh.data_size)
+    loader = build_loader(config, corpus, mesh.data_rank, mesh.data_size)
     schedule = WarmupCosine(config.optim, config.train.steps)
     state = TrainState(model, optimizer, schedule, loader, step=0)
     checkpointer = _checkpointer(config)
@@ -212,7 +212,7 @@ def _checkpointer(config: Config) -> Checkpointer:
     )
 
 
-def _loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
+def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
     packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
@@ -237,10 +237,10 @@ def _require_fit(config: Config, corpus: Corpus) -> None:
     with torch.device("meta"):
         model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     optimizer, schedule = build_optimizer(model, config.optim), WarmupCosine(config.optim, config.train.steps)
-    _checkpointer(config).check(TrainState(model, optimizer, schedule, _loader(config, corpus, 0, 1), step=0))
+    _checkpointer(config).check(TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0))
 
 
-def _peak_memory(device: torch.device) -> Callable[[], int | None]:
+def peak_memory(device: torch.device) -> Callable[[], int | None]:
     if device.type == "cuda":
         return lambda: torch.cuda.max_memory_allocated(device)
     return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

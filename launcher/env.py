@@ -7,7 +7,7 @@ environment says only which process this is and how many threads it may use.
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from longctx.errors import ConfigError
@@ -36,6 +36,14 @@ OMP_NUM_THREADS = "OMP_NUM_THREADS"
 # Whether those threads spin while they wait. Spinning on cores that other processes use, or under the rank
 # threads of sim, made training 30 times slower; sleeping costs microseconds. Read when torch is imported.
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
+
+# Which device DeepSpeed drives; without it, it looks for one, and for compilers.
+DS_ACCELERATOR = "DS_ACCELERATOR"
+# glibc: blocks above so many bytes go back to the system when they are freed. By default the bound rises with every
+# such block, to 32 MiB, and a process keeps what its largest tensors once took.
+MALLOC_MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+MALLOC_TRIM_THRESHOLD = "MALLOC_TRIM_THRESHOLD_"
+RETURNED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,20 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     environ.setdefault(OMP_NUM_THREADS, str(threads))
     environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")
     return int(environ[OMP_NUM_THREADS])
+
+
+def benchmark_environment(rank: RankEnvironment, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process whose memory is measured, the same for our system and for its peers."""
+    return {
+        **environ,
+        RANK: str(rank.rank),
+        WORLD_SIZE: str(rank.world_size),
+        LOCAL_RANK: str(rank.local_rank),
+        OMP_NUM_THREADS: "1",
+        DS_ACCELERATOR: "cpu",
+        MALLOC_MMAP_THRESHOLD: str(RETURNED_BYTES),
+        MALLOC_TRIM_THRESHOLD: str(RETURNED_BYTES),
+    }
 
 
 def _rank_environment(names: tuple[str, str, str], environ: MutableMapping[str, str]) -> RankEnvironment:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 from longctx.config import Config
 from longctx.errors import ConfigError, NotAvailableError
 
@@ -36,3 +39,13 @@ def require_nodes(config: Config, processes: int = 1) -> None:
             f"cluster.nodes={nodes}, but {here}; start a run on several nodes with `longctx submit`, "
             f"or set cluster.nodes={processes}"
         )
+
+
+def described() -> dict[str, object]:
+    """What stands beside a measurement."""
+    return {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
+
+
+def load() -> str:
+    """How busy others keep the machine: processes that wanted to run, means of 1, 5 and 15 minutes."""
+    return " ".join(f"{mean:.2f}" for mean in os.getloadavg())

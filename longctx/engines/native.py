@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from longctx.parallel.data import as_sharded, gathered_bytes
 from longctx.sequence import LocalBatch
 
-# With several micro-batches, gradients are reduced once, after the last, where all of them fit unsharded in
-# this many bytes; above it they are reduced after each, which costs traffic instead of memory.
-UNSHARDED_GRADIENT_BYTES = 2**30
+# With several micro-batches, where parameters and their gradients each fit unsharded in this many bytes, parameters
+# are gathered once a step, before the first, and gradients are reduced once, after the last. Above it both are done
+# for each, which costs traffic instead of memory.
+UNSHARDED_BYTES = 2**30
 
 
 class NativeEngine:
@@ -24,22 +26,34 @@ class NativeEngine:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model = model
         self.optimizer = optimizer
-        self._reduce_once = gathered_bytes(model) <= UNSHARDED_GRADIENT_BYTES
+        self._once = gathered_bytes(model) <= UNSHARDED_BYTES
+        self._shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
         total: Tensor | None = None
+        once = self._once and len(batches) > 1
         for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            as_sharded(self.model).set_is_last_backward(last)
-            as_sharded(self.model).set_requires_gradient_sync(last or not self._reduce_once)
-            # Shards may have to be reduced each time; between replicas they never need to be before the last.
-            as_sharded(self.model).set_requires_all_reduce(last)
+            self._expect(first=number == 1, last=number == len(batches), once=once)
             loss = self.model(batch.tokens, batch.positions, batch.plan.handle, batch.labels)
             (loss * scale).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None, "a step has at least one micro-batch"
         return total
 
+    def _expect(self, first: bool, last: bool, once: bool) -> None:
+        """Tells FSDP2 which micro-batch comes; each call of its costs, so only what changes is told."""
+        if not first and not last:
+            return
+        as_sharded(self.model).set_is_last_backward(last)
+        for shard in self._shards:
+            if once and first:
+                shard.set_reshard_after_forward(False, recurse=False)
+            shard.set_reshard_after_backward(last or not once, recurse=False)
+            shard.set_requires_gradient_sync(last or not once, recurse=False)
+            # Shards may have to be reduced each time; between replicas they never need to be before the last.
+            shard.set_requires_all_reduce(last, recurse=False)
+
+    @torch.no_grad()
     def squared_norm(self) -> Tensor:
         shares = [
             torch.linalg.vector_norm(_local(p.grad), dtype=torch.float64).square() / _copies(p.grad)
@@ -52,11 +66,10 @@ class NativeEngine:
         """Parameters of which this rank holds a share, each once."""
         return self.model.parameters()
 
+    @torch.no_grad()
     def update(self, lr: float, coefficient: float) -> None:
         if coefficient != 1.0:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    _local(parameter.grad).mul_(coefficient)
+            torch._foreach_mul_([_local(p.grad) for p in self.model.parameters() if p.grad is not None], coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -27,6 +27,18 @@ class Vocabulary:
     def loss_sum(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
+    def read(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
+        """The summed loss, or without labels the logits."""
+        return self.logits(hidden, weight) if labels is None else self.loss_sum(hidden, weight, labels, chunk)
+
+
+class Head(nn.Linear):
+    """Weight ``[V, dim]`` of an untied head. It is called like any module, so that whoever gathers weights around
+    calls sees when this one is needed."""
+
+    def forward(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor | None, chunk: int) -> Tensor:  # type: ignore[override]
+        return vocabulary.read(x, self.weight, labels, chunk)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -63,7 +75,7 @@ class Decoder(nn.Module):
             self.blocks.add_module(str(layer), Block(config))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
         headed = part.last and not tied
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if headed else None
+        self.head = Head(config.dim, config.vocab_size, bias=False) if headed else None
         if attention is not None:
             self.set_attention(attention)
 
@@ -108,9 +120,9 @@ class Decoder(nn.Module):
 
     def _end(self, x: Tensor, labels: Tensor | None) -> Tensor:
         assert self.norm is not None, "the last part has the norm"
-        output = self.embedding if self.head is None else self.head
-        assert output is not None, "the last part has a head, or the embedding that is tied to it"
         x = self.norm(x)
-        if labels is None:
-            return self.vocabulary.logits(x, output.weight)
-        return self.vocabulary.loss_sum(x, output.weight, labels, self.loss_chunk)
+        if self.head is not None:
+            out: Tensor = self.head(x, self.vocabulary, labels, self.loss_chunk)
+            return out
+        assert self.embedding is not None, "the last part has a head, or the embedding that is tied to it"
+        return self.vocabulary.read(x, self.embedding.weight, labels, self.loss_chunk)

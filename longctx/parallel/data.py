@@ -28,7 +28,7 @@ def compute_dtype(dtype: str) -> torch.dtype:
 
 
 def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str, keep_gathered: bool = False) -> None:
-    """Shards each block and the rest (embedding, norm, head) over ``mesh``; gradients become global sums.
+    """Shards embedding, blocks and head one by one over ``mesh``, and what is left; gradients become global sums.
 
     The sum is never turned into a mean, for ranks hold different numbers of valid tokens and the loss is
     divided by their global count. Forced sums, because otherwise FSDP2 takes PREMUL_SUM, which Gloo lacks.
@@ -46,11 +46,24 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str, keep_gathered
         # The backward pass starts with the last block: freeing it in between would gather it twice.
         free = block is not blocks[-1] and not keep_gathered
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
+    if not model.config.tie_embeddings:
+        # Each is as large as several layers, and neither is needed while layers compute.
+        _shard_ends(model, mesh, policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_ends(model: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    if model.embedding is not None:
+        fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # The gradient of a lookup needs no table.
+        as_sharded(model.embedding).set_unshard_in_backward(False)
+    if model.head is not None:
+        # The backward pass starts here, right after the forward pass has ended.
+        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def gathered_bytes(model: nn.Module) -> int:

@@ -25,7 +25,8 @@ def lookup(embedding: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
     weight = cast("DTensor", embedding.weight).to_local()
     own, elsewhere = own_rows(tokens, mesh.get_local_rank(), len(weight))
     rows = F.embedding(own, weight).masked_fill(elsewhere[..., None], 0.0)
-    return DTensor.from_local(rows, mesh, [Partial()]).redistribute(mesh, [Shard(1)]).to_local()
+    # A tensor of its own: FSDP2 hooks into what the embedding returns, and a view could lose the hook.
+    return DTensor.from_local(rows, mesh, [Partial()]).redistribute(mesh, [Shard(1)]).to_local().clone()
 
 
 def own_rows(ids: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:

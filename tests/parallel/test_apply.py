@@ -1,5 +1,7 @@
 """What ``parallelize`` does to a decoder changes neither its numbers nor what attention sends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,7 +47,7 @@ def test_replicas_are_reduced_once_a_step(single, monkeypatch):
     monkeypatch.setattr(small_decoder, "batches", lambda: twice)
     sent = {}
     for limit in (0, 2**30):
-        monkeypatch.setattr(native, "UNSHARDED_GRADIENT_BYTES", limit)
+        monkeypatch.setattr(native, "UNSHARDED_BYTES", limit)
         found, cluster = on_sim(config_of(dp_replicate=2, sp=2, layout="contiguous"))
         assert worst(found, Outcome(0.0, {n: 2 * g for n, g in single.gradients.items()})) < 1e-12
         sent[limit] = cluster.ledger.by_operation(rank=0)
@@ -53,8 +55,10 @@ def test_replicas_are_reduced_once_a_step(single, monkeypatch):
     assert sent[0]["all_reduce"] == sent[2**30]["all_reduce"]
 
 
-def test_each_block_is_gathered_once_forward_and_once_backward_except_the_last():
-    """Two micro-batches; the last block stays between forward and backward, so does the rest of the model."""
+def test_what_fits_unsharded_is_gathered_once_a_step(monkeypatch):
+    """Two micro-batches. Else each gathers a block for the forward pass and again for the backward pass; the last
+    block stays in between, and so does the rest of the model."""
+    monkeypatch.setattr(native, "UNSHARDED_BYTES", 0)
     _, cluster = on_sim(config_of(sp=2, recompute="full"))
     model = Decoder(MODEL).double()
     block = sum(p.numel() for p in model.blocks[0].parameters()) * 8
@@ -63,6 +67,9 @@ def test_each_block_is_gathered_once_forward_and_once_backward_except_the_last()
     for_gradients = (2 * block + rest) // half  # gathered whole by this test
     gathered = micro_batches * (2 * block + block + rest) // half
     assert cluster.ledger.by_operation(rank=0)["all_gather"] == gathered + for_gradients
+    monkeypatch.setattr(native, "UNSHARDED_BYTES", 2**30)
+    _, cluster = on_sim(config_of(sp=2, recompute="full"))
+    assert cluster.ledger.by_operation(rank=0)["all_gather"] == (2 * block + rest) // half + for_gradients
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -78,3 +85,15 @@ def test_a_compiled_block_is_one_graph_and_exact(single, monkeypatch, recompute)
     assert not torch._dynamo.utils.counters["graph_break"]
     _, eager = on_sim(config_of(sp=2))
     assert cluster.ledger.by_operation() == eager.ledger.by_operation()
+
+
+def test_an_untied_head_is_whole_only_around_its_loss():
+    """The table of the embedding is gathered for the lookup alone, the head from the loss to its gradient."""
+    untied = replace(MODEL, tie_embeddings=False)
+    single, _ = on_sim(config_of(model=untied))
+    found, cluster = on_sim(config_of(sp=2, model=untied))
+    assert worst(found, single) < 1e-12
+    table = untied.vocab_size * untied.dim * 8
+    tied = on_sim(config_of(sp=2))[1].ledger.by_operation(rank=0)["all_gather"]
+    # One more table is gathered once a step, as the other one, and once more by this test.
+    assert cluster.ledger.by_operation(rank=0)["all_gather"] == tied + 2 * table // 2

@@ -1,0 +1,90 @@
+"""``longctx bench``: what each benchmark refuses, and that the small ones run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longctx.errors import NotAvailableError
+from longctx.launcher import memory_group
+from longctx.launcher.cli import main
+from longctx.launcher.memory_group import MemoryGroup
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["nonsense"], 78, "attention, trainer, context"),
+        (["linear"], 69, "not built yet"),
+        (["attention", "train.seed=1"], 78, "takes no overrides"),
+        (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
+        (["trainer", "--pairs", "1"], 78, "at least 2"),
+        (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
+        (["context", "--systems", "torch,horovod"], 78, "horovod"),
+        (["context", "--start", "1000"], 78, "multiple of 512"),
+        (["context", "--start", "512,512"], 78, "2 numbers for 3 systems"),
+    ],
+)
+def test_refusals(words, code, said, capsys):
+    assert main(["bench", *words]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_context_without_memory_groups_is_not_available(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(memory_group.require, "__defaults__", (tmp_path,))
+    assert main(["bench", "context"]) == 69
+    assert "cgroup" in capsys.readouterr().err
+
+
+def memory_groups_are_here() -> bool:
+    try:
+        memory_group.require()
+    except NotAvailableError:
+        return False
+    return True
+
+
+TAKE = """
+import sys
+from pathlib import Path
+from longctx.launcher.memory_group import MemoryGroup
+group = MemoryGroup(Path(sys.argv[1]))
+group.join()
+group.limit(group.taken() + (32 << 20))
+held = bytearray(int(sys.argv[2]) << 20)
+"""
+
+
+@pytest.mark.skipif(not memory_groups_are_here(), reason="needs root and cgroup version 1")
+@pytest.mark.parametrize("mebibytes, killed", [(8, False), (128, True)])
+def test_a_process_that_takes_too_much_is_killed(mebibytes, killed):
+    with MemoryGroup(memory_group.ROOT / f"longctx-test-{os.getpid()}-{mebibytes}") as group:
+        done = subprocess.run(
+            [sys.executable, "-c", TAKE, str(group.folder), str(mebibytes)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert (done.returncode == -9, group.killed()) == (killed, killed)
+    assert not group.folder.exists()
+
+
+@pytest.mark.gloo
+def test_the_trainer_and_the_bare_loop_take_the_same_steps():
+    words = ["--pairs", "2", "--json", "data.seq_len=48", "model.layers=1", "logger.wandb=disabled"]
+    done = subprocess.run(
+        [sys.executable, "-m", "longctx.launcher.cli", "bench", "trainer", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["pairs"] == 2
+    assert set(told["rows"]) == {"wall", "cpu"}
+    assert told["largest_loss_difference"] < 1e-5 * 6
