@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernel", default="auto", help="local kernel by name")
+    parser.add_argument("--inner", type=int, help="ranks in a row, for strategies that see their ranks as a grid")
+    parser.add_argument("--backward", default="auto", help="what travels in burst's backward: keys, queries or auto")
+    parser.add_argument("--travel", default="wide", help="gradients go wide (summed on their way) or narrow")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
     parser.add_argument("--all", action="store_true", help="every strategy, layout, mask, head count and world")
@@ -121,6 +124,9 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         seed=arguments.seed,
         layout_block=arguments.layout_block,
         kernel=arguments.kernel,
+        inner=arguments.inner,
+        backward=arguments.backward,
+        travel=arguments.travel,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.attention.operator import DEFAULT, Options
 from longctx.attention.registry import get_strategy
-from longctx.comm import grid_of, group_of
+from longctx.comm import grid_of, group_of, two_way
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class StrategyAttention:
     ) -> None:
         found = get_strategy(strategy)
         self._operator = found.operator
-        self._group = (grid_of(group, inner) if "inner" in found.takes else group_of(group)).name
+        ranks = group_of(group) if found.inner is None else grid_of(group, inner)
+        self._group = (two_way(ranks) if found.two_way else ranks).name
         self._kernel = kernel
         self._scale = scale
         self._options = (options.backward, options.travel)

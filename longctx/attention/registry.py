@@ -81,16 +81,13 @@ class Volume:
     messages_backward: int
 
 
-def _one(case: AttentionCase) -> int:
-    return 1
-
-
 @dataclass(frozen=True)
 class Strategy:
     """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
 
-    ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: the grid's row where
-    the user has not named one.
+    ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
+    their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
+    second channel between its ranks (``Group.back``).
     """
 
     name: str
@@ -99,7 +96,8 @@ class Strategy:
     refuses: Callable[[AttentionCase], str | None]
     volume: Callable[[SequencePlan, int, Sizes], Volume]
     takes: frozenset[str] = frozenset()
-    inner: Callable[[AttentionCase], int] = _one
+    inner: Callable[[AttentionCase], int] | None = None
+    two_way: bool = False
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
@@ -114,6 +112,8 @@ MODULES = {
     "local": "longctx.attention.local",
     "ring": "longctx.attention.ring",
     "striped": "longctx.attention.ring",
+    "burst": "longctx.attention.burst",
+    "token_ring": "longctx.attention.token_ring",
 }
 
 
@@ -138,8 +138,10 @@ def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
 
 
 def inner_of(strategy: Strategy, case: AttentionCase) -> int:
-    """Neighbours in one row of the grid, for a case that the strategy does not refuse."""
-    return strategy.inner(case) if case.inner is None else case.inner
+    """Neighbours in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
+    if case.inner is not None:
+        return case.inner
+    return 1 if strategy.inner is None else strategy.inner(case)
 
 
 def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
