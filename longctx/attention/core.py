@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.attention.operator import DEFAULT, Options
 from longctx.attention.registry import Strategy, get_strategy
-from longctx.comm import Group, grid_of, group_of
+from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
 
 
@@ -81,6 +81,6 @@ def _ranks(strategy: Strategy, process_group: dist.ProcessGroup | None, inner: i
             f"inner={inner}: attention.strategy={strategy.name} on {group.size} ranks "
             + (f"takes divisors of {group.size}" if chosen else "has no such choice; leave it out")
         )
-    if strategy.inner is None:
-        return group
-    return grid_of(process_group, (inner or 1) if chosen else group.size)
+    if strategy.inner is not None:
+        group = grid_of(process_group, (inner or 1) if chosen else group.size)
+    return two_way(group) if strategy.two_way else group

@@ -89,7 +89,8 @@ class Strategy:
     """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
-    their ranks as a grid, its row where the user has not named one; None for all others.
+    their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
+    second channel between its ranks (``Group.back``).
     """
 
     name: str
@@ -99,6 +100,7 @@ class Strategy:
     volume: Callable[[SequencePlan, int, Sizes], Volume]
     takes: frozenset[str] = frozenset()
     inner: Callable[[AttentionCase], int] | None = None
+    two_way: bool = False
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
@@ -113,6 +115,8 @@ MODULES = {
     "local": "longctx.attention.local",
     "ring": "longctx.attention.ring",
     "striped": "longctx.attention.ring",
+    "burst": "longctx.attention.burst",
+    "token_ring": "longctx.attention.token_ring",
     "ulysses": "longctx.attention.ulysses",
     "usp": "longctx.attention.usp",
     "gather": "longctx.attention.gather",

@@ -22,7 +22,8 @@ class Traffic:
 
 
 _traffic: weakref.WeakKeyDictionary[dist.ProcessGroup, Traffic] = weakref.WeakKeyDictionary()
-_SEPARATOR = "|"  # of the three names of a grid
+_SEPARATOR = "|"  # of a group's name, and of those of its axes and its other channel
+_ABSENT = "-"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Group:
     """Ranks numbered 0..size-1 within the group. Without a process group: this process alone.
 
     A grid also knows its axes: rank ``i * inner.size + j`` is the j-th of its ``inner`` group (neighbours, ranks
-    of one node) and the i-th of its ``outer`` group.
+    of one node) and the i-th of its ``outer`` group. ``back``: a channel of its own over all the ranks, for what
+    must not wait for messages of the group itself.
     """
 
     process_group: dist.ProcessGroup | None
@@ -38,14 +40,16 @@ class Group:
     size: int
     inner: Group | None = None
     outer: Group | None = None
+    back: Group | None = None
 
     @property
     def name(self) -> str:
         """Passes through custom operators as a string; empty for a single process."""
-        if self.inner is None or self.outer is None:
-            return "" if self.process_group is None else self.process_group.group_name
-        whole = replace(self, inner=None, outer=None)
-        return _SEPARATOR.join(group.name for group in (whole, self.inner, self.outer))
+        own = "" if self.process_group is None else self.process_group.group_name
+        others = (self.inner, self.outer, self.back)
+        if others == (None, None, None):
+            return own
+        return _SEPARATOR.join([own, *(_ABSENT if group is None else group.name for group in others)])
 
     @property
     def traffic(self) -> Traffic:
@@ -63,8 +67,12 @@ def group_of(process_group: dist.ProcessGroup | None) -> Group:
 
 def group_named(name: str) -> Group:
     """The group that ``Group.name`` named on this rank."""
-    groups = [group_of(_resolve_process_group(GroupName(part)) if part else None) for part in name.split(_SEPARATOR)]
-    return replace(groups[0], inner=groups[1], outer=groups[2]) if len(groups) == 3 else groups[0]
+    own, *others = name.split(_SEPARATOR)
+    group = group_of(_resolve_process_group(GroupName(own)) if own else None)
+    if not others:
+        return group
+    inner, outer, back = (None if other == _ABSENT else group_named(other) for other in others)
+    return replace(group, inner=inner, outer=outer, back=back)
 
 
 def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
@@ -91,6 +99,16 @@ def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
     return replace(whole, inner=group_of(made[inner][0]), outer=group_of(made[inner][1]))
 
 
+def two_way(group: Group) -> Group:
+    """The group with its channel ``back``; all its ranks call it at one point. Made once per group."""
+    if group.process_group is None:
+        return replace(group, back=Group(None, 0, 1))
+    if group.process_group not in _backs:
+        _backs[group.process_group] = _subgroup(dist.get_process_group_ranks(group.process_group), group)
+    return replace(group, back=group_of(_backs[group.process_group]))
+
+
+_backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )

@@ -4,11 +4,9 @@ Registries of the code behind them lie with that code, which the configuration m
 name; tests/architecture holds both to the same names.
 """
 
-STRATEGIES = ("local", "ring", "striped", "ulysses", "usp", "gather")
+STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather")
 STRATEGIES_PLANNED = (
-    "burst",
     "tree",
-    "token_ring",
     "disaggregated",
     "lasp2",
     "zeppelin",

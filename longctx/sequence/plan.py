@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ class SequencePlan:
         self._reads: dict[tuple[int, int], Rows] = {}
         self._joined: dict[int, SequencePlan] = {}
         self._gathered: dict[int, Gathered] = {}
+        self._rotations: dict[tuple[str, int], Rotation] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -123,6 +124,12 @@ class SequencePlan:
         """Local rows of ``owner``'s queries that see a key of ``reader``, united over the batch."""
         return query_rows(self.tiles(owner, reader))
 
+    def sees_by_row(self, owner: int, reader: int) -> tuple[tuple[slice, Rows], ...]:
+        """``sees`` apart for batch rows that differ; those where no query sees a key are left out."""
+        return tuple(
+            (slice(tiles.batch_start, tiles.batch_stop), query_rows([tiles])) for tiles in self.tiles(owner, reader)
+        )
+
     def visiting_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
         """``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
         key = (q_rank, k_rank, rows)
@@ -157,17 +164,29 @@ class SequencePlan:
             self._joined[inner] = made
         return self._joined[inner]
 
-    @cached_property
-    def query_rotation(self) -> Rotation:
-        """How blocks of queries travel around the ring of all ranks."""
-        return plan_rotation(
-            lambda reader, owner: self.sees(owner, reader), [len(positions) for positions in self._positions]
-        )
-
-    @cached_property
+    @property
     def rotation(self) -> Rotation:
         """How key/value blocks travel around the ring of all ranks."""
-        return plan_rotation(self.reads, [len(positions) for positions in self._positions])
+        return self.key_rotation_in(self.world)
+
+    @property
+    def query_rotation(self) -> Rotation:
+        """How blocks of queries travel around the ring of all ranks."""
+        return self.query_rotation_in(self.world)
+
+    def key_rotation_in(self, lap: int) -> Rotation:
+        """How key/value blocks travel around the double ring of rows of ``lap`` ranks."""
+        return self._rotation("keys", lap, self.reads)
+
+    def query_rotation_in(self, lap: int) -> Rotation:
+        """How blocks of queries travel around the double ring of rows of ``lap`` ranks."""
+        return self._rotation("queries", lap, lambda reader, owner: self.sees(owner, reader))
+
+    def _rotation(self, what: str, lap: int, reads: Callable[[int, int], Rows]) -> Rotation:
+        if (what, lap) not in self._rotations:
+            shards = [len(positions) for positions in self._positions]
+            self._rotations[what, lap] = plan_rotation(reads, shards, lap)
+        return self._rotations[what, lap]
 
     def work(self, rank: int) -> int:
         """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""

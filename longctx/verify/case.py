@@ -71,19 +71,20 @@ class VerifyCase:
     def packing(self) -> tuple[Documents, ...]:
         return (Documents.from_lengths(self.documents or (self.seq,)),) * self.batch
 
+    @property
+    def options(self) -> Options:
+        return Options(self.backward, self.travel)
+
+    @property
+    def attention_case(self) -> AttentionCase:
+        """What is asked of the strategy."""
+        return AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options)
+
     def make_layout(self) -> Layout:
         return make_layout(self.layout, self.layout_block)
 
     def plan(self) -> SequencePlan:
         return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
-
-    @property
-    def options(self) -> Options:
-        return Options(self.backward, self.travel)
-
-    def asked(self) -> AttentionCase:
-        """What this asks of its strategy."""
-        return AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options)
 
     def refused(self) -> str | None:
         """Why this is not executed exactly: by the strategy's own declaration, the mask's, the layout's or the
@@ -91,7 +92,7 @@ class VerifyCase:
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:
-            reason = refusal(get_strategy(self.strategy), self.asked())
+            reason = refusal(get_strategy(self.strategy), self.attention_case)
             if reason is None:
                 self.make_layout()
                 select_kernel(self.kernel, problem)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import StrategyAttention, dense_attention, get_strategy, inner_of
+from longctx.attention import StrategyAttention, dense_attention, get_strategy
 from longctx.attention.operator import IMPLEMENTATIONS
+from longctx.attention.registry import inner_of
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify.case import ROUNDING_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
 from longctx.verify.memory import PeakMemory
-
-# The same computation on one device.
-ALONE = {
-    "strategy": "local",
-    "layout": "contiguous",
-    "layout_block": 1,
-    "world": 1,
-    "inner": None,
-    "backward": "auto",
-    "travel": "wide",
-}
 
 
 def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
@@ -43,7 +35,7 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
 
 def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
     """The case's strategy; ranks of the group call it at the same point."""
-    inner = inner_of(get_strategy(case.strategy), case.asked())
+    inner = inner_of(get_strategy(case.strategy), case.attention_case)
     return StrategyAttention(case.strategy, group, case.kernel, inner=inner, options=case.options)
 
 
@@ -116,7 +108,16 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[st
     least, most = TOLERANCE[case.dtype]
     if least == most:
         return dict.fromkeys(TENSORS, most)
-    alone = VerifyCase(**{**vars(case), **ALONE})
+    alone = replace(
+        case,
+        strategy="local",
+        layout="contiguous",
+        layout_block=1,
+        world=1,
+        inner=None,
+        backward="auto",
+        travel="wide",
+    )
     single = run_rank(alone, None).tensors
     errors = _errors(alone, alone.plan(), single, truth, dout)
     return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}

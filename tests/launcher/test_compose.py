@@ -19,7 +19,7 @@ from longctx.launcher.compose import compose
             ConfigError,
             ["attention=stripd", "did you mean striped?", "local, ring, striped"],
         ),
-        ("attention=burst", NotAvailableError, ["not built yet"]),
+        ("attention=zeppelin", NotAvailableError, ["not built yet"]),
         ("model=huge", ConfigError, ["model=huge", "tiny"]),
         ("recipe=dem", ConfigError, ["did you mean demo?"]),
         ("data.seqlen=5", ConfigError, ["did you mean data.seq_len?"]),
