@@ -4,10 +4,9 @@ Registries of the code behind them lie with that code, which the configuration m
 name; tests/architecture holds both to the same names.
 """
 
-STRATEGIES = ("local", "ring", "striped")
+STRATEGIES = ("local", "ring", "striped", "tree", "rsa")
 STRATEGIES_PLANNED = (
     "burst",
-    "tree",
     "token_ring",
     "ulysses",
     "usp",
@@ -15,7 +14,6 @@ STRATEGIES_PLANNED = (
     "disaggregated",
     "lasp2",
     "zeppelin",
-    "rsa",
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")

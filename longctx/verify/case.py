@@ -80,7 +80,9 @@ class VerifyCase:
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:
-            case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
+            case = AttentionCase(
+                self.world, self.heads, self.kv_heads, self.layout, self.mask, documents=len(self.documents) > 1
+            )
             reason = refusal(get_strategy(self.strategy), case)
             if reason is None:
                 self.make_layout()
