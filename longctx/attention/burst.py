@@ -78,10 +78,10 @@ def pass_queries_backward(
     )
     for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(block, rotation, call.group):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
-        shares = zeros(queries, dtype)
+        [dq] = homeward.room(hop, rows)
         given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
-        call.kernel.backward(*given, tiles, call.scale, (shares, dk, dv))
-        homeward.settle(hop, shares.unsqueeze(0))
+        call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
+        homeward.settle(hop)
     [dq] = homeward.finish()
     return dq, dk, dv
 

@@ -20,6 +20,7 @@ class AttentionCase:
     """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
 
     ``inner``: neighbours that make one row of the group seen as a grid; None leaves it to the strategy.
+    ``documents``: whether a sequence may hold several documents that do not see each other.
     """
 
     world: int
@@ -29,6 +30,7 @@ class AttentionCase:
     mask: Mask
     inner: int | None = None
     options: Options = DEFAULT
+    documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ MODULES = {
     "ulysses": "longctx.attention.ulysses",
     "usp": "longctx.attention.usp",
     "gather": "longctx.attention.gather",
+    "tree": "longctx.attention.tree",
+    "rsa": "longctx.attention.rsa",
 }
 
 

@@ -52,10 +52,9 @@ def pass_keys_backward(dout: Tensor, saved: Saved, call: Call, rotation: Rotatio
     homeward = Homeward((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, straight)
     for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
         tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
-        shares = zeros(block, dtype)
-        grads = (dq, shares[0], shares[1])
-        call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, grads)
-        homeward.settle(hop, shares)
+        dk, dv = homeward.room(hop, rows)
+        call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
+        homeward.settle(hop)
     dk, dv = homeward.finish()
     return dq, dk, dv
 

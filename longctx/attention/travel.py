@@ -82,17 +82,27 @@ class Homeward:
         self._group = group
         self._dtype = dtype
         self._riding: Pending | None = None
+        self._shares = home[0].new_empty(0)
         self._arriving: deque[tuple[Rows, Pending]] = deque()
         # Summed, a row comes home once a lap; of straight shares a block's worth may come each hop.
         self._most = rotation.lap if dtype is None else 1
 
-    def settle(self, hop: int, shares: Tensor) -> None:
-        """Takes the rank's share ``[n, B, rows, H/TP, D]`` of the gradients of the block at hand."""
-        owner = self._rotation.owner(self._group.rank, hop)
-        stop = self._rotation.at(owner, hop)
+    def room(self, hop: int, rows: Rows) -> Block:
+        """Where the rank adds its share of the gradients of the block at hand, ``[B, rows, H/TP, D]`` each: its own
+        block's are at home, of a visiting one they are zero so far."""
         if hop == 0:
-            self._add(stop.carried, shares)
-        elif self._dtype is None:
+            return tuple(whole.narrow(1, 0, len(rows)) for whole in self._home)
+        whole = self._home[0]
+        self._shares = whole.new_zeros(len(self._home), whole.shape[0], len(rows), *whole.shape[2:])
+        return tuple(self._shares)
+
+    def settle(self, hop: int) -> None:
+        """What lies in the ``room`` of this hop is the rank's whole share; sends it on its way."""
+        if hop == 0:
+            return
+        shares, owner = self._shares, self._rotation.owner(self._group.rank, hop)
+        stop = self._rotation.at(owner, hop)
+        if self._dtype is None:
             self._ride(hop, owner, narrowed(shares, stop.carried, stop.summed))
         else:
             leaving = narrowed(shares, stop.carried, stop.read).to(self._dtype)

@@ -4,13 +4,11 @@ Registries of the code behind them lie with that code, which the configuration m
 name; tests/architecture holds both to the same names.
 """
 
-STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather")
+STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather", "tree", "rsa")
 STRATEGIES_PLANNED = (
-    "tree",
     "disaggregated",
     "lasp2",
     "zeppelin",
-    "rsa",
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")

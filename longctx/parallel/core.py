@@ -29,6 +29,7 @@ def attention_case(config: Config) -> AttentionCase:
         kv_heads=kv_heads,
         layout=layout_of(config).name,
         mask=mask_of(config),
+        documents=config.attention.document_mask,
         inner=config.attention.inner,
         options=Options(config.attention.backward, config.attention.travel),
     )

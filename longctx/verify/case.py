@@ -78,7 +78,10 @@ class VerifyCase:
     @property
     def attention_case(self) -> AttentionCase:
         """What is asked of the strategy."""
-        return AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options)
+        packed = len(self.documents) > 1
+        return AttentionCase(
+            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options, packed
+        )
 
     def make_layout(self) -> Layout:
         return make_layout(self.layout, self.layout_block)

@@ -17,7 +17,7 @@ from longctx.launcher.compose import compose
         (
             "attention=stripd",
             ConfigError,
-            ["attention=stripd", "did you mean striped?", "local, ring, striped"],
+            ["attention=stripd", "did you mean striped?", "valid: ", "local, ring, "],
         ),
         ("attention=zeppelin", NotAvailableError, ["not built yet"]),
         ("model=huge", ConfigError, ["model=huge", "tiny"]),
