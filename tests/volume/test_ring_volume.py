@@ -8,10 +8,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 from longctx.attention import StrategyAttention, get_strategy
+from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes, Volume
 from longctx.comm import group_of
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
+from tests.attention.travelling import assert_volume
 from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
 from tests.volume.ring_count import count
@@ -162,3 +164,11 @@ def test_a_window_costs_its_own_width_under_the_contiguous_layout():
 def test_local_attention_sends_nothing():
     plan = plan_of([(9,)], Mask(), Contiguous(), 9, 1)
     assert get_strategy("local").volume(plan, 0, Sizes(1, 1, 1, 1, 8, 8)) == Volume(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("travel", ["wide", "narrow"])
+def test_bytes_and_messages_of_either_way_home_are_the_closed_form(layout, mask, travel):
+    plan = plan_of(PACKINGS["mixed"], MASKS[mask], LAYOUTS[layout], 192, 4)
+    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=Options(travel=travel))
