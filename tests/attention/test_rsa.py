@@ -7,9 +7,9 @@ import torch.distributed as dist
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal, require
 from longctx.config import AttentionConfig, Config
 from longctx.errors import ConfigError
+from longctx.parallel.core import attention_case
 from longctx.sequence import LAYOUTS, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
-from longctx.train.border import attention_case
 from longctx.verify import VerifyCase, judge, run_rank
 from tests.attention.schedule import hidden, places, spans
 from tests.equivalence.attention_cases import LAYOUTS as CASE_LAYOUTS
