@@ -26,10 +26,11 @@ from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
+from longctx.parallel.core import attention_case
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
-from longctx.train.border import Border, attention_case
+from longctx.train.border import Border
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
 from longctx.train.memory import StepMemory, is_measured

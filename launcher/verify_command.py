@@ -36,7 +36,7 @@ PASSED, FAILED, REFUSED = 0, 70, 78
 CASE = {
     "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
     "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
-    "seed": 0, "kernel": "auto", "dump": None,
+    "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
 }  # fmt: skip
 
 
@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="default: 1")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--kernel", help="local kernel by name; default: auto")
+    parser.add_argument("--inner", type=int, help="neighbours in one row of the ranks seen as a grid")
+    parser.add_argument("--backward", help="what travels in the backward pass: auto (default), keys or queries")
+    parser.add_argument("--travel", help="gradients on their way: wide (default), summed there, or narrow")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
     parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
@@ -150,6 +153,9 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         seed=arguments.seed,
         layout_block=arguments.layout_block,
         kernel=arguments.kernel,
+        inner=arguments.inner,
+        backward=arguments.backward,
+        travel=arguments.travel,
     )
 
 

@@ -67,7 +67,8 @@ class LocalKernel(Protocol):
         """Adds the tiles' share of (dq, dk, dv) to ``grads``, in their accumulation dtype.
 
         ``out`` ``[B, Tq, H, D]`` (dtype of q) and ``lse`` ``[B, Tq, H]`` are global: over all keys of all
-        ranks, not only of these tiles. That makes tiles independent of one another.
+        ranks, not only of these tiles. That makes tiles independent of one another. ``out`` counts through
+        rowsum(dout * out) alone, in every kernel: a stand-in with the same sum will do (``attention.delta``).
         """
         ...
 

@@ -8,8 +8,10 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention.registry import get_strategy
-from longctx.comm import group_of
+from longctx.attention.operator import DEFAULT, Options
+from longctx.attention.registry import Strategy, get_strategy
+from longctx.comm import Group, grid_of, group_of, two_way
+from longctx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class StrategyAttention:
     """A registered strategy on the ranks of one sequence group.
 
     ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
-    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D).
+    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``inner``:
+    neighbours in one row of the group, for strategies that see it as a grid, whose rows are single ranks by
+    default (``registry.inner_of`` has a better one); all ranks of the group then make this object at one point.
     """
 
     def __init__(
@@ -44,16 +48,20 @@ class StrategyAttention:
         group: dist.ProcessGroup | None = None,
         kernel: str = "auto",
         scale: float | None = None,
+        inner: int | None = None,
+        options: Options = DEFAULT,
     ) -> None:
-        self._operator = get_strategy(strategy).operator
-        self._group = group_of(group).name
+        found = get_strategy(strategy)
+        self._operator = found.operator
+        self._group = _ranks(found, group, inner).name
         self._kernel = kernel
         self._scale = scale
+        self._options = (options.backward, options.travel)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
-        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale)
+        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, *self._options)
         return Started(out)
 
     def finish(self, started: Started) -> Tensor:
@@ -62,3 +70,17 @@ class StrategyAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
         return self.finish(self.start(q, k, v, plan))
+
+
+def _ranks(strategy: Strategy, process_group: dist.ProcessGroup | None, inner: int | None) -> Group:
+    """The group as the strategy sees it."""
+    group = group_of(process_group)
+    chosen = "inner" in strategy.takes
+    if inner is not None and (group.size % inner or not (chosen or inner in (1, group.size))):
+        raise ConfigError(
+            f"inner={inner}: attention.strategy={strategy.name} on {group.size} ranks "
+            + (f"takes divisors of {group.size}" if chosen else "has no such choice; leave it out")
+        )
+    if strategy.inner is not None:
+        group = grid_of(process_group, (inner or 1) if chosen else group.size)
+    return two_way(group) if strategy.two_way else group

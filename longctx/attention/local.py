@@ -5,31 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import LocalKernel
-from longctx.attention.operator import define_operator
+from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Strategy, Volume
-from longctx.comm import Group
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.errors import ConfigError
 from longctx.sequence import SequencePlan
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan, group: Group, kernel: LocalKernel, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]`` to (out, lse)."""
+    if call.group.size != 1:
+        raise ConfigError(f"local attention computes whole sequences, and {call.group.size} ranks share this one")
     partial = Partial(q)
-    kernel.forward(q, k, v, plan.tiles(0, 0), scale, partial)
+    call.kernel.forward(q, k, v, call.plan.tiles(0, 0), call.scale, partial)
     return partial.out, partial.lse
 
 
-def backward(
-    dout: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    plan: SequencePlan,
-    group: Group,
-    kernel: LocalKernel,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     grads = (
@@ -37,7 +29,7 @@ def backward(
         torch.zeros_like(k, dtype=dtype),
         torch.zeros_like(v, dtype=dtype),
     )
-    kernel.backward(dout, q, k, v, out, lse, plan.tiles(0, 0), scale, grads)
+    call.kernel.backward(dout, q, k, v, out, lse, call.plan.tiles(0, 0), call.scale, grads)
     return grads
 
 
@@ -47,8 +39,10 @@ def _refuses(case: AttentionCase) -> str | None:
     return None
 
 
-def _volume(plan: SequencePlan, rank: int, row_bytes: int, gradient_row_bytes: int) -> Volume:
-    return Volume(0, 0)
+def _volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return Volume(0, 0, 0, 0)
 
 
-STRATEGIES = {"local": Strategy("local", define_operator("local", forward, backward), "contiguous", _refuses, _volume)}
+attend = define_operator("local", forward, backward)
+
+STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume)}

@@ -8,6 +8,7 @@ runs nor communicates twice, and the compiler sees one node.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,62 +21,83 @@ from longctx.errors import ConfigError
 from longctx.sequence import SequencePlan, plan_of
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose of a strategy; defaults leave it to the strategy.
+
+    ``backward``: what travels in the backward pass: ``keys`` (with values and their gradients), ``queries``
+    (with theirs), or ``auto``, whichever moves fewer bytes. ``travel``: ``wide`` sums gradients on their way, in
+    the accumulation dtype; ``narrow`` sends each rank's share straight home in the inputs' dtype, and sums there.
+    """
+
+    backward: str = "auto"
+    travel: str = "wide"
+
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a strategy is told besides its tensors."""
+
+    plan: SequencePlan
+    group: Group
+    kernel: LocalKernel
+    scale: float
+    options: Options
+
+
 class Forward(Protocol):
     """q, k, v ``[B, T/SP, H/TP, D]`` to (out in the accumulation dtype, lse ``[B, T/SP, H/TP]``)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]: ...
+
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, out (in the dtype of q), lse
+
+
+class Backward(Protocol):
+    """Upstream gradient and what the forward saved to (dq, dk, dv) in the accumulation dtype."""
+
+    def __call__(self, dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Attend(Protocol):
+    """(out, lse) of local queries: a registered operator, or several in a row.
+
+    ``group`` and ``kernel`` are names, ``plan`` a handle, the last two those of ``Options``. Whose lse it is, is up
+    to the strategy: it may be of other queries than out.
+    """
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: SequencePlan,
-        group: Group,
-        kernel: LocalKernel,
+        plan: Tensor,
+        group: str,
+        kernel: str,
         scale: float,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class Backward(Protocol):
-    """Upstream gradient and what the forward saved to (dq, dk, dv) in the accumulation dtype."""
-
-    def __call__(
-        self,
-        dout: Tensor,
-        saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        plan: SequencePlan,
-        group: Group,
-        kernel: LocalKernel,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-class Operator(Protocol):
-    """The registered forward operator; ``group`` and ``kernel`` are names, ``plan`` a handle."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, kernel: str, scale: float
+        backward: str = "auto",
+        travel: str = "wide",
     ) -> tuple[Tensor, Tensor]: ...
 
 
 # What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
-_CONTEXT = "Tensor plan, str group, str kernel, float scale"
+_CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto", str travel="wide"'
+_CONTEXT_SIZE = 6
 
 
-def define_operator(name: str, forward: Forward, backward: Backward) -> Operator:
+def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
 
-    def run_forward(
-        q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, kernel: str, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        sequence, ranks = plan_of(plan), group_named(group)
-        if (sequence.world, sequence.shard, len(sequence.documents)) != (ranks.size, q.shape[1], q.shape[0]):
-            raise ConfigError(
-                f"q {tuple(q.shape)} on {ranks.size} ranks does not fit its sequence plan, which is for "
-                f"[{len(sequence.documents)}, {sequence.shard}, H, D] on {sequence.world} ranks"
-            )
-        out, lse = forward(q, k, v, sequence, ranks, kernel_for(kernel, q, k), scale)
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        call = _call(q, k, *context)
+        require_fit(q, call.plan, call.group)
+        out, lse = forward(q, k, v, call)
         return out.to(q.dtype), lse
 
     def run_backward(
@@ -85,13 +107,9 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Operator
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        plan: Tensor,
-        group: str,
-        kernel: str,
-        scale: float,
+        *context: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        saved = (q, k, v, out, lse)
-        dq, dk, dv = backward(dout, saved, plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale)
+        dq, dk, dv = backward(dout, (q, k, v, out, lse), _call(q, k, *context))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     forward_op = torch.library.custom_op(
@@ -117,19 +135,33 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Operator
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, plan, ctx.group, ctx.kernel, ctx.scale = inputs
+        q, k, v, plan, *ctx.names = inputs
         ctx.save_for_backward(q, k, v, *output, plan)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 7
+            return (None,) * (3 + _CONTEXT_SIZE)
         q, k, v, out, lse, plan = ctx.saved_tensors
-        grads = backward_op(dout, q, k, v, out, lse, plan, ctx.group, ctx.kernel, ctx.scale)
-        return (*grads, None, None, None, None)
+        grads = backward_op(dout, q, k, v, out, lse, plan, *ctx.names)
+        return (*grads, *(None,) * _CONTEXT_SIZE)
 
     forward_op.register_autograd(differentiate, setup_context=remember)
     IMPLEMENTATIONS[forward_op._opoverload] = run_forward
     IMPLEMENTATIONS[backward_op._opoverload] = run_backward
     return forward_op
+
+
+def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
+    """Refuses local queries ``[B, T/SP, H, D]`` of another batch, length or number of ranks than the plan's."""
+    if (plan.world, plan.shard, len(plan.documents)) != (group.size, q.shape[1], q.shape[0]):
+        raise ConfigError(
+            f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
+            f"[{len(plan.documents)}, {plan.shard}, H, D] on {plan.world} ranks"
+        )
+
+
+def _call(q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str) -> Call:
+    """torch leaves out arguments that equal their defaults."""
+    return Call(plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale, Options(*options))

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longctx.sequence import Rows
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Partials, log-sum-exps and gradients accumulate in fp32; in fp64 where the inputs are fp64."""
@@ -41,3 +43,17 @@ class Partial:
             old_out.copy_(out)
             old_lse.copy_(lse)
         self._seen[batch, rows] = True
+
+    def merge_packed(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
+        """Takes in what another rank computed of these queries: ``[B, rows, H, D]`` and ``[B, rows, H]``, packed.
+
+        Unlike in ``merge``, a query may have seen nothing, there, here or in both: sigma(-inf + inf) is then no
+        number, and its weight is 0.
+        """
+        for (start, stop), offset in zip(rows.intervals, rows.offsets, strict=True):
+            old_out, old_lse = self.out[:, start:stop], self.lse[:, start:stop]
+            its_lse = lse.narrow(1, offset, stop - start)
+            weight = torch.sigmoid(its_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
+            old_out.lerp_(out.narrow(1, offset, stop - start), weight)
+            torch.logaddexp(old_lse, its_lse, out=old_lse)
+            self._seen[:, start:stop] = True

@@ -8,50 +8,122 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from longctx.attention.operator import Operator
+from longctx.attention.operator import DEFAULT, Attend, Options
 from longctx.errors import ConfigError
 from longctx.sequence import LAYOUTS, Mask, SequencePlan
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What is asked of a strategy: the sequence group's size, head counts of one rank, layout and mask."""
+    """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
+
+    ``inner``: neighbours that make one row of the group seen as a grid; None leaves it to the strategy.
+    ``documents``: whether a sequence may hold several documents that do not see each other.
+    """
 
     world: int
     heads: int
     kv_heads: int
     layout: str
     mask: Mask
+    inner: int | None = None
+    options: Options = DEFAULT
+    documents: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layer's tensors weigh on their way. ``element``: bytes of a number of q, k and v; ``wide``: of an
+    accumulator. ``inner``: as in ``AttentionCase``, resolved."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element: int
+    wide: int
+    inner: int = 1
+    options: Options = DEFAULT
+
+    @property
+    def keys(self) -> int:
+        """Bytes of one token's keys (or values) over the batch."""
+        return self.batch * self.kv_heads * self.head_dim * self.element
+
+    @property
+    def key_gradients(self) -> int:
+        """Bytes of one token's dk (or dv) as they are summed."""
+        return self.batch * self.kv_heads * self.head_dim * self.wide
+
+    @property
+    def queries(self) -> int:
+        """Bytes of one token's queries (or out, or dout)."""
+        return self.batch * self.heads * self.head_dim * self.element
+
+    @property
+    def query_gradients(self) -> int:
+        """Bytes of one token's dq, or of a partial out, as they are summed."""
+        return self.batch * self.heads * self.head_dim * self.wide
+
+    @property
+    def lse(self) -> int:
+        """Bytes of one token's log-sum-exp (or of its delta)."""
+        return self.batch * self.heads * self.wide
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes that one rank sends in one layer."""
+    """What one rank sends in one layer: bytes, then messages."""
 
     forward: int
     backward: int
+    messages_forward: int
+    messages_backward: int
+
+    def __add__(self, other: Volume) -> Volume:
+        return Volume(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A registered strategy. ``volume(plan, rank, row_bytes, gradient_row_bytes)`` is its closed form: the
-    bytes of one token's keys (or values) over batch and heads as they travel, and of its dk (or dv).
+    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
+
+    ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
+    their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
+    second channel between its ranks (``Group.back``).
     """
 
     name: str
-    operator: Operator
+    operator: Attend
     layout: str  # what it prefers
     refuses: Callable[[AttentionCase], str | None]
-    volume: Callable[[SequencePlan, int, int, int], Volume]
+    volume: Callable[[SequencePlan, int, Sizes], Volume]
+    takes: frozenset[str] = frozenset()
+    inner: Callable[[AttentionCase], int] | None = None
+    two_way: bool = False
 
+
+# Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
+OPTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "backward": ("auto", ("auto", "keys", "queries")),
+    "travel": ("wide", ("wide", "narrow")),
+    "inner": (None, ()),
+}
 
 # Name of the strategy -> module that registers it; each module holds `STRATEGIES`.
 MODULES = {
     "local": "longctx.attention.local",
     "ring": "longctx.attention.ring",
     "striped": "longctx.attention.ring",
+    "burst": "longctx.attention.burst",
+    "token_ring": "longctx.attention.token_ring",
+    "ulysses": "longctx.attention.ulysses",
+    "usp": "longctx.attention.usp",
+    "gather": "longctx.attention.gather",
+    "tree": "longctx.attention.tree",
+    "rsa": "longctx.attention.rsa",
 }
 
 
@@ -72,7 +144,36 @@ def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
         )
     if case.layout not in (*LAYOUTS, "explicit"):
         return f"layout {case.layout!r} is unknown; valid layouts: {', '.join(LAYOUTS)}"
-    return strategy.refuses(case)
+    return _option_refused(strategy, case) or strategy.refuses(case)
+
+
+def inner_of(strategy: Strategy, case: AttentionCase) -> int:
+    """Neighbours in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
+    if case.inner is not None:
+        return case.inner
+    return 1 if strategy.inner is None else strategy.inner(case)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
+    given = {**vars(case.options), "inner": case.inner}
+    for name, (default, valid) in OPTIONS.items():
+        value = given[name]
+        if value == default:
+            continue
+        if name not in strategy.takes:
+            return f"attention.{name}={value}: it has no such choice; leave it at {default or 'null'}"
+        if valid and value not in valid:
+            return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
+    if case.inner is not None and (case.inner < 1 or case.world % case.inner):
+        nearest = min(divisors(case.world), key=lambda n: abs(n - (case.inner or 1)))
+        return (
+            f"attention.inner={case.inner} must divide the {case.world} ranks of a sequence; nearest valid: {nearest}"
+        )
+    return None
 
 
 def require(strategy: Strategy, case: AttentionCase) -> None:

@@ -16,124 +16,65 @@ in the accumulation dtype, go home from there (``longctx.sequence.rotation``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import LocalKernel
-from longctx.attention.operator import define_operator
+from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Strategy, Volume
-from longctx.comm import Group, Pending, exchange
-from longctx.sequence import Rows, SequencePlan, TileSet
-
-ROWS = 2  # the dim of tokens in a block of keys and values (or their gradients), [2, B, rows, Hkv/TP, D]
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.travel import Homeward, tally, travel, zeros
+from longctx.sequence import Rotation, SequencePlan
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan, group: Group, kernel: LocalKernel, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    partial = Partial(q)
-    for _, _, (keys, values), tiles in circulate(k, v, plan, group):
-        kernel.forward(q, keys, values, tiles, scale, partial)
+    return pass_keys(q, k, v, call, call.plan.rotation)
+
+
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
+    return pass_keys_backward(dout, saved, call, call.plan.rotation)
+
+
+def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: Call, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    partial, me = Partial(q), call.group.rank
+    for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
+        tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
+        call.kernel.forward(q, block[0], block[1], tiles, call.scale, partial)
     return partial.out, partial.lse
 
 
-def backward(
-    dout: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    plan: SequencePlan,
-    group: Group,
-    kernel: LocalKernel,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
+def pass_keys_backward(dout: Tensor, saved: Saved, call: Call, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
-    dtype = accumulation_dtype(q.dtype)
-    dq, home = _zeros(q, dtype), (_zeros(k, dtype), _zeros(v, dtype))
-    before: Pending | None = None  # shares of the block at hand, summed over the ranks that it has visited
-    returning: list[tuple[Rows, Pending]] = []
-    for hop, rows, block, tiles in circulate(k, v, plan, group):
-        shares = _zeros(block, dtype)
-        kernel.backward(dout, q, block[0], block[1], out, lse, tiles, scale, (dq, shares[0], shares[1]))
-        if before:
-            shares += before.wait()[0]
-        if hop == 0:
-            add_home(home, rows, shares)
-            continue
-        before = pass_on(shares, rows, hop, plan, group)
-        returning.append(send_home(shares, rows, hop, plan, group))
-    for rows, pending in returning:
-        add_home(home, rows, pending.wait()[0])
-    return dq, *home
+    dtype, me = accumulation_dtype(q.dtype), call.group.rank
+    straight = k.dtype if call.options.travel == "narrow" else None
+    dq = zeros(q, dtype)
+    homeward = Homeward((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, straight)
+    for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
+        tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
+        dk, dv = homeward.room(hop, rows)
+        call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
+        homeward.settle(hop)
+    dk, dv = homeward.finish()
+    return dq, dk, dv
 
 
-def add_home(home: tuple[Tensor, Tensor], rows: Rows, shares: Tensor) -> None:
-    """Adds gradients ``[2, B, rows, Hkv/TP, D]`` to these rows of the rank's own (dk, dv)."""
-    for whole, share in zip(home, shares, strict=True):
-        rows.add_to(whole, share)
+def _keys(k: Tensor, v: Tensor, rotation: Rotation, rank: int) -> Tensor:
+    """The rank's block of keys and values, ``[2, B, rows, Hkv/TP, D]``."""
+    rows = rotation.carried(rank, 0)
+    return torch.stack((rows.take(k), rows.take(v)))
 
 
-def circulate(
-    k: Tensor, v: Tensor, plan: SequencePlan, group: Group
-) -> Iterator[tuple[int, Rows, Tensor, tuple[TileSet, ...]]]:
-    """Yields (hop, the owner's rows in the block, block, tiles owed to it) while the next block is in flight."""
-    rotation, me = plan.rotation, group.rank
-    rows = rotation.carried(me, 0)
-    block = torch.stack((rows.take(k), rows.take(v)))
-    for hop in range(group.size):
-        passing = pass_on(block, rows, hop, plan, group)
-        yield hop, rows, block, plan.packed_tiles(me, rotation.owner(me, hop), rows)
-        rows = rotation.carried(rotation.owner(me, hop + 1), hop + 1)
-        [block] = passing.wait()
-
-
-def pass_on(block: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> Pending:
-    """Sends what later ranks read of the block at hand to the next rank; expects the block of the next hop."""
-    rotation, me = plan.rotation, group.rank
-    owner, following = rotation.owner(me, hop), rotation.owner(me, hop + 1)
-    leaving, coming = rotation.carried(owner, hop + 1), rotation.carried(following, hop + 1)
-    return exchange(
-        group,
-        sends=[(rotation.holder(owner, hop + 1), _narrowed(block, rows, leaving))],
-        receives=[(rotation.holder(following, hop), _buffer(block, coming))],
-    )
-
-
-def send_home(shares: Tensor, rows: Rows, hop: int, plan: SequencePlan, group: Group) -> tuple[Rows, Pending]:
-    """Sends gradients of the block at hand that are complete at this hop to the block's owner.
-
-    Returns the rows of the rank's own block that come home from its holder at this hop, and their arrival.
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends: keys and values of the rows it passes on, in the backward pass once more, and dk and dv
+    of every row it has held for others, passed on, sent home, or both.
     """
-    rotation, me = plan.rotation, group.rank
-    owner, own = rotation.owner(me, hop), rotation.ended(me, hop)
-    complete = _narrowed(shares, rows, rotation.ended(owner, hop))
-    arrival = exchange(group, [(owner, complete)], [(rotation.holder(me, hop), _buffer(shares, own))])
-    return own, arrival
-
-
-def _narrowed(block: Tensor, rows: Rows, kept: Rows) -> Tensor:
-    """``kept`` of the ``rows`` that a block holds; the block itself if that is all of them."""
-    return block if kept == rows else kept.inside(rows).take(block, ROWS).contiguous()
-
-
-def _buffer(block: Tensor, rows: Rows) -> Tensor:
-    return block.new_empty(2, block.shape[1], len(rows), *block.shape[3:])
-
-
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_zeros(like.shape, dtype=dtype)
-
-
-def volume(plan: SequencePlan, rank: int, row_bytes: int, gradient_row_bytes: int) -> Volume:
-    """Bytes that a rank sends: keys and values of the rows it passes on, in the backward pass once more,
-    and dk and dv of every row it has held for others.
-    """
-    passed = 2 * plan.rotation.rows_sent(rank) * row_bytes
-    gradients = 2 * plan.rotation.gradient_rows_sent(rank) * gradient_row_bytes
-    return Volume(passed, passed + gradients)
+    rotation, straight = plan.rotation, sizes.options.travel == "narrow"
+    passed, blocks = tally(rotation.leaving(rank))
+    gradients, shares = tally(rotation.returning(rank, straight))
+    forward = 2 * passed * sizes.keys
+    backward = forward + 2 * gradients * (sizes.keys if straight else sizes.key_gradients)
+    return Volume(forward, backward, blocks, blocks + shares)
 
 
 def _refuses_striped(case: AttentionCase) -> str | None:
@@ -142,9 +83,11 @@ def _refuses_striped(case: AttentionCase) -> str | None:
     return None
 
 
-_operator = define_operator("ring", forward, backward)
+attend = define_operator("ring", forward, backward)
+
+_TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", _operator, "zigzag", lambda case: None, volume),
-    "striped": Strategy("striped", _operator, "striped", _refuses_striped, volume),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES),
 }

@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import StrategyAttention
 from longctx.attention.contract import kernel_for
 from longctx.attention.partial import Partial
 from longctx.sequence import SequencePlan
 from longctx.verify import VerifyCase
-from longctx.verify.run import cut
+from longctx.verify.run import attention_of, cut
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _local_inputs(case: VerifyCase) -> tuple[SequencePlan, list[Tensor]]:
 
 def _strategy_pass(case: VerifyCase) -> Callable[[], object]:
     plan, (q, k, v, dout) = _local_inputs(case)
-    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel)
+    attention = attention_of(case, dist.group.WORLD)
     for tensor in (q, k, v):
         tensor.requires_grad_()
     return lambda: torch.autograd.grad(attention(q, k, v, plan.handle), (q, k, v), dout)

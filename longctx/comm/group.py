@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
@@ -22,23 +22,38 @@ class Traffic:
 
 
 _traffic: weakref.WeakKeyDictionary[dist.ProcessGroup, Traffic] = weakref.WeakKeyDictionary()
+_SEPARATOR = "|"  # of a group's name, and of those of its axes and its other channel
+_ABSENT = "-"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks numbered 0..size-1 within the group. Without a process group: this process alone."""
+    """Ranks numbered 0..size-1 within the group. Without a process group: this process alone.
+
+    A grid also knows its axes: rank ``i * inner.size + j`` is the j-th of its ``inner`` group (neighbours, ranks
+    of one node) and the i-th of its ``outer`` group. ``back``: a channel of its own over all the ranks, for what
+    must not wait for messages of the group itself.
+    """
 
     process_group: dist.ProcessGroup | None
     rank: int
     size: int
+    inner: Group | None = None
+    outer: Group | None = None
+    back: Group | None = None
 
     @property
     def name(self) -> str:
         """Passes through custom operators as a string; empty for a single process."""
-        return "" if self.process_group is None else self.process_group.group_name
+        own = "" if self.process_group is None else self.process_group.group_name
+        others = (self.inner, self.outer, self.back)
+        if others == (None, None, None):
+            return own
+        return _SEPARATOR.join([own, *(_ABSENT if group is None else group.name for group in others)])
 
     @property
     def traffic(self) -> Traffic:
+        """Of all axes together."""
         if self.process_group is None:
             return Traffic()
         return _traffic.setdefault(self.process_group, Traffic())
@@ -52,4 +67,56 @@ def group_of(process_group: dist.ProcessGroup | None) -> Group:
 
 def group_named(name: str) -> Group:
     """The group that ``Group.name`` named on this rank."""
-    return group_of(_resolve_process_group(GroupName(name)) if name else None)
+    own, *others = name.split(_SEPARATOR)
+    group = group_of(_resolve_process_group(GroupName(own)) if own else None)
+    if not others:
+        return group
+    inner, outer, back = (None if other == _ABSENT else group_named(other) for other in others)
+    return replace(group, inner=inner, outer=outer, back=back)
+
+
+def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
+    """The group as a grid of ``size / inner`` rows of ``inner`` neighbours; all its ranks call it at one point.
+
+    The axes have process groups of their own, so that what travels along one never waits for the other; they
+    count into the traffic of the whole. Made once per group and size.
+    """
+    whole, alone = group_of(process_group), Group(None, 0, 1)
+    assert whole.size % inner == 0, f"{inner} does not divide {whole.size} ranks; the registry refuses it"
+    if inner == 1:
+        return replace(whole, inner=alone, outer=whole)
+    if inner == whole.size:
+        return replace(whole, inner=whole, outer=alone)
+    assert process_group is not None, "one process has no axes"
+    made = _grids.setdefault(process_group, {})
+    if inner not in made:
+        ranks = dist.get_process_group_ranks(process_group)
+        row, column = divmod(whole.rank, inner)
+        made[inner] = (
+            _subgroup(ranks[row * inner : (row + 1) * inner], whole),
+            _subgroup(ranks[column::inner], whole),
+        )
+    return replace(whole, inner=group_of(made[inner][0]), outer=group_of(made[inner][1]))
+
+
+def two_way(group: Group) -> Group:
+    """The group with its channel ``back``; all its ranks call it at one point. Made once per group."""
+    if group.process_group is None:
+        return replace(group, back=Group(None, 0, 1))
+    if group.process_group not in _backs:
+        _backs[group.process_group] = _subgroup(dist.get_process_group_ranks(group.process_group), group)
+    return replace(group, back=group_of(_backs[group.process_group]))
+
+
+_backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _subgroup(ranks: list[int], whole: Group) -> dist.ProcessGroup:
+    """Only its members need to call it."""
+    made = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup), "a rank makes groups that it belongs to"
+    _traffic[made] = whole.traffic
+    return made

@@ -4,21 +4,16 @@ Registries of the code behind them lie with that code, which the configuration m
 name; tests/architecture holds both to the same names.
 """
 
-STRATEGIES = ("local", "ring", "striped")
+STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather", "tree", "rsa")
 STRATEGIES_PLANNED = (
-    "burst",
-    "tree",
-    "token_ring",
-    "ulysses",
-    "usp",
-    "gather",
     "disaggregated",
     "lasp2",
     "zeppelin",
-    "rsa",
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
+BACKWARD_SIDES = ("auto", "keys", "queries")
+GRADIENT_TRAVEL = ("wide", "narrow")
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 BACKENDS = ("nccl", "gloo", "sim")
 SOURCES = ("python_stdlib", "text", "tokens")

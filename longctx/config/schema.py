@@ -65,6 +65,9 @@ class AttentionConfig:
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
     kernel: str = "auto"
     document_mask: bool = True  # tokens see only their own document
+    inner: int | None = None  # neighbours in one row of sp seen as a grid, for usp and burst; None: up to them
+    backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
+    travel: str = "wide"  # gradients are summed on their way in fp32; narrow: go straight home in 16 bits
 
     def check(self) -> None:
         """Refuse names that stand for nothing and windows that see nothing."""
@@ -74,6 +77,9 @@ class AttentionConfig:
         one_of("attention.kernel", self.kernel, choices.KERNELS)
         at_least("attention.layout_block", self.layout_block, 1)
         at_least("attention.window", self.window, 1)
+        at_least("attention.inner", self.inner, 1)
+        one_of("attention.backward", self.backward, choices.BACKWARD_SIDES)
+        one_of("attention.travel", self.travel, choices.GRADIENT_TRAVEL)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from longctx.attention import StrategyAttention
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
+from longctx.parallel.core import core_attention
 from longctx.parallel.data import shard_parameters
 from longctx.parallel.offload import offload_activations
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
@@ -21,9 +21,9 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     parallel block, what is compiled holds its recomputation, and the gathering of parameters stays outside of
     both.
     """
-    attention, train = config.attention, config.train
+    train = config.train
     pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None
-    core = StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel)
+    core = core_attention(config, mesh)
     for part in [model] if pipeline is None else pipeline.stages:
         split_tensors(part, mesh.tensor)
         part.set_attention(core)

@@ -104,6 +104,20 @@ class Explicit:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What rows of ``inner`` neighbouring ranks hold together under another layout: rank i has the tokens of its
+    ranks ``i * inner ..``, in order of position. All ranks joined are one that holds the whole sequence."""
+
+    layout: Layout
+    inner: int
+    name = "joined"
+
+    def positions(self, length: int, world: int, rank: int) -> Int64:
+        ranks = range(rank * self.inner, (rank + 1) * self.inner)
+        return np.sort(np.concatenate([self.layout.positions(length, world * self.inner, r) for r in ranks]))
+
+
 def make_layout(name: str, block: int = 1) -> Layout:
     """The layout that the configuration names; ``block`` is the striped layout's."""
     if name not in LAYOUTS:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,14 +19,32 @@ from torch import Tensor
 
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
-from longctx.sequence.layout import Layout, shard_length
+from longctx.sequence.layout import Joined, Layout, shard_length
 from longctx.sequence.mask import Mask
 from longctx.sequence.rotation import Rotation, plan_rotation
 from longctx.sequence.rows import Rows
-from longctx.sequence.tiles import TileSet, group_rows, key_intervals, renumber_keys, tiles_of
+from longctx.sequence.tiles import (
+    TileSet,
+    group_rows,
+    key_intervals,
+    query_rows,
+    renumber_keys,
+    renumber_queries,
+    tiles_of,
+)
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """``rows``: of each owner, what a reader sees; one behind the other they are a buffer, whose places in order of
+    position are ``order``, int64. ``tiles``: over the ordered keys."""
+
+    rows: tuple[Rows, ...]
+    order: Int64
+    tiles: tuple[TileSet, ...]
 
 
 class SequencePlan:
@@ -58,7 +77,11 @@ class SequencePlan:
         self._ranges: dict[tuple[int, int], tuple[Int64, Int64]] = {}
         self._tiles: dict[tuple[int, int], tuple[TileSet, ...]] = {}
         self._packed: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
+        self._visiting: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
         self._reads: dict[tuple[int, int], Rows] = {}
+        self._joined: dict[int, SequencePlan] = {}
+        self._gathered: dict[int, Gathered] = {}
+        self._rotations: dict[tuple[str, int], Rotation] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -97,10 +120,73 @@ class SequencePlan:
             self._reads[pair] = Rows.union(needed)
         return self._reads[pair]
 
-    @cached_property
+    def sees(self, owner: int, reader: int) -> Rows:
+        """Local rows of ``owner``'s queries that see a key of ``reader``, united over the batch."""
+        return query_rows(self.tiles(owner, reader))
+
+    def sees_by_row(self, owner: int, reader: int) -> tuple[tuple[slice, Rows], ...]:
+        """``sees`` apart for batch rows that differ; those where no query sees a key are left out."""
+        return tuple(
+            (slice(tiles.batch_start, tiles.batch_stop), query_rows([tiles])) for tiles in self.tiles(owner, reader)
+        )
+
+    def visiting_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
+        """``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
+        key = (q_rank, k_rank, rows)
+        if key not in self._visiting:
+            self._visiting[key] = renumber_queries(self.tiles(q_rank, k_rank), rows)
+        return self._visiting[key]
+
+    def gathered(self, reader: int) -> Gathered:
+        """All keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
+        if reader not in self._gathered:
+            rows = tuple(self.reads(reader, owner) for owner in range(self.world))
+            held = [
+                self._positions[owner][start:stop]
+                for owner in range(self.world)
+                for start, stop in rows[owner].intervals
+            ]
+            positions = np.concatenate(held) if held else np.empty(0, dtype=np.int64)
+            order = np.argsort(positions)
+            keys = positions[order]
+            ranges = [self._key_ranges(reader, row) for row in range(len(self.documents))]
+            tiles = group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
+            self._gathered[reader] = Gathered(rows, order, tiles)
+        return self._gathered[reader]
+
+    def joined(self, inner: int) -> SequencePlan:
+        """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
+        if inner not in self._joined:
+            layout = Joined(self.layout, inner)
+            # Physical tokens of a row are those of its ranks: a constant of the run, whatever the lengths.
+            multiple = inner * self.shard
+            made = SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner, multiple)
+            self._joined[inner] = made
+        return self._joined[inner]
+
+    @property
     def rotation(self) -> Rotation:
         """How key/value blocks travel around the ring of all ranks."""
-        return plan_rotation(self.reads, [len(positions) for positions in self._positions])
+        return self.key_rotation_in(self.world)
+
+    @property
+    def query_rotation(self) -> Rotation:
+        """How blocks of queries travel around the ring of all ranks."""
+        return self.query_rotation_in(self.world)
+
+    def key_rotation_in(self, lap: int) -> Rotation:
+        """How key/value blocks travel around the double ring of rows of ``lap`` ranks."""
+        return self._rotation("keys", lap, self.reads)
+
+    def query_rotation_in(self, lap: int) -> Rotation:
+        """How blocks of queries travel around the double ring of rows of ``lap`` ranks."""
+        return self._rotation("queries", lap, lambda reader, owner: self.sees(owner, reader))
+
+    def _rotation(self, what: str, lap: int, reads: Callable[[int, int], Rows]) -> Rotation:
+        if (what, lap) not in self._rotations:
+            shards = [len(positions) for positions in self._positions]
+            self._rotations[what, lap] = plan_rotation(reads, shards, lap)
+        return self._rotations[what, lap]
 
     def work(self, rank: int) -> int:
         """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""

@@ -1,4 +1,4 @@
-"""The route of key/value blocks around a ring: who holds which rows at which hop.
+"""The route of blocks around a ring of ranks: who holds which rows at which hop.
 
 Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At hop h it carries only rows
 that the holder or some later one reads (but is not cut for a trifle), and it stops after its last reader;
@@ -6,84 +6,168 @@ its gradients travel the same hops one step behind and go home from the last rea
 direction is whichever moves fewer rows: causal zigzag turns downwards, where the later half of a block drops
 out after the wrap (a quarter of the bytes saved); a contiguous causal block never wraps at all (half the
 bytes).
+
+On a grid, rows of ``lap`` neighbours, the ring is double (BurstAttention): a block goes round one row of ranks, a
+lap, while a copy of it crosses to the same place in the next row, where the next lap begins. What only later laps
+read leaves with the copy; gradients are summed along a lap and go home from there. One row is a plain ring of
+neighbours, rows of one rank are a plain ring of crossings.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from longctx.sequence.rows import Rows
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """``needs[owner][hop]``: local rows of the owner that the block carries when it arrives at that hop.
+class Stop:
+    """A block at one hop, as sets of local rows of its owner.
 
-    Hop 0 is all valid rows of the owner.
+    ``carried``: what the block holds. ``summed``: those that the holder or a later one of this lap reads, so that
+    their gradients are under way. ``read``: those that the holder itself reads. Neither is cut for a trifle.
     """
 
-    direction: int  # +1: blocks move to the next rank, -1: to the one before
-    needs: tuple[tuple[Rows, ...], ...]
+    carried: Rows
+    summed: Rows
+    read: Rows
+
+
+NOWHERE = Stop(Rows(), Rows(), Rows())
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """``stops[owner][hop]``; at hop 0 a block is all valid rows of its owner.
+
+    ``turns``: whether blocks move up (+1) or down (-1), across rows of ranks and along a row.
+    """
+
+    lap: int
+    turns: tuple[int, int]
+    stops: tuple[tuple[Stop, ...], ...]
 
     @property
     def world(self) -> int:
-        return len(self.needs)
+        return len(self.stops)
+
+    @property
+    def direction(self) -> int:
+        """Of a plain ring: +1, blocks move to the next rank, or -1, to the one before."""
+        return self.turns[0] if self.lap == 1 else self.turns[1]
 
     def holder(self, owner: int, hop: int) -> int:
         """Rank that holds ``owner``'s block at ``hop``."""
-        return (owner + self.direction * hop) % self.world
+        return _moved(owner, hop, self.turns, self.lap, self.world)
 
     def owner(self, rank: int, hop: int) -> int:
         """Owner of the block that ``rank`` holds at ``hop``."""
-        return (rank - self.direction * hop) % self.world
+        return _moved(rank, -hop, self.turns, self.lap, self.world)
+
+    def at(self, owner: int, hop: int) -> Stop:
+        """``owner``'s block at ``hop``; empty from the hop after its last reader on."""
+        return self.stops[owner][hop] if hop < self.world else NOWHERE
 
     def carried(self, owner: int, hop: int) -> Rows:
-        """Rows of ``owner``'s block at ``hop``; none from the hop after its last reader on."""
-        return self.needs[owner][hop] if hop < self.world else Rows()
+        """Rows of ``owner``'s block at ``hop``."""
+        return self.at(owner, hop).carried
+
+    def riding(self, owner: int, hop: int) -> Rows:
+        """Rows whose gradients the holder before passes on to the holder at ``hop``: none at a lap's start."""
+        return self.at(owner, hop).summed if hop % self.lap else Rows()
 
     def ended(self, owner: int, hop: int) -> Rows:
-        """Rows whose last reader is the holder at ``hop``: their gradients are complete and go home."""
-        return self.carried(owner, hop) - self.carried(owner, hop + 1)
+        """Rows whose last reader in this lap is the holder at ``hop``: their sums are complete and go home."""
+        return self.at(owner, hop).summed - self.riding(owner, hop + 1)
+
+    def leaving(self, rank: int) -> list[Rows]:
+        """What each message of a pass around the ring carries away from ``rank``, empty ones included."""
+        found = []
+        for hop in range(self.world):
+            owner = self.owner(rank, hop)
+            if hop % self.lap == 0:
+                found.append(self.carried(owner, hop + self.lap))
+            if (hop + 1) % self.lap:
+                found.append(self.carried(owner, hop + 1))
+        return found
+
+    def returning(self, rank: int, straight: bool) -> list[Rows]:
+        """What each message with gradients carries away from ``rank``, empty ones included.
+
+        ``straight``: each holder's share goes home by itself, of the rows that it reads.
+        """
+        held = [(self.owner(rank, hop), hop) for hop in range(1, self.world)]
+        if straight:
+            return [self.at(owner, hop).read for owner, hop in held]
+        return [rows for owner, hop in held for rows in (self.riding(owner, hop + 1), self.ended(owner, hop))]
 
     def rows_sent(self, rank: int) -> int:
-        """Rows of keys (and as many of values) that ``rank`` passes on in one pass around the ring."""
-        return sum(len(self.carried(self.owner(rank, hop), hop + 1)) for hop in range(self.world))
+        """Rows of a block that ``rank`` passes on in one pass around the ring."""
+        return sum(map(len, self.leaving(rank)))
 
-    def gradient_rows_sent(self, rank: int) -> int:
-        """Rows of dk (and as many of dv) that ``rank`` passes on or sends home: one per row held after hop 0."""
-        return sum(len(self.carried(self.owner(rank, hop), hop)) for hop in range(1, self.world))
+    @cached_property
+    def cost(self) -> tuple[int, int]:
+        """Rows passed on by all ranks together, across rows of ranks and along them."""
+        hops = [(hop, len(block[hop].carried)) for block in self.stops for hop in range(1, self.world)]
+        return sum(n for hop, n in hops if hop % self.lap == 0), sum(n for hop, n in hops if hop % self.lap)
+
+    @cached_property
+    def gradient_rows(self) -> tuple[int, int]:
+        """Rows of gradients that all ranks together send: summed on their way, and straight home."""
+        stops = [stop for block in self.stops for stop in block[1:]]
+        return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
 
 
-def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int]) -> Rotation:
-    """The cheaper direction for ``reads(reader, owner)``, the rows that each rank reads of each other; +1 on a tie.
+def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:
+    """``rank`` after so many hops of a double ring; fewer than 0 lead back."""
+    (row, place), (laps, steps) = divmod(rank, lap), divmod(abs(hops), lap)
+    sign = 1 if hops >= 0 else -1
+    return (row + sign * turns[0] * laps) % (world // lap) * lap + (place + sign * turns[1] * steps) % lap
 
-    ``shards``: valid rows of each rank.
+
+def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> Rotation:
+    """The cheapest turns for ``reads(reader, owner)``, the rows that each rank reads of each other.
+
+    ``shards``: valid rows of each rank. Fewest rows across, which is where links are slow, then along; +1 on a tie.
     """
     world = len(shards)
-
-    def turned(direction: int) -> Rotation:
-        return Rotation(direction, tuple(carried(owner, direction) for owner in range(world)))
-
-    def carried(owner: int, direction: int) -> tuple[Rows, ...]:
-        exact = [Rows()] * (world + 1)
-        for hop in range(world - 1, 0, -1):
-            exact[hop] = exact[hop + 1] | reads((owner + direction * hop) % world, owner)
-        block = Rows(((0, shards[owner]),)) if shards[owner] else Rows()
-        needs = [block]
-        for hop in range(1, world):
-            if worth_narrowing(block, exact[hop]):
-                block = exact[hop]
-            needs.append(block)
-        return tuple(needs)
-
-    def cost(rotation: Rotation) -> int:
-        return sum(rotation.rows_sent(rank) for rank in range(world))
-
-    return min(turned(+1), turned(-1), key=cost)
+    either, irrelevant = (+1, -1), (+1,)
+    turned = [
+        Rotation(lap, turns, tuple(_route(reads, shards, owner, lap, turns) for owner in range(world)))
+        for turns in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
+    ]
+    return min(turned, key=lambda rotation: rotation.cost)
 
 
-def worth_narrowing(block: Rows, needed: Rows) -> bool:
-    """A block that would lose a row or a thirty-second goes on as it came, without a copy; an unread one stops."""
+def _route(
+    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, turns: tuple[int, int]
+) -> tuple[Stop, ...]:
+    """The stops of one block."""
+    world = len(shards)
+    own = [reads(_moved(owner, hop, turns, lap, world), owner) for hop in range(world)]
+    to_lap_end = [*own]  # what the holder or a later one of its lap reads
+    for hop in range(world - 2, -1, -1):
+        if (hop + 1) % lap:
+            to_lap_end[hop] |= to_lap_end[hop + 1]
+    to_end = to_lap_end[::lap]  # by lap: what it or a later one reads
+    for number in range(len(to_end) - 2, -1, -1):
+        to_end[number] |= to_end[number + 1]
+    block = Rows(((0, shards[owner]),)) if shards[owner] else Rows()
+    stops = []
+    for hop in range(world):
+        if hop % lap == 0:
+            block = narrowed_rows(block, to_end[hop // lap]) if hop else block
+            inside = narrowed_rows(block, to_lap_end[hop]) if hop else block
+        else:
+            inside = narrowed_rows(inside, to_lap_end[hop])
+        stops.append(Stop(inside if hop % lap else block, inside, narrowed_rows(inside, own[hop])))
+    return tuple(stops)
+
+
+def narrowed_rows(block: Rows, needed: Rows) -> Rows:
+    """``needed``, or the whole block where cutting it would save a row or a thirty-second; an unread one stops."""
     dropped = len(block) - len(needed)
-    return not needed or dropped > max(1, len(block) // 32)
+    return needed if not needed or dropped > max(1, len(block) // 32) else block

@@ -135,6 +135,21 @@ def group_rows(per_row: Sequence[tuple[Tile, ...]]) -> tuple[TileSet, ...]:
     return tuple(sets)
 
 
+def query_rows(tile_sets: Sequence[TileSet]) -> Rows:
+    """The query rows that any of the tiles has, united over the batch."""
+    return Rows.union((tile.q_start, tile.q_stop) for tiles in tile_sets for tile in tiles.tiles)
+
+
+def renumber_queries(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet, ...]:
+    """The same tiles over a packed buffer that holds only ``rows`` of the query shard."""
+
+    def moved(tile: Tile) -> Tile:
+        start = rows.locate(tile.q_start, tile.q_stop)
+        return replace(tile, q_start=start, q_stop=start + tile.queries)
+
+    return tuple(replace(tiles, tiles=tuple(moved(tile) for tile in tiles.tiles)) for tiles in tile_sets)
+
+
 def renumber_keys(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet, ...]:
     """The same tiles over a packed buffer that holds only ``rows`` of the key shard."""
 

@@ -6,34 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longctx.attention import AttentionCase, get_strategy
 from longctx.config import Config
 from longctx.mesh import Mesh
-from longctx.sequence import Batch, Layout, LocalBatch, Mask, make_layout, shard
-
-
-def layout_of(config: Config) -> Layout:
-    """The layout that the configuration names, or the one that its strategy prefers."""
-    attention = config.attention
-    name = attention.layout or get_strategy(attention.strategy).layout
-    return make_layout(name, attention.layout_block)
-
-
-def mask_of(config: Config) -> Mask:
-    """Decoders are causal; documents come with each batch."""
-    return Mask(causal=True, window=config.attention.window)
-
-
-def attention_case(config: Config) -> AttentionCase:
-    """What the run asks of its attention strategy, on each rank."""
-    heads, kv_heads = config.local_heads
-    return AttentionCase(
-        world=config.parallel.sp,
-        heads=heads,
-        kv_heads=kv_heads,
-        layout=layout_of(config).name,
-        mask=mask_of(config),
-    )
+from longctx.parallel.core import layout_of, mask_of
+from longctx.sequence import Batch, Layout, LocalBatch, Mask, shard
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from longctx.attention import dense_attention
 from longctx.attention.core import Started
 from longctx.config import Config
 from longctx.model import Decoder, initialize
+from longctx.parallel.core import mask_of
 from longctx.parallel.data import master_dtype
 from longctx.sequence import IGNORE, Batch, Documents, Mask
-from longctx.train.border import mask_of
 from longctx.train.canary_sample import SEED
 
 

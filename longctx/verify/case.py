@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.attention import AttentionCase, get_strategy, refusal
+from longctx.attention import AttentionCase, Options, get_strategy, refusal
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.errors import ConfigError
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
@@ -40,6 +40,9 @@ class VerifyCase:
     seed: int = 0
     layout_block: int = 1
     kernel: str = "auto"
+    inner: int | None = None
+    backward: str = "auto"
+    travel: str = "wide"
 
     def __post_init__(self) -> None:
         for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block"):
@@ -68,6 +71,18 @@ class VerifyCase:
     def packing(self) -> tuple[Documents, ...]:
         return (Documents.from_lengths(self.documents or (self.seq,)),) * self.batch
 
+    @property
+    def options(self) -> Options:
+        return Options(self.backward, self.travel)
+
+    @property
+    def attention_case(self) -> AttentionCase:
+        """What is asked of the strategy."""
+        packed = len(self.documents) > 1
+        return AttentionCase(
+            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options, packed
+        )
+
     def make_layout(self) -> Layout:
         return make_layout(self.layout, self.layout_block)
 
@@ -80,8 +95,7 @@ class VerifyCase:
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:
-            case = AttentionCase(self.world, self.heads, self.kv_heads, self.layout, self.mask)
-            reason = refusal(get_strategy(self.strategy), case)
+            reason = refusal(get_strategy(self.strategy), self.attention_case)
             if reason is None:
                 self.make_layout()
                 select_kernel(self.kernel, problem)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import StrategyAttention, dense_attention
+from longctx.attention import StrategyAttention, dense_attention, get_strategy
 from longctx.attention.operator import IMPLEMENTATIONS
+from longctx.attention.registry import inner_of
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify.case import ROUNDING_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
@@ -20,7 +23,7 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
     q, k, v, dout = (cut(whole, plan, ranks.rank) for whole in case.inputs())
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    attention = StrategyAttention(case.strategy, group, case.kernel)
+    attention = attention_of(case, group)
     before = ranks.traffic.bytes
     with PeakMemory(IMPLEMENTATIONS) as memory:
         out = attention(q, k, v, plan.handle)
@@ -28,6 +31,12 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
         grads = torch.autograd.grad(out, (q, k, v), dout)
     tensors = dict(zip(TENSORS, (out.detach(), *grads), strict=True))
     return RankResult(tensors, between - before, ranks.traffic.bytes - between, memory.peak)
+
+
+def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
+    """The case's strategy; ranks of the group call it at the same point."""
+    inner = inner_of(get_strategy(case.strategy), case.attention_case)
+    return StrategyAttention(case.strategy, group, case.kernel, inner=inner, options=case.options)
 
 
 def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
@@ -99,7 +108,16 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[st
     least, most = TOLERANCE[case.dtype]
     if least == most:
         return dict.fromkeys(TENSORS, most)
-    alone = VerifyCase(**{**vars(case), "strategy": "local", "layout": "contiguous", "layout_block": 1, "world": 1})
+    alone = replace(
+        case,
+        strategy="local",
+        layout="contiguous",
+        layout_block=1,
+        world=1,
+        inner=None,
+        backward="auto",
+        travel="wide",
+    )
     single = run_rank(alone, None).tensors
     errors = _errors(alone, alone.plan(), single, truth, dout)
     return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}

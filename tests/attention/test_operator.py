@@ -24,7 +24,7 @@ def drawn(plan: SequencePlan, *heads: int) -> list[torch.Tensor]:
     return [torch.randn(2, plan.shard, n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in heads]
 
 
-@pytest.mark.parametrize("strategy", ["local", "ring"])
+@pytest.mark.parametrize("strategy", ["local", "ring", "burst", "token_ring"])
 def test_opcheck(strategy):
     plan = plan_for(1)
     q, k, v = drawn(plan, 4, 2, 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.comm import Group, exchange, group_named, group_of
+from longctx.comm import Group, exchange, grid_of, group_named, group_of, two_way
 from longctx.sim import Cluster, DeadlockError
 
 
@@ -79,6 +79,30 @@ def test_a_group_is_found_by_the_name_that_passes_through_operators():
         return True
 
     assert Cluster(2).run(body) == [True, True]
+
+
+def test_a_grid_and_its_other_channel_are_found_by_name_and_count_together():
+    def body():
+        for inner in (1, 2, 4):
+            grid = two_way(grid_of(dist.group.WORLD, inner))
+            assert group_named(grid.name) == grid and grid == two_way(grid_of(dist.group.WORLD, inner))
+            assert (grid.inner.size, grid.outer.size, grid.back.size) == (inner, 4 // inner, 4)
+            assert grid.rank == grid.back.rank == grid.outer.rank * inner + grid.inner.rank
+            assert grid.back.process_group is not grid.process_group
+        other = (grid.rank + 1) % 4, (grid.rank - 1) % 4
+        before = grid.traffic.messages
+        # The same two ranks, in another order on either channel: neither waits for the other.
+        first, second = (grid, grid.back) if grid.rank % 2 else (grid.back, grid)
+        posted = {one.name: exchange(one, [(other[0], torch.tensor([one is grid]))], []) for one in (first, second)}
+        for one in (grid, grid.back):
+            [came] = exchange(one, [], [(other[1], torch.tensor([False]))]).wait()
+            assert bool(came) is (one is grid)
+            posted[one.name].wait()
+        return grid.traffic.messages - before
+
+    assert Cluster(4).run(body) == [2] * 4
+    alone = two_way(grid_of(None, 1))
+    assert group_named(alone.name) == alone and alone.back == Group(None, 0, 1)
 
 
 def test_a_single_process_needs_no_process_group():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import StrategyAttention
+from longctx.attention.operator import DEFAULT, Options
 from longctx.sequence import SequencePlan
 from tests.equivalence.attention_cases import HEADS, LAYOUTS, MASKS, Case, inputs
 from tests.equivalence.attention_definition import reference
@@ -27,13 +28,16 @@ def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
     return local
 
 
-def compute(case: Case, strategy: str = "ring", kernel: str = "auto") -> dict[str, Tensor]:
+def compute(
+    case: Case, strategy: str = "ring", kernel: str = "auto", inner: int = 1, options: Options = DEFAULT
+) -> dict[str, Tensor]:
     """Forward and backward of the calling rank's share."""
     plan, whole = case.plan(), inputs(case.problem)
     q, k, v, dout = (cut(whole[name], plan, dist.get_rank()) for name in ("q", "k", "v", "dout"))
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    out = StrategyAttention(strategy, dist.group.WORLD, kernel)(q, k, v, plan.handle)
+    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, inner=inner, options=options)
+    out = attention(q, k, v, plan.handle)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 

@@ -17,9 +17,9 @@ from longctx.launcher.compose import compose
         (
             "attention=stripd",
             ConfigError,
-            ["attention=stripd", "did you mean striped?", "local, ring, striped"],
+            ["attention=stripd", "did you mean striped?", "valid: ", "local, ring, "],
         ),
-        ("attention=burst", NotAvailableError, ["not built yet"]),
+        ("attention=zeppelin", NotAvailableError, ["not built yet"]),
         ("model=huge", ConfigError, ["model=huge", "tiny"]),
         ("recipe=dem", ConfigError, ["did you mean demo?"]),
         ("data.seqlen=5", ConfigError, ["did you mean data.seq_len?"]),

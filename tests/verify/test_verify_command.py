@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longctx.attention.registry import MODULES
 from longctx.kernels.dense import Dense
 from longctx.launcher import cli, verify_command
 from longctx.launcher.verify_command import matrix, table
@@ -114,7 +115,7 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--kernel", "flsh"], 78, "'flsh' is unknown; valid kernels: auto, flash_cuda, flash_cpu, dense"),
         (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
         (["--strategy", "rign"], 78, "did you mean ring?"),
-        (["--strategy", "ulysses"], 69, "--strategy=ulysses is not built yet; available: local, ring, striped"),
+        (["--strategy", "lasp2"], 69, "--strategy=lasp2 is not built yet; available: local, ring, striped"),
         (["--mixer", "retnet"], 69, "--mixer retnet: linear mixers are not built yet"),
         (["--dump", "nowhere/at/all.safetensors"], 74, "must be a file in a folder that exists"),
         (["--all", "--table", "."], 74, "must be a file in a folder that exists"),
@@ -220,7 +221,7 @@ def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
 def test_the_matrix_passes_on_a_short_sequence(capsys, tmp_path, monkeypatch):
     """Every seventh of its cases, so that all values of all axes occur; the rest is `make matrix`."""
     file = tmp_path / "exactness.md"
-    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 7))
+    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 16))
     status, out, err = verify(capsys, "--all", "--seq", "5", "--table", str(file))
     assert (status, err) == (0, "")
     assert "WRONG" not in out and out.strip() in file.read_text()
@@ -233,7 +234,7 @@ def test_the_matrix_passes_on_a_short_sequence(capsys, tmp_path, monkeypatch):
 
 
 def test_the_matrix_as_json_is_a_list_of_the_same_objects(capsys, monkeypatch):
-    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 67))
+    monkeypatch.setattr(verify_command, "matrix", lambda *words: itertools.islice(matrix(*words), 0, None, 134))
     status, verdicts = verify_json(capsys, "--all", "--seq", "5")
     assert status == 0 and {tuple(verdict) for verdict in verdicts} == {tuple(FIELDS)}
     assert {verdict["refused"] is None for verdict in verdicts} == {True, False}
@@ -241,7 +242,7 @@ def test_the_matrix_as_json_is_a_list_of_the_same_objects(capsys, monkeypatch):
 
 def test_the_matrix_holds_every_axis():
     cases = list(matrix(40, "float64", "sim"))
-    assert len(cases) == len(set(cases)) == 3 * 3 * 5 * 3 * 5
+    assert len(cases) == len(set(cases)) == len(MODULES) * 3 * 5 * 3 * 5
     assert {case.world for case in cases} == {1, 2, 3, 4, 8}
     assert {(case.heads // case.kv_heads, case.kv_heads) for case in cases} == {(1, 4), (4, 2), (4, 1)}
     assert {bool(case.window) for case in cases} == {case.causal for case in cases} == {True, False}

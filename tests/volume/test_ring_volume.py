@@ -8,9 +8,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 from longctx.attention import StrategyAttention, get_strategy
+from longctx.attention.operator import Options
+from longctx.attention.registry import Sizes, Volume
 from longctx.comm import group_of
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
+from tests.attention.travelling import assert_volume
 from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
 from tests.volume.ring_count import count
@@ -59,7 +62,8 @@ def check(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype) -> 
         for keys, gradients in zip(rows.keys, rows.gradients, strict=True)
     ]
     volume = get_strategy("ring").volume
-    closed = [volume(plan, rank, numbers * size, numbers * gradient_size) for rank in range(plan.world)]
+    sizes = Sizes(len(plan.documents), heads, kv_heads, DIM, size, gradient_size)
+    closed = [volume(plan, rank, sizes) for rank in range(plan.world)]
     assert forward == [one.forward for one in closed]
     assert backward == [one.backward for one in closed]
 
@@ -133,7 +137,7 @@ def test_closed_form_is_the_independent_count(example):
     plan = example.plan()
     rows, volume = count(plan), get_strategy("ring").volume
     for rank in range(example.world):
-        one = volume(plan, rank, 10, 1000)
+        one = volume(plan, rank, Sizes(1, 1, 1, 1, 10, 1000))
         assert one.forward == 2 * 10 * rows.keys[rank]
         assert one.backward == 2 * (10 * rows.keys[rank] + 1000 * rows.gradients[rank])
 
@@ -159,4 +163,12 @@ def test_a_window_costs_its_own_width_under_the_contiguous_layout():
 
 def test_local_attention_sends_nothing():
     plan = plan_of([(9,)], Mask(), Contiguous(), 9, 1)
-    assert vars(get_strategy("local").volume(plan, 0, 8, 8)) == {"forward": 0, "backward": 0}
+    assert get_strategy("local").volume(plan, 0, Sizes(1, 1, 1, 1, 8, 8)) == Volume(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("travel", ["wide", "narrow"])
+def test_bytes_and_messages_of_either_way_home_are_the_closed_form(layout, mask, travel):
+    plan = plan_of(PACKINGS["mixed"], MASKS[mask], LAYOUTS[layout], 192, 4)
+    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=Options(travel=travel))

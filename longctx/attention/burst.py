@@ -1,0 +1,147 @@
+"""BurstAttention: a double ring of keys forward; backward, whichever side is smaller travels.
+
+Sun, Zhao, Han, Yang, Liu, Shi, Sun, "BurstAttention: An Efficient Distributed Attention Framework for Extremely
+Long Sequences" (2024); "BurstEngine: an Efficient Distributed Framework for Training Transformers on Extremely Long
+Sequences of over 1M Tokens" (2025), whose topology-aware ring and backward communication these are.
+
+Ranks are a grid: rows of ``inner`` neighbours (of one node), N rows.
+
+    forward:                                       backward on the queries' side, K, V, dK, dV stay:
+    for lap = 0 .. N-1:                            delta = rowsum(dO * O)
+        copy my block to the next row                  for the same hops, of (Q, dO, lse, delta) for K, V:
+        for step = 0 .. inner-1:                           pass my block on, expect the next
+            pass my block on, expect the next              dK, dV += ..., dQ of my block = ...
+            merge attention of q over my block             + the dQ that rode behind it
+            take the block that arrived                    send dQ after its block, one step behind
+        take the copy that arrived                     at a lap's end dQ goes home
+
+The copy between rows is under way for a whole lap. It carries what later laps read; blocks inside a lap carry
+what the lap still reads. A lap's sum of gradients goes straight home, on a channel of its own, instead of waiting
+for the next lap's: as many bytes cross, and the lap after it hides them. One row of all ranks, or rows of one, are
+the plain ring. The keys' side is the ring's backward over this route.
+
+Queries' side costs 2 h (D e + w) + h D w bytes a row, keys' side 2 k D (e + w): h heads, k of them of keys, e bytes
+a number and w an accumulator, times what each side's masks leave to be sent (``longctx.sequence.rotation``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longctx.attention.delta import delta_of, stand_in
+from longctx.attention.operator import Call, Saved, define_operator
+from longctx.attention.partial import accumulation_dtype
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.ring import pass_keys, pass_keys_backward
+from longctx.attention.travel import Homeward, tally, travel, zeros
+from longctx.comm import Group
+from longctx.sequence import Rotation, SequencePlan
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    return pass_keys(q, k, v, call, call.plan.key_rotation_in(_inner(call.group)))
+
+
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v. Every rank comes to the same side: it depends on the plan and on shapes."""
+    q, k, *_ = saved
+    sizes = Sizes(
+        batch=q.shape[0],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        element=q.element_size(),
+        wide=accumulation_dtype(q.dtype).itemsize,
+        inner=_inner(call.group),
+        options=call.options,
+    )
+    if side_of(call.plan, sizes) == "keys":
+        return pass_keys_backward(dout, saved, call, call.plan.key_rotation_in(sizes.inner))
+    straight = q.dtype if call.options.travel == "narrow" else None
+    return pass_queries_backward(dout, saved, call, call.plan.query_rotation_in(sizes.inner), straight)
+
+
+def pass_queries_backward(
+    dout: Tensor, saved: Saved, call: Call, rotation: Rotation, straight: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
+    q, k, v, out, lse = saved
+    dtype, me = accumulation_dtype(q.dtype), call.group.rank
+    dk, dv = zeros(k, dtype), zeros(v, dtype)
+    homeward = Homeward((zeros(q, dtype),), rotation, call.group, straight)
+    rows = rotation.carried(me, 0)
+    block = (
+        torch.stack((rows.take(q), rows.take(dout))),  # [2, B, rows, H/TP, D]
+        torch.stack((rows.take(lse), rows.take(delta_of(dout, out)))),  # [2, B, rows, H/TP]
+    )
+    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(block, rotation, call.group):
+        tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
+        [dq] = homeward.room(hop, rows)
+        given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
+        call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
+        homeward.settle(hop)
+    [dq] = homeward.finish()
+    return dq, dk, dv
+
+
+def side_of(plan: SequencePlan, sizes: Sizes) -> str:
+    """What travels in the backward pass: as asked, or what costs all ranks together fewer bytes."""
+    if sizes.options.backward != "auto":
+        return sizes.options.backward
+
+    def cost(side: str) -> int:
+        rotation, block, gradients = _route(plan, side, sizes)
+        summed, straight = rotation.gradient_rows
+        return sum(rotation.cost) * block + (straight if sizes.options.travel == "narrow" else summed) * gradients
+
+    return min(("keys", "queries"), key=cost)
+
+
+def _route(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[Rotation, int, int]:
+    """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
+    narrow = sizes.options.travel == "narrow"
+    if side == "keys":
+        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if narrow else sizes.key_gradients)
+    gradients = sizes.queries if narrow else sizes.query_gradients
+    return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """Keys and values of the rows that a rank passes on; backward, those of the side that travels, and gradients."""
+    passed, blocks = tally(plan.key_rotation_in(sizes.inner).leaving(rank))
+    side = side_of(plan, sizes)
+    rotation, block, gradients = _route(plan, side, sizes)
+    passed_back, blocks_back = tally(rotation.leaving(rank))
+    returned, shares = tally(rotation.returning(rank, sizes.options.travel == "narrow"))
+    return Volume(
+        2 * passed * sizes.keys,
+        passed_back * block + returned * gradients,
+        blocks,
+        blocks_back * (1 if side == "keys" else 2) + shares,
+    )
+
+
+def _inner(group: Group) -> int:
+    """Ranks in a row; a group that is no grid, of one rank, is one row."""
+    return group.size if group.inner is None else group.inner.size
+
+
+def _one_row(case: AttentionCase) -> int:
+    """Without word of nodes all ranks are neighbours."""
+    return case.world
+
+
+STRATEGIES = {
+    "burst": Strategy(
+        "burst",
+        define_operator("burst", forward, backward),
+        "zigzag",
+        lambda case: None,
+        volume,
+        frozenset({"backward", "travel", "inner"}),
+        inner=_one_row,
+        two_way=True,
+    )
+}

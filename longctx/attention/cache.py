@@ -1,0 +1,111 @@
+"""Keys and values of a sequence that is being generated, sharded over the ranks of its group.
+
+A token's keys and values lie on one rank, in all layers; which one it is follows from counts that every rank keeps
+for itself, so that nothing is asked or sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.comm import Group
+from longctx.sequence import Documents, Mask, SequencePlan, TileSet
+from longctx.sequence.tiles import group_rows, tiles_of
+
+
+class KeyValueShard:
+    """One layer's keys and values of the tokens that this rank holds, by ascending position.
+
+    Its memory doubles when it is full, so that a new token costs no copy of the old ones.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None  # [2, B, capacity, Hkv/TP, D]
+        self._length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """k and v ``[B, n, Hkv/TP, D]`` of tokens after all those that are here; n may be 0."""
+        length = self._length + k.shape[1]
+        if self._buffer is None or self._buffer.shape[2] < length:
+            capacity = length if self._buffer is None else max(length, 2 * self._buffer.shape[2])
+            grown = k.new_empty(2, k.shape[0], capacity, *k.shape[2:])
+            if self._buffer is not None:
+                grown[:, :, : self._length] = self._buffer[:, :, : self._length]
+            self._buffer = grown
+        self._buffer[0, :, self._length : length] = k
+        self._buffer[1, :, self._length : length] = v
+        self._length = length
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, n, Hkv/TP, D]``, a view; likewise ``values``."""
+        return self._rows()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._rows()[1]
+
+    def _rows(self) -> Tensor:
+        assert self._buffer is not None, "nothing has been appended yet"
+        return self._buffer[:, :, : self._length]
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Tokens at the end of the sequence, while they pass through the layers.
+
+    ``positions``: global, of all of them, which every rank computes. ``kept``: places among them of those whose keys
+    and values this rank keeps. ``tiles``: what they owe the keys that lie here, the kept ones included.
+    """
+
+    positions: range
+    kept: Tensor
+    tiles: tuple[TileSet, ...]
+
+
+class SequenceCache:
+    """Where the tokens of a batch of equally long sequences lie; the same on every rank but for whose rows it knows.
+
+    Each of ``layers`` has its shard here. ``arrivals``: the tokens that are decoded now; None while a prompt is
+    computed by a strategy.
+    """
+
+    def __init__(self, group: Group, mask: Mask, layers: int) -> None:
+        self.group = group
+        self.mask = mask
+        self.counts = [0] * group.size  # tokens that each rank holds
+        self.arrivals: Arrivals | None = None
+        self.shards = [KeyValueShard() for _ in range(layers)]
+        self._held = np.empty(0, dtype=np.int64)  # positions of this rank's tokens
+
+    @property
+    def length(self) -> int:
+        return sum(self.counts)
+
+    def expect_prompt(self, plan: SequencePlan) -> None:
+        """Each rank keeps what the plan's layout gave it."""
+        assert not self.length, "a prompt comes first"
+        self.counts = [len(plan.positions(rank)) for rank in range(plan.world)]
+        self._held = plan.positions(self.group.rank)
+        self.arrivals = None
+
+    def expect(self, batch: int, tokens: int) -> Arrivals:
+        """Places so many new tokens of each sequence: each goes to the rank that holds the fewest, the first of
+        several."""
+        positions = range(self.length, self.length + tokens)
+        kept = []
+        for place in range(tokens):
+            holder = self.counts.index(min(self.counts))
+            self.counts[holder] += 1
+            if holder == self.group.rank:
+                kept.append(place)
+        self._held = np.append(self._held, positions.start + np.array(kept, dtype=np.int64))
+        queries = np.arange(positions.start, positions.stop, dtype=np.int64)
+        start, stop = self.mask.key_range(queries, Documents.single(positions.stop))
+        tiles = group_rows([tiles_of(start, stop, self._held)] * batch)
+        self.arrivals = Arrivals(positions, torch.tensor(kept, dtype=torch.int64), tiles)
+        return self.arrivals

@@ -1,0 +1,346 @@
+"""Swapping axes inside a row of ranks: from some tokens with all heads to all tokens with some heads, and back.
+
+Two operators, ``to_heads`` and ``to_tokens``, and their adjoints. Ulysses and USP put other operators between them.
+Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them, so that layouts,
+documents and windows are whatever that plan says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.attention.operator import IMPLEMENTATIONS, Attend, require_fit
+from longctx.attention.partial import accumulation_dtype
+from longctx.attention.registry import Sizes, Volume
+from longctx.comm import Group, exchange, group_named
+from longctx.sequence import SequencePlan, plan_of
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Which heads each of ``ranks`` has; key/value head ``h * kv_heads // heads`` belongs to query head h."""
+
+    heads: int
+    kv_heads: int
+    ranks: int
+
+    @property
+    def queries(self) -> int:
+        """Query heads of every rank."""
+        return self.heads // self.ranks
+
+    def query_heads(self, rank: int) -> slice:
+        return slice(rank * self.queries, (rank + 1) * self.queries)
+
+    def key_heads(self, rank: int) -> slice:
+        """Those that the rank's query heads read; ranks share heads where there are fewer of them."""
+        own = self.query_heads(rank)
+        return slice(own.start * self.kv_heads // self.heads, (own.stop - 1) * self.kv_heads // self.heads + 1)
+
+    def keys(self, rank: int) -> int:
+        """How many of those."""
+        own = self.key_heads(rank)
+        return own.stop - own.start
+
+    def copies(self, rank: int) -> list[int] | None:
+        """Which of ``key_heads`` each query head reads, where a kernel would not find it by itself: then each
+        query head gets a copy."""
+        own, first = self.query_heads(rank), self.key_heads(rank).start
+        read = [head * self.kv_heads // self.heads - first for head in range(own.start, own.stop)]
+        count = self.keys(rank)
+        fits = self.queries % count == 0 and all(key == i * count // self.queries for i, key in enumerate(read))
+        return None if fits else read
+
+    def local_keys(self, rank: int) -> int:
+        """Key/value heads that the rank's kernel sees."""
+        return self.keys(rank) if self.copies(rank) is None else self.queries
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the grid, seen from one of its ranks: whose tokens lie where among those of the row."""
+
+    group: Group
+    places: tuple[Tensor, ...]  # of each rank's valid tokens, in order, among the row's: int64
+    tokens: int  # physical, T/SP of this rank times ranks: a constant of the run
+
+    @classmethod
+    def of(cls, plan: SequencePlan, grid: Group, device: torch.device) -> Row:
+        assert grid.inner is not None, "StrategyAttention makes the grid"
+        inner = grid.inner.size
+        first = grid.rank // inner * inner
+        together = plan.joined(inner).positions(grid.rank // inner)
+        places = (np.searchsorted(together, plan.positions(first + rank)) for rank in range(inner))
+        return cls(
+            grid.inner,
+            tuple(torch.from_numpy(place).to(device, non_blocking=True) for place in places),
+            inner * plan.shard,
+        )
+
+    def swap(self, parts: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
+        """All-to-all: sends ``parts[r]`` to rank r of the row; returns what each rank sent, own part included."""
+        me = self.group.rank
+        others = [rank for rank in range(self.group.size) if rank != me]
+        sends = [(rank, parts[rank].contiguous()) for rank in others]
+        exchange(self.group, sends, [(rank, buffers[rank]) for rank in others]).wait()
+        return [parts[me] if rank == me else buffers[rank] for rank in range(self.group.size)]
+
+
+def to_heads(q: Tensor, k: Tensor, v: Tensor, row: Row, split: HeadSplit) -> tuple[Tensor, Tensor, Tensor]:
+    """q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]`` to ``[B, T/SP·u, H/u, D]`` and the heads that those read.
+
+    One message per rank of the row: its heads of q, k and v side by side.
+    """
+    me, valid = row.group.rank, len(row.places[row.group.rank])
+    parts = []
+    for rank in range(split.ranks):
+        keys = split.key_heads(rank)
+        pieces = (q[:, :valid, split.query_heads(rank)], k[:, :valid, keys], v[:, :valid, keys])
+        parts.append(torch.cat(pieces, dim=2))
+    widths = [split.queries, split.keys(me), split.keys(me)]
+    queries, key, value = _gather_tokens(row, parts, widths)
+    copies = split.copies(me)
+    if copies is not None:
+        key, value = key[:, :, copies], value[:, :, copies]
+    return queries, key, value
+
+
+def to_heads_adjoint(
+    dq: Tensor, dk: Tensor, dv: Tensor, row: Row, split: HeadSplit, shard: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``to_heads``' outputs to those of its inputs; those of shared key/value heads are summed."""
+    me, dtype = row.group.rank, dq.dtype
+    wide = accumulation_dtype(dtype)
+    copies = split.copies(me)
+    if copies is not None:
+        dk, dv = (_sum_copies(grad, copies, split.keys(me)) for grad in (dk, dv))
+    together = torch.cat((dq, dk, dv), dim=2)
+    valid = len(row.places[me])
+    buffers = [
+        dq.new_empty(dq.shape[0], valid, split.queries + 2 * split.keys(rank), dq.shape[3])
+        for rank in range(split.ranks)
+    ]
+    arrived = row.swap([together.index_select(1, places) for places in row.places], buffers)
+    shape = (dq.shape[0], shard)
+    own_dq = dq.new_zeros(*shape, split.heads, dq.shape[3])
+    own_dk, own_dv = (dq.new_zeros(*shape, split.kv_heads, dq.shape[3], dtype=wide) for _ in range(2))
+    for rank, part in enumerate(arrived):
+        widths, keys = [split.queries, split.keys(rank), split.keys(rank)], split.key_heads(rank)
+        queries, dkeys, dvalues = part.split(widths, dim=2)
+        own_dq[:, :valid, split.query_heads(rank)] = queries
+        own_dk[:, :valid, keys] += dkeys
+        own_dv[:, :valid, keys] += dvalues
+    return own_dq, own_dk.to(dtype), own_dv.to(dtype)
+
+
+def to_tokens(out: Tensor, row: Row, shard: int) -> Tensor:
+    """out ``[B, T/SP·u, H/u, D]`` to ``[B, T/SP, H, D]``."""
+    batch, _, width, dim = out.shape
+    ranks, valid = row.group.size, len(row.places[row.group.rank])
+    buffers = [out.new_empty(batch, valid, width, dim) for _ in range(ranks)]
+    arrived = row.swap([out.index_select(1, places) for places in row.places], buffers)
+    whole = out.new_zeros(batch, shard, ranks * width, dim)
+    for rank, part in enumerate(arrived):
+        whole[:, :valid, rank * width : (rank + 1) * width] = part
+    return whole
+
+
+def to_tokens_adjoint(dout: Tensor, row: Row) -> Tensor:
+    """dout ``[B, T/SP, H, D]`` to ``[B, T/SP·u, H/u, D]``."""
+    ranks, valid = row.group.size, len(row.places[row.group.rank])
+    width = dout.shape[2] // ranks
+    parts = [dout[:, :valid, rank * width : (rank + 1) * width] for rank in range(ranks)]
+    return _gather_tokens(row, parts, [width])[0]
+
+
+def _gather_tokens(row: Row, parts: list[Tensor], widths: list[int]) -> list[Tensor]:
+    """Sends ``parts``, heads of this rank's tokens, and puts what arrives in order of position; padding is 0.
+
+    ``widths``: heads of each tensor that came side by side.
+    """
+    batch, dim = parts[0].shape[0], parts[0].shape[3]
+    buffers = [parts[0].new_empty(batch, len(places), sum(widths), dim) for places in row.places]
+    wholes = [parts[0].new_zeros(batch, row.tokens, width, dim) for width in widths]
+    for places, part in zip(row.places, row.swap(parts, buffers), strict=True):
+        for whole, piece in zip(wholes, part.split(widths, dim=2), strict=True):
+            whole.index_copy_(1, places, piece)
+    return wholes
+
+
+def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
+    total = grad.new_zeros(*grad.shape[:2], heads, grad.shape[3], dtype=accumulation_dtype(grad.dtype))
+    total.index_add_(2, torch.tensor(copies, device=grad.device), grad.to(total.dtype))
+    return total.to(grad.dtype)
+
+
+_CONTEXT = "Tensor plan, str group"
+
+
+def _row(x: Tensor, plan: Tensor, group: str) -> Row:
+    sequence, grid = plan_of(plan), group_named(group)
+    return Row.of(sequence, grid, x.device)
+
+
+def _run_to_heads(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    require_fit(q, plan_of(plan), group_named(group))
+    row = _row(q, plan, group)
+    return to_heads(q, k, v, row, HeadSplit(q.shape[2], k.shape[2], row.group.size))
+
+
+def _run_to_heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, group: str, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    row = _row(dq, plan, group)
+    split = HeadSplit(dq.shape[2] * row.group.size, kv_heads, row.group.size)
+    return to_heads_adjoint(dq, dk, dv, row, split, plan_of(plan).shard)
+
+
+def _run_to_tokens(out: Tensor, plan: Tensor, group: str) -> Tensor:
+    return to_tokens(out, _row(out, plan, group), plan_of(plan).shard)
+
+
+def _run_to_tokens_backward(dout: Tensor, plan: Tensor, group: str) -> Tensor:
+    return to_tokens_adjoint(dout, _row(dout, plan, group))
+
+
+def _run_joined(plan: Tensor, inner: int) -> Tensor:
+    return plan_of(plan).joined(inner).handle.clone()
+
+
+def _define(name: str, run: Any, schema: str) -> Any:
+    operator = torch.library.custom_op(f"longctx::{name}", run, mutates_args=(), schema=schema)
+    IMPLEMENTATIONS[operator._opoverload] = run
+    return operator
+
+
+_to_heads = _define(
+    "to_heads", _run_to_heads, f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)"
+)
+_to_heads_backward = _define(
+    "to_heads_backward",
+    _run_to_heads_backward,
+    f"(Tensor dq, Tensor dk, Tensor dv, {_CONTEXT}, int kv_heads) -> (Tensor, Tensor, Tensor)",
+)
+_to_tokens = _define("to_tokens", _run_to_tokens, f"(Tensor out, {_CONTEXT}) -> Tensor")
+_to_tokens_backward = _define("to_tokens_backward", _run_to_tokens_backward, f"(Tensor dout, {_CONTEXT}) -> Tensor")
+_joined = _define("joined_plan", _run_joined, "(Tensor plan, int inner) -> Tensor")
+
+
+OPERATORS = tuple(made._opoverload for made in (_to_heads, _to_heads_backward, _to_tokens, _to_tokens_backward))
+
+
+def _inner(group: str) -> Group:
+    inner = group_named(group).inner
+    assert inner is not None, "StrategyAttention makes the grid"
+    return inner
+
+
+@_to_heads.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    inner = _inner(group)
+    split = HeadSplit(q.shape[2], k.shape[2], inner.size)
+    shape, dim = (q.shape[0], q.shape[1] * inner.size), q.shape[3]
+    keys = (*shape, split.local_keys(inner.rank), dim)
+    return q.new_empty(*shape, split.queries, dim), k.new_empty(keys), v.new_empty(keys)
+
+
+@_to_heads_backward.register_fake
+def _(dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, group: str, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    ranks = _inner(group).size
+    shape, dim = (dq.shape[0], dq.shape[1] // ranks), dq.shape[3]
+    keys = (*shape, kv_heads, dim)
+    return dq.new_empty(*shape, dq.shape[2] * ranks, dim), dk.new_empty(keys), dv.new_empty(keys)
+
+
+@_to_tokens.register_fake
+def _(out: Tensor, plan: Tensor, group: str) -> Tensor:
+    ranks = _inner(group).size
+    return out.new_empty(out.shape[0], out.shape[1] // ranks, out.shape[2] * ranks, out.shape[3])
+
+
+@_to_tokens_backward.register_fake
+def _(dout: Tensor, plan: Tensor, group: str) -> Tensor:
+    ranks = _inner(group).size
+    return dout.new_empty(dout.shape[0], dout.shape[1] * ranks, dout.shape[2] // ranks, dout.shape[3])
+
+
+@_joined.register_fake
+def _(plan: Tensor, inner: int) -> Tensor:
+    return plan.new_empty(())
+
+
+def _remember_heads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, k, _, plan, ctx.group = inputs
+    ctx.kv_heads = k.shape[2]
+    ctx.save_for_backward(plan)
+
+
+def _differentiate_heads(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+    (plan,) = ctx.saved_tensors
+    return (*_to_heads_backward(dq, dk, dv, plan, ctx.group, ctx.kv_heads), None, None)
+
+
+def _remember_tokens(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, plan, ctx.group = inputs
+    ctx.save_for_backward(plan)
+
+
+def _differentiate_tokens(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    (plan,) = ctx.saved_tensors
+    return _to_tokens_backward(dout, plan, ctx.group), None, None
+
+
+_to_heads.register_autograd(_differentiate_heads, setup_context=_remember_heads)
+_to_tokens.register_autograd(_differentiate_tokens, setup_context=_remember_tokens)
+
+
+def swapped(attend: Attend) -> Attend:
+    """``attend`` over the columns of a grid, whose rows swap tokens for heads before and after it.
+
+    The lse that it returns is of the row's tokens and this rank's heads.
+    """
+
+    def attend_in_rows(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        group: str,
+        kernel: str,
+        scale: float,
+        backward: str = "auto",
+        travel: str = "wide",
+    ) -> tuple[Tensor, Tensor]:
+        grid = group_named(group)
+        assert grid.inner is not None and grid.outer is not None, "StrategyAttention makes the grid"
+        queries, keys, values = _to_heads(q, k, v, plan, group)
+        row_plan = _joined(plan, grid.inner.size)
+        out, lse = attend(queries, keys, values, row_plan, grid.outer.name, kernel, scale, backward, travel)
+        return _to_tokens(out, plan, group), lse
+
+    return attend_in_rows
+
+
+def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
+
+    The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
+    """
+    inner = sizes.inner
+    first, me = rank // inner * inner, rank % inner
+    split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+    head = sizes.batch * sizes.head_dim * sizes.element
+    own = len(plan.positions(rank))
+    others = [other for other in range(inner) if other != me]
+    theirs = [len(plan.positions(first + other)) for other in others]
+    scattered = own * sum(split.queries + 2 * split.keys(other) for other in others)
+    gathered = sum(theirs) * split.queries
+    scattered_back = own * split.queries * len(others)
+    gathered_back = sum(theirs) * (split.queries + 2 * split.keys(me))
+    messages = (len(others) if own else 0) + sum(map(bool, theirs))
+    return Volume(head * (scattered + gathered), head * (scattered_back + gathered_back), messages, messages)

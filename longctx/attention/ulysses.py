@@ -1,0 +1,40 @@
+"""Ulysses: every rank computes attention of the whole sequence for its share of the heads.
+
+Jacobs et al., "DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer
+Models" (2023).
+
+    all-to-all: q, k, v of my tokens and all heads  ->  of all tokens and my heads
+    attention of the whole sequence, on one device
+    all-to-all: out of all tokens and my heads      ->  of my tokens and all heads
+
+Ranks share key/value heads where there are fewer of those than ranks; the adjoint sums what they return. The whole
+group is one row of a grid (``longctx.attention.swap``).
+"""
+
+from __future__ import annotations
+
+from longctx.attention import local
+from longctx.attention.registry import AttentionCase, Strategy, divisors
+from longctx.attention.swap import swap_volume, swapped
+
+
+def _refuses(case: AttentionCase) -> str | None:
+    if case.heads % case.world == 0:
+        return None
+    nearest = max(n for n in divisors(case.heads) if n <= case.world)
+    return (
+        f"{case.world} ranks of a sequence must divide the {case.heads} query heads of a rank; nearest valid: "
+        f"parallel.sp={nearest}, or attention=usp with attention.inner={nearest}, or attention=gather"
+    )
+
+
+STRATEGIES = {
+    "ulysses": Strategy(
+        "ulysses",
+        swapped(local.attend),
+        "contiguous",
+        _refuses,
+        swap_volume,
+        inner=lambda case: case.world,
+    )
+}

@@ -1,0 +1,49 @@
+"""USP: Ulysses inside the rows of a grid of ranks, a ring across its columns.
+
+Fang, Zhao, "USP: A Unified Sequence Parallelism Approach for Long Context Generative AI" (2024).
+
+    all-to-all in my row: q, k, v of my tokens and all heads  ->  of the row's tokens and my heads
+    ring over my column, each row being one rank of it
+    all-to-all in my row: out back to my tokens and all heads
+
+A row holds the tokens of its ranks in order of position, under any layout; which of them the ring reads of another
+row follows from that (``SequencePlan.joined``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from longctx.attention import ring
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume, divisors
+from longctx.attention.swap import HeadSplit, swap_volume, swapped
+from longctx.sequence import SequencePlan
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What the row's exchanges send, and the ring of the column with this rank's share of the heads."""
+    split = HeadSplit(sizes.heads, sizes.kv_heads, sizes.inner)
+    row, column = divmod(rank, sizes.inner)
+    own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
+    return swap_volume(plan, rank, sizes) + ring.volume(plan.joined(sizes.inner), row, own)
+
+
+def _refuses(case: AttentionCase) -> str | None:
+    if case.inner is None or case.heads % case.inner == 0:
+        return None
+    nearest = max(n for n in divisors(math.gcd(case.heads, case.world)) if n <= case.inner)
+    return (
+        f"attention.inner={case.inner} must divide the {case.heads} query heads of a rank; nearest valid: "
+        f"attention.inner={nearest}"
+    )
+
+
+def _row(case: AttentionCase) -> int:
+    """As many ranks as share the heads evenly: an all-to-all moves less than a ring."""
+    return math.gcd(case.heads, case.world)
+
+
+STRATEGIES = {
+    "usp": Strategy("usp", swapped(ring.attend), "zigzag", _refuses, volume, frozenset({"inner", "travel"}), _row)
+}

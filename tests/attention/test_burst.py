@@ -1,0 +1,220 @@
+"""Burst: exact on either side and any grid, as many bytes as it says, and what hides behind what."""
+
+import itertools
+
+import pytest
+import torch
+
+from longctx.attention import AttentionCase, get_strategy, refusal
+from longctx.attention.burst import side_of
+from longctx.attention.operator import Options
+from longctx.attention.registry import Sizes, inner_of
+from longctx.sequence import Explicit, Mask
+from longctx.sim import Cluster
+from tests.attention.travelling import (
+    BYTES,
+    DIM,
+    HEADS,
+    LAYOUTS,
+    MASKS,
+    PACKINGS,
+    assert_no_order_matters,
+    assert_volume,
+    kernels,
+    plan_of,
+    spans,
+    traced,
+)
+from tests.equivalence import attention_cases
+from tests.equivalence.attention_cases import Case
+from tests.equivalence.attention_rank import assert_exact, compute
+from tests.equivalence.pairwise import pairwise
+
+GRIDS = ((4, 2), (8, 4), (8, 2), (2, 2), (3, 1), (4, 4), (8, 1), (1, 1), (3, 3), (2, 1))  # ranks, of which in a row
+SIDES = ("queries", "keys", "auto")
+TRAVELS = ("wide", "narrow")
+
+
+def check(layout, mask, heads, length, grid, side, travel, kernel="auto") -> None:
+    world, inner = grid
+    case = Case(layout, mask, heads, length, world)
+    ranks = Cluster(world, trace=False).run(compute, case, "burst", kernel, inner, Options(side, travel))
+    for rank, computed in enumerate(ranks):
+        assert_exact(case, rank, computed)
+
+
+AXES = (
+    GRIDS,
+    attention_cases.MASKS,
+    tuple(attention_cases.LAYOUTS),
+    SIDES,
+    TRAVELS,
+    (31, 3, 1),
+    ("gqa4", "mha", "mqa"),
+)
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=str)
+def test_sampled_cases_are_exact(case):
+    grid, mask, layout, side, travel, length, heads = case
+    check(layout, mask, heads, length, grid, side, travel)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("length", [31, 997, 3, 1])
+@pytest.mark.parametrize("heads", attention_cases.HEADS)
+@pytest.mark.parametrize("mask", attention_cases.MASKS)
+def test_every_case_is_exact(mask, heads, length):
+    for axes in itertools.product(attention_cases.LAYOUTS, GRIDS, SIDES[:2], TRAVELS):
+        layout, grid, side, travel = axes
+        check(layout, mask, heads, length, grid, side, travel)
+
+
+def test_the_dense_kernel_is_exact_behind_a_travelling_delta():
+    check("zigzag", "documents window causal", "gqa4", 31, (4, 2), "queries", "wide", "dense")
+
+
+# --- bytes and messages ---
+
+
+@pytest.mark.parametrize(
+    ("layout", "packing", "mask", "heads", "grid", "side", "travel"),
+    pairwise((tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS), tuple(HEADS), GRIDS, SIDES, TRAVELS)),
+)
+def test_the_closed_form_is_what_was_sent(layout, packing, mask, heads, grid, side, travel):
+    plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 96, grid[0])
+    dtype = torch.bfloat16 if travel == "narrow" else torch.float32
+    assert_volume("burst", plan, HEADS[heads], dtype, grid[1], Options(side, travel))
+
+
+def test_an_explicit_layout_with_an_idle_rank():
+    layout = Explicit((((0, 20), (50, 96)), (), ((20, 40),), ((40, 50),)))
+    for inner, side in itertools.product((1, 2, 4), ("keys", "queries")):
+        plan = plan_of(PACKINGS["mixed"], MASKS["window full"], layout, 96, 4)
+        assert_volume("burst", plan, (2, 1), torch.float32, inner, Options(side))
+
+
+@pytest.mark.parametrize(("world", "inner"), [(2, 1), (4, 2), (8, 2), (8, 4), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_a_mask_it_costs_what_the_paper_says(world, inner, dtype):
+    """Every rank sends P - 1 blocks of (K, V), or of (Q, dO, lse, delta), and as many of what comes home."""
+    rows, (h, k), (e, w) = 6, (4, 2), BYTES[dtype]
+    plan = plan_of([(rows * world,)], Mask(False), LAYOUTS["zigzag"], rows * world, world)
+    for side, travel in itertools.product(("keys", "queries"), TRAVELS):
+        g = e if travel == "narrow" else w
+        row = 2 * k * DIM * (e + g) if side == "keys" else h * (2 * (DIM * e + w) + DIM * g)
+        for one in assert_volume("burst", plan, (h, k), dtype, inner, Options(side, travel)):
+            assert one.forward == (world - 1) * rows * 2 * k * DIM * e
+            assert one.backward == (world - 1) * rows * row
+            assert one.messages_forward == world - 1
+            assert one.messages_backward == (world - 1) * (2 if side == "keys" else 3)
+
+
+def test_crossings_carry_each_block_once_to_each_row_of_ranks():
+    world, inner, rows = 8, 4, 4
+    plan = plan_of([(rows * world,)], Mask(False), LAYOUTS["striped"], rows * world, world)
+    assert plan.key_rotation_in(inner).cost == (world * (world // inner - 1) * rows, world * 2 * (inner - 1) * rows)
+
+
+def sizes(h: int, k: int, dim: int = 128, travel: str = "wide") -> Sizes:
+    return Sizes(1, h, k, dim, 2, 4, 2, Options(travel=travel))
+
+
+def test_queries_travel_where_they_are_the_smaller_side():
+    """Without masks: h (2 (2 D + 4) + 4 D) against 2 k D (2 + 4) in bf16 with fp32 accumulators, hence g < 1.5."""
+    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, 4)
+    assert [side_of(plan, sizes(h, k)) for h, k in ((32, 32), (32, 24), (32, 16), (32, 8), (8, 1))] == [
+        "queries", "queries", "keys", "keys", "keys",
+    ]  # fmt: skip
+    # All bf16: h (2 (2 D + 4) + 2 D) against 8 k D, hence g < 4/3 and a little less.
+    assert [side_of(plan, sizes(h, k, travel="narrow")) for h, k in ((32, 32), (32, 26), (32, 24))] == [
+        "queries", "queries", "keys",
+    ]  # fmt: skip
+    assert side_of(plan, sizes(32, 32, dim=2)) == "keys"  # a delta and an lse are as long as a query
+
+
+@pytest.mark.parametrize(("cut", "heads", "side"), [(8, (8, 8), "keys"), (56, (8, 2), "queries")])
+def test_masks_and_layouts_may_turn_the_choice(cut, heads, side):
+    """Causal, on two ranks: keys of the first rank are read, or queries of the second read them."""
+    uneven = plan_of([(64,)], Mask(), Explicit((((0, cut),), ((cut, 64),))), 64, 2)
+    assert side_of(uneven, sizes(*heads)) == side
+    even = plan_of([(64,)], Mask(), LAYOUTS["contiguous"], 64, 2)
+    assert side_of(even, sizes(*heads)) != side
+
+
+# --- schedule ---
+
+
+@pytest.mark.parametrize("side", ["keys", "queries"])
+def test_a_crossing_copy_is_under_way_for_a_whole_lap(side):
+    world, inner = 6, 3
+    plan = plan_of([(96,)], Mask(False), LAYOUTS["zigzag"], 96, world)
+    for rank, events in enumerate(traced("burst", plan, (4, 2), inner, Options(side))):
+        column = {rank % inner, rank % inner + inner}
+        crossings = [span for span in spans(events) if set(span[2].ranks) == column]
+        # Sent and received, forward and backward; queries travel as two tensors.
+        assert len(crossings) == 2 * (1 + (2 if side == "queries" else 1))
+        for post, wait, event in crossings:
+            hidden = [at for at in kernels(events) if post < at < wait]
+            assert len(hidden) == inner, f"{event} is awaited after {len(hidden)} kernels of a lap of {inner}"
+
+
+@pytest.mark.parametrize("side", ["keys", "queries"])
+@pytest.mark.parametrize("inner", [1, 2, 4])
+def test_whatever_travels_is_hidden_by_computing(side, inner):
+    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, 4)
+    for events in traced("burst", plan, (4, 2), inner, Options(side)):
+        last = kernels(events)[-1]
+        for post, wait, event in spans(events):
+            hidden = any(post < at < wait for at in kernels(events))
+            assert hidden or post > last, f"{event} could have been hidden and was waited for"
+
+
+def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel():
+    world, inner = 4, 4
+    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
+    for events in traced("burst", plan, (4, 2), inner, Options("queries")):
+        wide = [span for span in spans(events) if span[2].dtype == "float32" and span[2].shapes[0][0] == 1]
+        riding = [span for span in wide if span[0] < kernels(events)[-1]]
+        assert len(riding) == 2 * (world - 2)
+        for post, wait, _ in riding:
+            assert sum(post < at < wait for at in kernels(events, "backward")) == 1
+        home = [event.group for post, _, event in wide if post > kernels(events)[-1]]
+        assert len(home) == 2 and not set(home) & {event.group for _, _, event in riding}
+
+
+def test_a_lap_s_gradients_come_home_while_the_next_lap_computes():
+    world, inner = 6, 3
+    plan = plan_of([(96,)], Mask(False), LAYOUTS["striped"], 96, world)
+    for events in traced("burst", plan, (4, 4), inner, Options("queries")):
+        backward = kernels(events, "backward")
+        home = [
+            (post, wait)
+            for post, wait, event in spans(events)
+            if event.dtype == "float32" and event.shapes[0][0] == 1 and event.operation == "recv"
+        ]
+        [(post, wait)] = [span for span in home if backward[inner - 1] < span[0] < backward[inner]]
+        assert sum(post < at < wait for at in backward) == inner
+
+
+@pytest.mark.parametrize(("world", "inner"), [(4, 2), (8, 4), (4, 1), (3, 3)])
+def test_no_order_of_hand_overs_changes_a_bit(world, inner):
+    plan = plan_of([(20, 1, 40)], Mask(window=30), LAYOUTS["zigzag"], 67, world)
+    for side, travel in itertools.product(("keys", "queries"), TRAVELS):
+        assert_no_order_matters("burst", plan, inner, Options(side, travel))
+
+
+# --- what it declares ---
+
+
+def test_it_takes_every_case_and_its_choices():
+    burst = get_strategy("burst")
+
+    def asked(**changes) -> AttentionCase:
+        fields = {"world": 8, "heads": 8, "kv_heads": 2, "layout": "zigzag", "mask": Mask()}
+        return AttentionCase(**{**fields, **changes})
+
+    assert refusal(burst, asked(inner=4, options=Options("queries", "narrow"))) is None
+    assert "nearest valid: 2" in refusal(burst, asked(inner=3))
+    assert "valid: auto, keys, queries" in refusal(burst, asked(options=Options("values")))
+    assert (inner_of(burst, asked()), inner_of(burst, asked(inner=2))) == (8, 2)

@@ -1,0 +1,318 @@
+"""Generation over ranks against a decoder on one device that forgets everything and starts afresh at each token."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longctx.attention import StrategyAttention, dense_attention
+from longctx.attention.cache import KeyValueShard, SequenceCache
+from longctx.attention.core import Started
+from longctx.attention.registry import Sizes
+from longctx.attention.tree_decoding import reduce, volume
+from longctx.comm import Group, broadcast, group_of
+from longctx.config import ModelConfig
+from longctx.errors import ConfigError
+from longctx.evaluate import Generated, Ranks, Sampling, Session, generate
+from longctx.evaluate.generate import choose
+from longctx.model import Decoder, Part, initialize
+from longctx.sequence import Contiguous, Documents, Mask, Striped, Zigzag
+from longctx.sim import Cluster
+
+MODEL = ModelConfig(vocab_size=40, dim=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden_dim=20, init_std=0.3)
+LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(), "striped3": Striped(3)}
+NEW = 5
+TOLERANCE = 1e-10
+
+
+class Dense:
+    """Attention by its definition over one whole sequence."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+
+    def start(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: torch.Tensor) -> Started:
+        return Started(dense_attention(q, k, v, [Documents.single(q.shape[1])] * len(q), self._mask))
+
+    def finish(self, started: Started) -> torch.Tensor:
+        return started.out
+
+
+def model_of(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Decoder:
+    model = Decoder(config).to(dtype)
+    initialize(model, 1)
+    return model
+
+
+def prompt(length: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(40, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.no_grad()
+def forgetful(tokens: torch.Tensor, count: int, mask: Mask = Mask(), config: ModelConfig = MODEL) -> Generated:  # noqa: B008
+    model, logits = model_of(config), []
+    model.set_attention(Dense(mask))
+    for _ in range(count):
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        logits.append(model(tokens, positions, torch.tensor(-1))[:, -1])
+        tokens = torch.cat([tokens, logits[-1].argmax(-1)[:, None]], dim=1)
+    return Generated(tokens, torch.stack(logits, dim=1))
+
+
+def generated(world: int, length: int, layout: str, strategy: str = "ring", mask: Mask = Mask()) -> list[Generated]:  # noqa: B008
+    def run() -> Generated:
+        prefill = StrategyAttention(strategy, dist.group.WORLD)
+        ranks = Ranks(dist.group.WORLD, prefill, LAYOUTS[layout], mask)
+        return generate(model_of(), prompt(length), NEW, ranks, keep_logits=True)
+
+    return Cluster(world, trace=False).run(run)
+
+
+def check(found: list[Generated], expected: Generated) -> None:
+    for one in found:
+        assert torch.equal(one.tokens, expected.tokens)
+        assert (one.logits - expected.logits).abs().max() < TOLERANCE
+        assert torch.equal(one.logits, found[0].logits)
+
+
+@pytest.mark.parametrize(
+    ("world", "length", "layout", "strategy"),
+    [
+        (1, 1, "contiguous", "ring"),
+        (1, 7, "zigzag", "tree"),
+        (2, 1, "zigzag", "ring"),
+        (2, 13, "striped3", "tree"),
+        (3, 1, "striped", "tree"),
+        (3, 2, "contiguous", "rsa"),
+        (3, 22, "zigzag", "ring"),
+        (4, 3, "striped", "ring"),
+        (4, 17, "contiguous", "tree"),
+        (4, 31, "striped3", "rsa"),
+    ],
+)
+def test_greedy_is_the_dense_decoder_token_by_token(world, length, layout, strategy):
+    check(generated(world, length, layout, strategy), forgetful(prompt(length), NEW))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("length", [1, 2, 7, 31])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_greedy_over_every_layout_and_strategy(world, length):
+    expected = forgetful(prompt(length), NEW)
+    for layout, strategy in itertools.product(LAYOUTS, ("ring", "tree", "rsa")):
+        check(generated(world, length, layout, strategy), expected)
+
+
+def test_a_window_moves_on_with_the_tokens():
+    mask = Mask(window=6)
+    check(generated(3, 9, "zigzag", mask=mask), forgetful(prompt(9), NEW, mask))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("cut", [(1,) * 9, (4, 1, 4), (9,), (2, 7)])
+def test_a_few_tokens_at_a_time_from_an_empty_cache(world, cut):
+    """Logits after every token, without any prompt: as if a draft of several tokens were checked."""
+    tokens, model = prompt(9), model_of()
+    model.set_attention(Dense(Mask()))
+    with torch.no_grad():
+        expected = model(tokens, torch.arange(9).expand(2, 9), torch.tensor(-1))
+
+    def run():
+        with Session(model_of(), Ranks(dist.group.WORLD)) as session:
+            logits = [session.decode(part) for part in tokens.split(cut, dim=1)]
+            return torch.cat(logits, dim=1), session.cache.counts
+
+    for logits, counts in Cluster(world).run(run):
+        assert (logits - expected).abs().max() < TOLERANCE
+        assert counts == [9 // world] * world
+
+
+def test_new_tokens_fill_the_emptiest_ranks_first():
+    """Striped by 3, seven tokens on four ranks lie as 3, 3, 1, 0."""
+
+    def run():
+        with Session(model_of(), Ranks(dist.group.WORLD, layout=Striped(3))) as session:
+            session.prefill(prompt(7))
+            seen = [list(session.cache.counts)]
+            for token in prompt(6).split(1, dim=1):
+                session.decode(token)
+                seen.append(list(session.cache.counts))
+            held = [shard.keys.shape[1] for shard in session.cache.shards]
+            return seen, held
+
+    for rank, (seen, held) in enumerate(Cluster(4).run(run)):
+        assert seen[0] == [3, 3, 1, 0] and seen[3] == [3, 3, 2, 2] and seen[6] == [4, 3, 3, 3]
+        assert held == [seen[6][rank]] * MODEL.layers
+
+
+def sent(world: int, length: int, tokens: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Bytes and messages by rank of decoding so many tokens after a prompt, counted and by the ledger."""
+
+    def run() -> tuple[int, int]:
+        traffic = group_of(dist.group.WORLD).traffic
+        with Session(model_of(dtype=dtype), Ranks(dist.group.WORLD)) as session:
+            session.prefill(prompt(length))
+            before, messages = traffic.bytes, traffic.messages
+            session.decode(prompt(tokens))
+            return traffic.bytes - before, traffic.messages - messages
+
+    def total() -> int:
+        run()
+        return group_of(dist.group.WORLD).traffic.bytes
+
+    cluster = Cluster(world, trace=False)
+    assert cluster.run(total) == [cluster.ledger.sent(rank) for rank in range(world)]
+    return cluster.run(run)
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "wide"), [(2, torch.bfloat16, 4), (3, torch.float64, 8), (1, torch.float64, 8)]
+)
+def test_decoding_sends_the_same_however_long_the_sequence_is(world, dtype, wide):
+    sizes = Sizes(2, 4, 2, 6, torch.empty((), dtype=dtype).element_size(), wide)
+    for tokens in (1, 3):
+        found = [sent(world, length, tokens, dtype) for length in (1, 5, 64)]
+        assert found[0] == found[1] == found[2]
+        closed = MODEL.layers * volume(world, tokens, sizes)
+        assert found[0] == [(closed, MODEL.layers * 3 * (world > 1))] * world
+        # 2 (P - 1) / P of H (D + 2) numbers for each token: here without a remainder, or rounded down thrice.
+        exact = MODEL.layers * 2 * (world - 1) / world * tokens * 2 * 4 * (6 + 2) * wide
+        assert exact - 3 * MODEL.layers <= closed <= exact
+
+
+def test_ranks_without_keys_take_part_with_zeros():
+    """Random partials of four ranks, two of which have seen nothing, or not for one query."""
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(4, 1, 2, 3, 5, generator=generator, dtype=torch.float64)
+    lse = 300 * torch.randn(4, 1, 2, 3, generator=generator, dtype=torch.float64)
+    for rank, query in ((0, 0), (0, 1), (2, 0), (2, 1), (3, 1)):
+        out[rank, :, query], lse[rank, :, query] = 0.0, -torch.inf
+    weights = torch.softmax(lse, dim=0)
+    expected = (weights[..., None] * out).sum(0), torch.logsumexp(lse, dim=0)
+    for found in Cluster(4).run(lambda: reduce(out[dist.get_rank()], lse[dist.get_rank()], group_of(dist.group.WORLD))):
+        for mine, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-13, atol=1e-13)
+
+
+def test_no_order_of_hand_overs_changes_a_bit():
+    def run() -> Generated:
+        return generate(model_of(), prompt(11), NEW, Ranks(dist.group.WORLD), Sampling(1.0, seed=3), keep_logits=True)
+
+    expected = Cluster(3).run(run)
+    for seed in (0, 1):
+        for one, right in zip(Cluster(3, seed=seed).run(run), expected, strict=True):
+            assert torch.equal(one.tokens, right.tokens) and torch.equal(one.logits, right.logits)
+
+
+def test_samples_are_those_of_the_seed_on_any_world():
+    def run(seed: int) -> torch.Tensor:
+        sampling = Sampling(temperature=2.0, top_k=7, seed=seed)
+        return generate(model_of(), prompt(5, 3), 8, Ranks(dist.group.WORLD), sampling).tokens
+
+    expected = generate(model_of(), prompt(5, 3), 8, sampling=Sampling(2.0, 7, 4)).tokens
+    for world in (1, 3):
+        assert all(torch.equal(one, expected) for one in Cluster(world).run(run, 4))
+    assert not torch.equal(Cluster(2).run(run, 5)[0], expected)
+
+
+def test_choices_follow_their_odds_and_never_leave_the_likeliest():
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0]).log_softmax(-1).expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits[:1], Sampling(), generator).tolist() == [1]
+    for top_k, allowed in ((None, [0, 1, 2, 3]), (2, [1, 3]), (99, [0, 1, 2, 3]), (1, [1])):
+        drawn = choose(logits, Sampling(0.5, top_k), generator)
+        odds = torch.zeros(4)
+        odds[allowed] = torch.softmax(logits[0, allowed] / 0.5, -1)
+        assert (drawn.bincount(minlength=4) / 20_000 - odds).abs().max() < 0.015
+        assert not odds[~torch.isin(torch.arange(4), torch.tensor(allowed))].any()
+
+
+def test_eos_ends_a_sequence_and_all_of_them_the_generation():
+    free = forgetful(prompt(6), 12).tokens[:, 6:]
+    eos = int(free[0, 1])
+    first = [next((i for i, token in enumerate(row) if token == eos), None) for row in free.tolist()]
+
+    def run() -> torch.Tensor:
+        return generate(model_of(), prompt(6), 12, Ranks(dist.group.WORLD), Sampling(eos=eos)).tokens[:, 6:]
+
+    for found in Cluster(2).run(run):
+        ends = [12 if end is None else end + 1 for end in first]
+        assert found.shape[1] == max(ends)
+        for row, right, end in zip(found, free, ends, strict=True):
+            assert torch.equal(row[:end], right[:end]) and (row[end:] == eos).all()
+
+
+def test_the_model_gets_its_attention_and_vocabulary_back():
+    model, attention = model_of(), Dense(Mask())
+    model.set_attention(attention)
+    vocabulary = model.vocabulary
+    generate(model, prompt(3), 2)
+    with pytest.raises(IndexError):
+        generate(model, torch.full((1, 3), 999), 2)
+    assert model.vocabulary is vocabulary and all(block.attention is attention for block in model.layers)
+
+
+def test_a_model_with_its_own_head_and_normed_queries():
+    config = ModelConfig(
+        vocab_size=40, dim=24, layers=1, heads=4, kv_heads=4, head_dim=6, hidden_dim=20, qk_norm=True,
+        tie_embeddings=False, init_std=0.3,
+    )  # fmt: skip
+    expected = forgetful(prompt(4), NEW, config=config)
+
+    def run() -> Generated:
+        return generate(model_of(config), prompt(4), NEW, Ranks(dist.group.WORLD), keep_logits=True)
+
+    check(Cluster(2).run(run), expected)
+
+
+def test_nothing_new_is_nothing():
+    found = generate(model_of(), prompt(3), 0, keep_logits=True)
+    assert torch.equal(found.tokens, prompt(3)) and found.logits is None
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda: generate(model_of(), prompt(0), 1), "a prompt of 0 tokens has no next token"),
+        (lambda: generate(model_of(), prompt(1), -1), "max_new_tokens -1 must be at least 0"),
+        (lambda: generate(model_of(), prompt(1), 1, Ranks(mask=Mask(False))), "needs a causal mask"),
+        (lambda: Session(model_of().cut(Part(range(1), last=False)), Ranks()), "needs the whole model"),
+        (lambda: Sampling(temperature=-0.5), "temperature -0.5 must be at least 0"),
+        (lambda: Sampling(temperature=float("nan")), "temperature nan must be at least 0"),
+        (lambda: Sampling(top_k=0), "top_k 0 must be at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(attempt, words):
+    with pytest.raises(ConfigError, match=words):
+        attempt()
+
+
+def test_a_shard_grows_without_losing_a_row():
+    shard, rows = KeyValueShard(), torch.randn(2, 23, 1, 3)
+    for part in rows.split((3, 0, 1, 1, 9, 9), dim=1):
+        shard.append(part, -part)
+    assert torch.equal(shard.keys, rows) and torch.equal(shard.values, -rows)
+
+
+def test_arrivals_are_placed_alike_by_every_rank():
+    caches = [SequenceCache(Group(None, rank, 3), Mask(), 1) for rank in range(3)]
+    for tokens in (1, 5, 2):
+        arrivals = [cache.expect(2, tokens) for cache in caches]
+        assert sorted(torch.cat([one.kept for one in arrivals]).tolist()) == list(range(tokens))
+        assert len({tuple(cache.counts) for cache in caches}) == len({one.positions for one in arrivals}) == 1
+        cells = sum(sets.cells for one in arrivals for sets in one.tiles)
+        assert cells == 2 * sum(position + 1 for position in arrivals[0].positions)
+
+
+def test_a_broadcast_counts_as_the_ledger_does():
+    def run(source: int) -> tuple[float, int]:
+        group = group_of(dist.group.WORLD)
+        found = broadcast(group, torch.full((3,), float(group.rank)), source)
+        broadcast(group, torch.empty(0), source)
+        return float(found[0]), group.traffic.bytes
+
+    for source in range(3):
+        cluster = Cluster(3)
+        found = cluster.run(run, source)
+        assert found == [(float(source), cluster.ledger.sent(rank)) for rank in range(3)]
