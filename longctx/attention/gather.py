@@ -33,13 +33,15 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    parts = []
+    dtype = accumulation_dtype(q.dtype)
+    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
     tiles = call.plan.gathered(call.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, call):
-        partial = Partial(q[:, :, heads.queries])
-        call.kernel.forward(q[:, :, heads.queries], keys[0], keys[1], tiles, call.scale, partial)
-        parts.append(partial)
-    return torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2)
+        own = heads.queries
+        partial = Partial(q[:, :, own])
+        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, partial)
+        out[:, :, own], lse[:, :, own] = partial.out, partial.lse
+    return out, lse
 
 
 def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +49,7 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
     dtype = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
     tiles = call.plan.gathered(call.group.rank).tiles
-    returning: list[tuple[Heads, Returned]] = []
+    before: Returned | None = None  # gradients of the group of heads before, on their way while this one computes
     for heads, keys in gather_groups(q, k, v, call):
         own = heads.queries
         shares = torch.zeros_like(keys, dtype=dtype)
@@ -55,9 +57,11 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
             dout[:, :, own], q[:, :, own], keys[0], keys[1], out[:, :, own], lse[:, :, own], tiles, call.scale,
             (dq[:, :, own], shares[0], shares[1]),
         )  # fmt: skip
-        returning.append((heads, send_home(shares, k.dtype, call)))
-    for heads, returned in returning:
-        returned.add_to((dk[:, :, heads.keys], dv[:, :, heads.keys]), call)
+        if before:
+            before.add_to(dk, dv, call)
+        before = send_home(shares, heads, k.dtype, call)
+    if before:
+        before.add_to(dk, dv, call)
     return dq, dk, dv
 
 
@@ -79,31 +83,17 @@ def gather_groups(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[tuple
     """Yields each group of heads with its keys and values ``[2, B, keys, heads, D]`` in order of position, while
     those of the next group are in flight."""
     groups = head_groups(q.shape[2], k.shape[2])
-    order = torch.from_numpy(call.plan.gathered(call.group.rank).order).to(k.device, non_blocking=True)
     coming = gather(k, v, groups[0], call)
     for heads, following in zip(groups, [*groups[1:], None], strict=True):
         arrived = coming
         if following is not None:
             coming = gather(k, v, following, call)
-        yield heads, arrived.wait(k, v, heads, call).index_select(ROWS, order)
+        keys = in_order(arrived, k, v, heads, call)
+        del arrived  # or its buffers would last as long as the computing
+        yield heads, keys
 
 
-@dataclass(frozen=True)
-class Gathering:
-    """Keys and values of one group of heads on their way here."""
-
-    pending: Pending
-
-    def wait(self, k: Tensor, v: Tensor, heads: Heads, call: Call) -> Tensor:
-        """By owner, one behind the other: ``[2, B, keys, heads, D]``."""
-        me = call.group.rank
-        blocks = self.pending.wait()
-        own = call.plan.reads(me, me)
-        blocks.insert(me, torch.stack((own.take(k[:, :, heads.keys]), own.take(v[:, :, heads.keys]))))
-        return torch.cat(blocks, ROWS)
-
-
-def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Gathering:
+def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Pending:
     """Sends every other rank the rows that it sees, and expects those that this rank sees."""
     plan, me = call.plan, call.group.rank
     keys, values = k[:, :, heads.keys], v[:, :, heads.keys]
@@ -113,7 +103,19 @@ def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Gathering:
         sends.append((other, torch.stack((rows.take(keys), rows.take(values)))))
         shape = (2, k.shape[0], len(plan.reads(me, other)), *keys.shape[2:])
         receives.append((other, k.new_empty(shape)))
-    return Gathering(exchange(call.group, sends, receives))
+    return exchange(call.group, sends, receives)
+
+
+def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: Call) -> Tensor:
+    """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
+    me, gathered = call.group.rank, call.plan.gathered(call.group.rank)
+    blocks = arrived.wait()
+    rows = gathered.rows[me]
+    blocks.insert(me, torch.stack((rows.take(k[:, :, heads.keys]), rows.take(v[:, :, heads.keys]))))
+    whole = k.new_empty(2, k.shape[0], gathered.keys, *blocks[me].shape[ROWS + 1 :])
+    for block, places in zip(blocks, places_on(k.device, call), strict=True):
+        whole.index_copy_(ROWS, places, block)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -122,31 +124,36 @@ class Returned:
 
     pending: Pending
     own: Tensor
+    heads: Heads
 
-    def add_to(self, home: tuple[Tensor, Tensor], call: Call) -> None:
+    def add_to(self, dk: Tensor, dv: Tensor, call: Call) -> None:
         """Sums in rank order, so that the result does not depend on who came first."""
         me = call.group.rank
         arrived = self.pending.wait()
         arrived.insert(me, self.own)
         for reader, share in enumerate(arrived):
-            for whole, part in zip(home, share, strict=True):
-                call.plan.reads(reader, me).add_to(whole, part)
+            for whole, part in zip((dk, dv), share, strict=True):
+                call.plan.reads(reader, me).add_to(whole[:, :, self.heads.keys], part)
 
 
-def send_home(shares: Tensor, dtype: torch.dtype, call: Call) -> Returned:
+def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: Call) -> Returned:
     """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``narrow``: in ``dtype``."""
     plan, me = call.plan, call.group.rank
-    gathered = plan.gathered(me)
-    by_owner = torch.empty_like(shares)
-    by_owner.index_copy_(ROWS, torch.from_numpy(gathered.order).to(shares.device, non_blocking=True), shares)
-    parts = list(by_owner.split([len(rows) for rows in gathered.rows], ROWS))
+    places = places_on(shares.device, call)
     travel = dtype if call.options.travel == "narrow" else shares.dtype
     sends, receives = [], []
     for other in others(call):
-        sends.append((other, parts[other].to(travel).contiguous()))
+        sends.append((other, shares.index_select(ROWS, places[other]).to(travel)))
         shape = (*shares.shape[:ROWS], len(plan.reads(other, me)), *shares.shape[ROWS + 1 :])
         receives.append((other, shares.new_empty(shape, dtype=travel)))
-    return Returned(exchange(call.group, sends, receives), parts[me])
+    own = shares.index_select(ROWS, places[me])
+    return Returned(exchange(call.group, sends, receives), own, heads)
+
+
+def places_on(device: torch.device, call: Call) -> list[Tensor]:
+    """Of each owner's rows in the buffer of all."""
+    places = call.plan.gathered(call.group.rank).places
+    return [torch.from_numpy(part).to(device, non_blocking=True) for part in places]
 
 
 def others(call: Call) -> list[int]:

@@ -39,12 +39,16 @@ _ids = itertools.count()
 
 @dataclass(frozen=True)
 class Gathered:
-    """``rows``: of each owner, what a reader sees; one behind the other they are a buffer, whose places in order of
-    position are ``order``, int64. ``tiles``: over the ordered keys."""
+    """``rows``: of each owner, what a reader sees; ``places``, int64: where each of them lies in one buffer of all, in
+    order of position. ``tiles``: over that buffer."""
 
     rows: tuple[Rows, ...]
-    order: Int64
+    places: tuple[Int64, ...]
     tiles: tuple[TileSet, ...]
+
+    @property
+    def keys(self) -> int:
+        return sum(map(len, self.places))
 
 
 class SequencePlan:
@@ -141,17 +145,12 @@ class SequencePlan:
         """All keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
         if reader not in self._gathered:
             rows = tuple(self.reads(reader, owner) for owner in range(self.world))
-            held = [
-                self._positions[owner][start:stop]
-                for owner in range(self.world)
-                for start, stop in rows[owner].intervals
-            ]
-            positions = np.concatenate(held) if held else np.empty(0, dtype=np.int64)
-            order = np.argsort(positions)
-            keys = positions[order]
+            held = [_taken(positions, seen) for positions, seen in zip(self._positions, rows, strict=True)]
+            keys = np.sort(np.concatenate(held))
+            places = tuple(np.searchsorted(keys, part) for part in held)
             ranges = [self._key_ranges(reader, row) for row in range(len(self.documents))]
             tiles = group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
-            self._gathered[reader] = Gathered(rows, order, tiles)
+            self._gathered[reader] = Gathered(rows, places, tiles)
         return self._gathered[reader]
 
     def joined(self, inner: int) -> SequencePlan:
@@ -202,6 +201,11 @@ class SequencePlan:
         if (rank, row) not in self._ranges:
             self._ranges[rank, row] = self.mask.key_range(self._positions[rank], self.documents[row])
         return self._ranges[rank, row]
+
+
+def _taken(positions: Int64, rows: Rows) -> Int64:
+    parts = [positions[start:stop] for start, stop in rows.intervals]
+    return np.concatenate(parts) if parts else positions[:0]
 
 
 def plan_of(handle: Tensor) -> SequencePlan:
