@@ -18,7 +18,7 @@ from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env, memory_group
 from longctx.launcher.bench_context_worker import Job
-from longctx.launcher.compose import compose
+from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
 from longctx.launcher.memory_group import MemoryGroup
 
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown:
         raise ConfigError(f"--systems {unknown[0]!r} is unknown; valid: {', '.join(SYSTEMS)}")
+    _check(arguments, systems)
     starts = _starts(arguments, systems)
     memory_group.require()
     rows = []
@@ -82,6 +83,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace, systems: Sequence[str]) -> None:
+    for name in ("tile", "allowance"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    if len(set(systems)) < len(systems):
+        raise ConfigError(f"--systems {','.join(systems)} names one twice; name each once")
+    refuse_overrides(arguments.overrides, ("data.seq_len", "train.loss_chunk", "train.steps", "comm"))
+
+
 def _starts(arguments: argparse.Namespace, systems: Sequence[str]) -> list[int]:
     try:
         numbers = [int(word) for word in arguments.start.split(",")]
@@ -97,6 +107,8 @@ def _starts(arguments: argparse.Namespace, systems: Sequence[str]) -> list[int]:
         for tokens in (number, arguments.cap):
             if tokens < unit or tokens % unit:
                 raise ConfigError(f"{tokens} tokens must be a multiple of {unit} for {system} on {WORLD} processes")
+        if number > arguments.cap:
+            raise ConfigError(f"--start {number} must not exceed --cap {arguments.cap}; raise --cap")
     return numbers
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
-from longctx.launcher import env
-from longctx.launcher.compose import compose
+from longctx.launcher import build, env
+from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described, load
 
 ALLOWED = 1.05
@@ -36,9 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--pairs {arguments.pairs} must be at least 2; 40 is the default")
     env.share_cores(processes=1)
     steps = WARM_UP + arguments.pairs
+    fixed = [word.split("=")[0] for word in FIXED]
+    refuse_overrides(arguments.overrides, (*fixed, "train.steps", "run.dir", "comm"))
     config = resolve(compose([*arguments.overrides, *FIXED, f"train.steps={steps}"]), 1)
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
         config = replace(config, run=replace(config.run, dir=folder))
+        build.preflight_attention(config)
+        _require_bare(config)
         before = load()
         measured = measure(config)
     if arguments.json:
@@ -46,6 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(table(config, before, measured))
     return 0
+
+
+def _require_bare(config: Config) -> None:
+    """Refuses what the bare loop does not do."""
+    given = {
+        "train.dtype": (config.train.dtype, "float32"),
+        "attention.window": (config.attention.window, None),
+        "train.compile": (config.train.compile, False),
+    }
+    for name, (value, valid) in given.items():
+        if value != valid:
+            shown = "null" if valid is None else str(valid).lower()
+            raise ConfigError(f"{name}={value}: the bare loop has none of that; nearest valid: {name}={shown}")
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -135,7 +152,6 @@ def _trainer(config: Config) -> Any:
     import torch
 
     from longctx.data import open_corpus
-    from longctx.launcher import build
     from longctx.mesh import build_mesh
     from longctx.train.meter import Meter
 
@@ -150,7 +166,6 @@ def _bare(config: Config) -> Callable[[int], float]:
     """Step number to loss. Batches are made here, before any clock runs."""
     from longctx.bench.bare import BareLoop, PlainAttention, Ready
     from longctx.data import open_corpus
-    from longctx.launcher import build
     from longctx.model import Decoder, initialize
     from longctx.train.optimizer import WarmupCosine, build_optimizer
 

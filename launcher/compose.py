@@ -103,3 +103,11 @@ def _first_lines(error: Exception) -> str:
     """Hydra's own words without its pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines[:2])
+
+
+def refuse_overrides(words: Sequence[str], fixed: Sequence[str]) -> None:
+    """For commands that set some keys themselves: an override of one of ``fixed`` would be ignored."""
+    for word in words:
+        key = word.split("=")[0].lstrip("+~")
+        if key in fixed:
+            raise UsageError(f"{word}: this command sets {key} itself; leave it out")

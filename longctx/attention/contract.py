@@ -34,6 +34,10 @@ class KernelProblem:
     kv_heads: int
     head_dim: int
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} on {self.device} with {self.heads}/{self.kv_heads} heads of {self.head_dim}"
+
 
 class LocalKernel(Protocol):
     """Attention of tiles on one device.

@@ -31,6 +31,7 @@ class AttentionCase:
     inner: int | None = None
     options: Options = DEFAULT
     documents: bool = False
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)

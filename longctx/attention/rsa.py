@@ -182,6 +182,8 @@ def _refuses(case: AttentionCase) -> str | None:
             "attention.document_mask=true (or several documents): its rows of scores are whole; use "
             "attention.document_mask=false, or attention=ring"
         )
+    if case.kernel != "auto":
+        return f"attention.kernel={case.kernel}: it asks no kernel; use attention.kernel=auto"
     return None
 
 

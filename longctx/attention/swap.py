@@ -17,7 +17,7 @@ from torch import Tensor
 from longctx.attention.operator import IMPLEMENTATIONS, Attend, require_fit
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.registry import Sizes, Volume
-from longctx.comm import Group, exchange, group_named
+from longctx.comm import Group, exchange, group_named, outer_name
 from longctx.sequence import SequencePlan, plan_of
 
 
@@ -208,8 +208,8 @@ def _run_to_tokens_backward(dout: Tensor, plan: Tensor, group: str) -> Tensor:
     return to_tokens_adjoint(dout, _row(dout, plan, group))
 
 
-def _run_joined(plan: Tensor, inner: int) -> Tensor:
-    return plan_of(plan).joined(inner).handle.clone()
+def _run_joined(plan: Tensor, group: str) -> Tensor:
+    return plan_of(plan).joined(_inner(group).size).handle.clone()
 
 
 def _define(name: str, run: Any, schema: str) -> Any:
@@ -228,7 +228,7 @@ _to_heads_backward = _define(
 )
 _to_tokens = _define("to_tokens", _run_to_tokens, f"(Tensor out, {_CONTEXT}) -> Tensor")
 _to_tokens_backward = _define("to_tokens_backward", _run_to_tokens_backward, f"(Tensor dout, {_CONTEXT}) -> Tensor")
-_joined = _define("joined_plan", _run_joined, "(Tensor plan, int inner) -> Tensor")
+_joined = _define("joined_plan", _run_joined, f"({_CONTEXT}) -> Tensor")
 
 
 OPERATORS = tuple(made._opoverload for made in (_to_heads, _to_heads_backward, _to_tokens, _to_tokens_backward))
@@ -270,7 +270,7 @@ def _(dout: Tensor, plan: Tensor, group: str) -> Tensor:
 
 
 @_joined.register_fake
-def _(plan: Tensor, inner: int) -> Tensor:
+def _(plan: Tensor, group: str) -> Tensor:
     return plan.new_empty(())
 
 
@@ -316,11 +316,10 @@ def swapped(attend: Attend) -> Attend:
         backward: str = "auto",
         travel: str = "wide",
     ) -> tuple[Tensor, Tensor]:
-        grid = group_named(group)
-        assert grid.inner is not None and grid.outer is not None, "StrategyAttention makes the grid"
+        # Compiled code goes through here: groups stay names until an operator asks for them.
         queries, keys, values = _to_heads(q, k, v, plan, group)
-        row_plan = _joined(plan, grid.inner.size)
-        out, lse = attend(queries, keys, values, row_plan, grid.outer.name, kernel, scale, backward, travel)
+        row_plan = _joined(plan, group)
+        out, lse = attend(queries, keys, values, row_plan, outer_name(group), kernel, scale, backward, travel)
         return _to_tokens(out, plan, group), lse
 
     return attend_in_rows

@@ -2,7 +2,7 @@
 
 from longctx.comm.collective import MAX, SUM, all_reduce, broadcast
 from longctx.comm.exchange import Message, Pending, exchange
-from longctx.comm.group import Group, Traffic, grid_of, group_named, group_of, two_way
+from longctx.comm.group import Group, Traffic, grid_of, group_named, group_of, outer_name, two_way
 
 __all__ = [
     "MAX",
@@ -17,5 +17,6 @@ __all__ = [
     "grid_of",
     "group_named",
     "group_of",
+    "outer_name",
     "two_way",
 ]

@@ -67,7 +67,7 @@ class AttentionConfig:
     document_mask: bool = True  # tokens see only their own document
     inner: int | None = None  # neighbours in one row of sp seen as a grid, for usp and burst; None: up to them
     backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
-    travel: str = "wide"  # gradients are summed on their way in fp32; narrow: go straight home in 16 bits
+    travel: str = "wide"  # gradients are summed on their way in fp32; narrow: straight home in train.dtype
 
     def check(self) -> None:
         """Refuse names that stand for nothing and windows that see nothing."""
@@ -121,7 +121,9 @@ def _unequal_part(model: ModelConfig, tp: int) -> str | None:
     for name in ("heads", "hidden_dim", "vocab_size"):
         size = getattr(model, name)
         if size % tp:
-            return f"must divide model.{name}={size} (nearest valid model.{name}: {nearest_multiples(size, tp)})"
+            # Other heads would have to suit kv_heads as well.
+            hint = "" if name == "heads" else f" (nearest valid model.{name}: {nearest_multiples(size, tp)})"
+            return f"must divide model.{name}={size}{hint}"
     if model.kv_heads % tp and tp % model.kv_heads:
         return f"must divide model.kv_heads={model.kv_heads}, or be a multiple of it"
     return None
@@ -390,10 +392,15 @@ class Config:
         if self.attention.strategy == "local" and self.parallel.sp > 1:
             raise ConfigError(
                 f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
-                f"got parallel.sp={self.parallel.sp}; valid with it: ring, striped"
+                f"got parallel.sp={self.parallel.sp}; valid with it: {', '.join(choices.STRATEGIES[1:])}"
             )
         if self.parallel.pp > 1:
             self._check_pipeline()
+        elif (self.parallel.pp_schedule, self.parallel.pp_virtual) != ("1f1b", None):
+            raise ConfigError(
+                f"parallel.pp_schedule={self.parallel.pp_schedule} with parallel.pp_virtual={self.parallel.pp_virtual} "
+                "is for a pipeline, and parallel.pp=1 has none; set parallel.pp=2, or leave both out"
+            )
 
     def _check_pipeline(self) -> None:
         parallel, train, layers = self.parallel, self.train, self.model.layers

@@ -47,8 +47,10 @@ class Session:
     def __init__(self, model: Decoder, ranks: Ranks) -> None:
         if not ranks.mask.causal:
             raise ConfigError("generation needs a causal mask: tokens cannot see those that do not exist yet")
-        if not (model.part.first and model.part.last):
-            raise ConfigError("generation needs the whole model on each rank; this is one stage of a pipeline")
+        if not isinstance(model, Decoder) or not (model.part.first and model.part.last):
+            raise ConfigError("generation needs the whole model on each rank; this is a part of a pipeline: set pp=1")
+        if type(model.vocabulary) is not Vocabulary:
+            raise ConfigError("generation does not run on a model whose tensors are split: set tp=1")
         self._model = model
         self._ranks = ranks
         self._group = group_of(ranks.group)

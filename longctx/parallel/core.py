@@ -30,6 +30,7 @@ def attention_case(config: Config) -> AttentionCase:
         layout=layout_of(config).name,
         mask=mask_of(config),
         documents=config.attention.document_mask,
+        kernel=config.attention.kernel,
         inner=config.attention.inner,
         options=Options(config.attention.backward, config.attention.travel),
     )

@@ -81,7 +81,8 @@ class HostMemory:
                 buffer.copy_(source, non_blocking=True)
             self._leaving.append((self._entered, source, self.stream.record_event()))
         away = Away(self, stay, buffer, source.device)
-        weakref.finalize(away, _let_go, away.coming, self._free[buffer.numel()], buffer)
+        # Not at exit: a stream may be gone by then.
+        weakref.finalize(away, _let_go, away.coming, self._free[buffer.numel()], buffer).atexit = False
         key = storage._cdata
         # Forgotten when it dies: another storage may get its address.
         self._away[key] = (weakref.ref(storage, lambda _: self._away.pop(key, None)), weakref.ref(away))

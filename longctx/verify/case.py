@@ -80,7 +80,7 @@ class VerifyCase:
         """What is asked of the strategy."""
         packed = len(self.documents) > 1
         return AttentionCase(
-            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options, packed
+            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options, packed, self.kernel
         )
 
     def make_layout(self) -> Layout:

@@ -116,7 +116,7 @@ def test_an_option_of_another_source_is_refused_and_of_its_own_taken():
         (
             {},
             3,
-            ["parallel.tp=3 must divide model.heads=4", "model.heads: 3 or 6", "for this model: 2 or 4"],
+            ["parallel.tp=3 must divide model.heads=4", "for this model: 2 or 4"],
         ),
         ({"hidden_dim": 381}, 2, ["model.hidden_dim=381", "model.hidden_dim: 380 or 382", "for this model: 1"]),
         ({"vocab_size": 258}, 4, ["model.vocab_size=258", "model.vocab_size: 256 or 260", "for this model: 1 or 2"]),
@@ -204,7 +204,15 @@ def test_stages_count_virtual_ones_against_layers():
     ):
         Config.from_dict({"parallel": {"pp": 4, "pp_schedule": "zbv"}})
     assert Config.from_dict({"parallel": {"pp": 2, "pp_schedule": "zbv"}}).parallel.stages == 4
-    assert Config.from_dict({"parallel": {"pp_schedule": "zbv"}}).parallel.stages == 1
+    assert Config().parallel.stages == 1
+
+
+@pytest.mark.parametrize(
+    "given", [{"pp_schedule": "zbv"}, {"pp_schedule": "interleaved_1f1b", "pp_virtual": 3}], ids=str
+)
+def test_a_schedule_without_a_pipeline_is_refused(given):
+    with pytest.raises(ConfigError, match=r"parallel\.pp=1 has none; set parallel\.pp=2"):
+        Config.from_dict({"parallel": given})
 
 
 @pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])

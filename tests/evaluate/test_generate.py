@@ -16,9 +16,12 @@ from longctx.config import ModelConfig
 from longctx.errors import ConfigError
 from longctx.evaluate import Generated, Ranks, Sampling, Session, generate
 from longctx.evaluate.generate import choose
+from longctx.launcher import build
+from longctx.mesh import build_mesh
 from longctx.model import Decoder, Part, initialize
 from longctx.sequence import Contiguous, Documents, Mask, Striped, Zigzag
 from longctx.sim import Cluster
+from tests.train.small_run import small_config
 
 MODEL = ModelConfig(vocab_size=40, dim=24, layers=2, heads=4, kv_heads=2, head_dim=6, hidden_dim=20, init_std=0.3)
 LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(), "striped3": Striped(3)}
@@ -316,3 +319,16 @@ def test_a_broadcast_counts_as_the_ledger_does():
         cluster = Cluster(3)
         found = cluster.run(run, source)
         assert found == [(float(source), cluster.ledger.sent(rank)) for rank in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_a_model_that_is_split_is_refused(tmp_path, parallel):
+    config = small_config(tmp_path, parallel=parallel)
+
+    def body():
+        model = build.build_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+        with pytest.raises(ConfigError, match=r"set (tp|pp)=1"):
+            Session(model, Ranks())
+
+    Cluster(2).run(body)

@@ -72,18 +72,25 @@ def test_what_fits_unsharded_is_gathered_once_a_step(monkeypatch):
     assert cluster.ledger.by_operation(rank=0)["all_gather"] == (2 * block + rest) // half + for_gradients
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_compiled_block_is_one_graph_and_exact(single, monkeypatch, recompute):
+@pytest.mark.parametrize(
+    ("recompute", "strategy"), [("none", "ring"), ("full", "ring"), ("full", "usp"), ("none", "ulysses")]
+)
+def test_a_compiled_block_is_one_graph_and_exact(single, monkeypatch, recompute, strategy):
     monkeypatch.setattr(
         apply, "compile_blocks", lambda model, compiled=apply.compile_blocks: compiled(model, "aot_eager")
     )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    found, cluster = on_sim(config_of(sp=2, recompute=recompute, compile=True))
+
+    def over_two_ranks(**train):
+        config = config_of(sp=2, **train)
+        return replace(config, attention=replace(config.attention, strategy=strategy))
+
+    found, cluster = on_sim(over_two_ranks(recompute=recompute, compile=True))
     assert worst(found, single) < 1e-12
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    _, eager = on_sim(config_of(sp=2))
+    _, eager = on_sim(over_two_ranks())
     assert cluster.ledger.by_operation() == eager.ledger.by_operation()
 
 
