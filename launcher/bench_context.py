@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, systems)
     starts = _starts(arguments, systems)
     memory_group.require()
+    # A request to stop unwinds like Ctrl-C, so that workers and memory groups do not outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = []
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
         bench = _Bench(arguments, Path(folder))
