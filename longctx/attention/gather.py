@@ -112,8 +112,8 @@ def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: Call) -
     blocks = arrived.wait()
     rows = gathered.rows[me]
     blocks.insert(me, torch.stack((rows.take(k[:, :, heads.keys]), rows.take(v[:, :, heads.keys]))))
-    whole = k.new_empty(2, k.shape[0], gathered.keys, *blocks[me].shape[ROWS + 1 :])
-    for block, places in zip(blocks, places_on(k.device, call), strict=True):
+    whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *blocks[me].shape[ROWS + 1 :])
+    for block, places in zip(blocks, gathered.places.on(k.device), strict=True):
         whole.index_copy_(ROWS, places, block)
     return whole
 
@@ -139,7 +139,7 @@ class Returned:
 def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: Call) -> Returned:
     """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``narrow``: in ``dtype``."""
     plan, me = call.plan, call.group.rank
-    places = places_on(shares.device, call)
+    places = plan.gathered(me).places.on(shares.device)
     travel = dtype if call.options.travel == "narrow" else shares.dtype
     sends, receives = [], []
     for other in others(call):
@@ -148,12 +148,6 @@ def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: Call) -> R
         receives.append((other, shares.new_empty(shape, dtype=travel)))
     own = shares.index_select(ROWS, places[me])
     return Returned(exchange(call.group, sends, receives), own, heads)
-
-
-def places_on(device: torch.device, call: Call) -> list[Tensor]:
-    """Of each owner's rows in the buffer of all."""
-    places = call.plan.gathered(call.group.rank).places
-    return [torch.from_numpy(part).to(device, non_blocking=True) for part in places]
 
 
 def others(call: Call) -> list[int]:

@@ -66,21 +66,12 @@ class Backward(Protocol):
 class Attend(Protocol):
     """(out, lse) of local queries: a registered operator, or several in a row.
 
-    ``group`` and ``kernel`` are names, ``plan`` a handle, the last two those of ``Options``. Whose lse it is, is up
-    to the strategy: it may be of other queries than out.
+    ``plan`` is a handle, ``group`` a name; ``names``: the kernel's, the scale, and those of ``Options``. Whose lse it
+    is, is up to the strategy: it may be of other queries than out.
     """
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Tensor,
-        group: str,
-        kernel: str,
-        scale: float,
-        backward: str = "auto",
-        travel: str = "wide",
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any
     ) -> tuple[Tensor, Tensor]: ...
 
 

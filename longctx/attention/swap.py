@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,14 +72,8 @@ class Row:
     def of(cls, plan: SequencePlan, grid: Group, device: torch.device) -> Row:
         assert grid.inner is not None, "StrategyAttention makes the grid"
         inner = grid.inner.size
-        first = grid.rank // inner * inner
-        together = plan.joined(inner).positions(grid.rank // inner)
-        places = (np.searchsorted(together, plan.positions(first + rank)) for rank in range(inner))
-        return cls(
-            grid.inner,
-            tuple(torch.from_numpy(place).to(device, non_blocking=True) for place in places),
-            inner * plan.shard,
-        )
+        places = plan.row_places(inner, grid.rank // inner)
+        return cls(grid.inner, places.on(device), inner * plan.shard)
 
     def swap(self, parts: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
         """All-to-all: sends ``parts[r]`` to rank r of the row; returns what each rank sent, own part included."""
@@ -305,21 +298,11 @@ def swapped(attend: Attend) -> Attend:
     The lse that it returns is of the row's tokens and this rank's heads.
     """
 
-    def attend_in_rows(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Tensor,
-        group: str,
-        kernel: str,
-        scale: float,
-        backward: str = "auto",
-        travel: str = "wide",
-    ) -> tuple[Tensor, Tensor]:
+    def attend_in_rows(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any) -> tuple[Tensor, Tensor]:
         # Compiled code goes through here: groups stay names until an operator asks for them.
         queries, keys, values = _to_heads(q, k, v, plan, group)
         row_plan = _joined(plan, group)
-        out, lse = attend(queries, keys, values, row_plan, outer_name(group), kernel, scale, backward, travel)
+        out, lse = attend(queries, keys, values, row_plan, outer_name(group), *names)
         return _to_tokens(out, plan, group), lse
 
     return attend_in_rows

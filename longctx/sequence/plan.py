@@ -37,18 +37,29 @@ _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictio
 _ids = itertools.count()
 
 
+class Places:
+    """Where tokens of several ranks lie in one buffer of all, in order of position: indices by rank."""
+
+    def __init__(self, held: Sequence[Int64]) -> None:
+        """``held``: ascending global positions, by rank."""
+        self.positions = np.sort(np.concatenate(held))
+        self._by_rank = [np.searchsorted(self.positions, part) for part in held]
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """int64, by rank. Moved once, for a copy from ordinary memory makes the host wait."""
+        if device not in self._on:
+            self._on[device] = tuple(torch.from_numpy(places).to(device) for places in self._by_rank)
+        return self._on[device]
+
+
 @dataclass(frozen=True)
 class Gathered:
-    """``rows``: of each owner, what a reader sees; ``places``, int64: where each of them lies in one buffer of all, in
-    order of position. ``tiles``: over that buffer."""
+    """``rows``: of each owner, what a reader sees; ``places``: theirs in one buffer, which ``tiles`` are over."""
 
     rows: tuple[Rows, ...]
-    places: tuple[Int64, ...]
+    places: Places
     tiles: tuple[TileSet, ...]
-
-    @property
-    def keys(self) -> int:
-        return sum(map(len, self.places))
 
 
 class SequencePlan:
@@ -85,6 +96,7 @@ class SequencePlan:
         self._reads: dict[tuple[int, int], Rows] = {}
         self._joined: dict[int, SequencePlan] = {}
         self._gathered: dict[int, Gathered] = {}
+        self._row_places: dict[tuple[int, int], Places] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
@@ -146,12 +158,17 @@ class SequencePlan:
         if reader not in self._gathered:
             rows = tuple(self.reads(reader, owner) for owner in range(self.world))
             held = [_taken(positions, seen) for positions, seen in zip(self._positions, rows, strict=True)]
-            keys = np.sort(np.concatenate(held))
-            places = tuple(np.searchsorted(keys, part) for part in held)
+            places = Places(held)
             ranges = [self._key_ranges(reader, row) for row in range(len(self.documents))]
-            tiles = group_rows([tiles_of(start, stop, keys) for start, stop in ranges])
+            tiles = group_rows([tiles_of(start, stop, places.positions) for start, stop in ranges])
             self._gathered[reader] = Gathered(rows, places, tiles)
         return self._gathered[reader]
+
+    def row_places(self, inner: int, row: int) -> Places:
+        """Of the tokens of each rank in a row of ``inner`` neighbours, among those of the row."""
+        if (inner, row) not in self._row_places:
+            self._row_places[inner, row] = Places(self._positions[row * inner : (row + 1) * inner])
+        return self._row_places[inner, row]
 
     def joined(self, inner: int) -> SequencePlan:
         """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""

@@ -8,9 +8,9 @@ from longctx.attention import StrategyAttention
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, DeadlockError, Event, Fault, MismatchError, RankFailed
 from longctx.verify import VerifyCase, judge, run_rank
+from tests.attention.schedule import FLASH, places, spans
 
 WORLD = 4
-FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}
 
 
@@ -31,18 +31,8 @@ def traced(mask: Mask, layout) -> list[list[Event]]:
     return cluster.trace
 
 
-def spans(events: list[Event], dtype: str) -> list[tuple[int, int]]:
-    """(post, wait) places of every transfer of a dtype; each is awaited exactly once."""
-    found = []
-    for place, event in enumerate(events):
-        if event.phase == "post" and event.dtype == dtype:
-            [wait] = [i for i, other in enumerate(events) if (other.phase, other.id) == ("wait", event.id)]
-            found.append((place, wait))
-    return found
-
-
 def kernels(events: list[Event]) -> list[int]:
-    return [i for i, event in enumerate(events) if event.operation in (FLASH, f"{FLASH}_backward")]
+    return places(events, FLASH, f"{FLASH}_backward")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
