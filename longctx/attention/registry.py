@@ -125,6 +125,7 @@ MODULES = {
     "gather": "longctx.attention.gather",
     "tree": "longctx.attention.tree",
     "rsa": "longctx.attention.rsa",
+    "disaggregated": "longctx.attention.disaggregated",
 }
 
 

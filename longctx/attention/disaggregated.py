@@ -1,0 +1,225 @@
+"""Core-attention disaggregation: attention is cut into tasks, and any rank computes any task for any other.
+
+Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), in place: every
+rank is also a server. Servers are stateless: they keep nothing between the passes, so that the two passes may be
+served by different ranks.
+
+    forward:                                        backward, of its own tasks:
+    send q, k, v rows to their servers              send q, dout, lse, delta and k, v rows to their servers
+    attend to what is all mine                      gradients of what is all mine
+    attend to what has arrived                      gradients of what has arrived
+    send (out, lse) home                            send dq, dk, dv home
+    merge what the servers of my queries found      add up, server by server in the order of ranks
+
+Whoever plans (``longctx.planner``) assigns tasks to servers; this file executes any assignment (``sequence.tasks``). A
+token crosses once per server, however many of its tasks read it. Delta travels in the place of O
+(``longctx.attention.delta``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longctx.attention.delta import delta_of, stand_in
+from longctx.attention.operator import Call, Saved, define_operator
+from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.comm import exchange
+from longctx.sequence import Rows, SequencePlan
+from longctx.sequence.plan import Places
+from longctx.sequence.tasks import Dispatch, Task
+
+Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP, ...]
+Dispatches = tuple[Dispatch, Dispatch]  # of the forward and of the backward pass
+
+_dispatches: weakref.WeakKeyDictionary[SequencePlan, Dispatches] = weakref.WeakKeyDictionary()
+
+
+def assign(plan: SequencePlan, forward: Sequence[Task], backward: Sequence[Task] | None = None) -> None:
+    """Serves the batch of this plan so; every visible cell is in exactly one task of each pass."""
+    there = Dispatch(plan, tuple(forward))
+    _dispatches[plan] = (there, there if backward is None else Dispatch(plan, tuple(backward)))
+
+
+def dispatches(plan: SequencePlan) -> Dispatches:
+    if plan not in _dispatches:
+        assign(plan, at_home(plan))
+    return _dispatches[plan]
+
+
+def at_home(plan: SequencePlan) -> list[Task]:
+    """Every query is served where it is: only keys and values travel."""
+    tasks = []
+    for rank in range(plan.world):
+        for run in Rows.union((position, position + 1) for position in plan.positions(rank).tolist()).intervals:
+            tasks += [Task(row, *run, 0, plan.length, rank) for row in range(len(plan.documents))]
+    return tasks
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    dispatch, me = dispatches(call.plan)[0], call.group.rank
+    served, line = dispatch.served(me), [in_line(tensor) for tensor in (q, k, v)]
+    arriving = Arriving(dispatch, (line[0],), (line[1], line[2]), call)
+    own = Partial(line[0])
+    call.kernel.forward(line[0], line[1], line[2], served.here, call.scale, own)
+    queries, keys, values = arriving.wait()
+    found = Partial(queries)
+    call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
+    asked = [dispatch.served(server).queries[me] for server in range(call.group.size)]
+    returned = Returning((found.out, found.lse), served.query_places, asked, call)
+    for rows, (out, lse) in returned.wait():
+        own.merge_packed(rows, out, lse)
+    return own.out.view(q.shape), own.lse.view(q.shape[:3])
+
+
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v; given the global lse and delta, the shares of tasks just add up."""
+    dispatch, me, dtype = dispatches(call.plan)[1], call.group.rank, accumulation_dtype(dout.dtype)
+    served, (q, k, v, out, lse) = dispatch.served(me), (in_line(tensor) for tensor in saved)
+    upstream = in_line(dout)
+    arriving = Arriving(dispatch, (q, upstream, lse, delta_of(upstream, out)), (k, v), call)
+    dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
+    call.kernel.backward(upstream, q, k, v, out, lse, served.here, call.scale, (dq, dk, dv))
+    queries, upstream, sums, delta, keys, values = arriving.wait()
+    shares = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in (queries, keys, values))
+    given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
+    call.kernel.backward(*given, served.rest, call.scale, (shares[0], shares[1], shares[2]))
+    all_served = [dispatch.served(server) for server in range(call.group.size)]
+    of_queries = Returning(shares[:1], served.query_places, [one.queries[me] for one in all_served], call, q.dtype)
+    of_keys = Returning(shares[1:], served.key_places, [one.keys[me] for one in all_served], call, q.dtype)
+    for returning, wholes in ((of_queries, (dq,)), (of_keys, (dk, dv))):
+        for rows, parts in returning.wait():
+            for whole, part in zip(wholes, parts, strict=True):
+                rows.add_to(whole, part)
+    return dq.view(dout.shape), dk.view(saved[1].shape), dv.view(saved[2].shape)
+
+
+def in_line(tensor: Tensor) -> Tensor:
+    """``[B, T/SP, ...]`` as one line of tokens, ``[1, B * T/SP, ...]``: a task may be of any batch row."""
+    return tensor.flatten(0, 1).unsqueeze(0)
+
+
+class Arriving:
+    """Tokens on their way to those who serve them: what belongs to queries, and keys and values."""
+
+    def __init__(self, dispatch: Dispatch, of_queries: Block, of_keys: Block, call: Call) -> None:
+        self._blocks = (of_queries, of_keys)
+        self._me = call.group.rank
+        self._served = dispatch.served(self._me)
+        sends, receives = [], []
+        for other in others(call):
+            theirs = dispatch.served(other)
+            for block, leaving, coming in (
+                (of_queries, theirs.queries[self._me], self._served.queries[other]),
+                (of_keys, theirs.keys[self._me], self._served.keys[other]),
+            ):
+                sends += [(other, leaving.take(part).contiguous()) for part in block]
+                receives += [(other, part.new_empty(1, len(coming), *part.shape[2:])) for part in block]
+        self._pending = exchange(call.group, sends, receives)
+
+    def wait(self) -> list[Tensor]:
+        """Buffers in order of (batch row, position), ``[1, rows, H/TP, ...]``: those of queries, then of keys."""
+        arrived, served, me = self._pending.wait(), self._served, self._me
+        (of_queries, of_keys), number = self._blocks, len(self._blocks[0]) + len(self._blocks[1])
+        by_home = [arrived[first : first + number] for first in range(0, len(arrived), number)]
+        own = [served.queries[me].take(part) for part in of_queries] + [served.keys[me].take(part) for part in of_keys]
+        by_home.insert(me, own)
+        places = [served.query_places] * len(of_queries) + [served.key_places] * len(of_keys)
+        return [_in_order(list(parts), where) for parts, where in zip(zip(*by_home, strict=True), places, strict=True)]
+
+
+def _in_order(parts: list[Tensor], places: Places) -> Tensor:
+    """What came from each home, in one buffer."""
+    whole = parts[0].new_empty(1, len(places.positions), *parts[0].shape[2:])
+    for part, where in zip(parts, places.on(whole.device), strict=True):
+        whole.index_copy_(1, where, part)
+    return whole
+
+
+class Returning:
+    """What was computed for tokens on its way to their homes.
+
+    ``block``: by place in the server's buffer. ``asked[server]``: rows of this rank's line that the server had.
+    ``narrow``: the dtype in which ``attention.travel=narrow`` sends shares of gradients.
+    """
+
+    def __init__(
+        self, block: Block, places: Places, asked: list[Rows], call: Call, narrow: torch.dtype | None = None
+    ) -> None:
+        me, where = call.group.rank, places.on(block[0].device)
+        self._me, self._asked, self._number = me, asked, len(block)
+        self._own = [part.index_select(1, where[me]) for part in block]
+        dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
+        sends, receives = [], []
+        for other in others(call):
+            for part, dtype in zip(block, dtypes, strict=True):
+                sends.append((other, part.index_select(1, where[other]).to(dtype)))
+                receives.append((other, part.new_empty(1, len(asked[other]), *part.shape[2:], dtype=dtype)))
+        self._pending = exchange(call.group, sends, receives)
+
+    def wait(self) -> Iterator[tuple[Rows, Block]]:
+        """In the order of ranks, so that sums do not depend on who came first."""
+        arrived = self._pending.wait()
+        blocks = [arrived[first : first + self._number] for first in range(0, len(arrived), self._number)]
+        blocks.insert(self._me, self._own)
+        for rows, block in zip(self._asked, blocks, strict=True):
+            yield rows, tuple(block)
+
+
+def others(call: Call) -> list[int]:
+    return [rank for rank in range(call.group.size) if rank != call.group.rank]
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """Rows to servers and results home; a pass sends what its own dispatch says."""
+    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
+    there, back = (_rows_sent(dispatch, plan.world, rank) for dispatch in dispatches(plan))
+    narrow = sizes.options.travel == "narrow"
+    dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
+    return Volume(
+        there.queries * one.queries + there.keys * 2 * one.keys + there.asked * (one.query_gradients + one.lse),
+        back.queries * 2 * (one.queries + one.lse) + back.keys * 2 * one.keys + back.asked * dq + back.read * 2 * dk,
+        there.servers + 2 * there.key_servers + 2 * there.homes,
+        4 * back.servers + 2 * back.key_servers + back.homes + 2 * back.key_homes,
+    )
+
+
+@dataclass(frozen=True)
+class RowsSent:
+    """Of one rank in one pass: rows of its own that others serve (``queries``) or read (``keys``), and of others that
+    it serves (``asked``) or reads (``read``); and how many ranks each of them goes to."""
+
+    queries: int
+    keys: int
+    asked: int
+    read: int
+    servers: int
+    key_servers: int
+    homes: int
+    key_homes: int
+
+
+def _rows_sent(dispatch: Dispatch, world: int, rank: int) -> RowsSent:
+    ranks = [other for other in range(world) if other != rank]
+    away = [dispatch.served(other) for other in ranks]
+    mine = dispatch.served(rank)
+    counts = [
+        [len(one.queries[rank]) for one in away],
+        [len(one.keys[rank]) for one in away],
+        [len(mine.queries[other]) for other in ranks],
+        [len(mine.keys[other]) for other in ranks],
+    ]
+    return RowsSent(*map(sum, counts), *(sum(map(bool, count)) for count in counts))
+
+
+attend = define_operator("disaggregated", forward, backward)
+
+STRATEGIES = {
+    "disaggregated": Strategy("disaggregated", attend, "contiguous", lambda case: None, volume, frozenset({"travel"}))
+}

@@ -1,0 +1,111 @@
+"""Core-attention disaggregation: any legal assignment of tasks to servers gives the same numbers."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longctx.attention import get_strategy
+from longctx.attention.disaggregated import assign, at_home, dispatches
+from longctx.attention.registry import Sizes
+from longctx.sequence.tasks import Task
+from longctx.sim import Cluster
+from longctx.verify import VerifyCase
+from longctx.verify.run import judge, run_rank
+
+FINEST = 2  # tokens; smaller pieces are not cut again
+
+
+def random_tasks(case: VerifyCase, seed: int) -> list[Task]:
+    """A partition of every document's square by random cuts, each piece with a random server."""
+    chance = random.Random(seed)
+    found = []
+
+    def cut(row, q, k):
+        sides = [side for side in (q, k) if side[1] - side[0] > FINEST]
+        if not sides or chance.random() < 0.3:
+            found.append(Task(row, *q, *k, chance.randrange(case.world)))
+            return
+        side = chance.choice(sides)
+        at = chance.randint(side[0] + 1, side[1] - 1)
+        for part in ((side[0], at), (at, side[1])):
+            cut(row, *((part, k) if side is q else (q, part)))
+
+    for row, documents in enumerate(case.packing):
+        for start, stop in pairwise(documents.cu_seqlens.tolist()):
+            cut(row, (start, stop), (start, stop))
+    chance.shuffle(found)
+    return found
+
+
+def check(case: VerifyCase, forward, backward=None):
+    plan = case.plan()
+    assign(plan, forward, backward)
+    results = Cluster(case.world).run(lambda: run_rank(case, dist.group.WORLD))
+    verdict, _ = judge(case, results)
+    assert verdict.passed, verdict.errors
+    sizes = Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, 8, 8, options=case.options)
+    for rank in range(case.world):
+        volume = get_strategy("disaggregated").volume(plan, rank, sizes)
+        sent = verdict.bytes_forward[rank], verdict.bytes_backward[rank]
+        assert sent == (volume.forward, volume.backward)
+    return plan
+
+
+def case_of(world, lengths, **options):
+    return VerifyCase(
+        "disaggregated", options.pop("layout", "contiguous"), world, seq=sum(lengths), documents=tuple(lengths),
+        head_dim=4, heads=2, kv_heads=1, **options,
+    )  # fmt: skip
+
+
+@given(
+    st.lists(st.integers(1, 23), min_size=1, max_size=7),
+    st.integers(1, 5),
+    st.sampled_from(["contiguous", "zigzag", "striped"]),
+    st.integers(0, 2**16),
+)
+def test_any_partition_is_exact(lengths, world, layout, seed):
+    case = case_of(world, lengths, layout=layout, seed=seed)
+    check(case, random_tasks(case, seed), random_tasks(case, seed + 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("mask", [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 4}], ids=str)
+def test_every_mask_two_batch_rows_and_different_passes(world, mask):
+    case = case_of(world, [17, 1, 1, 30, 8], batch=2, **mask)
+    check(case, random_tasks(case, world), random_tasks(case, world + 99))
+
+
+def test_shares_may_go_home_narrow():
+    case = case_of(4, [40, 9, 1], travel="narrow")
+    check(case, random_tasks(case, 3), random_tasks(case, 4))
+
+
+def test_one_server_for_all_and_servers_without_work():
+    case = case_of(4, [19, 12])
+    tasks = [Task(0, 0, 19, 0, 19, 2), Task(0, 19, 31, 19, 31, 2)]
+    plan = check(case, tasks)
+    there, _ = dispatches(plan)
+    assert [there.served(rank).cells for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
+
+
+def test_served_at_home_only_keys_travel():
+    case = case_of(3, [30])
+    plan = check(case, at_home(case.plan()))
+    sizes = Sizes(1, 2, 1, 4, 8, 8)
+    volumes = [get_strategy("disaggregated").volume(plan, rank, sizes) for rank in range(3)]
+    # Ten tokens a rank; the keys of rank 0 go to both others, those of rank 1 to the last, and nothing comes home.
+    assert [volume.forward for volume in volumes] == [2 * 20 * sizes.keys, 2 * 10 * sizes.keys, 0]
+
+
+def test_a_token_crosses_once_however_many_tasks_read_it():
+    case = case_of(2, [16])
+    pieces = [Task(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
+    plan = check(case, pieces)
+    volume = get_strategy("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
+    sizes = Sizes(1, 2, 1, 4, 8, 8)
+    assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
