@@ -61,43 +61,84 @@ def at_home(plan: SequencePlan) -> list[Task]:
     return tasks
 
 
+class ForwardRun:
+    """Attention of the local queries under way: posted when made, computed by ``serve``, complete after ``finish``."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+        self._dispatch, self._call = dispatches(call.plan)[0], call
+        self._served, self._shape = self._dispatch.served(call.group.rank), q.shape
+        self._line = in_line(q), in_line(k), in_line(v)
+        self._arriving = Arriving(self._dispatch, self._line[:1], self._line[1:], call)
+
+    def serve(self) -> None:
+        call, served = self._call, self._served
+        self._own = Partial(self._line[0])
+        call.kernel.forward(*self._line, served.here, call.scale, self._own)
+        queries, keys, values = self._arriving.wait()
+        found = Partial(queries)
+        call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
+        ranks, me = range(call.group.size), call.group.rank
+        asked = [self._dispatch.served(server).queries[me] for server in ranks]
+        self._returning = Returning((found.out, found.lse), served.query_places, asked, call)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(out in the accumulation dtype ``[B, T/SP, H/TP, D]``, lse ``[B, T/SP, H/TP]``) of the local queries."""
+        for rows, (out, lse) in self._returning.wait():
+            self._own.merge_packed(rows, out, lse)
+        return self._own.out.view(self._shape), self._own.lse.view(self._shape[:3])
+
+
+class BackwardRun:
+    """Gradients under way, likewise; given the global lse and delta, the shares of tasks just add up."""
+
+    def __init__(self, dout: Tensor, saved: Saved, call: Call) -> None:
+        self._dispatch, self._call = dispatches(call.plan)[1], call
+        self._served, self._shapes = self._dispatch.served(call.group.rank), [tensor.shape for tensor in saved[:3]]
+        self._saved, self._dout = [in_line(tensor) for tensor in saved], in_line(dout)
+        q, k, v, out, lse = self._saved
+        of_queries = (q, self._dout, lse, delta_of(self._dout, out))
+        self._arriving = Arriving(self._dispatch, of_queries, (k, v), call)
+
+    def serve(self) -> None:
+        call, served, (q, k, v, out, lse) = self._call, self._served, self._saved
+        dtype, narrow, me = accumulation_dtype(q.dtype), q.dtype, call.group.rank
+        self._grads = dq, dk, dv = _zeros((q, k, v), dtype)
+        call.kernel.backward(self._dout, q, k, v, out, lse, served.here, call.scale, (dq, dk, dv))
+        queries, upstream, sums, delta, keys, values = self._arriving.wait()
+        shares = _zeros((queries, keys, values), dtype)
+        given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
+        call.kernel.backward(*given, served.rest, call.scale, shares)
+        asked = [self._dispatch.served(server) for server in range(call.group.size)]
+        self._of_queries = Returning(shares[:1], served.query_places, [one.queries[me] for one in asked], call, narrow)
+        self._of_keys = Returning(shares[1:], served.key_places, [one.keys[me] for one in asked], call, narrow)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the local tokens in the accumulation dtype."""
+        dq, dk, dv = self._grads
+        for returning, wholes in ((self._of_queries, (dq,)), (self._of_keys, (dk, dv))):
+            for rows, parts in returning.wait():
+                for whole, part in zip(wholes, parts, strict=True):
+                    rows.add_to(whole, part)
+        return dq.view(self._shapes[0]), dk.view(self._shapes[1]), dv.view(self._shapes[2])
+
+
+def _zeros(like: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.zeros_like(tensor, dtype=dtype) for tensor in like)
+    return q, k, v
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    dispatch, me = dispatches(call.plan)[0], call.group.rank
-    served, line = dispatch.served(me), [in_line(tensor) for tensor in (q, k, v)]
-    arriving = Arriving(dispatch, (line[0],), (line[1], line[2]), call)
-    own = Partial(line[0])
-    call.kernel.forward(line[0], line[1], line[2], served.here, call.scale, own)
-    queries, keys, values = arriving.wait()
-    found = Partial(queries)
-    call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
-    asked = [dispatch.served(server).queries[me] for server in range(call.group.size)]
-    returned = Returning((found.out, found.lse), served.query_places, asked, call)
-    for rows, (out, lse) in returned.wait():
-        own.merge_packed(rows, out, lse)
-    return own.out.view(q.shape), own.lse.view(q.shape[:3])
+    run = ForwardRun(q, k, v, call)
+    run.serve()
+    return run.finish()
 
 
 def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v; given the global lse and delta, the shares of tasks just add up."""
-    dispatch, me, dtype = dispatches(call.plan)[1], call.group.rank, accumulation_dtype(dout.dtype)
-    served, (q, k, v, out, lse) = dispatch.served(me), (in_line(tensor) for tensor in saved)
-    upstream = in_line(dout)
-    arriving = Arriving(dispatch, (q, upstream, lse, delta_of(upstream, out)), (k, v), call)
-    dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
-    call.kernel.backward(upstream, q, k, v, out, lse, served.here, call.scale, (dq, dk, dv))
-    queries, upstream, sums, delta, keys, values = arriving.wait()
-    shares = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in (queries, keys, values))
-    given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
-    call.kernel.backward(*given, served.rest, call.scale, (shares[0], shares[1], shares[2]))
-    all_served = [dispatch.served(server) for server in range(call.group.size)]
-    of_queries = Returning(shares[:1], served.query_places, [one.queries[me] for one in all_served], call, q.dtype)
-    of_keys = Returning(shares[1:], served.key_places, [one.keys[me] for one in all_served], call, q.dtype)
-    for returning, wholes in ((of_queries, (dq,)), (of_keys, (dk, dv))):
-        for rows, parts in returning.wait():
-            for whole, part in zip(wholes, parts, strict=True):
-                rows.add_to(whole, part)
-    return dq.view(dout.shape), dk.view(saved[1].shape), dv.view(saved[2].shape)
+    """Gradients of the local q, k, v."""
+    run = BackwardRun(dout, saved, call)
+    run.serve()
+    return run.finish()
 
 
 def in_line(tensor: Tensor) -> Tensor:

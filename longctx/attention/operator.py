@@ -78,15 +78,15 @@ class Attend(Protocol):
 # What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
-_CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto", str travel="wide"'
-_CONTEXT_SIZE = 6
+CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto", str travel="wide"'
+CONTEXT_SIZE = 6
 
 
 def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        call = _call(q, k, *context)
+        call = call_of(q, k, *context)
         require_fit(q, call.plan, call.group)
         out, lse = forward(q, k, v, call)
         return out.to(q.dtype), lse
@@ -100,20 +100,20 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
         lse: Tensor,
         *context: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = backward(dout, (q, k, v, out, lse), _call(q, k, *context))
+        dq, dk, dv = backward(dout, (q, k, v, out, lse), call_of(q, k, *context))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     forward_op = torch.library.custom_op(
         f"longctx::{name}",
         run_forward,
         mutates_args=(),
-        schema=f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor)",
+        schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}) -> (Tensor, Tensor)",
     )
     backward_op = torch.library.custom_op(
         f"longctx::{name}_backward",
         run_backward,
         mutates_args=(),
-        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CONTEXT})"
+        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {CONTEXT})"
         " -> (Tensor, Tensor, Tensor)",
     )
 
@@ -133,10 +133,10 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
 
     def differentiate(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * (3 + _CONTEXT_SIZE)
+            return (None,) * (3 + CONTEXT_SIZE)
         q, k, v, out, lse, plan = ctx.saved_tensors
         grads = backward_op(dout, q, k, v, out, lse, plan, *ctx.names)
-        return (*grads, *(None,) * _CONTEXT_SIZE)
+        return (*grads, *(None,) * CONTEXT_SIZE)
 
     forward_op.register_autograd(differentiate, setup_context=remember)
     IMPLEMENTATIONS[forward_op._opoverload] = run_forward
@@ -153,6 +153,6 @@ def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
         )
 
 
-def _call(q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str) -> Call:
+def call_of(q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str) -> Call:
     """torch leaves out arguments that equal their defaults."""
     return Call(plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale, Options(*options))

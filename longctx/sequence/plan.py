@@ -87,6 +87,7 @@ class SequencePlan:
         self.layout = layout
         self.length = length
         self.world = world
+        self._multiple = multiple
         self.shard = shard_length(layout, length, world, multiple)
         self._positions = [layout.positions(length, world, rank) for rank in range(world)]
         self._ranges: dict[tuple[int, int], tuple[Int64, Int64]] = {}
@@ -95,6 +96,7 @@ class SequencePlan:
         self._visiting: dict[tuple[int, int, Rows], tuple[TileSet, ...]] = {}
         self._reads: dict[tuple[int, int], Rows] = {}
         self._joined: dict[int, SequencePlan] = {}
+        self._halves: dict[int, SequencePlan] = {}
         self._gathered: dict[int, Gathered] = {}
         self._row_places: dict[tuple[int, int], Places] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
@@ -179,6 +181,16 @@ class SequencePlan:
             made = SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner, multiple)
             self._joined[inner] = made
         return self._joined[inner]
+
+    def half(self, number: int) -> SequencePlan:
+        """The plan of the first (0) or second (1) half of the batch's sequences; it lives as long as this one."""
+        if number not in self._halves:
+            count = len(self.documents)
+            assert count % 2 == 0, f"{count} sequences have no halves; the configuration refuses them"
+            own = self.documents[: count // 2] if number == 0 else self.documents[count // 2 :]
+            made = SequencePlan(own, self.mask, self.layout, self.length, self.world, self._multiple)
+            self._halves[number] = made
+        return self._halves[number]
 
     @property
     def rotation(self) -> Rotation:

@@ -1,0 +1,35 @@
+"""A block over two nano-batches in turn: one exchanges while the other computes (``longctx.attention.ping_pong``).
+
+The two are the halves of a micro-batch's sequences. Both go through one call of the block, so that its parameters are
+gathered, and their gradients reduced, once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from longctx.attention.ping_pong import PingPongAttention
+from longctx.model import Block, Decoder
+from longctx.model.rotary import Rotation
+from longctx.sequence import plan_of
+
+
+def take_turns(model: Decoder, attention: PingPongAttention) -> None:
+    for block in model.layers:
+        block.forward = partial(in_turn, block, attention)  # type: ignore[method-assign]
+
+
+def in_turn(block: Block, attention: PingPongAttention, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    """x ``[B, T/SP, dim]`` with an even B to the same shape; ``plan``: the handle of the whole batch's plan."""
+    whole = plan_of(plan)
+    inputs = x.chunk(2)
+    turned = zip(*(part.chunk(2) for part in rotation), strict=True)
+    under_way = [
+        attention.start(*block.pre(half, turn), whole.half(number).handle)
+        for number, (half, turn) in enumerate(zip(inputs, turned, strict=True))
+    ]
+    under_way = [attention.serve(run) for run in under_way]
+    return torch.cat([block.post(attention.finish(run), half) for run, half in zip(under_way, inputs, strict=True)])
