@@ -4,9 +4,20 @@ Registries of the code behind them lie with that code, which the configuration m
 name; tests/architecture holds both to the same names.
 """
 
-STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather", "tree", "rsa")
-STRATEGIES_PLANNED = (
+STRATEGIES = (
+    "local",
+    "ring",
+    "striped",
+    "burst",
+    "token_ring",
+    "ulysses",
+    "usp",
+    "gather",
+    "tree",
+    "rsa",
     "disaggregated",
+)
+STRATEGIES_PLANNED = (
     "lasp2",
     "zeppelin",
 )

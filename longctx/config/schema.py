@@ -97,12 +97,32 @@ class Config:
                 f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
                 f"got parallel.sp={self.parallel.sp}; valid with it: {', '.join(choices.STRATEGIES[1:])}"
             )
+        if self.attention.ping_pong:
+            self._check_ping_pong()
         if self.parallel.pp > 1:
             self._check_pipeline()
         elif (self.parallel.pp_schedule, self.parallel.pp_virtual) != ("1f1b", None):
             raise ConfigError(
                 f"parallel.pp_schedule={self.parallel.pp_schedule} with parallel.pp_virtual={self.parallel.pp_virtual} "
                 "is for a pipeline, and parallel.pp=1 has none; set parallel.pp=2, or leave both out"
+            )
+
+    def _check_ping_pong(self) -> None:
+        strategy, rows = self.attention.strategy, self.train.micro_batch
+        if strategy != "disaggregated":
+            raise ConfigError(
+                f"attention.ping_pong=true takes attention.strategy=disaggregated apart, got {strategy}; nearest "
+                "valid: attention=disaggregated, or attention.ping_pong=false"
+            )
+        if rows % 2:
+            raise ConfigError(
+                f"attention.ping_pong=true halves train.micro_batch={rows}, which must be even; nearest valid: "
+                f"{nearest_multiples(rows, 2)}"
+            )
+        if self.train.compile:
+            raise ConfigError(
+                "attention.ping_pong=true hands runs of attention from operator to operator, which train.compile=true "
+                "might put in another order; set train.compile=false"
             )
 
     def _check_pipeline(self) -> None:

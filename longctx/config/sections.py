@@ -63,6 +63,7 @@ class AttentionConfig:
     inner: int | None = None  # neighbours in one row of sp seen as a grid, for usp and burst; None: up to them
     backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
     travel: str = "wide"  # gradients are summed on their way in fp32; narrow: straight home in train.dtype
+    ping_pong: bool = False  # two halves of a micro-batch take turns: one exchanges while the other computes
 
     def check(self) -> None:
         """Refuse names that stand for nothing and windows that see nothing."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
-from longctx.parallel.core import core_attention
+from longctx.parallel.core import core_attention, ping_pong_attention
 from longctx.parallel.data import shard_parameters
 from longctx.parallel.offload import offload_activations
+from longctx.parallel.ping_pong import take_turns
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
 from longctx.parallel.recompute import names_kept, recompute_activations
 from longctx.parallel.tensor import split_tensors
@@ -27,6 +28,8 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     for part in [model] if pipeline is None else pipeline.stages:
         split_tensors(part, mesh.tensor)
         part.set_attention(core)
+        if config.attention.ping_pong:
+            take_turns(part, ping_pong_attention(config, mesh))
         tile_mlps(part, train.mlp_chunk, mesh.tensor.size())
         if train.recompute != "none":
             recompute = offload_activations if train.offload else recompute_activations

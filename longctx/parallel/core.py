@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of
+from longctx.attention.ping_pong import PingPongAttention
+from longctx.comm import group_of
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.sequence import Layout, Mask, make_layout
@@ -43,3 +45,9 @@ def core_attention(config: Config, mesh: Mesh) -> StrategyAttention:
     return StrategyAttention(
         attention.strategy, mesh.sequence_group, attention.kernel, inner=inner, options=case.options
     )
+
+
+def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:
+    """The same in three steps, for two halves of a micro-batch that take turns."""
+    options = attention_case(config).options
+    return PingPongAttention(group_of(mesh.sequence_group), config.attention.kernel, options)
