@@ -26,7 +26,7 @@ from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.core import attention_case
+from longctx.parallel.core import attention_case, work_of
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
@@ -144,7 +144,8 @@ def rank_main(
     directory = directory_of(config)
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
-    meter = Meter(mesh, device, memory, stop, peak_flops(device, compute_dtype(config.train.dtype)))
+    peak = peak_flops(device, compute_dtype(config.train.dtype))
+    meter = Meter(mesh, device, memory, stop, peak, work_of(config))
     build_trainer(config, resume, corpus, meter).run()
 
 

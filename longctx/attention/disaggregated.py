@@ -231,6 +231,10 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def work(plan: SequencePlan, rank: int, inner: int) -> float:
+    return dispatches(plan)[0].served(rank).cells
+
+
 @dataclass(frozen=True)
 class RowsSent:
     """Of one rank in one pass: rows of its own that others serve (``queries``) or read (``keys``), and of others that
@@ -262,5 +266,7 @@ def _rows_sent(dispatch: Dispatch, world: int, rank: int) -> RowsSent:
 attend = define_operator("disaggregated", forward, backward)
 
 STRATEGIES = {
-    "disaggregated": Strategy("disaggregated", attend, "contiguous", lambda case: None, volume, frozenset({"travel"}))
+    "disaggregated": Strategy(
+        "disaggregated", attend, "contiguous", lambda case: None, volume, frozenset({"travel"}), work=work
+    )
 }

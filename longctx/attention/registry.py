@@ -87,9 +87,20 @@ class Volume:
         return Volume(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
+def work_at_home(plan: SequencePlan, rank: int, inner: int) -> float:
+    """Where each rank computes for its own queries."""
+    return plan.work(rank)
+
+
+def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
+    """Where queries visit the ranks whose keys they see."""
+    return sum(tiles.cells for owner in range(plan.world) for tiles in plan.tiles(owner, rank))
+
+
 @dataclass(frozen=True)
 class Strategy:
-    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
+    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``work(plan, rank, inner)`` the
+    (query, key) cells that a rank computes, in all its heads.
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
@@ -104,6 +115,7 @@ class Strategy:
     takes: frozenset[str] = frozenset()
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False
+    work: Callable[[SequencePlan, int, int], float] = work_at_home
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).

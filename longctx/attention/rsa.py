@@ -189,4 +189,10 @@ def _refuses(case: AttentionCase) -> str | None:
 
 attend = define_operator("rsa", forward, backward)
 
-STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume)}
+
+def work(plan: SequencePlan, rank: int, inner: int) -> float:
+    """Whole rows of scores, hidden ones too."""
+    return len(plan.documents) * len(plan.positions(rank)) * plan.length
+
+
+STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume, work=work)}

@@ -308,6 +308,11 @@ def swapped(attend: Attend) -> Attend:
     return attend_in_rows
 
 
+def work_in_rows(plan: SequencePlan, rank: int, inner: int) -> float:
+    """Ranks of a row compute for all its queries, each in its own heads."""
+    return plan.joined(inner).work(rank // inner) / inner
+
+
 def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
 

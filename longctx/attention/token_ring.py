@@ -23,7 +23,7 @@ from torch import Tensor
 from longctx.attention.burst import pass_queries_backward
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Sizes, Strategy, Volume, work_at_keys
 from longctx.attention.travel import narrowed, send_home, tally, travel
 from longctx.comm import Pending
 from longctx.sequence import Rows, SequencePlan
@@ -99,5 +99,6 @@ STRATEGIES = {
         volume,
         frozenset({"travel"}),
         two_way=True,
+        work=work_at_keys,
     )
 }

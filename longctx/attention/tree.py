@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Sizes, Strategy, Volume, work_at_keys
 from longctx.comm import Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
@@ -138,4 +138,6 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 attend = define_operator("tree", forward, backward)
 
-STRATEGIES = {"tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}))}
+STRATEGIES = {
+    "tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), work=work_at_keys)
+}

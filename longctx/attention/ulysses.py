@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from longctx.attention import local
 from longctx.attention.registry import AttentionCase, Strategy, divisors
-from longctx.attention.swap import swap_volume, swapped
+from longctx.attention.swap import swap_volume, swapped, work_in_rows
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -36,5 +36,6 @@ STRATEGIES = {
         _refuses,
         swap_volume,
         inner=lambda case: case.world,
+        work=work_in_rows,
     )
 }

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from longctx.attention import ring
 from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume, divisors
-from longctx.attention.swap import HeadSplit, swap_volume, swapped
+from longctx.attention.swap import HeadSplit, swap_volume, swapped, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -45,5 +45,7 @@ def _row(case: AttentionCase) -> int:
 
 
 STRATEGIES = {
-    "usp": Strategy("usp", swapped(ring.attend), "zigzag", _refuses, volume, frozenset({"inner", "travel"}), _row)
+    "usp": Strategy(
+        "usp", swapped(ring.attend), "zigzag", _refuses, volume, frozenset({"inner", "travel"}), _row, work=work_in_rows
+    )
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.comm import group_of
 from longctx.config import Config
 from longctx.mesh import Mesh
-from longctx.sequence import Layout, Mask, make_layout
+from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
 
 def layout_of(config: Config) -> Layout:
@@ -36,6 +38,13 @@ def attention_case(config: Config) -> AttentionCase:
         inner=config.attention.inner,
         options=Options(config.attention.backward, config.attention.travel),
     )
+
+
+def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
+    """(query, key) cells that a rank of the sequence group computes of a batch, in all its heads."""
+    strategy = get_strategy(config.attention.strategy)
+    inner = inner_of(strategy, attention_case(config))
+    return lambda plan, rank: strategy.work(plan, rank, inner)
 
 
 def core_attention(config: Config, mesh: Mesh) -> StrategyAttention:

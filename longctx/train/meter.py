@@ -11,7 +11,7 @@ import torch.distributed as dist
 from longctx.comm import group_of
 from longctx.config import ModelConfig
 from longctx.mesh import Mesh
-from longctx.sequence import LocalBatch
+from longctx.sequence import LocalBatch, SequencePlan
 from longctx.train.gather import gather_numbers
 
 # Dense peak in FLOP/s by a device's name and dtype, from the vendor's data sheets.
@@ -41,12 +41,20 @@ def training_flops(model: ModelConfig, tokens: float, cells: float) -> float:
     return 6.0 * weights * tokens + 12.0 * model.layers * model.heads * model.head_dim * cells
 
 
+def longest_document(plan: SequencePlan, rank: int) -> int:
+    """Tokens of the longest document of which the rank holds some, 0 without any."""
+    held = [row.bounds_of(plan.positions(rank)) for row in plan.documents]
+    return max((int((stop - start).max()) for start, stop in held if len(start)), default=0)
+
+
 @dataclass(frozen=True)
 class Observation:
     """Facts of one step, equal on all ranks.
 
     ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
-    rank over the mean. ``comm_bytes``: what attention sent, all ranks together. ``stop``: somebody was asked
+    rank over the mean. ``work``, ``bytes``: of each rank that counts its tokens, the cells that it computes and what
+    its attention sent. ``straggler``: tokens of the longest document of the busiest one. ``padding``: share of the
+    physical tokens that are none. ``comm_bytes``: what attention sent, all ranks together. ``stop``: somebody was asked
     to stop.
     """
 
@@ -54,6 +62,10 @@ class Observation:
     cells: int
     full_cells: int
     balance: float
+    work: list[float]
+    bytes: list[int]
+    straggler: int
+    padding: float
     comm_bytes: int
     memory_peak_bytes: int | None
     stop: bool
@@ -72,7 +84,7 @@ class Meter:
     """One rank's view of its own work, put together with that of the others once a step.
 
     ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end?
-    ``peak``: FLOP/s of one device.
+    ``peak``: FLOP/s of one device. ``work``: cells that a rank computes of a batch.
     """
 
     mesh: Mesh
@@ -80,6 +92,7 @@ class Meter:
     memory: Callable[[], int | None] = _unknown
     stop: Callable[[], bool] = _never
     peak: float | None = None
+    work: Callable[[SequencePlan, int], float] = SequencePlan.work
     _sent: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -88,25 +101,33 @@ class Meter:
 
     def observe(self, batches: Sequence[LocalBatch]) -> Observation:
         """After a step on these micro-batches; every rank calls it."""
-        plans = [batch.plan for batch in batches]
-        cells = sum(plan.work(self.mesh.sequence_rank) for plan in plans)
+        plans, me = [batch.plan for batch in batches], self.mesh.sequence_rank
+        cells = sum(plan.work(me) for plan in plans)
+        work = sum(self.work(plan, me) for plan in plans)
+        longest = max(longest_document(plan, me) for plan in plans)
+        valid = sum(len(plan.positions(me)) * len(plan.documents) for plan in plans)
+        physical = sum(plan.shard * len(plan.documents) for plan in plans)
         # Each sequence is counted by the first rank of its group, each token by one of those that hold it.
         counts = self.mesh.counts_tokens
-        first = counts and self.mesh.sequence_rank == 0
+        first = counts and me == 0
         tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
         full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
         sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
         memory = self.memory()
-        own = [counts, cells, tokens, full, sent, -1 if memory is None else memory, self.stop()]
+        own = [counts, cells, work, longest, valid, physical, tokens, full, sent]
+        own += [-1 if memory is None else memory, self.stop()]
         rows = gather_numbers(own, self.mesh.world_group, self.device)
-        counting, all_cells, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
-        by_rank = [cells for cells, its in zip(all_cells, counting) if its]
-        total = sum(by_rank)
+        (_, all_cells, works, documents, valids, physicals, *_) = zip(*(row for row in rows if row[0]), strict=True)
+        *_, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
         return Observation(
             tokens=int(sum(all_tokens)),
-            cells=int(total),
+            cells=int(sum(all_cells)),
             full_cells=int(sum(all_full)),
-            balance=max(by_rank) * len(by_rank) / total if total else 1.0,
+            balance=max(works) * len(works) / sum(works) if sum(works) else 1.0,
+            work=list(works),
+            bytes=[int(row_sent) for row, row_sent in zip(rows, all_sent, strict=True) if row[0]],
+            straggler=int(documents[works.index(max(works))]),
+            padding=1.0 - sum(valids) / sum(physicals),
             comm_bytes=int(sum(all_sent)),
             memory_peak_bytes=None if min(memories) < 0 else int(max(memories)),
             stop=any(stops),

@@ -26,6 +26,10 @@ KEYS = (
     "comm_bytes",
     "exposed_comm_seconds",
     "balance",
+    "work_by_rank",
+    "bytes_by_rank",
+    "straggler_tokens",
+    "padding",
 )
 ALWAYS_KNOWN = ("loss", "grad_norm")  # None in these means that the number was not finite
 METRICS = "metrics.jsonl"

@@ -21,6 +21,7 @@ from longctx.train.checkpoint_files import CheckpointDirectory
 from longctx.train.memory import MEMORY
 from longctx.train.metrics_file import METRICS, read_records
 from longctx.train.progress import duration, quantity
+from longctx.train.report_balance import balance_section
 from longctx.train.report_chart import line_chart
 from longctx.train.report_memory import memory_section
 from longctx.train.tracker import redacted
@@ -63,6 +64,7 @@ def render(run_dir: Path) -> str:
         tiles="".join(_tile(label, value) for label, value in _headline(records)),
         charts="".join(_chart(records, *chart) for chart in _CHARTS),
         memory=memory_section(_read(run_dir / MEMORY)),
+        balance=balance_section(records),
         rows="".join(_row(label, value) for label, value in _facts(run_dir, records, config)),
         config=f"<details><summary>config.yaml</summary><pre>{html.escape(text)}</pre></details>" if text else "",
     )
@@ -239,6 +241,7 @@ _PAGE = """<!doctype html>
 <div class="tiles">{tiles}</div>
 <div class="charts">{charts}</div>
 {memory}
+{balance}
 <table>{rows}</table>
 {config}
 </body>

@@ -106,6 +106,10 @@ class Trainer:
             "comm_bytes": seen.comm_bytes,
             "exposed_comm_seconds": None,  # needs device timelines, which nothing reads yet
             "balance": seen.balance,
+            "work_by_rank": seen.work,
+            "bytes_by_rank": seen.bytes,
+            "straggler_tokens": seen.straggler,
+            "padding": seen.padding,
         }
         return record, seen.stop
 

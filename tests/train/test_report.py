@@ -19,6 +19,7 @@ from longctx.train.checkpoint import Checkpointer
 from longctx.train.metrics import open_sink
 from longctx.train.metrics_file import KEYS
 from longctx.train.report import render, write_report
+from longctx.train.report_balance import balance_section
 from longctx.train.report_chart import line_chart
 from tests.train.checkpoint_run import make
 
@@ -161,3 +162,21 @@ def test_long_runs_stay_small(tmp_path):
     steps = list(range(1, 100_001))
     drawn = line_chart("loss", steps, [math.log(step) for step in steps], str, True)
     assert len(drawn) < 60_000
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"work_by_rank": [1]}, {"work_by_rank": [1, "x"], "bytes_by_rank": [0, 0]}, {"work_by_rank": None}],
+    ids=str,
+)
+def test_strange_balances_leave_their_part_out(told):
+    assert balance_section([{"step": 1, **told}]) == ""
+
+
+def test_the_worst_balanced_step_is_shown():
+    even = {"step": 1, "work_by_rank": [4, 4], "bytes_by_rank": [0, 8], "straggler_tokens": 7, "padding": 0.0}
+    skewed = {**even, "step": 2, "work_by_rank": [6, 2], "padding": 0.125}
+    page = balance_section([even, skewed, even])
+    assert "in step 2, the worst balanced: 1.500 of the mean" in page
+    assert "7.00 tokens" in page or "7 tokens" in page
+    assert "padding 12.5%" in page and page.count("<tr>") == 2
