@@ -1,4 +1,5 @@
-"""What the canary expects: the step on one device, with attention by its definition, in fp64.
+"""What the canary expects: the step on one device, in fp64, with attention by its definition and linear layers token
+by token.
 
 It shares the decoder's code with the run and nothing else: no plan, layout, tile, kernel, chunked loss or
 recompute.
@@ -16,6 +17,7 @@ from torch import Tensor
 from longctx.attention import dense_attention
 from longctx.attention.core import Started
 from longctx.config import Config
+from longctx.linear.reference import RecurrentCore
 from longctx.model import Decoder, initialize
 from longctx.parallel.core import mask_of
 from longctx.parallel.data import master_dtype
@@ -85,7 +87,7 @@ def _rows(batch: Batch) -> list[Batch]:
 def _logits(model: Decoder, row: Batch, mask: Mask, device: torch.device) -> Tensor:
     """``[S, V]`` of one whole sequence."""
     (documents,) = row.documents
-    model.set_attention(DenseAttention(documents, mask))
+    model.set_attention(DenseAttention(documents, mask), RecurrentCore([documents]))
     positions = torch.cat([torch.arange(length) for length in documents.lengths.tolist()])[None]
     no_plan = torch.zeros((), dtype=torch.int64)
     logits: Tensor = model(row.tokens.to(device), positions.to(device), no_plan)
