@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of
+from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
 from longctx.config import Config
+from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
 from longctx.sequence import Layout, Mask, make_layout
 
