@@ -2,6 +2,7 @@
 
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, shard, unshard
 from longctx.sequence.documents import Documents
+from longctx.sequence.halo import Halo
 from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
 from longctx.sequence.plan import SequencePlan, make_plan, plan_of
@@ -16,6 +17,7 @@ __all__ = [
     "Contiguous",
     "Documents",
     "Explicit",
+    "Halo",
     "Layout",
     "LocalBatch",
     "Mask",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
+from longctx.sequence.halo import Halo, plan_halo
 from longctx.sequence.layout import Joined, Layout, shard_length
 from longctx.sequence.mask import Mask
 from longctx.sequence.rotation import Rotation, plan_rotation
@@ -35,6 +36,7 @@ from longctx.sequence.tiles import (
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
+_CPU = torch.device("cpu")
 
 
 class Places:
@@ -98,6 +100,7 @@ class SequencePlan:
         self._gathered: dict[int, Gathered] = {}
         self._row_places: dict[tuple[int, int], Places] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
+        self._halos: dict[tuple[int, int, torch.device], Halo] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -169,6 +172,17 @@ class SequencePlan:
         if (inner, row) not in self._row_places:
             self._row_places[inner, row] = Places(self._positions[row * inner : (row + 1) * inner])
         return self._row_places[inner, row]
+
+    def halo(self, reader: int, reach: int, device: torch.device = _CPU) -> Halo:
+        """What ``reader`` needs of other ranks to look ``reach`` tokens back."""
+        key = (reader, reach, device)
+        if key not in self._halos:
+            if device == _CPU:
+                made = plan_halo(self._positions, self.documents, reader, reach, self.shard)
+            else:
+                made = self.halo(reader, reach).to(device)
+            self._halos[key] = made
+        return self._halos[key]
 
     def joined(self, inner: int) -> SequencePlan:
         """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
