@@ -27,17 +27,17 @@ def affine_exscan(
     same scan in reverse with the transitions transposed.
     """
     runs = ((0, additions.shape[1]),) if runs is None else runs
-    if initial is None:
-        initial = additions.new_zeros(additions.shape[0], len(runs), *additions.shape[2:])
-    entering, leaving = _Exscan.apply(transitions, additions, initial, runs)  # type: ignore[no-untyped-call]
+    initial = _nothing(additions, runs) if initial is None else initial
+    entering, leaving = _Exscan.apply(transitions, additions, initial, runs)
     return entering, leaving
 
 
 def affine_exscan_adjoint(
-    transitions: Tensor, entering: Tensor, leaving: Tensor, runs: Runs | None = None
+    transitions: Tensor, entering: Tensor, leaving: Tensor | None = None, runs: Runs | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (additions, initial), from those of the states that enter elements and that leave runs."""
+    """Gradients of (additions, initial), from those of the states that enter elements and that leave runs (0)."""
     runs = ((0, entering.shape[1]),) if runs is None else runs
+    leaving = _nothing(entering, runs) if leaving is None else leaving
     additions, initial = torch.empty_like(entering), torch.empty_like(leaving)
     for run, (start, stop) in enumerate(runs):
         gradient = leaving[:, run]
@@ -58,6 +58,10 @@ def transition_gradient(leaving: Tensor, entering: Tensor, shape: torch.Size) ->
     if shape[-1] > 1:
         return (leaving @ entering.mT).sum_to_size(shape)
     return (leaving * entering).sum_to_size(shape)
+
+
+def _nothing(elements: Tensor, runs: Runs) -> Tensor:
+    return elements.new_zeros(elements.shape[0], len(runs), *elements.shape[2:])
 
 
 def _element(transitions: Tensor, element: int) -> Tensor:
@@ -88,9 +92,9 @@ class _Exscan(torch.autograd.Function):
         return entering, leaving
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, dentering: Tensor, dleaving: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         transitions, states = ctx.saved_tensors
-        additions, initial = affine_exscan_adjoint(transitions, *grads, ctx.runs)
+        additions, initial = affine_exscan_adjoint(transitions, dentering, dleaving, ctx.runs)
         dtransitions = None
         if ctx.needs_input_grad[0]:
             dtransitions = transition_gradient(additions, states, transitions.shape)

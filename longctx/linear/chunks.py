@@ -11,6 +11,7 @@ let the state through. A document edge may lie anywhere in a chunk:
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from longctx.linear.segments import Chain, Segment, chain_of
 from longctx.sequence import Documents, SequencePlan
+from longctx.sequence.documents import Int64
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,18 @@ class Chunks:
         return Chunks(self.shard, self.runs, **moved)
 
 
-def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shard: int, chunk: int) -> Chunks:
+@dataclass(frozen=True)
+class Grid:
+    """Chunks as places: global ``position`` int64 ``[N, C]``, -1 for none; ``token``, the local row, or one past the
+    shard. ``filled``: positions, that of the chunk's last token where there is none."""
+
+    counts: list[int]
+    position: Int64
+    token: Int64
+    filled: Int64
+
+
+def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> Grid:
     """Chunks of at most ``chunk`` tokens of one rank's segments, in order; narrower where no segment is as long."""
     width = max(1, min(chunk, max((segment.tokens for segment in segments), default=1)))
     counts = [-(-segment.tokens // width) for segment in segments]
@@ -80,27 +93,38 @@ def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shar
     for segment, first, last in zip(segments, ends[:-1], ends[1:], strict=True):
         position[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.start, segment.stop)
         token[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.first, segment.first + segment.tokens)
-    # What pads a chunk belongs to the document of the chunk's last token: it keeps no state from leaving.
     filled = np.where(position >= 0, position, position.max(1, keepdims=True, initial=-1))
-    rows = documents[:1] if len(set(documents)) == 1 else documents
+    return Grid(counts, position, token, filled)
+
+
+def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shard: int, chunk: int) -> Chunks:
+    grid = grid_of(segments, shard, chunk)
+    # What pads a chunk belongs to the document of the chunk's last token: it keeps no state from leaving.
+    position, filled = grid.position, grid.filled
+    rows = distinct(documents)
     start = np.stack([row.bounds_of(filled)[0] for row in rows])  # [B', N, C], of each token's document
     real = np.stack([(position >= 0) & (position < row.length) for row in rows])
-    later = np.tri(width, dtype=bool)
-    same = (start[..., :, None] == start[..., None, :]) & later
+    same = (start[..., :, None] == start[..., None, :]) & np.tri(position.shape[1], dtype=bool)
     head = start < filled[:, :1]
     tail = start == start[..., -1:]
     arrays = {
-        "segment": np.repeat(np.arange(len(segments)), counts),
+        "segment": np.repeat(np.arange(len(segments)), grid.counts),
         "slots": np.flatnonzero(position.reshape(-1) >= 0),
-        "token": token.reshape(-1),
+        "token": grid.token.reshape(-1),
         "real": real,
         "same": same,
         "head": head,
         "tail": tail,
         "keep": (head & tail).any(-1),
     }
-    runs = tuple(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    ends = np.cumsum([0, *grid.counts]).tolist()
+    runs = tuple(itertools.pairwise(ends))
     return Chunks(shard, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
+
+
+def distinct(documents: Sequence[Documents]) -> Sequence[Documents]:
+    """One row's packing for all where they are packed alike."""
+    return documents[:1] if len(set(documents)) == 1 else documents
 
 
 _Key = tuple[int, int, torch.device]

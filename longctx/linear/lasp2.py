@@ -18,12 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from longctx.attention.registry import Volume
 from longctx.comm import exchange
 from longctx.linear.affine import affine_exscan, affine_exscan_adjoint
+from longctx.linear.bidirectional import total_volume
+from longctx.linear.mixer import get_mixer
+from longctx.linear.registry import LinearCase, LinearSizes, LinearStrategy
+from longctx.linear.segments import chain_of
 from longctx.linear.states import Arriving, Call, Stretch, Summary, packed, stretch_of, unpacked, width
+from longctx.sequence import SequencePlan
 
 
 def enter(summary: Summary, call: Call) -> Arriving:
@@ -32,8 +37,8 @@ def enter(summary: Summary, call: Call) -> Arriving:
     arriving = gather(summary, call, chain.sent)
 
     def scan() -> Tensor:
-        stretch, all_of_it = arriving()
-        entering, _ = affine_exscan(stretch.onward * all_of_it.transitions, stretch.onward * all_of_it.states)
+        stretch, chained = arriving()
+        entering, _ = affine_exscan(stretch.onward * chained.transitions, stretch.onward * chained.states)
         return entering[:, stretch.index(chain.own(me))]
 
     return scan
@@ -45,10 +50,9 @@ def leave(summary: Summary, call: Call) -> Arriving:
     arriving = gather(summary, call, chain.returned)
 
     def scan() -> Tensor:
-        stretch, all_of_it = arriving()
-        gradients = stretch.joined * all_of_it.states
-        end = torch.zeros_like(gradients[:, :1])
-        leaving, _ = affine_exscan_adjoint(stretch.joined * all_of_it.transitions, gradients, end)
+        stretch, chained = arriving()
+        gradients = stretch.joined * chained.states
+        leaving, _ = affine_exscan_adjoint(stretch.joined * chained.transitions, gradients)
         return leaving[:, stretch.index(chain.own(me))]
 
     return scan
@@ -88,3 +92,28 @@ def _in_order(stretch: Stretch, parts: Sequence[tuple[Sequence[int], Tensor]]) -
     for places, part in parts:
         whole[:, stretch.index(places)] = part
     return whole
+
+
+def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
+    """Summaries to later ranks that read them, and with gradients in place of additions to earlier ones."""
+    if not plan.mask.causal:
+        return total_volume(plan, sizes)
+    chain, others = chain_of(plan), [other for other in range(plan.world) if other != rank]
+    sent = [len(chain.sent(rank, other)) for other in others]
+    returned = [len(chain.returned(rank, other)) for other in others]
+    return Volume(
+        sum(sent) * sizes.summary, sum(returned) * sizes.summary, sum(map(bool, sent)), sum(map(bool, returned))
+    )
+
+
+def _refuses(case: LinearCase) -> str | None:
+    transition = get_mixer(case.mixer).transition
+    if not case.causal and transition != "none":
+        return (
+            f"queries that see later tokens need a state that keeps everything, and mixer={case.mixer} has a "
+            f"{transition} transition; nearest valid: mixer=basic"
+        )
+    return None
+
+
+STRATEGIES = {"lasp2": LinearStrategy("lasp2", enter, leave, "contiguous", _refuses, volume)}

@@ -7,8 +7,7 @@ again, in the order in which the exchange hides best, with autograd on the local
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,24 +15,15 @@ from torch import Tensor
 
 from longctx.attention.operator import IMPLEMENTATIONS
 from longctx.attention.partial import accumulation_dtype
-from longctx.comm import Group, group_named
+from longctx.comm import group_named
 from longctx.errors import ConfigError
-from longctx.linear import delta, diagonal
+from longctx.linear import bidirectional, delta, diagonal
+from longctx.linear.autograd import autograd
 from longctx.linear.chunks import Chunks, chunks_of
 from longctx.linear.local_scan import LocalScan, scan_chunks
-from longctx.linear.registry import get_linear
+from longctx.linear.registry import LinearStrategy, get_linear
 from longctx.linear.states import Call, Summary
-from longctx.sequence import SequencePlan, plan_of
-
-
-class Written(Protocol):
-    """What a core keeps of its chunks between its functions."""
-
-    @property
-    def transition(self) -> Tensor: ...
-
-    @property
-    def addition(self) -> Tensor: ...
+from longctx.sequence import plan_of
 
 
 class Core(Protocol):
@@ -47,7 +37,7 @@ class Core(Protocol):
 
 
 def forward(
-    core: Core, tensors: Sequence[Tensor], chunks: Chunks, call: Call, strategy: Any
+    core: Core, tensors: Sequence[Tensor], chunks: Chunks, call: Call, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
     """(out ``[B, T/SP, H/TP, V]``, states that entered the segments ``[B, n, H/TP, K, V]``)."""
     q, k, v, *gates = tensors
@@ -61,7 +51,13 @@ def forward(
 
 
 def backward(
-    core: Core, dout: Tensor, tensors: Sequence[Tensor], entered: Tensor, chunks: Chunks, call: Call, strategy: Any
+    core: Core,
+    dout: Tensor,
+    tensors: Sequence[Tensor],
+    entered: Tensor,
+    chunks: Chunks,
+    call: Call,
+    strategy: LinearStrategy,
 ) -> list[Tensor]:
     """Gradients of the tensors."""
     with autograd():
@@ -88,17 +84,6 @@ def _sum(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return sum(found[1:], found[0]) if found else torch.zeros_like(like)
 
 
-@contextmanager
-def autograd() -> Iterator[None]:
-    """Records what runs inside, which below a custom operator torch does not; checked with torch 2.13."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
-
-
 _CONTEXT = "Tensor plan, str group, str strategy, int chunk"
 _CONTEXT_SIZE = 4
 
@@ -107,16 +92,21 @@ def define_operator(name: str, core: Core) -> Any:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
-        chunks, call, strategy = _resolve(q, gates, *context)
-        out, entered = forward(core, (q, k, v, *gates), chunks, call, strategy)
+        tensors, (chunks, call, strategy) = (q, k, v, *gates), _resolve(q, gates, *context)
+        if call.plan.mask.causal:
+            out, entered = forward(core, tensors, chunks, call, strategy)
+        else:
+            out, entered = bidirectional.forward(tensors, chunks, _parts(call, q, context), call)
         return out.to(q.dtype), entered
 
     def run_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], entered: Tensor, *context: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        chunks, call, strategy = _resolve(q, gates, *context)
-        tensors = (q, k, v, *gates)
-        found = backward(core, dout, tensors, entered, chunks, call, strategy)
+        tensors, (chunks, call, strategy) = (q, k, v, *gates), _resolve(q, gates, *context)
+        if call.plan.mask.causal:
+            found = backward(core, dout, tensors, entered, chunks, call, strategy)
+        else:
+            found = bidirectional.backward(dout, tensors, entered, chunks, _parts(call, q, context), call)
         dq, dk, dv, *dgates = (grad.to(tensor.dtype) for grad, tensor in zip(found, tensors, strict=True))
         return dq, dk, dv, dgates
 
@@ -167,24 +157,28 @@ def define_operator(name: str, core: Core) -> Any:
 
 def _resolve(
     q: Tensor, gates: Sequence[Tensor], plan: Tensor, group: str, strategy: str, chunk: int
-) -> tuple[Chunks, Call, Any]:
+) -> tuple[Chunks, Call, LinearStrategy]:
     sequence, ranks = plan_of(plan), group_named(group)
-    _require_fit(q, sequence, ranks)
-    wide = accumulation_dtype(q.dtype)
+    if (sequence.world, sequence.shard, len(sequence.documents)) != (ranks.size, q.shape[1], q.shape[0]):
+        raise ConfigError(
+            f"q {tuple(q.shape)} on {ranks.size} ranks does not fit its sequence plan, which is for "
+            f"[{len(sequence.documents)}, {sequence.shard}, H, K] on {sequence.world} ranks"
+        )
+    if not sequence.mask.causal and (gates or strategy != "lasp2"):
+        raise ConfigError(
+            f"attention.linear={strategy} with {len(gates)} gates can't let queries see later tokens; lasp2 can, for "
+            "mixers without gates"
+        )
     decay = None
     if not gates:
-        decay = q.new_zeros(q.shape[2], dtype=wide)
+        decay = q.new_zeros(q.shape[2], dtype=accumulation_dtype(q.dtype))
     elif len(gates) == 1 and gates[0].ndim == 1:
-        decay = gates[0].to(wide)
+        decay = gates[0].to(accumulation_dtype(q.dtype))
     return chunks_of(sequence, ranks.rank, chunk, q.device), Call(sequence, ranks, decay), get_linear(strategy)
 
 
-def _require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
-    if (plan.world, plan.shard, len(plan.documents)) != (group.size, q.shape[1], q.shape[0]):
-        raise ConfigError(
-            f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
-            f"[{len(plan.documents)}, {plan.shard}, H, K] on {plan.world} ranks"
-        )
+def _parts(call: Call, q: Tensor, context: Sequence[Any]) -> bidirectional.Parts:
+    return bidirectional.parts_of(call.plan, call.group.rank, context[-1], q.device)
 
 
 diagonal_attention = define_operator("linear_diagonal", diagonal)

@@ -8,6 +8,7 @@ a segment reads is one stretch of the chain before it, known from the plan on ev
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,8 +133,8 @@ def _runs(rank: int, held: Int64) -> list[Segment]:
         return []
     edges = np.concatenate([[0], np.flatnonzero(np.diff(held) != 1) + 1, [len(held)]])
     return [
-        Segment(rank, int(held[first]), int(held[last - 1]) + 1, int(first))
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        Segment(rank, int(held[first]), int(held[last - 1]) + 1, first)
+        for first, last in itertools.pairwise(edges.tolist())
     ]
 
 

@@ -68,9 +68,9 @@ class Stretch:
         joined = torch.from_numpy(chain.joined(places))
         onward = torch.cat([joined[:, 1:], torch.zeros_like(joined[:, :1])], 1)
         keep = torch.from_numpy(chain.keep[:, list(places)])
-        masks = (mask[:, :, None, None, None] for mask in (joined, onward, keep))
+        joined, onward, keep = (mask[:, :, None, None, None] for mask in (joined, onward, keep))
         tokens = torch.from_numpy(chain.tokens[list(places)])
-        return cls(tuple(places), *masks, tokens[:, None, None, None])
+        return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None])
 
     def to(self, device: torch.device) -> Stretch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
