@@ -18,10 +18,33 @@ MAX = dist.ReduceOp.MAX
 
 def all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     """``tensor`` itself, reduced in place over all ranks, bit by bit the same on each."""
+    return start_all_reduce(group, tensor, operation).wait()
+
+
+class PendingReduction:
+    """A reduction in flight, of a tensor that nobody reads or writes until it is awaited."""
+
+    def __init__(self, work: dist.Work | None, tensor: Tensor) -> None:
+        self._work = work
+        self._tensor = tensor
+        self._awaited = False
+
+    def wait(self) -> Tensor:
+        """The tensor, reduced in place; on CUDA the current stream waits, not the host."""
+        assert not self._awaited, "a pending reduction is awaited exactly once"
+        self._awaited = True
+        if self._work is not None:
+            self._work.wait()
+        return self._tensor
+
+
+def start_all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> PendingReduction:
+    """``all_reduce`` that returns at once."""
+    work = None
     if group.size > 1 and tensor.numel():
-        dist.all_reduce(tensor, operation, group=group.process_group)
+        work = dist.all_reduce(tensor, operation, group=group.process_group, async_op=True)
         group.traffic.add(2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size)
-    return tensor
+    return PendingReduction(work, tensor)
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
