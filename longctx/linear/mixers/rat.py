@@ -258,9 +258,7 @@ IMPLEMENTATIONS[_attend._opoverload] = run_forward
 IMPLEMENTATIONS[_attend_backward._opoverload] = run_backward
 
 
-def definition(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int
-) -> Tensor:
+def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int) -> Tensor:
     """Whole sequences ``[B, S, H, D]``, token by token."""
     rows = []
     for row, packed in enumerate(documents):
