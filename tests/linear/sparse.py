@@ -36,8 +36,7 @@ def draw(plan: SequencePlan, inputs: int, heads: int, width: int, seed: int = 0)
     """Inputs and the upstream gradient, ``[B, S, H, D]``; nothing is asked of padding, but it is not 0."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(plan.documents), plan.length, heads, width)
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(inputs + 1)]
-    return drawn
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(inputs + 1)]
 
 
 def run(attend: Attend, plan: SequencePlan, tensors: Sequence[Tensor], dout: Tensor):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import ConfigError
+from longctx.linear import grouped
 from longctx.linear.blocks import blocks_of
 from longctx.linear.mixer import Widths
 from longctx.linear.mixers import moba as module
@@ -34,7 +35,7 @@ def picked_by(plan, q, k, block, top_k):
             first = int(blocks.first[own])
             for head in range(HEADS):
                 scores = [float(q[row, t, head] @ mean[head]) for mean in means[first:own]]
-                best = sorted(range(own - first), key=lambda j: (-scores[j], -j))[: top_k - 1]  # noqa: B023
+                best = sorted(range(own - first), key=lambda j: (-scores[j], -j))[: top_k - 1]
                 picked[rank, [first + j for j in best]] = True
     return picked
 
@@ -81,14 +82,15 @@ def test_any_packing(lengths, world, layout, block, top_k):
 def test_many_small_pieces_are_the_same(monkeypatch):
     """Routing and groups of queries in pieces: nothing depends on where they are cut."""
     monkeypatch.setattr(module, "MAX_SCORES", 24)
-    monkeypatch.setattr(module, "TILE", 3)
+    monkeypatch.setattr(grouped, "MAX_SCORES", 24)
+    monkeypatch.setattr(grouped, "TILE", 3)
     exact([[30, 1, 9]], 3, "zigzag", sizes=(4, 3))
     exact([[37]], 2, "striped", sizes=(4, 3))
 
 
 def outputs(plan, tensors, dout, block, top_k):
     found, *_ = run(lambda *local: attend_blocks(*local, block, top_k), plan, tensors, dout)
-    return [one for one in whole(found, plan)]
+    return whole(found, plan)
 
 
 def dense(tensors, dout, block=None):

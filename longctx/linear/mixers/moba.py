@@ -16,7 +16,7 @@ Sums are in fp64, so that the means do not depend on how blocks were cut; scores
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
@@ -33,14 +33,11 @@ from longctx.comm import Group, exchange, group_named
 from longctx.errors import ConfigError
 from longctx.linear.blocks import Blocks, Shard, blocks_of, shard_of
 from longctx.linear.everything import Delivery
+from longctx.linear.grouped import MAX_SCORES, NONE, grouped
 from longctx.linear.mixer import LinearCore, Mixer, Widths
 from longctx.sequence import Documents, Rows, SequencePlan, TileSet, plan_of
 from longctx.sequence.documents import Int64
 from longctx.sequence.tiles import group_rows, tiles_of
-
-TILE = 64  # queries of one (block, head) that are computed together
-MAX_SCORES = 1 << 22  # cells of scores held at a time
-NONE = -1  # a choice that was not made: a document's first queries have few blocks to choose from
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int) -> Tensor:
@@ -83,17 +80,17 @@ def run_forward(
     x = torch.cat((keys, call.shard.pack(v)), -1)
     brought = delivery.arrange(delivery.bring(x, ranks))
     partial = Partial(queries)
-    tiles = own_tiles(delivery, call)
-    kernel_for("auto", q, k).forward(queries, *brought.chunk(2, -1), tiles, call.scale, partial)
+    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    keys, values = brought.chunk(2, -1)
+    kernel_for("auto", q, k).forward(queries, keys, values, tiles, call.scale, partial)
     everyone = Rows.union([(0, queries.shape[1])])
     for choice in chosen.unbind(-1):
         out, lse = torch.zeros_like(partial.out), torch.full_like(partial.lse, -torch.inf)
-        for group_tile in grouped(choice, delivery, call):
-            scores, values, _ = group_tile.scores(queries, brought, call.scale)
+        for groups in grouped(choice, firsts, block):
+            scores, _, its_values = groups.scores(queries, brought, call.scale)
             its_lse = torch.logsumexp(scores, -1)
-            its_out = torch.exp(scores - its_lse[..., None]) @ values
-            group_tile.put(out, its_out)
-            group_tile.put(lse, its_lse)
+            groups.put(out, torch.exp(scores - its_lse[..., None]) @ its_values)
+            groups.put(lse, its_lse)
         partial.merge_packed(everyone, out, lse)
     unpack = call.shard.unpack
     made = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
@@ -112,19 +109,19 @@ def run_backward(
     brought = delivery.arrange(delivery.bring(call.shard.pack(torch.cat((k, v), -1)), ranks))
     wide = lse.dtype
     dq, dbrought = torch.zeros_like(queries, dtype=wide), torch.zeros_like(brought, dtype=wide)
-    grads = (dq, *dbrought.chunk(2, -1))
-    tiles = own_tiles(delivery, call)
-    kernel_for("auto", q, k).backward(dout, queries, *brought.chunk(2, -1), out, lse, tiles, call.scale, grads)
+    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    (keys, values), (dkeys, dvalues) = brought.chunk(2, -1), dbrought.chunk(2, -1)
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, call.scale, (dq, dkeys, dvalues))
     dout = dout.to(wide)
     delta = (dout * out).sum(-1)
     for choice in chosen[0].unbind(-1):
-        for group_tile in grouped(choice, delivery, call):
-            scores, values, keys = group_tile.scores(queries, brought, call.scale)
-            upstream, asked = group_tile.take(dout), group_tile.take(queries).to(wide)
-            weights = torch.exp(scores - group_tile.take(lse)[..., None]).masked_fill_(group_tile.missing[..., None], 0)
-            dscores = weights * (upstream @ values.mT - group_tile.take(delta)[..., None]) * call.scale
-            group_tile.add(dq, dscores @ keys)
-            group_tile.add_keys(dbrought, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
+        for groups in grouped(choice, firsts, block):
+            scores, its_keys, its_values = groups.scores(queries, brought, call.scale)
+            upstream, asked = groups.take(dout), groups.take(queries).to(wide)
+            weights = torch.exp(scores - groups.take(lse)[..., None]).masked_fill_(groups.missing[..., None], 0)
+            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * call.scale
+            groups.add(dq, dscores @ its_keys)
+            groups.add_to_keys(dbrought, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
     home = delivery.total(delivery.take_home(dbrought, ranks))
     dk, dv = (call.shard.unpack(one, k) for one in home.chunk(2, -1))
     return call.shard.unpack(dq, q), dk, dv
@@ -244,58 +241,9 @@ def own_tiles(delivery: Delivery, call: Call) -> tuple[TileSet, ...]:
     return group_rows([tiles_of(call.blocks.starts[call.own], places + 1, delivery.places)])
 
 
-@dataclass(frozen=True)
-class GroupTile:
-    """Tiles of ``TILE`` queries of one (block, head) each. ``pairs`` ``[M, TILE]``: n * H + h of each query, the
-    first of its tile where there are fewer (``missing``); ``keys`` ``[M, b]``: j * H + h of the block's keys."""
-
-    pairs: Tensor
-    missing: Tensor
-    keys: Tensor
-
-    def scores(self, q: Tensor, brought: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores ``[M, TILE, b]``, values and keys ``[M, b, D]``, in the accumulation dtype."""
-        wide = accumulation_dtype(q.dtype)
-        keys, values = brought.flatten(0, 2)[self.keys].to(wide).chunk(2, -1)
-        return self.take(q).to(wide) @ keys.mT * scale, values, keys
-
-    def take(self, x: Tensor) -> Tensor:
-        """Of ``[1, n, H, ...]``: ``[M, TILE, ...]``."""
-        return x.flatten(0, 2)[self.pairs]
-
-    def put(self, whole: Tensor, made: Tensor) -> None:
-        there = ~self.missing
-        whole.flatten(0, 2)[self.pairs[there]] = made[there]
-
-    def add(self, whole: Tensor, made: Tensor) -> None:
-        there = ~self.missing
-        whole.flatten(0, 2).index_add_(0, self.pairs[there], made[there])
-
-    def add_keys(self, whole: Tensor, made: Tensor) -> None:
-        whole.flatten(0, 2).index_add_(0, self.keys.flatten(), made.flatten(0, 1))
-
-
-def grouped(choice: Tensor, delivery: Delivery, call: Call) -> Iterator[GroupTile]:
-    """One choice of each query ``[n, H]``, by (block, head), as many tiles at a time as ``MAX_SCORES`` allows."""
-    heads, device = choice.shape[1], choice.device
-    pairs = torch.nonzero(choice.flatten() != NONE)[:, 0]
-    groups, order = (choice.flatten()[pairs].long() * heads + pairs % heads).sort(stable=True)
-    pairs = pairs[order]
-    kinds, counts = torch.unique_consecutive(groups, return_counts=True)
-    tiles = (counts + TILE - 1) // TILE
-    group = torch.arange(len(kinds), device=device).repeat_interleave(tiles)
-    number = torch.arange(len(group), device=device) - (tiles.cumsum(0) - tiles)[group]
-    begin = (counts.cumsum(0) - counts)[group] + number * TILE
-    cell = begin[:, None] + torch.arange(TILE, device=device)
-    missing = cell >= counts.cumsum(0)[group][:, None]
-    members = pairs[torch.where(missing, begin[:, None], cell)]
-    firsts = torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(device)
-    block, head = kinds[group] // heads, kinds[group] % heads
-    keys = (firsts[block][:, None] + torch.arange(call.block, device=device)) * heads + head[:, None]
-    step = max(1, MAX_SCORES // (TILE * call.block))
-    for one in range(0, len(group), step):
-        some = slice(one, one + step)
-        yield GroupTile(members[some], missing[some], keys[some])
+def first_keys(delivery: Delivery, call: Call) -> Tensor:
+    """Where each block that was brought begins among what was brought."""
+    return torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(call.shard.rows.device)
 
 
 _CONTEXT = "Tensor plan, str group, int block"
@@ -356,7 +304,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], 
                 own = (t - start) // block
                 spans = [range(start + j * block, start + (j + 1) * block) for j in range(own)]
                 scores = [float(queries.detach() @ keys[span.start : span.stop].detach().mean(0)) for span in spans]
-                best = sorted(range(own), key=lambda j: (-scores[j], -j))[: top_k - 1]  # noqa: B023 - used at once
+                best = sorted(range(own), key=lambda j: (-scores[j], -j))[: top_k - 1]
                 seen = [place for j in best for place in spans[j]] + list(range(start + own * block, t + 1))
                 weights = torch.softmax(keys[seen] @ queries * q.shape[-1] ** -0.5, 0)
                 out[row][t][head] = weights @ values[seen]
@@ -374,7 +322,8 @@ def moba(block: int = 512, top_k: int = 3) -> Mixer:
     def tokens(widths: Widths) -> dict[str, int]:
         if widths.key != widths.value:
             raise ConfigError(
-                f"moba runs on attention's kernels: widths {widths.key} of keys and {widths.value} of values must be equal"
+                f"moba runs on attention's kernels: widths {widths.key} of keys and {widths.value} of values "
+                "must be equal"
             )
         return {"q": widths.key, "k": widths.key, "v": widths.value}
 

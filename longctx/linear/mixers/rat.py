@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 from longctx.attention.contract import kernel_for
 from longctx.attention.operator import IMPLEMENTATIONS, require_fit
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.comm import Group, group_named
+from longctx.comm import group_named
 from longctx.errors import ConfigError
 from longctx.linear.blocks import Shard, blocks_of, shard_of
 from longctx.linear.everything import Delivery
@@ -141,8 +141,8 @@ def run_backward(
     dq, dstates = _through_own_state(dout.to(wide), queries.to(wide), out, lse, states, scale)
     ends = chunks.ends.arrange(coming_ends)
     dends = torch.zeros_like(ends, dtype=wide)
-    grads = (dq, *dends.chunk(2, -1))
-    kernel_for("auto", q, k).backward(dout, queries, *ends.chunk(2, -1), out, lse, chunks.tiles, scale, grads)
+    (keys, values), (dkeys, dvalues) = ends.chunk(2, -1), dends.chunk(2, -1)
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, chunks.tiles, scale, (dq, dkeys, dvalues))
     going = chunks.ends.take_home(dends, ranks)
     near = chunks.near.arrange(coming_near)
     inputs, gates = _on_grid(near, chunks, chunk)
