@@ -86,5 +86,6 @@ class Delivery:
 
 def _common(some: Int64, others: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the places that both have lie in each."""
-    _, mine, theirs = np.intersect1d(some, others, assume_unique=True, return_indices=True)
-    return torch.from_numpy(mine).to(device), torch.from_numpy(theirs).to(device)
+    near = np.searchsorted(others, some)
+    mine = np.flatnonzero(np.append(others, -1)[near] == some)
+    return torch.from_numpy(mine).to(device), torch.from_numpy(near[mine]).to(device)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.errors import ConfigError
@@ -68,6 +68,7 @@ def test_the_whole_product(world, layout, packing, sizes):
     exact(rows, world, *layout, sizes, length)
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(1, 5),
@@ -152,6 +153,20 @@ def test_scores_far_beyond_the_exponent():
     found = outputs(plan, tensors, dout, 4, 3)
     assert all(torch.isfinite(one).all() for one in found)
     torch.testing.assert_close(found[0], definition(*tensors, plan.documents, 4, 3), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+def test_low_precision_accumulates_wide(dtype, tolerance):
+    """Against the definition in fp64 on the inputs as rounded, by the kernel that such inputs get."""
+    plan = plan_for([[40, 9]], 2, "zigzag")
+    *tensors, dout = draw(plan, 3, HEADS, 16)
+    tensors, dout = [one.to(dtype) for one in tensors], dout.to(dtype)
+    asked = [one.double().requires_grad_() for one in tensors]
+    expected = definition(*asked, plan.documents, 8, 2)
+    gradients = torch.autograd.grad(expected, asked, dout.double())
+    for found, reference in zip(outputs(plan, tensors, dout, 8, 2), [expected, *gradients], strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - reference).norm() <= tolerance * reference.norm()
 
 
 def test_only_chosen_blocks_travel():

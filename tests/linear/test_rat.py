@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.errors import ConfigError
@@ -49,6 +49,7 @@ def test_the_whole_product(world, layout, packing, chunk):
     exact(rows, world, *layout, chunk, length)
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(1, 5),
@@ -67,20 +68,20 @@ def test_empty_ranks():
 
 def outputs(plan, tensors, dout, chunk=4):
     found, *_ = run(lambda *local: attend_chunks(*local, chunk), plan, tensors, dout)
-    return whole(found, plan)[0]
+    return whole(found, plan)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_document_sees_another_and_no_token_a_later_one(layout):
     plan = plan_for([[13, 1, 18]], 3, *layout)
     tensors, dout = inputs_of(plan)
-    before = outputs(plan, tensors, dout)
+    before = outputs(plan, tensors, dout)[0]
     for place in (0, 6, 12, 13, 20):
         end = next(stop for stop in (13, 14, 32) if place < stop)
         changed = [one.clone() for one in tensors]
         for one in changed:
             one[:, place] = 0.3
-        after = outputs(plan, changed, dout)
+        after = outputs(plan, changed, dout)[0]
         assert torch.equal(after[:, :place], before[:, :place])
         assert torch.equal(after[:, end:], before[:, end:])
         assert not torch.equal(after[:, place], before[:, place])
@@ -89,7 +90,7 @@ def test_no_document_sees_another_and_no_token_a_later_one(layout):
 def test_a_chunk_as_long_as_the_document_is_the_recurrence_alone():
     plan = plan_for([[11]], 2, "contiguous")
     (q, k, v, gate), dout = inputs_of(plan)
-    found = outputs(plan, [q, k, v, gate], dout, chunk=11)
+    found = outputs(plan, [q, k, v, gate], dout, chunk=11)[0]
     state = torch.zeros_like(v[:, 0])
     for t in range(11):
         state = gate[:, t] * state + (1 - gate[:, t]) * v[:, t]
@@ -99,11 +100,26 @@ def test_a_chunk_as_long_as_the_document_is_the_recurrence_alone():
 def test_gates_at_0_and_chunks_of_1_are_causal_attention():
     plan = plan_for([[23]], 4, "zigzag")
     (q, k, v, gate), dout = inputs_of(plan)
-    found = outputs(plan, [q, k, v, torch.zeros_like(gate)], dout, chunk=1)
+    found = outputs(plan, [q, k, v, torch.zeros_like(gate)], dout, chunk=1)[0]
     dense = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
     )
     torch.testing.assert_close(found, dense.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+def test_low_precision_accumulates_wide(dtype, tolerance):
+    """Against the definition in fp64 on the inputs as rounded, by the kernel that such inputs get."""
+    plan = plan_for([[40, 9]], 2, "zigzag")
+    q, k, v, gate, dout = draw(plan, 4, HEADS, 16)
+    tensors = [q, k, v, torch.sigmoid(gate)]
+    tensors, dout = [one.to(dtype) for one in tensors], dout.to(dtype)
+    asked = [one.double().requires_grad_() for one in tensors]
+    expected = definition(*asked, plan.documents, 8)
+    gradients = torch.autograd.grad(expected, asked, dout.double())
+    for found, reference in zip(outputs(plan, tensors, dout, 8), [expected, *gradients], strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - reference).norm() <= tolerance * reference.norm()
 
 
 def test_ends_are_as_many_times_fewer_than_tokens_as_a_chunk_is_long():
