@@ -9,7 +9,19 @@ LINEAR_STRATEGIES = ("lasp2", "lasp", "headwise")
 STRATEGIES_PLANNED = ("disaggregated", "zeppelin")
 # Of a layer, in model.pattern: softmax attention, linear attention.
 LAYER_KINDS = ("S", "L")
-MIXERS = ("basic", "retnet", "lightning", "simple_gla", "gla", "hgrn2", "gated_deltanet", "based", "hedgehog")
+MIXERS = (
+    "basic",
+    "retnet",
+    "lightning",
+    "simple_gla",
+    "gla",
+    "hgrn2",
+    "gated_deltanet",
+    "based",
+    "hedgehog",
+    "moba",
+    "rat",
+)
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKWARD_SIDES = ("auto", "keys", "queries")

@@ -90,6 +90,12 @@ MIXERS = {
     "simple_gla": "longctx.linear.mixers.simple_gla",
     "gla": "longctx.linear.mixers.gla",
     "gated_deltanet": "longctx.linear.mixers.gated_deltanet",
+    "lightning": "longctx.linear.mixers.lightning",
+    "hgrn2": "longctx.linear.mixers.hgrn2",
+    "based": "longctx.linear.mixers.based",
+    "hedgehog": "longctx.linear.mixers.hedgehog",
+    "moba": "longctx.linear.mixers.moba",
+    "rat": "longctx.linear.mixers.rat",
 }
 
 

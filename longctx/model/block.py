@@ -51,7 +51,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         """x ``[B, T/SP, dim]`` to the same shape; ``plan``: the handle of the batch's sequence plan."""
-        assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         return self.post(self.mixed(x, rotation, plan), x)
 
 
@@ -76,6 +75,7 @@ class SoftmaxBlock(Block):
         return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
 
     def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+        assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         q, k, v = self.pre(x, rotation)
         out: Tensor = self.attention.finish(self.attention.start(q, k, v, plan))
         return out

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
-from longctx.linear import LinearCore, Widths, get_mixer
+from longctx.linear import Inputs, LinearCore, Widths, get_mixer
 from longctx.model.block import Block
 from longctx.model.rotary import Rotation
 
@@ -51,10 +51,14 @@ class LinearBlock(Block):
         """What is learned or fixed of each head, ``[H/TP, ...]``."""
         return {**self.learned, **{name: getattr(self, f"fixed_{name}") for name in self._fixed}}
 
+    def mix(self, inputs: Inputs, plan: Tensor) -> Tensor:
+        """What the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""
+        return self.mixer.mix(inputs, self.attention, plan)
+
     def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         x = self.attention_norm(x)
         inputs = {
             name: project(x).unflatten(-1, (-1, self._channels[name])) for name, project in self.projections.items()
         }
-        out = self.out_norm(self.mixer.mix({**inputs, **self.by_head()}, self.attention, plan))
+        out = self.out_norm(self.mix({**inputs, **self.by_head()}, plan))
         return out * F.silu(self.out_gate(x)).view_as(out)

@@ -32,6 +32,11 @@ from longctx.sequence import Documents
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
     q, k, v = F.elu(x["q"]) + 1, F.elu(x["k"]) + 1, x["v"]
+    return normalised(q, k, v, core, plan)
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor, core: LinearCore, plan: Tensor) -> Tensor:
+    """Means of the values, weighted by products of positive features q, k ``[B, T/SP, H/TP, any]``."""
     extended = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     y, z = core.attend(q, k, extended, plan).split([v.shape[-1], 1], -1)
     return y / z.masked_fill(z == 0, 1)  # 0 on padding alone, as features are positive
