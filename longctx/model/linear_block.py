@@ -53,6 +53,7 @@ class LinearBlock(Block):
 
     def mix(self, inputs: Inputs, plan: Tensor) -> Tensor:
         """What the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""
+        assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         return self.mixer.mix(inputs, self.attention, plan)
 
     def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Arora et al., "Simple linear attention language models balance the recall-throug
 queries and keys, for their features are about half of the width squared, and layers with a sliding window beside it
 (``attention.window`` of the softmax layers of a pattern).
 
-    f(x) = [1, x / d^(1/4), x_i^2 / sqrt(2d), x_i x_j / sqrt(d) for i < j],   f(q) f(k) = 1 + s + s^2 / 2,  s = q k / sqrt(d)
+    f(x) = [1, x / d^(1/4), x_i^2 / sqrt(2d), x_i x_j / sqrt(d) for i < j]
+    f(q) f(k) = 1 + s + s^2 / 2,  s = q k / sqrt(d)
     S_t = S_{t-1} + f(k_t) [v_t, 1]^T        [y, z] = f(q_t) S_t        o_t = y / z
 """
 

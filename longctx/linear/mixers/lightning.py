@@ -1,7 +1,8 @@
 """TransNormer with Lightning Attention: decay of each head fixed by its number and its layer's, no normaliser.
 
 Qin et al., "TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer" (2023), whose slopes
-these are; "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models" (2024).
+these are; "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models"
+(2024).
 
     S_t = e^-s S_{t-1} + k_t v_t^T        o_t = q_t S_t / sqrt(K)        q, k = silu(.)
     s = 2^(-8 (h+1) / H) (1 - l / (L-1) + 1e-5)        head h of H, layer l of L
