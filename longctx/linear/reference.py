@@ -6,6 +6,7 @@ is past a row's documents reads and writes nothing, and its output is 0. Slow, f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -54,13 +55,30 @@ def convolved(x: Tensor, weight: Tensor, documents: Sequence[Documents]) -> Tens
     return torch.stack(out, 1)
 
 
+def document_sums(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents]) -> Tensor:
+    """o_t = q_t (sum of k v^T over the document of t)."""
+    rows = []
+    for row, packing in enumerate(documents):
+        parts = [
+            q[row, start:stop].transpose(0, 1) @ torch.einsum("thk,thv->hkv", k[row, start:stop], v[row, start:stop])
+            for start, stop in itertools.pairwise(packing.cu_seqlens.tolist())
+        ]
+        rest = v.new_zeros(v.shape[2], q.shape[1] - packing.length, v.shape[3])
+        rows.append(torch.cat([*parts, rest], 1).transpose(0, 1))
+    return torch.stack(rows)
+
+
 class RecurrentCore:
-    """A ``LinearCore`` of one process that holds whole sequences; it reads no plan."""
+    """A ``LinearCore`` of one process that holds whole sequences; it reads no plan.
+
+    ``causal`` False: queries see all of their document, which only states without decay can do.
+    """
 
     group_name = ""
 
-    def __init__(self, documents: Sequence[Documents]) -> None:
+    def __init__(self, documents: Sequence[Documents], causal: bool = True) -> None:
         self._documents = documents
+        self._causal = causal
 
     def attend(
         self,
@@ -71,6 +89,9 @@ class RecurrentCore:
         log_decay: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
+        if not self._causal:
+            assert log_decay is None and beta is None, "strategies refuse these"
+            return document_sums(q, k, v, self._documents)
         decay = torch.ones_like(q[..., 0]) if log_decay is None else log_decay.exp()
         if beta is not None:
             return delta_sums(q, k, v, decay.expand(q.shape[:3]), beta, self._documents)
