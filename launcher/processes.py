@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,19 +17,25 @@ from longctx.launcher.env import share_cores
 TIMEOUT = 600.0  # seconds that a whole job may take
 
 
-def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
+def run_gloo(module: str, job: str, world: int, folder: Path, within: Sequence[Sequence[str]] = ()) -> None:
     """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
 
+    ``within``: by rank, the words before the command, such as those that run it in a network namespace.
     Raises NumericsError with the last line that the first failing rank wrote.
     """
     share_cores(world)
     command = [sys.executable, "-m", module, job, str(folder)]
-    workers = [subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
+    before = within or [()] * world
+    workers: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(world):
+            words = [*before[rank], *command, str(rank), str(world)]
+            workers.append(subprocess.Popen(words, stderr=subprocess.PIPE))
         complaints = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
     for rank, worker in enumerate(workers):
         if worker.returncode:
             last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]

@@ -53,7 +53,7 @@ def measure(cases: list[VerifyCase], repeats: int) -> list[Measured]:
         for number, (strategy, floor) in enumerate(passes):
             # Who goes first alternates: the second finds warm caches.
             order = (strategy, floor) if repeat % 2 else (floor, strategy)
-            taken = {run: _slowest(run) for run in order}
+            taken = {run: slowest(run) for run in order}
             if repeat:  # the first round warms up
                 seconds[number].append((taken[strategy], taken[floor]))
     return [
@@ -66,7 +66,7 @@ def measure(cases: list[VerifyCase], repeats: int) -> list[Measured]:
     ]
 
 
-def _slowest(run: Callable[[], object]) -> float:
+def slowest(run: Callable[[], object]) -> float:
     """Seconds from a common start until the last rank is done."""
     dist.barrier()
     start = time.perf_counter()
@@ -76,13 +76,14 @@ def _slowest(run: Callable[[], object]) -> float:
     return float(taken)
 
 
-def _local_inputs(case: VerifyCase) -> tuple[SequencePlan, list[Tensor]]:
+def local_inputs(case: VerifyCase) -> tuple[SequencePlan, list[Tensor]]:
+    """The case's plan, and this rank's q, k, v and dout."""
     plan, rank = case.plan(), dist.get_rank()
     return plan, [cut(whole, plan, rank) for whole in case.inputs()]
 
 
 def _strategy_pass(case: VerifyCase) -> Callable[[], object]:
-    plan, (q, k, v, dout) = _local_inputs(case)
+    plan, (q, k, v, dout) = local_inputs(case)
     attention = attention_of(case, dist.group.WORLD)
     for tensor in (q, k, v):
         tensor.requires_grad_()
@@ -91,7 +92,7 @@ def _strategy_pass(case: VerifyCase) -> Callable[[], object]:
 
 def _floor_pass(case: VerifyCase) -> Callable[[], object]:
     """The rank's tiles of every key shard, on blocks that lie in memory beforehand."""
-    plan, (q, _, _, dout) = _local_inputs(case)
+    plan, (q, _, _, dout) = local_inputs(case)
     rank, (_, k, v, _) = dist.get_rank(), case.inputs()
     shards = [(cut(k, plan, owner), cut(v, plan, owner)) for owner in range(case.world)]
     tiles = [plan.tiles(rank, owner) for owner in range(case.world)]

@@ -46,8 +46,8 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
         for call, (peer, tensor) in posted
         if tensor.numel()
     ]
-    for _, tensor in sends:
-        if tensor.numel():
-            group.traffic.add(tensor.numel() * tensor.element_size())
+    for operation in operations:
+        if operation.op is dist.isend:
+            group.traffic.add(operation.tensor.numel() * operation.tensor.element_size(), operation.peer)
     works = dist.batch_isend_irecv(operations) if operations else []
     return Pending(works, sends, receives)
