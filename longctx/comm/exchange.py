@@ -39,8 +39,12 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
 
     Between any two ranks messages match in the order in which both post them (NCCL has no tags), so every
     rank must post its exchanges of one group in the same order of the algorithm's steps.
+
+    Receives come first: Gloo sends a message when its receiver has said that it is ready, on the connection that also
+    carries messages the other way. After a send that word would wait behind all of it, and two ranks that swap blocks
+    would use one direction after the other.
     """
-    posted = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
+    posted = [(dist.irecv, message) for message in receives] + [(dist.isend, message) for message in sends]
     operations = [
         dist.P2POp(call, tensor, group=group.process_group, group_peer=peer)
         for call, (peer, tensor) in posted
