@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.errors import NotAvailableError
@@ -91,20 +90,10 @@ class Namespaces:
             subprocess.run(["ip", "netns", "del", self._made.pop()], check=False, capture_output=True)
 
 
-@dataclass(frozen=True)
-class LinkCounters:
-    """What a node has sent through its link since it was made: bytes with the headers of Ethernet, and packets."""
-
-    bytes: int
-    packets: int
-
-    @classmethod
-    def read(cls) -> LinkCounters:
-        """Of the node on which this process runs."""
-        return cls(*(int((STATISTICS / name).read_text()) for name in ("tx_bytes", "tx_packets")))
-
-    def __sub__(self, earlier: LinkCounters) -> LinkCounters:
-        return LinkCounters(self.bytes - earlier.bytes, self.packets - earlier.packets)
+def link_counters() -> tuple[int, int]:
+    """What this process's node has sent through its link so far: bytes with Ethernet's headers, and packets."""
+    sent, packets = (int((STATISTICS / name).read_text()) for name in ("tx_bytes", "tx_packets"))
+    return sent, packets
 
 
 def _run(*words: str, given: str = "") -> None:

@@ -128,14 +128,15 @@ class _Exchange:
     """Both passes of one case on this rank."""
 
     def __init__(self, case: VerifyCase) -> None:
-        self._plan, (*self._inputs, self._dout) = local_inputs(case)
-        for tensor in self._inputs:
-            tensor.requires_grad_()
+        self._plan, (q, k, v, dout) = local_inputs(case)
+        self._inputs = tuple(tensor.requires_grad_() for tensor in (q, k, v))
+        self._dout = dout
         self._attention = attention_of(replace(case, kernel="silent"), dist.group.WORLD)
         self._out = self._dout
 
     def forward(self) -> None:
-        self._out = self._attention(*self._inputs, self._plan.handle)
+        q, k, v = self._inputs
+        self._out = self._attention(q, k, v, self._plan.handle)
 
     def backward(self) -> None:
         torch.autograd.grad(self._out, self._inputs, self._dout)
