@@ -8,6 +8,7 @@ root and iproute2; nothing outside the namespaces is touched, and they have no w
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,9 @@ class Namespaces:
         self._made: list[str] = []
 
     def __enter__(self) -> Namespaces:
+        for command in ("ip", "tc"):
+            if shutil.which(command) is None:
+                raise NotAvailableError(f"network namespaces need iproute2, and {command!r} is not installed")
         try:
             self._build()
         except BaseException:
@@ -98,10 +102,7 @@ def link_counters() -> tuple[int, int]:
 
 def _run(*words: str, given: str = "") -> None:
     """Runs a command, with ``given`` to read."""
-    try:
-        done = subprocess.run(words, check=False, capture_output=True, text=True, input=given)
-    except FileNotFoundError:
-        raise NotAvailableError(f"network namespaces need iproute2, and {words[0]!r} is not installed") from None
+    done = subprocess.run(words, check=False, capture_output=True, text=True, input=given)
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise NotAvailableError(
