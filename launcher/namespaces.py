@@ -18,8 +18,8 @@ from longctx.launcher.env import GLOO_SOCKET_IFNAME
 INTERFACE = "eth0"  # of every node
 NETWORK = "10.77.0"  # seen inside the namespaces alone, so that two clusters never meet
 MTU = 9000
-# Streams share a link evenly, one that is left alone takes all of it, and none starts anew after a pause: with the
-# host's BBR two streams took up to twice the time of their bytes.
+# The same on every host: of all kernels' congestion controls the one that a namespace may always choose, and streams
+# that do not start anew after a pause.
 SETTINGS = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
 STATISTICS = Path("/sys/class/net") / INTERFACE / "statistics"
 

@@ -99,9 +99,10 @@ def test_link_without_namespaces_is_not_available(monkeypatch, tmp_path, capsys)
     assert main(["bench", "link"]) == 69
     said = capsys.readouterr().err
     assert "'ip' is not installed" in said and said.count("\n") == 1
-    refusing = tmp_path / "ip"
-    refusing.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")
-    refusing.chmod(0o755)
+    for name in ("ip", "tc"):
+        refusing = tmp_path / name
+        refusing.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")
+        refusing.chmod(0o755)
     assert main(["bench", "link"]) == 69
     said = capsys.readouterr().err
     assert "not allowed here" in said and "Operation not permitted" in said and said.count("\n") == 1
