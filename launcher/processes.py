@@ -37,7 +37,6 @@ def run_gloo(
             worker.kill()
     for rank, worker in enumerate(workers):
         if worker.returncode:
-            print(complaints[rank].decode())  # DBG
             last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
             raise NumericsError(f"rank {rank} of {module} ended with {worker.returncode}: {' '.join(last)}")
 
