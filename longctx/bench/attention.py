@@ -169,11 +169,10 @@ def _peer(name: str, case: VerifyCase) -> _Entrant | Row:
         except Exception as error:  # whatever another package raises is what its row says
             lines = str(error).strip().splitlines()
             reason = f"cannot run: {type(error).__name__}: {lines[0] if lines else ''}"
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    told = next((one for one in reasons if one), None)
-    if told:
-        return Row(peer.title, "", True, refused=told)
+    refusing = torch.tensor(int(reason is not None))
+    dist.all_reduce(refusing, dist.ReduceOp.MAX)
+    if refusing:
+        return Row(peer.title, "", True, refused=reason or "cannot run: another rank has said why")
     return _Entrant(peer.title, prepared.setting, True, prepared.positions, prepared.run)
 
 
