@@ -42,14 +42,14 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", default="8,2", help="key/value heads, comma-separated: a table for each")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="which of ours, comma-separated")
     parser.add_argument("--peers", default=",".join(ATTENTION_PEERS), help=f"which others, or {NO_PEERS}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 5 is the default")
+        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 3 is the default")
     peers = [] if arguments.peers == NO_PEERS else _words(arguments, "peers", ATTENTION_PEERS)
     cells = cells_of(arguments)
     started = time.monotonic()
@@ -167,7 +167,7 @@ def _verdict(cell: dict[str, Any]) -> str:
 
 def _spread(timing: dict[str, float], scale: float, form: str) -> str:
     low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
-    return f"{median} ({low}-{high})"
+    return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
 
 
 def worker(words: list[str]) -> None:

@@ -25,8 +25,8 @@ from longctx.verify.run import attention_of, cut
 
 Pass = Callable[[], object]
 LIMIT = TOLERANCE["float32"][0]  # relative, of the worst of out, dq, dk, dv: beyond it nothing is compared
-SLOW = 3.0  # times the quickest pass of a cell: whoever takes longer is timed in the first rounds only
-SLOW_REPEATS = 2
+SLOW = 3.0  # times the quickest pass of a cell, and
+SLOW_SECONDS = 2.0  # whoever takes longer than both is timed in the first round only
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Entrant:
     run: Callable[[], tuple[Tensor, ...]]
     floor: Pass | None = None
     errors: dict[str, float] = field(default_factory=dict)
-    first: float = 0.0  # seconds of the first pass after the warm-up
+    first: float = 0.0  # seconds of the first pass, here
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
 
@@ -101,20 +101,23 @@ def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int) -> Cell
     """One cell: the same problem by every case's strategy and by every peer; all ranks call it together."""
     problem = cases[0]
     truth = reference(problem)
-    entrants = [_ours(case) for case in cases]
-    refused = []
-    for name in peers:
-        prepared = _peer(name, problem)
-        if isinstance(prepared, Row):
-            refused.append(prepared)
-        else:
-            entrants.append(prepared)
-    for entrant in entrants:
-        entrant.errors = _errors(entrant, truth, problem)
-        if not entrant.exact and not entrant.peer:
+    entrants, refused = [], []
+    for case in cases:
+        entrant = _ours(case)
+        entrant.errors = _errors(entrant, _begin(entrant), truth, case)
+        if not entrant.exact:
             raise NumericsError(
-                f"{entrant.who} on {entrant.setting} is off by {entrant.errors}, more than {LIMIT}; it is not timed"
+                f"{case.strategy} on {case.layout} is off by {entrant.errors}, more than {LIMIT}; it is not timed"
             )
+        entrants.append(entrant)
+    for name in peers:
+        begun = _peer(name, problem)
+        if isinstance(begun, Row):
+            refused.append(begun)
+        else:
+            peer, computed = begun
+            peer.errors = _errors(peer, computed, truth, problem)
+            entrants.append(peer)
     _time(entrants, repeats)
     rows = [entrant.row() for entrant in entrants]
     cell = Cell(problem.seq, problem.heads, problem.kv_heads, rows + refused)
@@ -158,14 +161,23 @@ def _ours(case: VerifyCase) -> _Entrant:
     return _Entrant(case.strategy, case.layout, False, positions, run, floor_of(case, dist.group.WORLD))
 
 
-def _peer(name: str, case: VerifyCase) -> _Entrant | Row:
-    """The peer after one pass, or why it has none; all ranks come to the same."""
+def _begin(entrant: _Entrant) -> tuple[Tensor, ...]:
+    """The first pass; it warms up, is judged, and shows who is slow."""
+    start = time.perf_counter()
+    computed = entrant.run()
+    entrant.first = time.perf_counter() - start
+    return computed
+
+
+def _peer(name: str, case: VerifyCase) -> tuple[_Entrant, tuple[Tensor, ...]] | Row:
+    """The peer and what its first pass computed, or why it computed nothing; all ranks come to the same."""
     peer = ATTENTION_PEERS[name]
     reason = peer.missing()
     if reason is None:
         try:
             prepared = peer.prepare(case)
-            prepared.run()
+            entrant = _Entrant(peer.title, prepared.setting, True, prepared.positions, prepared.run)
+            computed = _begin(entrant)
         except Exception as error:  # whatever another package raises is what its row says
             lines = str(error).strip().splitlines()
             reason = f"cannot run: {type(error).__name__}: {lines[0] if lines else ''}"
@@ -173,15 +185,17 @@ def _peer(name: str, case: VerifyCase) -> _Entrant | Row:
     dist.all_reduce(refusing, dist.ReduceOp.MAX)
     if refusing:
         return Row(peer.title, "", True, refused=reason or "cannot run: another rank has said why")
-    return _Entrant(peer.title, prepared.setting, True, prepared.positions, prepared.run)
+    return entrant, computed
 
 
-def _errors(entrant: _Entrant, truth: tuple[Tensor, ...], case: VerifyCase) -> dict[str, float]:
+def _errors(
+    entrant: _Entrant, computed: tuple[Tensor, ...], truth: tuple[Tensor, ...], case: VerifyCase
+) -> dict[str, float]:
     """Of each tensor on the worst rank, by the rule of ``longctx verify``; no number counts as infinitely wrong."""
     upstream = 1e-3 * case.inputs()[3].double().norm()
     errors = []
-    for computed, whole in zip(entrant.run(), truth, strict=True):
-        difference = computed[:, : len(entrant.positions)].double() - whole[:, entrant.positions]
+    for mine, whole in zip(computed, truth, strict=True):
+        difference = mine[:, : len(entrant.positions)].double() - whole[:, entrant.positions]
         errors.append(difference.norm() / (whole.norm() + upstream))
     worst = torch.stack(errors).nan_to_num(nan=torch.inf)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -189,16 +203,19 @@ def _errors(entrant: _Entrant, truth: tuple[Tensor, ...], case: VerifyCase) -> d
 
 
 def _time(entrants: list[_Entrant], repeats: int) -> None:
-    """All in turn, round after round; the order turns round each time, for the second finds warm caches."""
-    for entrant in entrants:  # floors have not run yet, and who is slow is not known
-        entrant.first = _slowest(entrant.run)
-        if entrant.floor:
-            _slowest(entrant.floor)
-    quickest = min(entrant.first for entrant in entrants)
+    """All in turn, round after round; the order turns round each time, for the second finds warm caches.
+
+    Whoever is slow takes part in the first round only, or the slowest would take most of the time.
+    """
+    first = torch.tensor([entrant.first for entrant in entrants])
+    dist.all_reduce(first, dist.ReduceOp.MAX)
+    slow = (first > max(SLOW * float(first.min()), SLOW_SECONDS)).tolist()
+    for entrant, excused in zip(entrants, slow, strict=True):
+        if entrant.floor and not excused:
+            entrant.floor()
     for repeat in range(repeats):
-        for entrant in entrants[:: 1 if repeat % 2 else -1]:
-            if repeat >= SLOW_REPEATS and entrant.first > SLOW * quickest:
-                continue
+        turns = [entrant for entrant, excused in zip(entrants, slow, strict=True) if not (excused and repeat)]
+        for entrant in turns[:: 1 if repeat % 2 else -1]:
             for run in _turn(entrant, repeat):
                 seconds = entrant.floor_seconds if run is entrant.floor else entrant.seconds
                 seconds.append(_slowest(run))
@@ -206,7 +223,7 @@ def _time(entrants: list[_Entrant], repeats: int) -> None:
 
 def _turn(entrant: _Entrant, repeat: int) -> list[Pass]:
     passes: list[Pass] = [entrant.run] if entrant.floor is None else [entrant.run, entrant.floor]
-    return passes[:: 1 if repeat // 2 % 2 else -1]
+    return passes[:: 1 if repeat % 2 else -1]
 
 
 def _slowest(run: Pass) -> float:

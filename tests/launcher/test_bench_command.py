@@ -139,7 +139,7 @@ def test_a_peer_that_is_wrong_or_refuses_is_told_so():
     arguments = argparse.Namespace(world=2, heads=8, head_dim=64)
     cell = {"seq": 4096, "heads": 8, "kv_heads": 8, "rows": rows, "ahead": None, "best": None, "best_peer": None}
     text = bench_attention.report(arguments, {"repeats": 1, "load": "0.0", "seconds": 1.0}, [cell])
-    assert "| 4096 | careless | halves | 500 (500-500) |  |  | **wrong**: 1.3e+00 (dk) |" in text
+    assert "| 4096 | careless | halves | 500 (once) |  |  | **wrong**: 1.3e+00 (dk) |" in text
     assert "| 4096 | absent | not installed: pip install absent | | | | |" in text
     assert "4096 tokens: no exact peer was timed" in text
 
