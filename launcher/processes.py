@@ -16,16 +16,22 @@ from longctx.launcher.env import share_cores
 TIMEOUT = 600.0  # seconds that a whole job may take
 
 
-def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
-    """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
+def run_gloo(
+    module: str, job: str, world: int, folder: Path, python: str = sys.executable, limit: float = TIMEOUT
+) -> None:
+    """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them, ``limit`` seconds.
 
-    Raises NumericsError with the last line that the first failing rank wrote.
+    Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with
+    the last line that the first failing rank wrote.
     """
     share_cores(world)
-    command = [sys.executable, "-m", module, job, str(folder)]
-    workers = [subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
+    command = [python, "-m", module, job, str(folder)]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(world)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for rank in range(world)
+    ]
     try:
-        complaints = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
+        complaints = [worker.communicate(timeout=limit)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
