@@ -25,7 +25,7 @@ from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.machine import described, load
-from longctx.launcher.processes import join_gloo, run_gloo
+from longctx.launcher.processes import Workers, join_gloo, run_gloo
 from longctx.launcher.verify_command import check
 from longctx.verify import VerifyCase
 
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
         job = {"cells": [list(map(asdict, cell)) for cell in cells], "peers": peers, "repeats": arguments.repeats}
         python = arguments.peer_python if peers else sys.executable
-        run_gloo("longctx.launcher.bench_attention", json.dumps(job), arguments.world, Path(name), python, PATIENCE)
+        workers = Workers(python, PATIENCE)
+        run_gloo("longctx.launcher.bench_attention", json.dumps(job), arguments.world, Path(name), workers)
         measured = json.loads((Path(name) / "measured.json").read_text())
     told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if arguments.json:

@@ -14,6 +14,7 @@ BENCHES = {
     "attention": "longctx.launcher.bench_attention",
     "trainer": "longctx.launcher.bench_trainer",
     "context": "longctx.launcher.bench_context",
+    "link": "longctx.launcher.bench_link",
 }
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
 TAKE_OVERRIDES = ("trainer", "context")

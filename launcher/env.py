@@ -37,6 +37,9 @@ OMP_NUM_THREADS = "OMP_NUM_THREADS"
 # threads of sim, made training 30 times slower; sleeping costs microseconds. Read when torch is imported.
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 
+# The interface whose address Gloo gives to other ranks; without it Gloo asks what the host's name resolves to.
+GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+
 # Which device DeepSpeed drives; without it, it looks for one, and for compilers.
 DS_ACCELERATOR = "DS_ACCELERATOR"
 # glibc: blocks above so many bytes go back to the system when they are freed. By default the bound rises with every

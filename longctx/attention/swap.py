@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longctx.attention.operator import IMPLEMENTATIONS, Attend, require_fit
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import Sizes, Volume
+from longctx.attention.registry import Sent, Sizes, Volume
 from longctx.comm import Group, Pending, exchange, group_named, outer_name
 from longctx.sequence import Places, SequencePlan, plan_of
 
@@ -342,7 +342,7 @@ def swapped(attend: Attend) -> Attend:
     return attend_in_rows
 
 
-def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
 
     The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
@@ -351,12 +351,12 @@ def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     first, me = rank // inner * inner, rank % inner
     split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
     head = sizes.batch * sizes.head_dim * sizes.element
-    own = len(plan.positions(rank))
-    others = [other for other in range(inner) if other != me]
-    theirs = [len(plan.positions(first + other)) for other in others]
-    scattered = own * sum(split.queries + 2 * split.keys(other) for other in others)
-    gathered = sum(theirs) * split.queries
-    scattered_back = own * split.queries * len(others)
-    gathered_back = sum(theirs) * (split.queries + 2 * split.keys(me))
-    messages = (len(others) if own else 0) + sum(map(bool, theirs))
-    return Volume(head * (scattered + gathered), head * (scattered_back + gathered_back), messages, messages)
+    queries, mine, own = split.queries, split.queries + 2 * split.keys(me), len(plan.positions(rank))
+    sent = []
+    for other in range(inner):
+        theirs, together = len(plan.positions(first + other)), split.queries + 2 * split.keys(other)
+        if other != me and own:
+            sent.append((first + other, Volume(head * own * together, head * own * queries, 1, 1)))
+        if other != me and theirs:
+            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, 1, 1)))
+    return sent

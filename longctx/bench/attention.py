@@ -19,6 +19,7 @@ from torch import Tensor
 from longctx.bench.floor import floor_of
 from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import NumericsError
+from longctx.sequence import SequencePlan
 from longctx.verify import VerifyCase
 from longctx.verify.case import TENSORS, TOLERANCE
 from longctx.verify.run import attention_of, cut
@@ -146,9 +147,14 @@ def _all_heads(share: Tensor) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def _ours(case: VerifyCase) -> _Entrant:
+def local_inputs(case: VerifyCase) -> tuple[SequencePlan, list[Tensor]]:
+    """The case's plan, and this rank's q, k, v and dout."""
     plan, rank = case.plan(), dist.get_rank()
-    q, k, v, dout = (cut(whole, plan, rank) for whole in case.inputs())
+    return plan, [cut(whole, plan, rank) for whole in case.inputs()]
+
+
+def _ours(case: VerifyCase) -> _Entrant:
+    plan, (q, k, v, dout) = local_inputs(case)
     attention = attention_of(case, dist.group.WORLD)
     for tensor in (q, k, v):
         tensor.requires_grad_()
@@ -157,7 +163,7 @@ def _ours(case: VerifyCase) -> _Entrant:
         out = attention(q, k, v, plan.handle)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
-    positions = torch.from_numpy(plan.positions(rank))
+    positions = torch.from_numpy(plan.positions(dist.get_rank()))
     return _Entrant(case.strategy, case.layout, False, positions, run, floor_of(case, dist.group.WORLD))
 
 
@@ -218,7 +224,7 @@ def _time(entrants: list[_Entrant], repeats: int) -> None:
         for entrant in turns[:: 1 if repeat % 2 else -1]:
             for run in _turn(entrant, repeat):
                 seconds = entrant.floor_seconds if run is entrant.floor else entrant.seconds
-                seconds.append(_slowest(run))
+                seconds.append(slowest(run))
 
 
 def _turn(entrant: _Entrant, repeat: int) -> list[Pass]:
@@ -226,7 +232,7 @@ def _turn(entrant: _Entrant, repeat: int) -> list[Pass]:
     return passes[:: 1 if repeat % 2 else -1]
 
 
-def _slowest(run: Pass) -> float:
+def slowest(run: Pass) -> float:
     """Seconds from a common start until the last rank is done."""
     dist.barrier()
     start = time.perf_counter()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context"),
+        (["nonsense"], 78, "attention, trainer, context, link"),
         (["linear"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
@@ -42,6 +42,12 @@ ROOT = Path(__file__).parents[2]
         (["trainer", "train.dtype=float64"], 78, "nearest valid: train.dtype=float32"),
         (["trainer", "attention.window=5"], 78, "nearest valid: attention.window=null"),
         (["trainer", "attention=rsa", "attention.document_mask=true"], 78, "its rows of scores are whole"),
+        (["link", "train.seed=1"], 78, "takes no overrides"),
+        (["attention", "--rate-mbit", "100"], 78, "--rate-mbit belongs to bench link"),
+        (["link", "--rate-mbit", "0"], 78, "--rate-mbit 0 must be at least 1"),
+        (["link", "--link-tokens", "3"], 78, "--link-tokens 3 must be at least 4"),
+        (["link", "--link-heads", "8"], 78, "two numbers such as 8/2"),
+        (["link", "--link-heads", "8/3"], 78, "nearest valid: kv_heads=2"),
         (["context", "--tile", "0"], 78, "--tile 0 must be at least 1"),
         (["context", "--allowance", "-5"], 78, "--allowance -5 must be at least 1"),
         (["context", "--start", "8192", "--cap", "4096"], 78, "--start 8192 must not exceed --cap 4096"),
@@ -73,6 +79,7 @@ def memory_groups_are_here() -> bool:
 
 TAKE = """
 import sys
+import time
 from pathlib import Path
 from longctx.launcher.memory_group import MemoryGroup
 group = MemoryGroup(Path(sys.argv[1]))
