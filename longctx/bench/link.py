@@ -20,7 +20,6 @@ from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Sizes, Volume, inner_of
 from longctx.bench.attention import Timing, local_inputs, slowest
 from longctx.comm import group_of
-from longctx.errors import ConfigError
 from longctx.sequence import TileSet
 from longctx.verify import VerifyCase
 from longctx.verify.case import DTYPES
@@ -75,8 +74,8 @@ def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
     Nodes hold as many ranks each, in order.
     """
     sends, ranks = get_strategy(case.strategy).sends, case.world // nodes
-    if sends is None or case.world % nodes:
-        raise ConfigError(f"{case.strategy} on {case.world} ranks of {nodes} nodes has no closed form by receiver")
+    assert sends is not None, f"{case.strategy} publishes no closed form by receiver"
+    assert case.world % nodes == 0, f"{case.world} ranks do not divide over {nodes} nodes"
     plan, sizes = case.plan(), sizes_of(case)
     found = {edge: Volume(0, 0, 0, 0) for edge in itertools.permutations(range(nodes), 2)}
     for rank in range(case.world):
