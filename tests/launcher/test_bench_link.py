@@ -135,7 +135,7 @@ def workers(parent: int) -> list[int]:
 @pytest.mark.gloo
 def test_the_link_carries_what_the_closed_forms_say():
     """Small, so that times mean little; bytes do not depend on them."""
-    words = ["--link-tokens", "509", "--link-repeats", "1", "--link-causal", "--link-heads", "4/2", "--json"]
+    words = ["--link-tokens", "509", "--link-repeats", "3", "--link-causal", "--link-heads", "4/2", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "longctx.launcher.cli", "bench", "link", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
