@@ -22,7 +22,7 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.bench_attention import require_exact
 from longctx.launcher.machine import described, load
 from longctx.launcher.namespaces import Namespaces, link_counters
-from longctx.launcher.processes import join_gloo, run_gloo
+from longctx.launcher.processes import Workers, join_gloo, run_gloo
 from longctx.launcher.verify_command import load_result, save_result
 from longctx.verify import VerifyCase, judge, run_rank
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_exact(cases)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.link_repeats})
         within = [nodes.within(rank // (RANKS // NODES)) for rank in range(RANKS)]
-        run_gloo("longctx.launcher.bench_link", job, RANKS, Path(name), within)
+        run_gloo("longctx.launcher.bench_link", job, RANKS, Path(name), Workers(within=within))
         errors = [_require_exact_here(case, number, Path(name)) for number, case in enumerate(cases)]
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]

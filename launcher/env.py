@@ -107,6 +107,11 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     return int(environ[OMP_NUM_THREADS])
 
 
+def drive_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
+    """For DeepSpeed in processes started from here, unless the user has chosen."""
+    environ.setdefault(DS_ACCELERATOR, "cpu")
+
+
 def benchmark_environment(rank: RankEnvironment, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a process whose memory is measured, the same for our system and for its peers."""
     return {

@@ -1,20 +1,19 @@
 """``longctx bench``: what each benchmark refuses, and that the small ones run."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from longctx.bench.link import HEADERS
+from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import NotAvailableError
-from longctx.launcher import memory_group
+from longctx.launcher import bench_attention, memory_group
 from longctx.launcher.cli import main
 from longctx.launcher.memory_group import MemoryGroup
-from longctx.launcher.namespaces import Namespaces
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +25,15 @@ ROOT = Path(__file__).parents[2]
         (["linear"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
+        (["attention", "--strategies", "ring,nonsense"], 78, "valid: ring, striped, burst"),
+        (["attention", "--strategies", "local"], 78, "--strategies 'local' is unknown"),
+        (["attention", "--strategies", "ring,ring"], 78, "name each once"),
+        (["attention", "--peers", "horovod"], 78, "valid: torch_ring, torch_allgather, ulysses"),
+        (["attention", "--kv-heads", "8,two"], 78, "--kv-heads '8,two' must be whole numbers"),
+        (["attention", "--repeats", "0"], 78, "--repeats 0 must be at least 1"),
+        (["attention", "--heads", "6", "--kv-heads", "4"], 78, "nearest valid: kv_heads=3"),
+        (["attention", "--world", "3", "--heads", "8", "--strategies", "ulysses"], 78, "leave it out of --strategies"),
+        (["trainer", "--peer-python", "python3"], 78, "--peer-python belongs to bench attention and context"),
         (["trainer", "--pairs", "1"], 78, "at least 2"),
         (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
         (["context", "--systems", "torch,horovod"], 78, "horovod"),
@@ -94,138 +102,53 @@ def test_a_process_that_takes_too_much_is_killed(mebibytes, killed):
     assert not group.folder.exists()
 
 
-def test_link_without_namespaces_is_not_available(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["bench", "link"]) == 69
-    said = capsys.readouterr().err
-    assert "'ip' is not installed" in said and said.count("\n") == 1
-    for name in ("ip", "tc"):
-        refusing = tmp_path / name
-        refusing.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")
-        refusing.chmod(0o755)
-    assert main(["bench", "link"]) == 69
-    said = capsys.readouterr().err
-    assert "not allowed here" in said and "Operation not permitted" in said and said.count("\n") == 1
-
-
-def namespaces(owner: int = os.getpid()) -> set[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if line.startswith(f"longctx-{owner}-")}
-
-
-def namespaces_are_here() -> bool:
-    try:
-        with Namespaces(1, 100):
-            return True
-    except NotAvailableError:
-        return False
-
-
-needs_namespaces = pytest.mark.skipif(not namespaces_are_here(), reason="needs root, iproute2 and tbf")
-
-# One process listens, another sends it a megabyte; both tell what their node's link has carried.
-TALK = """
-import socket, sys, time
-from longctx.launcher.namespaces import link_counters
-if sys.argv[1] == "listen":
-    with socket.create_server(("", 7001)) as server:
-        print("ready", flush=True)
-        with server.accept()[0] as peer:
-            while peer.recv(1 << 16):
-                pass
-else:
-    start = time.perf_counter()
-    with socket.create_connection((sys.argv[1], 7001)) as peer:
-        peer.sendall(bytes(10**6))
-        peer.shutdown(socket.SHUT_WR)
-        peer.recv(1)
-    print(time.perf_counter() - start, *link_counters())
-"""
-
-
-def talk(nodes: Namespaces, sender: int) -> tuple[float, int]:
-    """A megabyte from ``sender`` to node 1: seconds, and what the sender's link carried, less headers."""
-    words = [sys.executable, "-c", TALK]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([*nodes.within(1), *words, "listen"], stdout=subprocess.PIPE, env=environment) as listener:
-        assert listener.stdout is not None and listener.stdout.readline() == b"ready\n"
-        done = subprocess.run(
-            [*nodes.within(sender), *words, "10.77.0.2"], capture_output=True, text=True, check=True, env=environment
-        )
-    seconds, sent, packets = done.stdout.split()
-    return float(seconds), int(sent) - HEADERS * int(packets)
-
-
-@needs_namespaces
-def test_a_link_is_shaped_and_counted_and_a_nodes_own_loopback_is_neither():
-    with Namespaces(3, 40) as nodes:
-        assert len(namespaces()) == 4
-        inside, on_link = talk(nodes, 1)
-        assert on_link == 0
-        across, on_link = talk(nodes, 2)
-        # The handshake's options are beside it, and address resolution, whose headers are shorter.
-        assert abs(on_link - 10**6) < 100
-        assert 0.17 < across < 0.4 and inside < across
-    assert not namespaces()
-
-
-@needs_namespaces
-def test_namespaces_do_not_outlive_a_failure():
-    def fail(nodes: Namespaces) -> None:
-        with nodes:
-            assert len(namespaces()) == 3
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail(Namespaces(2, 100))
-    with pytest.raises(NotAvailableError, match="tbf"):
-        fail(Namespaces(2, 0))
-    assert not namespaces()
-
-
-@needs_namespaces
 @pytest.mark.gloo
-def test_a_request_to_stop_leaves_no_namespace_and_no_worker():
-    words = [sys.executable, "-m", "longctx.launcher.cli", "bench", "link", "--link-repeats", "100"]
-    bench = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        deadline = time.monotonic() + 60
-        while not (found := workers(bench.pid)):
-            assert time.monotonic() < deadline and bench.poll() is None, "its workers never came"
-            time.sleep(0.1)
-        assert len(namespaces(bench.pid)) == 3
-        bench.terminate()
-        assert bench.wait(timeout=30) == 128 + 15
-    finally:
-        bench.kill()
-    assert not namespaces(bench.pid)
-    assert not any(Path(f"/proc/{worker}").exists() for worker in found)
-
-
-def workers(parent: int) -> list[int]:
-    """The processes of this machine that run a rank for ``parent``."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(child) for child in children if b"bench_link" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-@needs_namespaces
-@pytest.mark.gloo
-def test_the_link_carries_what_the_closed_forms_say():
-    """Small, so that times mean little; bytes do not depend on them."""
-    words = ["--link-tokens", "509", "--link-repeats", "1", "--link-causal", "--link-heads", "4/2", "--json"]
+def test_strategies_and_peers_are_told_in_one_table_and_absent_peers_loudly():
+    words = ["--seq", "64", "--heads", "4", "--kv-heads", "4,2", "--head-dim", "8", "--repeats", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "longctx.launcher.cli", "bench", "link", *words],
+        [sys.executable, "-m", "longctx.launcher.cli", "bench", "attention", *words, "--strategies", "ring,usp,rsa"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert set(told["rows"]) == {"flat ring", "double ring", "USP"} and not told["wrong_bytes"]
-    for passes in told["rows"].values():
-        assert all(row["edges_equal"] and row["seconds"]["median"] > 0 for row in passes)
-    assert all(error < 1e-10 for errors in told["errors"].values() for error in errors.values())
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 64 |")]
+    for table in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):  # 4 key/value heads, then 2
+        told = {(row[1], row[2]): row[3:] for row in table}
+        assert len(told) == 5 + len(ATTENTION_PEERS)
+        ours = [
+            ("ring", "contiguous"),
+            ("ring", "zigzag"),
+            ("ring", "striped"),
+            ("usp", "zigzag"),
+            ("rsa", "contiguous"),
+        ]
+        for row in ours:
+            share, error = told[row][2:]
+            assert float(share.split()[0]) > 0 and float(error.split()[0]) < 1e-5
+        for peer in ATTENTION_PEERS.values():
+            if peer.missing():
+                assert (peer.title, f"not installed: pip install {peer.install}") in told
+    assert "64 tokens: the best peer, " in done.stdout
+
+
+def test_a_peer_that_is_wrong_or_refuses_is_told_so():
+    def spread(at):
+        return {"median": at, "low": at, "high": at, "repeats": 1}
+
+    wrong = {"out": 1e-7, "dq": 1e-7, "dk": 1.3, "dv": 0.9}
+    row = {"setting": "halves", "peer": True, "floor": None, "share_of_floor": None, "refused": None}
+    rows = [
+        {**row, "who": "careless", "errors": wrong, "time": spread(0.5)},
+        {**row, "who": "absent", "errors": {}, "time": None, "refused": "not installed: pip install absent"},
+    ]
+    arguments = argparse.Namespace(world=2, heads=8, head_dim=64)
+    cell = {"seq": 4096, "heads": 8, "kv_heads": 8, "rows": rows, "ahead": None, "best": None, "best_peer": None}
+    text = bench_attention.report(arguments, {"repeats": 1, "load": "0.0", "seconds": 1.0}, [cell])
+    assert "| 4096 | careless | halves | 500 (once) |  |  | **wrong**: 1.3e+00 (dk) |" in text
+    assert "| 4096 | absent | not installed: pip install absent | | | | |" in text
+    assert "4096 tokens: no exact peer was timed" in text
 
 
 @pytest.mark.gloo
