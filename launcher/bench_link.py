@@ -42,7 +42,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     # A request to stop unwinds like Ctrl-C, so that neither workers nor namespaces outlive it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _stop)
     with (
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
@@ -66,6 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     if complaints:
         raise NumericsError("; ".join(complaints))
     return 0
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second request must not interrupt the unwinding
+    sys.exit(128 + signal.SIGTERM)
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:

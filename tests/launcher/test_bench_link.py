@@ -128,7 +128,15 @@ def test_a_request_to_stop_leaves_no_namespace_and_no_worker():
 def workers(parent: int) -> list[int]:
     """The processes of this machine that run a rank for ``parent``."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(child) for child in children if b"bench_link" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in children if b"bench_link" in command_of(child)]
+
+
+def command_of(process: str) -> bytes:
+    """Empty if it has ended: those that make namespaces come and go."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 @needs_namespaces
