@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 3 is the default")
     peers = [] if arguments.peers == NO_PEERS else _words(arguments, "peers", ATTENTION_PEERS)
+    _check_python(arguments.peer_python)
     cells = cells_of(arguments)
     started = time.monotonic()
     require_exact(itertools.chain(*cells))
@@ -67,6 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(report(arguments, told, measured))
     return 0
+
+
+def _check_python(python: str) -> None:
+    """All run in the peers' interpreter, side by side."""
+    if python == sys.executable:
+        return
+    try:
+        subprocess.run([python, "-c", "import longctx"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ConfigError(
+            f"--peer-python {python} cannot import longctx; install it there, or set PYTHONPATH"
+        ) from None
 
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:

@@ -7,7 +7,7 @@ documents and windows are whatever that plan says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,20 +123,16 @@ def to_heads_adjoint(
     copies = split.copies(me)
     if copies is not None:
         dk, dv = (_sum_copies(grad, copies, split.keys(me)) for grad in (dk, dv))
-    widths = [split.queries + 2 * split.keys(rank) for rank in range(split.ranks)]
     shared = sum(split.keys(rank) for rank in range(split.ranks)) > split.kv_heads
     wide = accumulation_dtype(dtype) if shared else dtype
-    own_dq = _shard(dq, row, shard, split.heads, dtype)
+    own_dq = _shard(dq, row, shard, split.heads, dtype, shared)
     own_dk, own_dv = (_shard(dq, row, shard, split.kv_heads, wide, shared) for _ in range(2))
-    for rank, part in _scatter_tokens(row, (dq, dk, dv), widths):
+    rooms = []
+    for rank in range(split.ranks):
         keys = split.key_heads(rank)
-        queries, dkeys, dvalues = part.split([split.queries, split.keys(rank), split.keys(rank)], dim=2)
-        own_dq[:, : row.valid, split.query_heads(rank)] = queries
-        for own, arrived in ((own_dk, dkeys), (own_dv, dvalues)):
-            if shared:
-                own[:, : row.valid, keys] += arrived
-            else:
-                own[:, : row.valid, keys] = arrived
+        heads = ((own_dq, split.query_heads(rank)), (own_dk, keys), (own_dv, keys))
+        rooms.append([whole[:, : row.valid, some] for whole, some in heads])
+    _scatter_tokens(row, (dq, dk, dv), rooms, shared)
     return own_dq, own_dk.to(dtype), own_dv.to(dtype)
 
 
@@ -144,8 +140,7 @@ def to_tokens(out: Tensor, row: Row, shard: int) -> Tensor:
     """out ``[B, T/SP·u, H/u, D]`` to ``[B, T/SP, H, D]``."""
     ranks, width = row.group.size, out.shape[2]
     whole = _shard(out, row, shard, ranks * width, out.dtype)
-    for rank, part in _scatter_tokens(row, (out,), [width] * ranks):
-        whole[:, : row.valid, rank * width : (rank + 1) * width] = part
+    _scatter_tokens(row, (out,), [[part[:, : row.valid]] for part in whole.split(width, dim=2)])
     return whole
 
 
@@ -173,15 +168,22 @@ def _gather_tokens(row: Row, parts: list[list[Tensor]]) -> list[Tensor]:
     return wholes
 
 
-def _scatter_tokens(row: Row, wholes: tuple[Tensor, ...], heads: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Sends each rank its tokens of ``wholes``, side by side; yields (rank, what came of this rank's tokens).
+def _scatter_tokens(row: Row, wholes: tuple[Tensor, ...], rooms: list[list[Tensor]], sums: bool = False) -> None:
+    """Sends each rank its tokens of ``wholes``, side by side; what comes of this rank's tokens goes to ``rooms[rank]``.
 
-    ``heads``: how many come of each rank. Its own come first, while the others travel.
+    Its own part it puts there first, while the others travel; they are added where rooms overlap (``sums``).
     """
+    me, widths = row.group.rank, [[room.shape[2] for room in some] for some in rooms]
     packed = {rank: _picked(wholes, row.places, rank) for rank in row.others}
-    arriving = row.swap(packed, heads, [row.valid] * row.group.size)
-    yield row.group.rank, _picked(wholes, row.places, row.group.rank)
-    yield from zip(row.others, arriving.wait(), strict=True)
+    arriving = row.swap(packed, [sum(some) for some in widths], [row.valid] * row.group.size)
+    for whole, room in zip(wholes, rooms[me], strict=True):
+        row.places.pick(me, whole, room)
+    for rank, part in zip(row.others, arriving.wait(), strict=True):
+        for room, piece in zip(rooms[rank], part.split(widths[rank], dim=2), strict=True):
+            if sums:
+                room.add_(piece)
+            else:
+                room.copy_(piece)
 
 
 def _picked(wholes: tuple[Tensor, ...], places: Places, rank: int) -> Tensor:

@@ -61,10 +61,10 @@ class Places:
             whole.narrow(dim, start, stop - start).copy_(part.narrow(dim, offset, stop - start))
 
     def pick(self, rank: int, whole: Tensor, part: Tensor, dim: int = 1) -> None:
-        """Reads the rank's tokens from their places in ``whole`` into ``part``, which may be a strided view."""
+        """Reads the rank's tokens from their places in ``whole`` into ``part``, whose strides and dtype may differ."""
         runs = self._runs[rank]
         if runs is None:
-            torch.index_select(whole, dim, self._indices(rank, whole.device), out=part)
+            part.copy_(whole.index_select(dim, self._indices(rank, whole.device)))
             return
         for (start, stop), offset in zip(runs.intervals, runs.offsets, strict=True):
             part.narrow(dim, offset, stop - start).copy_(whole.narrow(dim, start, stop - start))

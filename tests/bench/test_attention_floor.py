@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx.attention.contract import KERNELS
 from longctx.attention.registry import MODULES, get_strategy
-from longctx.bench.floor import BackwardCall, ForwardCall, KernelCall, floor_of, recorded
+from longctx.bench.floor import NAME, BackwardCall, ForwardCall, KernelCall, floor_of, recorded
 from longctx.kernels.flash_cpu import FlashCpu
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
@@ -90,6 +91,11 @@ def test_a_floor_asks_the_kernel_what_the_strategy_asked_in_order(strategy, monk
         assert told == wanted
     # What comes out is no waste: the kernel's own sums, as the strategy had them before others' were added.
     assert all(bool(part.isfinite().all()) and bool(part.any()) for rank in results for call in rank for part in call)
+
+
+def test_users_do_not_meet_the_recorder():
+    recorded(case_of("ring", 1), None)
+    assert NAME not in KERNELS
 
 
 def test_the_ring_s_floor_leaves_the_strategy_s_gradients():

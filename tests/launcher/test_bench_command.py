@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
         (["attention", "--repeats", "0"], 78, "--repeats 0 must be at least 1"),
         (["attention", "--heads", "6", "--kv-heads", "4"], 78, "nearest valid: kv_heads=3"),
         (["attention", "--world", "3", "--heads", "8", "--strategies", "ulysses"], 78, "leave it out of --strategies"),
+        (["attention", "--peer-python", "/bin/false"], 78, "--peer-python /bin/false cannot import longctx"),
         (["trainer", "--peer-python", "python3"], 78, "--peer-python belongs to bench attention and context"),
         (["trainer", "--pairs", "1"], 78, "at least 2"),
         (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
