@@ -201,10 +201,15 @@ def run_on_gloo(case: VerifyCase) -> list[RankResult]:
     with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
         folder = Path(name)
         run_gloo("longctx.launcher.verify_command", json.dumps(asdict(case)), case.world, folder)
-        return [_load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
+        return [load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
 
 
-def _load_result(path: Path) -> RankResult:
+def save_result(result: RankResult, path: Path) -> None:
+    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
+    save_file({name: local.contiguous() for name, local in result.tensors.items()}, path, numbers)
+
+
+def load_result(path: Path) -> RankResult:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         numbers = {name: int(value) for name, value in file.metadata().items()}
@@ -216,10 +221,7 @@ def worker(words: list[str]) -> None:
     fields, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     case = VerifyCase(**{**fields, "documents": tuple(fields["documents"])})
     join_gloo(folder, rank, world)
-    result = run_rank(case, dist.group.WORLD)
-    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
-    tensors = {name: local.contiguous() for name, local in result.tensors.items()}
-    save_file(tensors, folder / f"rank-{rank}.safetensors", numbers)
+    save_result(run_rank(case, dist.group.WORLD), folder / f"rank-{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """Collectives on small tensors that all ranks of a group need.
 
 Convention for bytes, as of bandwidth-optimal algorithms: an all-reduce of n bytes costs each of P ranks
-2 (P - 1) / P n, rounded down; a broadcast goes along a chain and costs each rank but the last n. A group of one rank
-and an empty tensor cost nothing, and nothing is called.
+2 (P - 1) / P n, rounded down; a broadcast goes along a chain and costs each rank but the last n; both are sent to the
+next rank. A group of one rank and an empty tensor cost nothing, and nothing is called.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def start_all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedO
     work = None
     if group.size > 1 and tensor.numel():
         work = dist.all_reduce(tensor, operation, group=group.process_group, async_op=True)
-        group.traffic.add(2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size)
+        group.traffic.add(2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size, _next(group))
     return PendingReduction(work, tensor)
 
 
@@ -52,5 +52,11 @@ def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
     if group.size > 1 and tensor.numel():
         dist.broadcast(tensor, group_src=source, group=group.process_group)
         if (group.rank + 1) % group.size != source:
-            group.traffic.add(tensor.numel() * tensor.element_size())
+            group.traffic.add(tensor.numel() * tensor.element_size(), _next(group))
     return tensor
+
+
+def _next(group: Group) -> int:
+    """The global rank of the group's following member."""
+    assert group.process_group is not None, "one process has nobody to send to"
+    return dist.get_global_rank(group.process_group, (group.rank + 1) % group.size)

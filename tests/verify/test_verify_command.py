@@ -202,7 +202,7 @@ def test_nan_and_noise_on_padding_rows_never_pass():
 def test_bytes_that_the_ledger_does_not_know_are_an_error(capsys, monkeypatch):
     from longctx.comm import Traffic
 
-    monkeypatch.setattr(Traffic, "add", lambda self, size: None)
+    monkeypatch.setattr(Traffic, "add", lambda self, *_: None)
     status, _, err = verify(capsys, *SMALL, "--world", "2")
     assert status == 70 and "counted 0 bytes sent, the ledger of sim carried" in err
 
