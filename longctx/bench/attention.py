@@ -21,10 +21,11 @@ from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import NumericsError
 from longctx.sequence import SequencePlan
 from longctx.verify import VerifyCase
-from longctx.verify.case import TENSORS, TOLERANCE
+from longctx.verify.case import TOLERANCE
 from longctx.verify.run import attention_of, cut
 
 Pass = Callable[[], object]
+TENSORS = ("out", "dq", "dk", "dv")
 LIMIT = TOLERANCE["float32"][0]  # relative, of the worst of out, dq, dk, dv: beyond it nothing is compared
 SLOW = 3.0  # times the quickest pass of a cell, and
 SLOW_SECONDS = 2.0  # whoever takes longer than both is timed in the first round only
