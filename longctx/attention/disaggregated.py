@@ -178,9 +178,16 @@ class Arriving:
 def _in_order(parts: list[Tensor], places: Places) -> Tensor:
     """What came from each home, in one buffer."""
     whole = parts[0].new_empty(1, len(places.positions), *parts[0].shape[2:])
-    for part, where in zip(parts, places.on(whole.device), strict=True):
-        whole.index_copy_(1, where, part)
+    for home, part in enumerate(parts):
+        places.put(home, part, whole)
     return whole
+
+
+def _picked(places: Places, home: int, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a buffer that belong to one home, in this dtype."""
+    part = whole.new_empty(1, places.counts[home], *whole.shape[2:], dtype=dtype)
+    places.pick(home, whole, part)
+    return part
 
 
 class Returning:
@@ -193,14 +200,13 @@ class Returning:
     def __init__(
         self, block: Block, places: Places, asked: list[Rows], call: Call, narrow: torch.dtype | None = None
     ) -> None:
-        me, where = call.group.rank, places.on(block[0].device)
-        self._me, self._asked, self._number = me, asked, len(block)
-        self._own = [part.index_select(1, where[me]) for part in block]
+        self._me, self._asked, self._number = call.group.rank, asked, len(block)
+        self._own = [_picked(places, self._me, part, part.dtype) for part in block]
         dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
         sends, receives = [], []
         for other in others(call):
             for part, dtype in zip(block, dtypes, strict=True):
-                sends.append((other, part.index_select(1, where[other]).to(dtype)))
+                sends.append((other, _picked(places, other, part, dtype)))
                 receives.append((other, part.new_empty(1, len(asked[other]), *part.shape[2:], dtype=dtype)))
         self._pending = exchange(call.group, sends, receives)
 

@@ -7,7 +7,7 @@ refuse by this declaration before any work.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 
 from longctx.attention.operator import DEFAULT, Attend, Options
@@ -97,6 +97,13 @@ def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
     return sum(tiles.cells for owner in range(plan.world) for tiles in plan.tiles(owner, rank))
 
 
+Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver's rank in the sequence group
+
+
+def total(sent: Iterable[Sent]) -> Volume:
+    return sum((cost for _, cost in sent), Volume(0, 0, 0, 0))
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``work(plan, rank, inner)`` the
@@ -104,7 +111,8 @@ class Strategy:
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
-    second channel between its ranks (``Group.back``).
+    second channel between its ranks (``Group.back``). ``sends``: the terms of ``volume`` by receiver, from strategies
+    that publish them: what crosses between nodes follows from these.
     """
 
     name: str
@@ -116,6 +124,7 @@ class Strategy:
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False
     work: Callable[[SequencePlan, int, int], float] = work_at_home
+    sends: Callable[[SequencePlan, int, Sizes], list[Sent]] | None = None
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).

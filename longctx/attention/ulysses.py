@@ -14,8 +14,9 @@ group is one row of a grid (``longctx.attention.swap``).
 from __future__ import annotations
 
 from longctx.attention import local
-from longctx.attention.registry import AttentionCase, Strategy, divisors
-from longctx.attention.swap import swap_volume, swapped, work_in_rows
+from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.swap import swap_sends, swapped, work_in_rows
+from longctx.sequence import SequencePlan
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -28,14 +29,19 @@ def _refuses(case: AttentionCase) -> str | None:
     )
 
 
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return total(swap_sends(plan, rank, sizes))
+
+
 STRATEGIES = {
     "ulysses": Strategy(
         "ulysses",
         swapped(local.attend),
         "contiguous",
         _refuses,
-        swap_volume,
+        volume,
         inner=lambda case: case.world,
         work=work_in_rows,
+        sends=swap_sends,
     )
 }

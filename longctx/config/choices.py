@@ -17,9 +17,22 @@ STRATEGIES = (
     "rsa",
     "disaggregated",
 )
-STRATEGIES_PLANNED = (
-    "lasp2",
-    "zeppelin",
+LINEAR_STRATEGIES = ("lasp2", "lasp", "headwise")
+STRATEGIES_PLANNED = ("zeppelin",)
+# Of a layer, in model.pattern: softmax attention, linear attention.
+LAYER_KINDS = ("S", "L")
+MIXERS = (
+    "basic",
+    "retnet",
+    "lightning",
+    "simple_gla",
+    "gla",
+    "hgrn2",
+    "gated_deltanet",
+    "based",
+    "hedgehog",
+    "moba",
+    "rat",
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")

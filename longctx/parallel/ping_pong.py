@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from longctx.attention.ping_pong import PingPongAttention
-from longctx.model import Block, Decoder
+from longctx.model import Decoder, SoftmaxBlock
 from longctx.model.rotary import Rotation
 from longctx.sequence import plan_of
 
 
 def take_turns(model: Decoder, attention: PingPongAttention) -> None:
+    """Of softmax layers; linear ones exchange too little to hide."""
     for block in model.layers:
-        block.forward = partial(in_turn, block, attention)  # type: ignore[method-assign]
+        if isinstance(block, SoftmaxBlock):
+            block.forward = partial(in_turn, block, attention)  # type: ignore[method-assign]
 
 
-def in_turn(block: Block, attention: PingPongAttention, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+def in_turn(block: SoftmaxBlock, attention: PingPongAttention, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
     """x ``[B, T/SP, dim]`` with an even B to the same shape; ``plan``: the handle of the whole batch's plan."""
     whole = plan_of(plan)
     inputs = x.chunk(2)
