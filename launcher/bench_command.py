@@ -13,6 +13,7 @@ BENCHES = {
     "attention": "longctx.launcher.bench_attention",
     "trainer": "longctx.launcher.bench_trainer",
     "context": "longctx.launcher.bench_context",
+    "planning": "longctx.launcher.bench_planning",
 }
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
 TAKE_OVERRIDES = ("trainer", "context")

@@ -1,7 +1,7 @@
 """DistCA's released greedy, written again from its description, as the baseline of ``longctx bench planning``.
 
 Ranks with a deficit take, largest first, the item of an overloaded rank with the fewest bytes per work, until their
-need is below ``tolerance`` of the mean. An item is a band of head rows of a document and the mirrored band of tail rows:
+need is below ``tolerance`` of the mean. An item is a band of a document's head rows and the mirrored band of tail rows:
 such a pair of rows costs ``length + 1`` cells. Bytes are estimated by the whole document's KV, known or not.
 """
 
@@ -35,7 +35,7 @@ def distca(home: Home, tolerance: float = 0.1, widths: Widths | None = None) -> 
                 break
             volume = q_width * cells / cost + kv_width * cost
             best = int(np.argmin(np.where(usable, volume / np.maximum(cells, 1), np.inf)))
-            doc, size, first, last, source = alive[best].tolist()
+            doc, size, first, _, source = alive[best].tolist()
             count = int(cells[best] // (size + 1))
             if count == 0:
                 break

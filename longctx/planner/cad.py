@@ -22,14 +22,14 @@ from longctx.planner.slices import Int64, MaskSlices
 
 def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
     """Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
-    area = mask.area(home.doc, home.start, home.stop)
-    load = np.bincount(home.rank, weights=area, minlength=home.ranks).astype(np.int64)
+    load = _load(home, mask)
     limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
-    shipped = _shipped(home, mask, area, load, limit, options)
-    if not shipped:
+    if load.max(initial=0) <= limit:
         return Runs.at_home(home)
-    least = int(least_egress(home, mask, limit).max())
-    spare = np.full(home.ranks, int(options.egress * least), dtype=np.int64)
+    first = _threshold(home, mask, load, limit)
+    cap = int(options.egress * _least(home, mask, load, limit, first).max())
+    shipped = _shipped(home, mask, load - limit, first, cap, options)
+    spare = np.full(home.ranks, cap, dtype=np.int64)
     for run in shipped.values():
         load[run.home] -= run.area
         spare[run.home] -= run.stop - run.start
@@ -42,78 +42,92 @@ def least_egress(home: Home, mask: MaskSlices, limit: int) -> Int64:
 
     A row takes at most its own cells along, so the fewest are the longest: rows in order of their keys until what is
     left fits. Of one home layout; a layout that spreads long rows over more ranks lowers it. Exact for masks whose
-    rows see more keys the later they are (causal, prefix-LM); by position, not by keys, for others.
+    rows see more keys the later they are (causal); by position, not by keys, for others.
     """
+    load = _load(home, mask)
+    if load.max(initial=0) <= limit:
+        return np.zeros(home.ranks, dtype=np.int64)
+    return _least(home, mask, load, limit, _threshold(home, mask, load, limit))
+
+
+def _load(home: Home, mask: MaskSlices) -> Int64:
     area = mask.area(home.doc, home.start, home.stop)
-    load = np.bincount(home.rank, weights=area, minlength=home.ranks).astype(np.int64)
-    rows = np.zeros(home.ranks, dtype=np.int64)
+    return np.bincount(home.rank, weights=area, minlength=home.ranks).astype(np.int64)
+
+
+def _least(home: Home, mask: MaskSlices, load: Int64, limit: int, first: Int64) -> Int64:
     spans = np.flatnonzero((load > limit)[home.rank])
-    if len(spans):
-        first = _threshold(home, mask, spans, load - limit)
-        kept = np.clip(first[home.rank[spans]], home.start[spans], home.stop[spans])
-        cells = mask.area(home.doc[spans], kept, home.stop[spans])
-        excess = np.bincount(home.rank[spans], weights=cells, minlength=home.ranks).astype(np.int64) - (load - limit)
-        rows = np.bincount(home.rank[spans], weights=home.stop[spans] - kept, minlength=home.ranks).astype(np.int64)
-        # Several documents may have a row at the threshold; those beyond the need stay.
-        rows = rows - np.where(load > limit, np.maximum(excess, 0) // np.maximum(first + 1, 1), 0)
-    return rows
+    rank, stop = home.rank[spans], home.stop[spans]
+    kept = np.clip(first[rank], home.start[spans], stop)
+    cells = np.bincount(rank, weights=mask.area(home.doc[spans], kept, stop), minlength=home.ranks).astype(np.int64)
+    rows = np.bincount(rank, weights=stop - kept, minlength=home.ranks).astype(np.int64)
+    # Several documents may have a row at the threshold; those beyond the need stay.
+    beyond = np.maximum(cells - (load - limit), 0) // (first + 1)
+    return np.asarray(rows - np.where(load > limit, beyond, 0))
 
 
-def _threshold(home: Home, mask: MaskSlices, spans: Int64, surplus: Int64) -> Int64:
-    """The highest position from which on each rank's rows, of all its documents, hold its surplus, int64 ``[W]``."""
+def _threshold(home: Home, mask: MaskSlices, load: Int64, limit: int) -> Int64:
+    """The highest position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``."""
+    spans = np.flatnonzero((load > limit)[home.rank])
     rank, doc, start, stop = (column[spans] for column in (home.rank, home.doc, home.start, home.stop))
     low = np.zeros(home.ranks, dtype=np.int64)
     high = np.full(home.ranks, int(stop.max()), dtype=np.int64)
     while np.any(low < high):
         middle = (low + high + 1) // 2
         cells = mask.area(doc, np.clip(middle[rank], start, stop), stop)
-        enough = np.bincount(rank, weights=cells, minlength=home.ranks) >= surplus
+        enough = np.bincount(rank, weights=cells, minlength=home.ranks) >= load - limit
         low, high = np.where(enough, middle, low), np.where(enough, high, middle - 1)
     return low
 
 
-def _shipped(home: Home, mask: MaskSlices, area: Int64, load: Int64, limit: int, options: Options) -> dict[int, Run]:
-    """What each donor gives away so that it ends at the limit, by span.
+def _shipped(home: Home, mask: MaskSlices, surplus: Int64, first: Int64, cap: int, options: Options) -> dict[int, Run]:
+    """What each rank with a surplus gives away, by span.
 
     Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
-    egress bound, the fewest rows instead.
+    egress ``cap``, the fewest rows instead.
     """
-    donors = np.flatnonzero(load > limit)
-    spans = np.flatnonzero((load > limit)[home.rank])
-    if not len(spans):
-        return {}
-    least = least_egress(home, mask, limit)
-    cap = max(options.block, int(options.egress * least.max()) - options.block)
-    first = _threshold(home, mask, spans, load - limit)
+    donors = np.flatnonzero(surplus > 0)
+    spans = np.flatnonzero((surplus > 0)[home.rank])
     # Of a donor's spans those of long documents come first, and of one document the later one.
     order = spans[np.lexsort((-home.start[spans], home.doc[spans], -mask.lengths[home.doc[spans]], home.rank[spans]))]
+    columns = (order, home.doc[order], home.start[order], home.stop[order])
+    held = list(zip(*(column.tolist() for column in columns), strict=True))
     ends = np.searchsorted(home.rank[order], [donors, donors + 1])
     shipped: dict[int, Run] = {}
     for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
-        numbers = order[low:high].tolist()
-        need = int(load[donor]) - limit
-        found = _fewest_bytes(home, mask, numbers, need, options)
+        found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
         if sum(run.stop - run.start for run in found.values()) > cap:
-            found = _fewest_rows(home, mask, numbers, int(first[donor]), options.block)
+            found = _fewest_rows(donor, mask, held[low:high], int(first[donor]), options.block)
         shipped |= found
     return shipped
 
 
-def _fewest_bytes(home: Home, mask: MaskSlices, numbers: list[int], need: int, options: Options) -> dict[int, Run]:
+# (number of the span, document, start, stop)
+_Span = tuple[int, int, int, int]
+
+
+def _fewest_bytes(donor: int, mask: MaskSlices, spans: list[_Span], need: int, options: Options) -> dict[int, Run]:
     found = {}
-    for number in numbers:
-        doc, start, stop = int(home.doc[number]), int(home.start[number]), int(home.stop[number])
-        whole = mask.rows_area(doc, start, stop)
-        begin, end = start, stop
-        if whole > need:
+    for number, doc, start, stop in spans:
+        begin, end, area = start, stop, mask.rows_area(doc, start, stop)
+        if area > need:
             if mask.causal and start == 0 and stop == mask.lengths[doc]:
                 end = _best_end(need, stop, options.widths, options.block)
             begin = cut(mask, (doc, start, end), need, options.block, over=True)
-        area = mask.rows_area(doc, begin, end)
-        found[number] = Run(doc, begin, end, int(home.rank[number]), area)
+            area = mask.rows_area(doc, begin, end)
+        found[number] = Run(doc, begin, end, donor, area)
         need -= area
         if need <= 0:
             break
+    return found
+
+
+def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, Run]:
+    found = {}
+    for number, doc, start, stop in spans:
+        if first < stop:
+            begin = max(start, stop - -(-(stop - max(start, first)) // block) * block)
+            found[number] = Run(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
     return found
 
 
@@ -127,16 +141,6 @@ def _best_end(need: int, length: int, widths: Widths, block: int) -> int:
     rows = sqrt(need / (ratio + 0.5))
     end = int(need / rows + rows / 2) // block * block + block
     return min(length, end)
-
-
-def _fewest_rows(home: Home, mask: MaskSlices, numbers: list[int], first: int, block: int) -> dict[int, Run]:
-    found = {}
-    for number in numbers:
-        doc, start, stop = int(home.doc[number]), int(home.start[number]), int(home.stop[number])
-        if first < stop:
-            begin = max(start, stop - -(-(stop - max(start, first)) // block) * block)
-            found[number] = Run(doc, begin, stop, int(home.rank[number]), mask.rows_area(doc, begin, stop))
-    return found
 
 
 def _merged(home: Home, shipped: dict[int, Run], placed: list[tuple[Run, int, int, int]]) -> Runs:

@@ -65,8 +65,8 @@ class CostReport:
     """Work and bytes of a plan for one layer; only what leaves a rank counts, never what stays.
 
     ``work``: visible cells per server, heads groups counted as fractions, int64 ``[W]`` times ``groups``.
-    ``q_rows``, ``kv_rows``: int64 ``[W, W]``, (token, heads group) rows from rank to rank, diagonal 0. A query row
-    crosses once per (row, server), a KV token once per (token, server), however many tasks there read it.
+    ``q_sent``, ``q_received``, ``kv_sent``, ``kv_received``: (token, heads group) rows of each rank, int64 ``[W]``. A
+    query row crosses once per (row, server), a KV token once per (token, server), however many tasks there read it.
 
     Bytes, summed over ranks, of a whole server group (divide by the tensor-parallel degree for one device):
     forward = Q to servers ``q``, K and V to servers ``kv``, O back ``o`` (as many as Q), its log-sum-exp ``lse``.
@@ -76,8 +76,10 @@ class CostReport:
     """
 
     work: Int64
-    q_rows: Int64
-    kv_rows: Int64
+    q_sent: Int64
+    q_received: Int64
+    kv_sent: Int64
+    kv_received: Int64
     groups: int
     widths: Widths
 
@@ -88,7 +90,7 @@ class CostReport:
 
     @property
     def q(self) -> int:
-        return int(self.q_rows.sum()) * self.widths.row // self.groups
+        return int(self.q_sent.sum()) * self.widths.row // self.groups
 
     @property
     def o(self) -> int:
@@ -96,11 +98,11 @@ class CostReport:
 
     @property
     def lse(self) -> int:
-        return int(self.q_rows.sum()) * self.widths.lse // self.groups
+        return int(self.q_sent.sum()) * self.widths.lse // self.groups
 
     @property
     def kv(self) -> int:
-        return int(self.kv_rows.sum()) * self.widths.kv // self.groups
+        return int(self.kv_sent.sum()) * self.widths.kv // self.groups
 
     @property
     def moved(self) -> int:
@@ -115,12 +117,13 @@ class CostReport:
         return 4 * self.q + self.lse + 2 * self.kv
 
     @property
-    def query_egress(self) -> Int64:
-        """Query rows that each rank sends away, in rows of all heads times ``groups``, int64 ``[W]``."""
-        return np.asarray(self.q_rows.sum(axis=1), dtype=np.int64)
+    def sent(self) -> Int64:
+        """Forward bytes of ``moved`` that each rank sends: Q and KV as a home, O as a server, int64 ``[W]``."""
+        rows = self.q_sent + self.q_received
+        return np.asarray((rows * self.widths.row + self.kv_sent * self.widths.kv) // self.groups, dtype=np.int64)
 
     @property
-    def traffic(self) -> Int64:
-        """Forward bytes of ``moved`` through each rank's busier direction, int64 ``[W]``."""
-        sent = self.q_rows * self.widths.row + self.kv_rows * self.widths.kv + self.q_rows.T * self.widths.row
-        return np.asarray(np.maximum(sent.sum(axis=1), sent.sum(axis=0)) // self.groups, dtype=np.int64)
+    def received(self) -> Int64:
+        """Forward bytes of ``moved`` that each rank receives, int64 ``[W]``."""
+        rows = self.q_sent + self.q_received
+        return np.asarray((rows * self.widths.row + self.kv_received * self.widths.kv) // self.groups, dtype=np.int64)

@@ -17,9 +17,12 @@ class Home:
     ``offset``: place of a span's first token among the rank's resident tokens. All ranks partition all documents.
     """
 
-    def __init__(self, lengths: Int64, ranks: int, columns: Sequence[Int64]) -> None:
+    def __init__(self, lengths: Int64, ranks: int, columns: Sequence[Int64] | Int64) -> None:
         self.lengths, self.ranks = lengths, ranks
-        self.rank, self.doc, self.start, self.stop = columns
+        self.rank: Int64 = columns[0]
+        self.doc: Int64 = columns[1]
+        self.start: Int64 = columns[2]
+        self.stop: Int64 = columns[3]
         sizes = self.stop - self.start
         before = np.cumsum(sizes) - sizes
         self.tokens: Int64 = np.bincount(self.rank, weights=sizes, minlength=ranks).astype(np.int64)
@@ -78,25 +81,23 @@ def streamed(lengths: Int64 | Sequence[int], ranks: int) -> Home:
     are equal and its causal work nearly so.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    edges = [rank * int(lengths.sum()) // ranks for rank in range(1, ranks + 1)]
+    edges = np.arange(1, ranks + 1) * int(lengths.sum()) // ranks
+    ends = np.cumsum(lengths)
+    first, last = np.searchsorted(edges, ends - lengths, "right"), np.searchsorted(edges, ends)
+    whole = np.flatnonzero(first == last)
+    inside = np.stack([first[whole], whole, whole * 0, lengths[whole]], axis=1)
     rows: list[tuple[int, int, int, int]] = []
-    rank, used = 0, 0
-    for doc, length in enumerate(lengths.tolist()):
-        head, tail = 0, length
-        while head < tail:
-            while edges[rank] == used:
-                rank += 1
-            take = min(tail - head, edges[rank] - used)
+    for doc in np.flatnonzero(first != last).tolist():
+        head, tail, used = 0, int(lengths[doc]), int(ends[doc] - lengths[doc])
+        for rank in range(int(first[doc]), int(last[doc]) + 1):
+            take = min(tail - head, int(edges[rank]) - used)
             used += take
-            if take == tail - head:
-                rows.append((rank, doc, head, tail))
-                break
-            front = (take + 1) // 2
-            rows.append((rank, doc, head, head + front))
-            if take > front:
-                rows.append((rank, doc, tail - (take - front), tail))
+            front = take if take == tail - head else (take + 1) // 2
+            rows += [(rank, doc, head, head + front), (rank, doc, tail - (take - front), tail)]
             head, tail = head + front, tail - (take - front)
-    return from_rows(lengths, ranks, rows)
+    cut = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    table = np.concatenate([inside, cut[cut[:, 3] > cut[:, 2]]])
+    return Home(lengths, ranks, table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))].T.copy())
 
 
 def contiguous(lengths: Int64 | Sequence[int], ranks: int) -> Home:

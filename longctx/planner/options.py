@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longctx.errors import ConfigError
 from longctx.planner.cost import Widths
@@ -10,10 +10,13 @@ from longctx.planner.cost import Widths
 
 @dataclass(frozen=True)
 class Options:
-    """``tolerance``: the most a server may exceed the mean work, as a share of it. ``block``: rows that a cut counts by,
-    the kernel's tile. ``egress``: the most query rows that one rank sends, in multiples of the least that its home
-    layout allows for the worst rank. ``chunk``: query rows of a unit that ``min_heap`` deals. ``capacity``:
-    tokens that a device may hold under ``zeppelin``, in multiples of the mean. ``widths``: the layer's.
+    """``tolerance``: the most a server may exceed the mean work, as a share of it.
+    ``block``: rows that a cut counts by, the kernel's tile.
+    ``egress``: the most query rows that one rank sends, in multiples of the least that its home layout allows for the
+    worst rank. Above 1.5 longer bands share their keys: ``2 egress - 1`` servers at most, for fewer bytes in all.
+    ``chunk``: query rows of a unit that ``min_heap`` deals.
+    ``capacity``: tokens that a device may hold under ``zeppelin``, in multiples of the mean.
+    ``widths``: the layer's.
     """
 
     tolerance: float = 0.02
@@ -21,10 +24,10 @@ class Options:
     egress: float = 1.5
     chunk: int = 2048
     capacity: float = 1.25
-    widths: Widths = Widths()
+    widths: Widths = field(default_factory=Widths)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tolerance:
+        if self.tolerance < 0:
             raise ConfigError(f"planner tolerance {self.tolerance} must be at least 0; 0.02 is the default")
         if self.block < 1 or self.chunk < 1:
             raise ConfigError(f"planner block {self.block} and chunk {self.chunk} must be at least 1 row")

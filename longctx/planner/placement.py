@@ -65,8 +65,8 @@ class Placement:
     def __init__(self, home: Home, mask: MaskSlices, room: Int64, spare: list[int], options: Options) -> None:
         """``room``: cells that each server may take, ``[W]``. ``spare``: query rows that each rank may send twice."""
         self.home, self.mask, self.options, self.spare = home, mask, options, spare
-        self.free = {rank: cells for rank, cells in enumerate(room.tolist()) if cells > 0}
-        self.rooms = sorted((cells, rank) for rank, cells in self.free.items())
+        self.free = room.tolist()
+        self.rooms = sorted((cells, rank) for rank, cells in enumerate(self.free))
         self.placed: list[tuple[Run, int, int, int]] = []
 
     def place(self, shipped: Sequence[Run]) -> list[tuple[Run, int, int, int]]:
@@ -77,18 +77,18 @@ class Placement:
         near = self._near(list(by_doc))
         for doc, runs in sorted(by_doc.items(), key=lambda item: (-sum(run.area for run in item[1]), item[0])):
             left = sorted(runs, key=lambda run: run.start)
+            total = sum(run.area for run in left)
             while left:
-                total = sum(run.area for run in left)
-                if total <= self.rooms[-1][0] or not self._share(left):
-                    self._fill(left, self._choose(near[doc], total))
+                shared = self._share(left) if total > self.rooms[-1][0] else 0
+                total -= shared or self._fill(left, self._choose(near[doc], total))
         return self.placed
 
     def _near(self, docs: list[int]) -> dict[int, list[int]]:
-        """Homes of each document that have room."""
+        """Homes of each document."""
         near: dict[int, list[int]] = defaultdict(list)
         parts = np.flatnonzero(np.isin(self.home.doc, docs))
         for doc, rank in zip(self.home.doc[parts].tolist(), self.home.rank[parts].tolist(), strict=True):
-            if rank in self.free and rank not in near[doc]:
+            if rank not in near[doc]:
                 near[doc].append(rank)
         return near
 
@@ -105,12 +105,16 @@ class Placement:
         self.free[server] -= run.area if area is None else area
         insort(self.rooms, (self.free[server], server))
 
-    def _fill(self, left: list[Run], server: int) -> None:
+    def _fill(self, left: list[Run], server: int) -> int:
+        """Puts the last rows of ``left`` on ``server``; their cells."""
         taken = self._take(left, self.free[server])
         if not taken:  # not one block fits anywhere: where the granularity ends
             taken = [self._split(left.pop(), left, -1)]
+            own = taken[0].home
+            server = own if self.free[own] >= self.free[server] else server
         for run in taken:
             self._put(run, server)
+        return sum(run.area for run in taken)
 
     def _take(self, left: list[Run], room: int) -> list[Run]:
         """Rows from the end of ``left``, latest first, while they fit."""
@@ -136,31 +140,31 @@ class Placement:
             left.append(Run(run.doc, run.start, at, run.home, run.area - upper.area))
         return upper
 
-    def _share(self, left: list[Run]) -> bool:
-        """The last rows of ``left`` to several servers with the largest rooms, by keys; False where it is no gain."""
+    def _share(self, left: list[Run]) -> int:
+        """The last rows of ``left`` to several servers with the largest rooms, by keys; their cells, 0 without gain."""
         ways = min(int(2 * self.options.egress - 1), len(self.rooms))
+        last = left[-1]
         if not self.mask.causal or ways < 2:
-            return False
-        widths, end = self.options.widths, left[-1].stop
-        servers = self.rooms[-ways:]
-        room = servers[0][0] * ways  # the smallest of them, so that each takes the same share
-        # Two bands over all keys, or one of their rows over shared keys: g q + E against g 2 q + E / 2.
-        if room <= 0 or end * end <= ways * (2 * widths.row / widths.kv) * servers[0][0]:
-            return False
+            return 0
+        servers, widths = self.rooms[-ways:], self.options.widths
+        room = servers[0][0]  # of the smallest of them, so that each takes the same share
+        # Servers with a band each cost g q + E; with shared rows g q ways + E / ways.
+        if room <= 0 or last.stop**2 <= ways * (2 * widths.row / widths.kv) * room:
+            return 0
+        band = min(last.stop - last.start, room * ways // last.stop) * (ways - 1)
+        if self.spare[last.home] < band:  # before anything is cut for it
+            return 0
         before = list(left)
-        taken = self._take(left, room)
-        rows = sum(run.stop - run.start for run in taken)
-        edges = [number * (end // ways) for number in range(ways)]
+        taken = self._take(left, room * ways)
+        rows, whole = sum(run.stop - run.start for run in taken), sum(run.area for run in taken)
         needs: dict[int, int] = defaultdict(int)
         for run in taken:
             needs[run.home] += (run.stop - run.start) * (ways - 1)
-        lowest = min((run.start for run in taken), default=0)
-        whole = sum(run.area for run in taken)
-        edges = [number * whole // (ways * rows) for number in range(ways)] if rows else edges
-        fits = whole - edges[-1] * rows <= servers[0][0] and edges[-1] <= lowest
-        if not rows or not fits or any(self.spare[home] < more for home, more in needs.items()):
+        edges = [number * whole // (ways * rows) for number in range(ways)] if rows else [0]
+        uneven = whole - edges[-1] * rows > room or edges[-1] > min((run.start for run in taken), default=0)
+        if not rows or uneven or any(self.spare[home] < more for home, more in needs.items()):
             left[:] = before
-            return False
+            return 0
         for home, more in needs.items():
             self.spare[home] -= more
         for number, (_, server) in enumerate(servers):
@@ -169,4 +173,4 @@ class Placement:
                 width = run.stop - run.start
                 area = (keys[1] - keys[0]) * width if number + 1 < ways else run.area - keys[0] * width
                 self._put(run, server, keys, area)
-        return True
+        return whole

@@ -99,10 +99,10 @@ def _trimmed(q0: Int64, q1: Int64, k0: Int64, k1: Int64, lo: Int64, hi: Int64) -
 
 @dataclass(frozen=True, eq=False)
 class Transfers:
-    """Tokens ``[start, stop)`` of ``doc`` that ``dest`` reads of ``source``, for heads ``group``: columns int64 ``[N]``.
+    """Tokens ``[start, stop)`` of ``doc`` that ``dest`` reads of ``source``, for heads ``group``: int64 ``[N]`` each.
 
     ``offset``: place of the first one among the source's resident tokens. Ordered by source, destination, group,
-    document and position; one with source == destination stays where it is. No token comes twice to a destination.
+    document and position; with source == destination it stays where it is. No token comes twice to a destination.
     """
 
     source: Int64
@@ -138,9 +138,15 @@ class Transfers:
         return self.stop - self.start
 
     def matrix(self, ranks: int) -> Int64:
-        """(token, group) rows from rank to rank, int64 ``[W, W]``, the diagonal included."""
+        """(token, group) rows from rank to rank, int64 ``[W, W]``, those that stay on the diagonal."""
         flat = np.bincount(self.source * ranks + self.dest, weights=self.rows, minlength=ranks * ranks)
         return np.asarray(flat.astype(np.int64).reshape(ranks, ranks))
+
+    def away(self, ranks: int) -> tuple[Int64, Int64]:
+        """Rows that each rank sends to others and receives from others, int64 ``[W]``."""
+        moved = np.where(self.source == self.dest, 0, self.rows)
+        sent, got = (np.bincount(ends, weights=moved, minlength=ranks) for ends in (self.source, self.dest))
+        return sent.astype(np.int64), got.astype(np.int64)
 
     def part(self, where: Int64) -> Transfers:
         return Transfers(*(column[where] for column in (
@@ -238,28 +244,18 @@ class Plan:
             self.kv = Transfers.of(home, tasks.server, tasks.group, tasks.doc, tasks.k0, tasks.k1)
 
     @cached_property
-    def q_counts(self) -> Int64:
-        """Rows of Q from rank to rank, own rows included, int64 ``[W, W]``; its transpose counts O's way back."""
-        return self.q.matrix(self.servers)
-
-    @cached_property
-    def kv_counts(self) -> Int64:
-        """Tokens of K and V from rank to rank, own ones included, int64 ``[W, W]``."""
-        return self.kv.matrix(self.servers)
-
-    @cached_property
     def cost(self) -> CostReport:
         work = np.bincount(self.tasks.server, weights=self.tasks.area, minlength=self.servers).astype(np.int64)
-        away = 1 - np.eye(self.servers, dtype=np.int64)
-        return CostReport(work, self.q_counts * away, self.kv_counts * away, self.groups, self.widths)
+        sides = [moves.away(self.servers) for moves in (self.q, self.kv)]
+        return CostReport(work, *sides[0], *sides[1], self.groups, self.widths)
 
     def rank(self, rank: int) -> RankPlan:
         """One rank's indices, expanded to tokens."""
         mine = np.flatnonzero(self.tasks.server == rank)
         t = self.tasks
         order = mine[np.lexsort((t.k0[mine], t.q0[mine], t.doc[mine], t.group[mine]))]
-        q, q_at = self._exchange(self.q, self.q_counts, rank, order, t.q0)
-        kv, k_at = self._exchange(self.kv, self.kv_counts, rank, order, t.k0)
+        q, q_at = self._exchange(self.q, rank, order, t.q0)
+        kv, k_at = self._exchange(self.kv, rank, order, t.k0)
         q0, k0 = t.q0[order], t.k0[order]
         shift = q0 - k0
         return RankPlan(
@@ -267,9 +263,7 @@ class Plan:
             q_at, q_at + t.q1[order] - q0, k_at, k_at + t.k1[order] - k0, t.lo[order] + shift, t.hi[order] + shift,
         )  # fmt: skip
 
-    def _exchange(
-        self, moves: Transfers, counts: Int64, rank: int, tasks: Int64, first: Int64
-    ) -> tuple[Exchange, Int64]:
+    def _exchange(self, moves: Transfers, rank: int, tasks: Int64, first: Int64) -> tuple[Exchange, Int64]:
         """The rank's side, and where each task's ``first`` position lies in the ordered buffer."""
         low, high = np.searchsorted(moves.source, [rank, rank + 1])
         sent = moves.part(np.arange(low, high))
@@ -282,9 +276,12 @@ class Plan:
         placed = np.cumsum(got.rows[by_position]) - got.rows[by_position]
         wanted = (self.tasks.group[tasks] * docs + self.tasks.doc[tasks]) * stride + first[tasks]
         at = np.searchsorted(key[by_position], wanted, "right") - 1
-        exchange = Exchange(
-            ranges(sent.offset, sent.rows), np.repeat(sent.group, sent.rows), counts[rank], counts[:, rank], order
+        to, of = (
+            np.bincount(ends, weights=part.rows, minlength=self.servers).astype(np.int64)
+            for ends, part in ((sent.dest, sent), (got.source, got))
         )
+        send, send_group = ranges(sent.offset, sent.rows), np.repeat(sent.group, sent.rows)
+        exchange = Exchange(send, send_group, to, of, order)
         return exchange, placed[at] + wanted - key[by_position][at]
 
 

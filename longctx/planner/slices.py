@@ -1,6 +1,6 @@
 """Mask slices: rectangles of one document cut by one diagonal band, closed under cuts along queries and keys.
 
-After MagiAttention's dynamic solver: a type (full, causal, bi-causal) does not survive a cut along the keys, a band does.
+After MagiAttention's dynamic solver: a type (full, causal, bi-causal) does not survive a cut along keys, a band does.
 Everything here is integers in document coordinates. Row functions take arrays; ``Slice`` is the same for one.
 """
 

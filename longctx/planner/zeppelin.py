@@ -1,4 +1,4 @@
-"""Zeppelin (2025): hierarchical zones. A document lives on one device (z0), on a ring inside a node (z1) or across (z2).
+"""Zeppelin (2025): hierarchical zones. A document is on one device (z0), on a ring in a node (z1) or across nodes (z2).
 
 Its home layout is attention's own, so queries stay and only KV of rings moves; the linear layers then want equal
 tokens, which ``remap`` moves there and back. Reconstructed from the paper; there is no public code.

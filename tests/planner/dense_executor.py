@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from longctx.planner.slices import areas
-
 
 def dense(mask, q, k, v):
     """Outputs ``[S, H, D]`` and log-sum-exps ``[S, H]`` of whole documents, one after another."""
@@ -109,8 +107,3 @@ def serve(one, q, kv):
     back_out, back_lse = np.empty_like(out), np.empty_like(lse)
     back_out[one.q.order], back_lse[one.q.order] = out, lse
     return back_out, back_lse
-
-
-def counted(one):
-    """Cells of a slice by closed form on arrays, as planners count them."""
-    return int(areas(*(np.array([value]) for value in (one.q0, one.q1, one.k0, one.k1, one.lo, one.hi)))[0])

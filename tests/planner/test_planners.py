@@ -1,5 +1,7 @@
 """Every planner's plan is a legal partition, balanced and within its byte bounds, and holds what an executor needs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,7 @@ from longctx.planner import (
     window,
     zigzag,
 )
+from longctx.planner.cad import least_egress
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -87,7 +90,7 @@ def scattered(lengths, ranks, rng):
     for doc, length in enumerate(lengths):
         inner = rng.choice(np.arange(1, length), size=min(length - 1, int(rng.integers(0, 4))), replace=False)
         edges = [0, *sorted(inner.tolist()), length]
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in pairwise(edges):
             held[int(rng.integers(ranks))].append(Span(doc, start, stop))
     for spans in held:
         rng.shuffle(spans)
@@ -120,8 +123,12 @@ def random_plan(lengths, kind, servers, groups, rng):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lengths=LENGTHS, kind=st.sampled_from(MASKS), servers=st.integers(1, 8), groups=st.integers(1, 2), seed=st.integers(0, 999)
-)  # fmt: skip
+    lengths=LENGTHS,
+    kind=st.sampled_from(MASKS),
+    servers=st.integers(1, 8),
+    groups=st.integers(1, 2),
+    seed=st.integers(0, 999),
+)
 def test_any_legal_partition_gives_the_same_result(lengths, kind, servers, groups, seed):
     made = random_plan(lengths, kind, servers, groups, np.random.default_rng(seed))
     check(made)
@@ -159,10 +166,8 @@ def test_cad_keeps_its_bounds(servers, seed):
     block = options.block * max(lengths) / cost.work.mean()
     assert cost.imbalance <= 1 + options.tolerance + (block if block > options.tolerance else 0)
     limit = int(cost.work.sum() * (1 + options.tolerance) / servers)
-    from longctx.planner.cad import least_egress
-
     least = least_egress(made.home, made.mask, limit).max()
-    assert cost.query_egress.max() <= max(1.5 * least, least + 16 * options.block)
+    assert cost.q_sent.max() <= max(1.5 * least, least + 16 * options.block)
     start, stop = made.tasks.q0, made.tasks.q1
     moved = made.tasks.home != made.tasks.server
     spans = {(d, a) for d, a in zip(made.home.doc.tolist(), made.home.start.tolist(), strict=True)}
@@ -173,8 +178,6 @@ def test_cad_keeps_its_bounds(servers, seed):
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, servers=st.integers(2, 6))
 def test_least_egress_is_the_greedy_over_rows(lengths, servers):
-    from longctx.planner.cad import least_egress
-
     home, mask = streamed(lengths, servers), causal(lengths)
     work = np.zeros(servers, dtype=np.int64)
     keys = [[] for _ in range(servers)]
@@ -212,7 +215,7 @@ def test_zigzag_moves_no_queries_and_all_gather_moves_every_key():
     assert zig.cost.q == 0
     assert zig.home.tokens.max() - zig.home.tokens.min() <= 2 * len(lengths)
     gather = make_plan("all_gather", causal(lengths), Topology(servers), SMALL)
-    assert gather.cost.kv_rows.sum() == (servers - 1) * sum(lengths)
+    assert gather.cost.kv_sent.sum() == (servers - 1) * sum(lengths)
 
 
 @settings(max_examples=50, deadline=None)
