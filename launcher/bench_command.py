@@ -15,6 +15,7 @@ BENCHES = {
     "trainer": "longctx.launcher.bench_trainer",
     "context": "longctx.launcher.bench_context",
     "link": "longctx.launcher.bench_link",
+    "planning": "longctx.launcher.bench_planning",
 }
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
 TAKE_OVERRIDES = ("trainer", "context")

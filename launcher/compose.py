@@ -13,10 +13,9 @@ from typing import Any
 
 import longctx
 from longctx.config import Config
-from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.parsing import dotted_paths, unknown_key
 from longctx.config.rules import suggestion
-from longctx.errors import ConfigError, NotAvailableError, UsageError
+from longctx.errors import ConfigError, UsageError
 
 CONF = Path(longctx.__file__).parent / "conf"
 
@@ -82,8 +81,6 @@ def _check_override(text: str) -> None:
 def _check_option(group: str, option: str, options: list[str]) -> None:
     if option in options or (group == "recipe" and option == "null"):
         return
-    if group == "attention" and option in STRATEGIES_PLANNED:
-        raise NotAvailableError(f"attention={option} is not built yet; available: {', '.join(STRATEGIES)}")
     raise ConfigError(f"{group}={option} is not known; {suggestion(option, options)}")
 
 

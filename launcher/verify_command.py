@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx.attention.registry import MODULES, get_strategy
-from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
+from longctx.config.choices import STRATEGIES
 from longctx.config.rules import one_of
 from longctx.errors import ConfigError, NumericsError, StorageError, UsageError
 from longctx.launcher import parity_page, verify_mesh
@@ -139,7 +139,7 @@ def _dump(tensors: dict[str, Tensor], file: Path) -> None:
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
     """The case that the command line describes; refuses what is unknown or not built."""
     linear = arguments.strategy in LINEAR
-    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR), STRATEGIES_PLANNED)
+    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR))
     if arguments.mixer is not None:
         one_of("--mixer", arguments.mixer, tuple(MIXERS))
         if not linear:

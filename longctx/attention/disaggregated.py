@@ -11,9 +11,9 @@ served by different ranks.
     send (out, lse) home                            send dq, dk, dv home
     merge what the servers of my queries found      add up, server by server in the order of ranks
 
-Whoever plans (``longctx.planner``) assigns tasks to servers; this file executes any assignment (``sequence.tasks``). A
-token crosses once per server, however many of its tasks read it. Delta travels in the place of O
-(``longctx.attention.delta``).
+``longctx.planner`` assigns tasks to servers, with queries at home where the layout has them; this file executes any
+assignment (``sequence.tasks``). Zeppelin (2025) is the same with another planner. A token crosses once per server,
+however many of its tasks read it. Delta travels in the place of O (``longctx.attention.delta``).
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from longctx.attention.assignment import assigned
 from longctx.attention.delta import delta_of, stand_in
-from longctx.attention.operator import Call, Saved, define_operator
+from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Sizes, Strategy, Volume
 from longctx.comm import exchange
+from longctx.planner import Widths
 from longctx.sequence import Rows, SequencePlan
 from longctx.sequence.plan import Places
 from longctx.sequence.tasks import Dispatch, Task
@@ -37,35 +40,35 @@ from longctx.sequence.tasks import Dispatch, Task
 Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP, ...]
 Dispatches = tuple[Dispatch, Dispatch]  # of the forward and of the backward pass
 
-_dispatches: weakref.WeakKeyDictionary[SequencePlan, Dispatches] = weakref.WeakKeyDictionary()
+_dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[str, Dispatches]] = weakref.WeakKeyDictionary()
 
 
-def assign(plan: SequencePlan, forward: Sequence[Task], backward: Sequence[Task] | None = None) -> None:
-    """Serves the batch of this plan so; every visible cell is in exactly one task of each pass."""
+def assign(
+    plan: SequencePlan, forward: Sequence[Task], backward: Sequence[Task] | None = None, planner: str = "cad"
+) -> None:
+    """Serves the batch of this plan so, in place of what ``planner`` would say; every visible cell is in exactly one
+    task of each pass."""
     there = Dispatch(plan, tuple(forward))
-    _dispatches[plan] = (there, there if backward is None else Dispatch(plan, tuple(backward)))
+    back = there if backward is None else Dispatch(plan, tuple(backward))
+    _dispatches.setdefault(plan, {})[planner] = there, back
 
 
-def dispatches(plan: SequencePlan) -> Dispatches:
-    if plan not in _dispatches:
-        assign(plan, at_home(plan))
-    return _dispatches[plan]
+def dispatches(plan: SequencePlan, planner: str, widths: Widths) -> Dispatches:
+    """Planned at first use, for heads of these ``widths``; all ranks come to the same."""
+    if planner not in _dispatches.setdefault(plan, {}):
+        assign(plan, assigned(plan, planner, widths), planner=planner)
+    return _dispatches[plan][planner]
 
 
-def at_home(plan: SequencePlan) -> list[Task]:
-    """Every query is served where it is: only keys and values travel."""
-    tasks = []
-    for rank in range(plan.world):
-        for run in Rows.union((position, position + 1) for position in plan.positions(rank).tolist()).intervals:
-            tasks += [Task(row, *run, 0, plan.length, rank) for row in range(len(plan.documents))]
-    return tasks
+def _widths(q: Tensor, k: Tensor) -> Widths:
+    return Widths(q.shape[2], k.shape[2], q.shape[3], q.element_size())
 
 
 class ForwardRun:
     """Attention of the local queries under way: posted when made, computed by ``serve``, complete after ``finish``."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-        self._dispatch, self._call = dispatches(call.plan)[0], call
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, planner: str) -> None:
+        self._dispatch, self._call = dispatches(call.plan, planner, _widths(q, k))[0], call
         self._served, self._shape = self._dispatch.served(call.group.rank), q.shape
         self._line = in_line(q), in_line(k), in_line(v)
         self._arriving = Arriving(self._dispatch, self._line[:1], self._line[1:], call)
@@ -91,8 +94,8 @@ class ForwardRun:
 class BackwardRun:
     """Gradients under way, likewise; given the global lse and delta, the shares of tasks just add up."""
 
-    def __init__(self, dout: Tensor, saved: Saved, call: Call) -> None:
-        self._dispatch, self._call = dispatches(call.plan)[1], call
+    def __init__(self, dout: Tensor, saved: Saved, call: Call, planner: str) -> None:
+        self._dispatch, self._call = dispatches(call.plan, planner, _widths(saved[0], saved[1]))[1], call
         self._served, self._shapes = self._dispatch.served(call.group.rank), [tensor.shape for tensor in saved[:3]]
         self._saved, self._dout = [in_line(tensor) for tensor in saved], in_line(dout)
         q, k, v, out, lse = self._saved
@@ -127,18 +130,20 @@ def _zeros(like: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Ten
     return q, k, v
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    run = ForwardRun(q, k, v, call)
-    run.serve()
-    return run.finish()
+def planned_by(planner: str) -> tuple[Forward, Backward]:
+    """Both passes of attention whose tasks ``planner`` assigns."""
 
+    def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        run = ForwardRun(q, k, v, call, planner)
+        run.serve()
+        return run.finish()
 
-def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v."""
-    run = BackwardRun(dout, saved, call)
-    run.serve()
-    return run.finish()
+    def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        run = BackwardRun(dout, saved, call, planner)
+        run.serve()
+        return run.finish()
+
+    return forward, backward
 
 
 def in_line(tensor: Tensor) -> Tensor:
@@ -223,10 +228,11 @@ def others(call: Call) -> list[int]:
     return [rank for rank in range(call.group.size) if rank != call.group.rank]
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Rows to servers and results home; a pass sends what its own dispatch says."""
     one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
-    there, back = (_rows_sent(dispatch, plan.world, rank) for dispatch in dispatches(plan))
+    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
+    there, back = (_rows_sent(dispatch, plan.world, rank) for dispatch in dispatches(plan, planner, widths))
     narrow = sizes.options.travel == "narrow"
     dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
     return Volume(
@@ -237,8 +243,9 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
-def work(plan: SequencePlan, rank: int, inner: int) -> float:
-    return dispatches(plan)[0].served(rank).cells
+def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
+    """Of the forward pass; of a batch that has not been planned, for heads of the planner's default widths."""
+    return dispatches(plan, planner, Widths())[0].served(rank).cells
 
 
 @dataclass(frozen=True)
@@ -269,10 +276,18 @@ def _rows_sent(dispatch: Dispatch, world: int, rank: int) -> RowsSent:
     return RowsSent(*map(sum, counts), *(sum(map(bool, count)) for count in counts))
 
 
-attend = define_operator("disaggregated", forward, backward)
+# The strategy's name -> who plans for it.
+PLANNERS = {"disaggregated": "cad", "zeppelin": "zeppelin"}
 
 STRATEGIES = {
-    "disaggregated": Strategy(
-        "disaggregated", attend, "contiguous", lambda case: None, volume, frozenset({"travel"}), work=work
+    name: Strategy(
+        name,
+        define_operator(name, *planned_by(planner)),
+        "contiguous",
+        lambda case: None,
+        partial(volume, planner),
+        frozenset({"travel"}),
+        work=partial(work, planner),
     )
+    for name, planner in PLANNERS.items()
 }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.disaggregated import BackwardRun, ForwardRun
+from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun
 from longctx.attention.operator import CONTEXT, CONTEXT_SIZE, DEFAULT, IMPLEMENTATIONS, Options, call_of, require_fit
 from longctx.comm import Group
 
@@ -75,7 +75,7 @@ def run_start(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> Tensor:
     call = call_of(q, k, *context)
     require_fit(q, call.plan, call.group)
     number = next(_numbers) % TICKETS + 1
-    _forward_runs[number] = ForwardRun(q, k, v, call)
+    _forward_runs[number] = ForwardRun(q, k, v, call, PLANNERS["disaggregated"])
     return ticket_of(number, q)
 
 
@@ -91,7 +91,7 @@ def run_finish(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -
 
 def run_finish_backward(number: int, dout: Tensor, *saved_and_context: Any) -> Tensor:
     q, k, v, out, lse, *context = saved_and_context
-    _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call_of(q, k, *context))
+    _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call_of(q, k, *context), PLANNERS["disaggregated"])
     return ticket_of(number, q)
 
 

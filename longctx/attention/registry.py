@@ -147,6 +147,7 @@ MODULES = {
     "tree": "longctx.attention.tree",
     "rsa": "longctx.attention.rsa",
     "disaggregated": "longctx.attention.disaggregated",
+    "zeppelin": "longctx.attention.disaggregated",
 }
 
 

@@ -16,9 +16,9 @@ STRATEGIES = (
     "tree",
     "rsa",
     "disaggregated",
+    "zeppelin",
 )
 LINEAR_STRATEGIES = ("lasp2", "lasp", "headwise")
-STRATEGIES_PLANNED = ("zeppelin",)
 # Of a layer, in model.pattern: softmax attention, linear attention.
 LAYER_KINDS = ("S", "L")
 MIXERS = (

@@ -101,12 +101,7 @@ class AttentionConfig:
 
     def check(self) -> None:
         """Refuse names that stand for nothing and windows that see nothing."""
-        one_of(
-            "attention.strategy",
-            self.strategy,
-            (*choices.STRATEGIES, *choices.LINEAR_STRATEGIES),
-            choices.STRATEGIES_PLANNED,
-        )
+        one_of("attention.strategy", self.strategy, (*choices.STRATEGIES, *choices.LINEAR_STRATEGIES))
         if self.layout is not None:
             one_of("attention.layout", self.layout, choices.LAYOUTS)
         one_of("attention.kernel", self.kernel, choices.KERNELS)

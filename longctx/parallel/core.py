@@ -49,6 +49,8 @@ def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
         return lambda plan, rank: len(plan.positions(rank)) * len(plan.documents)
     strategy = get_strategy(config.attention.strategy)
     inner = inner_of(strategy, attention_case(config))
+    if config.attention.ping_pong:
+        return lambda plan, rank: sum(strategy.work(plan.half(number), rank, inner) for number in (0, 1))
     return lambda plan, rank: strategy.work(plan, rank, inner)
 
 

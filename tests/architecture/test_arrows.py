@@ -14,7 +14,7 @@ ARROWS = {
     "planner": set(),
     "comm": set(),
     "mesh": {"config"},
-    "attention": {"sequence", "comm"},
+    "attention": {"sequence", "comm", "planner"},
     "linear": {"sequence", "comm", "attention"},
     "kernels": {"sequence", "attention", "linear"},
     "model": {"sequence", "attention", "linear", "config"},
@@ -22,7 +22,7 @@ ARROWS = {
     "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config"},
     "data": {"sequence", "planner", "config"},
     "verify": {"sequence", "comm", "attention", "linear"},
-    "bench": {"sequence", "comm", "attention", "linear", "verify", "model"},
+    "bench": {"sequence", "planner", "comm", "attention", "linear", "verify", "model"},
     "train": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "config",
     },

@@ -138,7 +138,7 @@ def test_configuration_and_code_know_the_same_names():
     assert set(choices.SOURCES) == set(SOURCES)
     assert set(choices.KEEPABLE) == set(KINDS)
     assert set(choices.RECOMPUTE) == {"none", *KEPT}
-    assert not set(choices.STRATEGIES) & set(choices.STRATEGIES_PLANNED)
+    assert not set(choices.STRATEGIES) & set(choices.LINEAR_STRATEGIES)
 
 
 BLOCKED = (

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.attention import get_strategy
-from longctx.attention.disaggregated import assign, at_home, dispatches
+from longctx.attention.disaggregated import assign, dispatches
 from longctx.attention.registry import Sizes
+from longctx.planner import Widths
 from longctx.sequence.tasks import Task
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
@@ -41,23 +42,25 @@ def random_tasks(case: VerifyCase, seed: int) -> list[Task]:
     return found
 
 
-def check(case: VerifyCase, forward, backward=None):
+def check(case: VerifyCase, forward=None, backward=None):
+    """Without tasks: those of the planner."""
     plan = case.plan()
-    assign(plan, forward, backward)
+    if forward is not None:
+        assign(plan, forward, backward)
     results = Cluster(case.world).run(lambda: run_rank(case, dist.group.WORLD))
     verdict, _ = judge(case, results)
     assert verdict.passed, verdict.errors
     sizes = Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, 8, 8, options=case.options)
     for rank in range(case.world):
-        volume = get_strategy("disaggregated").volume(plan, rank, sizes)
+        volume = get_strategy(case.strategy).volume(plan, rank, sizes)
         sent = verdict.bytes_forward[rank], verdict.bytes_backward[rank]
         assert sent == (volume.forward, volume.backward)
     return plan
 
 
-def case_of(world, lengths, **options):
+def case_of(world, lengths, strategy="disaggregated", **options):
     return VerifyCase(
-        "disaggregated", options.pop("layout", "contiguous"), world, seq=sum(lengths), documents=tuple(lengths),
+        strategy, options.pop("layout", "contiguous"), world, seq=sum(lengths), documents=tuple(lengths),
         head_dim=4, heads=2, kv_heads=1, **options,
     )  # fmt: skip
 
@@ -89,8 +92,13 @@ def test_one_server_for_all_and_servers_without_work():
     case = case_of(4, [19, 12])
     tasks = [Task(0, 0, 19, 0, 19, 2), Task(0, 19, 31, 19, 31, 2)]
     plan = check(case, tasks)
-    there, _ = dispatches(plan)
+    there, _ = dispatches(plan, "cad", Widths())
     assert [there.served(rank).cells for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
+
+
+def at_home(plan):
+    """Every query is served where it is."""
+    return [Task(0, *plan.positions(rank)[[0, -1]] + [0, 1], 0, plan.length, rank) for rank in range(plan.world)]
 
 
 def test_served_at_home_only_keys_travel():
@@ -109,3 +117,27 @@ def test_a_token_crosses_once_however_many_tasks_read_it():
     volume = get_strategy("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
     assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
+
+
+@pytest.mark.parametrize("strategy", ["disaggregated", "zeppelin"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("mask", [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 4}], ids=str)
+def test_what_planners_assign_is_exact(strategy, world, mask):
+    for layout in ("contiguous", "zigzag", "striped"):
+        check(case_of(world, [151, 1, 1, 40, 9], strategy, layout=layout, batch=2, **mask))
+        check(case_of(world, [3], strategy, layout=layout, **mask))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 5))
+def test_any_packing_is_planned_exactly(lengths, world):
+    check(case_of(world, lengths))
+
+
+def test_a_long_document_among_short_ones_is_balanced():
+    """One document on two of eight ranks, a hundred on the others; a block of 64 rows of it is up to 0.46 of the mean."""
+    case = case_of(8, [2048, *[64] * 96])
+    plan = case.plan()
+    there, _ = dispatches(plan, "cad", Widths(2, 1, 4, 8))
+    cells = [there.served(rank).cells for rank in range(8)]
+    assert sum(cells) == sum(plan.work(rank) for rank in range(8))
+    assert plan.balance() > 5 and max(cells) * 8 <= 1.15 * sum(cells)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.config import Config, resolve, simulated_world_size
-from longctx.config.choices import DTYPES, LAYOUTS, STRATEGIES, STRATEGIES_PLANNED
+from longctx.config.choices import DTYPES, LAYOUTS, STRATEGIES
 from longctx.errors import ConfigError, NotAvailableError
 
 
@@ -71,12 +71,6 @@ def test_refusal_names_value_rule_and_choice(path, value, words):
     for word in words:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES_PLANNED)
-def test_known_strategies_without_code_are_not_available(strategy):
-    with pytest.raises(NotAvailableError, match="not built yet; available: local, ring, striped"):
-        with_value("attention.strategy", strategy)
 
 
 @pytest.mark.parametrize(

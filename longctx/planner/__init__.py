@@ -1,0 +1,40 @@
+"""Who computes which attention cells, and what must travel for it: plain integers, free of torch.
+
+``plan(planner, mask, topology, options, home) -> Plan`` is the interface; ``docs/planner.md`` tells the idea.
+"""
+
+from longctx.planner.cost import CostReport, Topology, Widths
+from longctx.planner.home import Home, contiguous, streamed, zigzag
+from longctx.planner.options import Options
+from longctx.planner.plan import Exchange, Plan, RankPlan, Runs, Tasks, Transfers, check
+from longctx.planner.planning import PLANNERS, make_plan, plan
+from longctx.planner.slices import MaskSlices, Slice, Span, causal, full, prefix_lm, shared_prefix, window
+
+__all__ = [
+    "PLANNERS",
+    "CostReport",
+    "Exchange",
+    "Home",
+    "MaskSlices",
+    "Options",
+    "Plan",
+    "RankPlan",
+    "Runs",
+    "Slice",
+    "Span",
+    "Tasks",
+    "Topology",
+    "Transfers",
+    "Widths",
+    "causal",
+    "check",
+    "contiguous",
+    "full",
+    "make_plan",
+    "plan",
+    "prefix_lm",
+    "shared_prefix",
+    "streamed",
+    "window",
+    "zigzag",
+]

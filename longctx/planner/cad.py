@@ -1,0 +1,157 @@
+"""Core attention disaggregation: overloaded ranks ship query rows to servers with room (DistCA, 2025), improved.
+
+What differs from DistCA's greedy: donors are bounded as well as receivers, so that nobody ends above
+``(1 + tolerance)`` times the mean; a receiver is priced by the bytes that it does not hold already; cuts are
+contiguous (a mirrored pair of bands reads the whole prefix twice over); rows come in blocks, lengths are free;
+the worst rank's query egress is bounded against the least that its home layout allows.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+
+from longctx.planner.cost import Topology, Widths
+from longctx.planner.home import Home
+from longctx.planner.options import Options
+from longctx.planner.placement import Placement, Run, cut
+from longctx.planner.plan import Runs
+from longctx.planner.slices import Int64, MaskSlices
+
+
+def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
+    """Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
+    load = _load(home, mask)
+    limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
+    if load.max(initial=0) <= limit:
+        return Runs.at_home(home)
+    first = _threshold(home, mask, load, limit)
+    cap = int(options.egress * _least(home, mask, load, limit, first).max())
+    shipped = _shipped(home, mask, load - limit, first, cap, options)
+    spare = np.full(home.ranks, cap, dtype=np.int64)
+    for run in shipped.values():
+        load[run.home] -= run.area
+        spare[run.home] -= run.stop - run.start
+    placement = Placement(home, mask, limit - load, spare.tolist(), options)
+    return _merged(home, shipped, placement.place(list(shipped.values())))
+
+
+def least_egress(home: Home, mask: MaskSlices, limit: int) -> Int64:
+    """The fewest query rows that each rank must send so that no server computes more than ``limit`` cells, ``[W]``.
+
+    A row takes at most its own cells along, so the fewest are the longest: rows in order of their keys until what is
+    left fits. Of one home layout; a layout that spreads long rows over more ranks lowers it. Exact for masks whose
+    rows see more keys the later they are (causal); by position, not by keys, for others.
+    """
+    load = _load(home, mask)
+    if load.max(initial=0) <= limit:
+        return np.zeros(home.ranks, dtype=np.int64)
+    return _least(home, mask, load, limit, _threshold(home, mask, load, limit))
+
+
+def _load(home: Home, mask: MaskSlices) -> Int64:
+    area = mask.area(home.doc, home.start, home.stop)
+    return np.bincount(home.rank, weights=area, minlength=home.ranks).astype(np.int64)
+
+
+def _least(home: Home, mask: MaskSlices, load: Int64, limit: int, first: Int64) -> Int64:
+    spans = np.flatnonzero((load > limit)[home.rank])
+    rank, stop = home.rank[spans], home.stop[spans]
+    kept = np.clip(first[rank], home.start[spans], stop)
+    cells = np.bincount(rank, weights=mask.area(home.doc[spans], kept, stop), minlength=home.ranks).astype(np.int64)
+    rows = np.bincount(rank, weights=stop - kept, minlength=home.ranks).astype(np.int64)
+    # Several documents may have a row at the threshold; those beyond the need stay.
+    beyond = np.maximum(cells - (load - limit), 0) // (first + 1)
+    return np.asarray(rows - np.where(load > limit, beyond, 0))
+
+
+def _threshold(home: Home, mask: MaskSlices, load: Int64, limit: int) -> Int64:
+    """The highest position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``."""
+    spans = np.flatnonzero((load > limit)[home.rank])
+    rank, doc, start, stop = (column[spans] for column in (home.rank, home.doc, home.start, home.stop))
+    low = np.zeros(home.ranks, dtype=np.int64)
+    high = np.full(home.ranks, int(stop.max()), dtype=np.int64)
+    while np.any(low < high):
+        middle = (low + high + 1) // 2
+        cells = mask.area(doc, np.clip(middle[rank], start, stop), stop)
+        enough = np.bincount(rank, weights=cells, minlength=home.ranks) >= load - limit
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle - 1)
+    return low
+
+
+def _shipped(home: Home, mask: MaskSlices, surplus: Int64, first: Int64, cap: int, options: Options) -> dict[int, Run]:
+    """What each rank with a surplus gives away, by span.
+
+    Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
+    egress ``cap``, the fewest rows instead.
+    """
+    donors = np.flatnonzero(surplus > 0)
+    spans = np.flatnonzero((surplus > 0)[home.rank])
+    # Of a donor's spans those of long documents come first, and of one document the later one.
+    order = spans[np.lexsort((-home.start[spans], home.doc[spans], -mask.lengths[home.doc[spans]], home.rank[spans]))]
+    columns = (order, home.doc[order], home.start[order], home.stop[order])
+    held = list(zip(*(column.tolist() for column in columns), strict=True))
+    ends = np.searchsorted(home.rank[order], [donors, donors + 1])
+    shipped: dict[int, Run] = {}
+    for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
+        found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
+        if sum(run.stop - run.start for run in found.values()) > cap:
+            found = _fewest_rows(donor, mask, held[low:high], int(first[donor]), options.block)
+        shipped |= found
+    return shipped
+
+
+# (number of the span, document, start, stop)
+_Span = tuple[int, int, int, int]
+
+
+def _fewest_bytes(donor: int, mask: MaskSlices, spans: list[_Span], need: int, options: Options) -> dict[int, Run]:
+    found = {}
+    for number, doc, start, stop in spans:
+        begin, end, area = start, stop, mask.rows_area(doc, start, stop)
+        if area > need:
+            if mask.causal and start == 0 and stop == mask.lengths[doc]:
+                end = _best_end(need, stop, options.widths, options.block)
+            begin = cut(mask, (doc, start, end), need, options.block, over=True)
+            area = mask.rows_area(doc, begin, end)
+        found[number] = Run(doc, begin, end, donor, area)
+        need -= area
+        if need <= 0:
+            break
+    return found
+
+
+def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, Run]:
+    found = {}
+    for number, doc, start, stop in spans:
+        if first < stop:
+            begin = max(start, stop - -(-(stop - max(start, first)) // block) * block)
+            found[number] = Run(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
+    return found
+
+
+def _best_end(need: int, length: int, widths: Widths, block: int) -> int:
+    """Where a run of ``need`` cells should end so that its rows and its prefix are fewest bytes together.
+
+    q rows that end at E cost ``g q + E`` for g = bytes of Q and O over those of K and V; at a fixed area the least is
+    ``q = sqrt(F / (g + 1/2))``, ``E = F / q + q / 2``, or the document's end where that lies beyond it.
+    """
+    ratio = 2 * widths.row / widths.kv
+    rows = sqrt(need / (ratio + 0.5))
+    end = int(need / rows + rows / 2) // block * block + block
+    return min(length, end)
+
+
+def _merged(home: Home, shipped: dict[int, Run], placed: list[tuple[Run, int, int, int]]) -> Runs:
+    """What spans keep, and what was placed."""
+    rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
+    whole = np.ones(len(home.doc), dtype=bool)
+    whole[list(shipped)] = False
+    for number, run in shipped.items():
+        edges = ((int(home.start[number]), run.start), (run.stop, int(home.stop[number])))
+        rows += [(run.doc, low, high, run.home, run.home, 0, home.stride) for low, high in edges if low < high]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+    stay = Runs.at_home(home)
+    kept = (stay.doc, stay.start, stay.stop, stay.home, stay.server, stay.first_key, stay.last_key)
+    return Runs(*(np.concatenate([column[whole], more]) for column, more in zip(kept, table, strict=True)))

@@ -1,0 +1,18 @@
+"""Per-document context parallelism (Llama 3, 2024; WLB-LLM, 2025): every document over all ranks, in zigzag.
+
+Causal work is equal for every document by itself, at the price of short rows: a document of L tokens gives each rank
+two chunks of ``L / 2P`` rows. Documents are never padded; leftovers are dealt round-robin.
+"""
+
+from __future__ import annotations
+
+from longctx.planner.cost import Topology
+from longctx.planner.home import Home, zigzag
+from longctx.planner.options import Options
+from longctx.planner.plan import Runs
+from longctx.planner.slices import MaskSlices
+
+
+def per_document_zigzag(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
+    """Reads no option. Queries move only where ``home`` is another layout than ``home.zigzag``."""
+    return Runs.between(home, zigzag(home.lengths, home.ranks))

@@ -1,0 +1,169 @@
+"""Training steps of three systems on one batch, on the clock of ``events``: fixed packing, WLB-LLM and CAD.
+
+All are models: compute by operation counts at a fixed efficiency, a 1F1B pipeline of ``stages`` for each of
+``replicas``, gradients' exchange left out since all systems share it. WLB-LLM (2025) stands for variable-length packing
+with per-document context parallelism at its best degree; CAD (2025) for one plan a tick across replicas and stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from longctx.planner.cad import cad
+from longctx.planner.cost import Topology, Widths
+from longctx.planner.events import Hardware, Operation, Replayed, replay, replay_plan
+from longctx.planner.home import from_rows
+from longctx.planner.options import Options
+from longctx.planner.plan import Plan, Tasks
+from longctx.planner.slices import Int64, causal
+
+
+@dataclass(frozen=True)
+class ClusterRun:
+    """``layers`` and ``parameters`` over all ``stages``; ``microbatches`` a step on each replica. Default: 8B."""
+
+    hardware: Hardware = field(default_factory=Hardware)
+    widths: Widths = field(default_factory=Widths)
+    layers: int = 32
+    parameters: float = 7.0e9
+    replicas: int = 8
+    stages: int = 4
+    microbatches: int = 8
+    tolerance: float = 0.1
+
+    def linear(self, tokens: float) -> float:
+        """Forward seconds of a stage's linear layers; backward is twice that."""
+        return 2 * self.parameters / self.stages * tokens / self.hardware.flops
+
+    def attention(self, cells: float) -> float:
+        """Forward seconds of a stage's attention."""
+        work = 4 * self.widths.heads * self.widths.head_dim * cells * self.layers / self.stages
+        return work / self.hardware.flops
+
+
+def cells_of(documents: Int64) -> int:
+    """Visible cells of causal documents."""
+    return int((documents * (documents + 1) // 2).sum())
+
+
+def one_forward_one_backward(forward: Sequence[float], backward: Sequence[float], stages: int) -> float:
+    """Seconds of a 1F1B pipeline whose stages all take ``forward[m]`` and ``backward[m]`` for micro-batch m."""
+    count = len(forward)
+    steps: list[tuple[str, int, int]] = []
+    for stage in range(stages):
+        ahead = min(count, stages - 1 - stage)
+        order = [("f", m) for m in range(ahead)]
+        for m in range(count - ahead):
+            order += [("f", ahead + m), ("b", m)]
+        order += [("b", m) for m in range(count - ahead, count)]
+        steps += [(kind, m, stage) for kind, m in order]
+    number = {step: at for at, step in enumerate(steps)}
+    operations = []
+    for kind, m, stage in steps:
+        before = ("f", m, stage - 1) if kind == "f" else ("b", m, stage + 1)
+        after = [number[before]] if before in number else []
+        operations.append(Operation(f"stage {stage}", forward[m] if kind == "f" else backward[m], after))
+    return float(replay(operations).max())
+
+
+def fixed_packing(run: ClusterRun, rows: Sequence[Int64]) -> float:
+    """One row a micro-batch, dealt to replicas in order; the slowest replica's pipeline is the step."""
+    return max(
+        _pipeline(run, [(int(row.sum()), cells_of(row), 0.0) for row in rows[replica :: run.replicas]])
+        for replica in range(run.replicas)
+    )
+
+
+def _pipeline(run: ClusterRun, batches: Sequence[tuple[float, float, float]]) -> float:
+    """(tokens, cells, exposed seconds in each pass) of the micro-batches, per rank."""
+    linear = [run.linear(tokens) for tokens, _, _ in batches]
+    attention = [run.attention(cells) for _, cells, _ in batches]
+    exposed = [seconds for _, _, seconds in batches]
+    forward = [a + b + c for a, b, c in zip(linear, attention, exposed, strict=True)]
+    backward = [2 * a + run.hardware.backward * b + c for a, b, c in zip(linear, attention, exposed, strict=True)]
+    return one_forward_one_backward(forward, backward, run.stages)
+
+
+def wlb(run: ClusterRun, rows: Sequence[Int64], hidden: bool = False, token_cap: float = 1.1) -> float:
+    """The best degree of context parallelism, with documents packed by work under a cap on tokens.
+
+    ``hidden``: the gather of keys costs no time. Degree c joins c replicas, which share every document of a micro-batch
+    of c rows' tokens equally, with an all-gather of KV forward and a reduce-scatter of its gradients backward.
+    """
+    degrees = [c for c in range(1, run.replicas + 1) if run.replicas % c == 0]
+    return min(_wlb_at(run, rows, degree, hidden, token_cap) for degree in degrees)
+
+
+def _wlb_at(run: ClusterRun, rows: Sequence[Int64], degree: int, hidden: bool, token_cap: float) -> float:
+    context = int(rows[0].sum())
+    groups = run.replicas // degree
+    packed = _packed(run, np.concatenate(rows), groups * run.microbatches, int(token_cap * context * degree))
+    packed.sort(key=lambda batch: -(run.linear(batch[0]) + run.attention(batch[1])))
+    held: list[list[tuple[float, float, float]]] = [[] for _ in range(groups)]
+    for tokens, cells in packed:
+        lightest = min(
+            (group for group in range(groups) if len(held[group]) < run.microbatches),
+            key=lambda group: sum(run.linear(t) + run.attention(a) for t, a, _ in held[group]),
+        )
+        received = (degree - 1) / degree * tokens * run.widths.kv * run.layers / run.stages
+        exposed = 0.0 if hidden else received / run.hardware.bandwidth
+        held[lightest].append((tokens / degree, cells / degree, exposed))
+    return max(_pipeline(run, batches) for batches in held)
+
+
+def _packed(run: ClusterRun, documents: Int64, bins: int, cap: int) -> list[tuple[int, int]]:
+    """(tokens, cells) of each bin: documents longest first into the bin of least time that has tokens left."""
+    tokens, cells = np.zeros(bins, dtype=np.int64), np.zeros(bins, dtype=np.int64)
+    seconds = np.zeros(bins)
+    for length in np.sort(documents)[::-1].tolist():
+        place = int(np.argmin(np.where(tokens + length <= cap, seconds, np.inf)))
+        if tokens[place] + length > cap:  # none has: the emptiest, beyond the cap
+            place = int(np.argmin(tokens))
+        tokens[place] += length
+        cells[place] += length * (length + 1) // 2
+        seconds[place] = run.linear(int(tokens[place])) + run.attention(int(cells[place]))
+    return list(zip(tokens.tolist(), cells.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class CadStep:
+    """``seconds`` of a step; ``communication``: the busiest rank's exchange over the window of other work that should
+    hide it, per tick, forward: above 1 it would not be hidden. ``received``: the most bytes that a server holds."""
+
+    seconds: float
+    communication: tuple[float, ...]
+    received: float
+
+
+def disaggregated(run: ClusterRun, rows: Sequence[Int64], idle_serve: bool = True) -> CadStep:
+    """Ticks in step on all stages: each takes its linear part and the slowest server's attention, exchanges hidden.
+
+    ``idle_serve``: stages without a micro-batch in warm-up and drain serve attention too. Backward ticks mirror the
+    forward ones, so their plans have the same balance.
+    """
+    seconds, shares, received = 0.0, [], 0.0
+    for tick in range(run.microbatches + run.stages - 1):
+        active = [(stage, tick - stage) for stage in range(run.stages) if 0 <= tick - stage < run.microbatches]
+        held = [rows[batch * run.replicas + replica] for _, batch in active for replica in range(run.replicas)]
+        layer = _tick(run, held, run.replicas * (run.stages if idle_serve else len(active)))
+        linear = run.linear(max(int(row.sum()) for row in held))
+        layers = run.layers / run.stages
+        attention = float(layer.compute.max()) * layers
+        seconds += linear * 3 + attention * (1 + run.hardware.backward)
+        # Ping-pong: half of the batch travels while the other half computes.
+        shares.append(float(layer.communication.max()) * layers / (linear + attention))
+        received = max(received, float(layer.received.max()))
+    return CadStep(seconds, tuple(shares), received)
+
+
+def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> Replayed:
+    """One layer of one tick: row i lives on server i, the rest are idle but serve."""
+    lengths = np.concatenate(held)
+    owner = np.repeat(np.arange(len(held)), [len(row) for row in held])
+    spans = [(rank, doc, 0, length) for doc, (rank, length) in enumerate(zip(owner.tolist(), lengths.tolist()))]
+    home, mask = from_rows(lengths, servers, spans), causal(lengths)
+    runs = cad(home, mask, Topology(servers), Options(tolerance=run.tolerance, widths=run.widths))
+    return replay_plan(Plan("cad", home, mask, Tasks.of_runs(mask, runs), run.widths), run.hardware)
