@@ -134,7 +134,7 @@ def test_any_packing_is_planned_exactly(lengths, world):
 
 
 def test_a_long_document_among_short_ones_is_balanced():
-    """One document on two of eight ranks, a hundred on the others; a block of 64 rows of it is up to 0.46 of the mean."""
+    """One document on two of eight ranks, a hundred on the others; 64 rows of it are up to 0.46 of the mean."""
     case = case_of(8, [2048, *[64] * 96])
     plan = case.plan()
     there, _ = dispatches(plan, "cad", Widths(2, 1, 4, 8))

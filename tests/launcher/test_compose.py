@@ -7,7 +7,7 @@ import pytest
 
 from longctx.config import Config
 from longctx.config.parsing import dotted_paths
-from longctx.errors import ConfigError, LongctxError, NotAvailableError, UsageError
+from longctx.errors import ConfigError, LongctxError, UsageError
 from longctx.launcher.compose import compose
 
 
@@ -19,7 +19,6 @@ from longctx.launcher.compose import compose
             ConfigError,
             ["attention=stripd", "did you mean striped?", "valid: ", "local, ring, "],
         ),
-        ("attention=zeppelin", NotAvailableError, ["not built yet"]),
         ("model=huge", ConfigError, ["model=huge", "tiny"]),
         ("recipe=dem", ConfigError, ["did you mean demo?"]),
         ("data.seqlen=5", ConfigError, ["did you mean data.seq_len?"]),
