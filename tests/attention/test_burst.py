@@ -11,24 +11,12 @@ from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes, inner_of
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    HEADS,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import HEADS, assert_no_order_matters, kernels, spans, traced
 from tests.equivalence import attention_cases
 from tests.equivalence.attention_cases import Case
 from tests.equivalence.attention_rank import assert_exact, compute
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 GRIDS = ((4, 2), (8, 4), (8, 2), (2, 2), (3, 1), (4, 4), (8, 1), (1, 1), (3, 3), (2, 1))  # ranks, of which in a row
 SIDES = ("queries", "keys", "auto")

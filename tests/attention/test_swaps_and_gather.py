@@ -13,20 +13,9 @@ from longctx.errors import ConfigError
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase, judge, run_rank
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import assert_no_order_matters, kernels, spans, traced
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 # Query and key/value heads: fewer of the latter than ranks, and shares of ranks that do not fall on their edges.
 HEADS = ((8, 8), (8, 2), (24, 8), (24, 3), (6, 3), (12, 4), (6, 1))

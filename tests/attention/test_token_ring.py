@@ -6,24 +6,12 @@ import torch
 from longctx.attention.operator import Options
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster, Event
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    HEADS,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import HEADS, assert_no_order_matters, kernels, spans, traced
 from tests.equivalence import attention_cases
 from tests.equivalence.attention_cases import Case
 from tests.equivalence.attention_rank import assert_exact, compute
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 WORLDS = (3, 4, 2, 8, 1)
 TRAVELS = ("wide", "narrow")
