@@ -55,20 +55,20 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
     queries, upstream = _grouped(q[:, mine].to(dtype), k), _grouped(dout[:, mine].to(dtype), k)
     weights = _softmax(score_rows(q, k, call), _grouped(lse[:, mine], k).permute(0, 2, 3, 1))
 
-    d_weights, homeward = torch.empty_like(weights), Homeward(dv[:, mine], call)
+    d_weights, values_home = torch.empty_like(weights), Homeward(dv[:, mine], call)
     for hop, columns, values in ring(v, call):
         d_weights[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", upstream, values.to(dtype))
-        homeward.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], upstream))
-    homeward.finish()
+        values_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], upstream))
 
     row_sums = (weights * d_weights).sum(dim=-1, keepdim=True)
     d_scores = weights.mul_(d_weights.sub_(row_sums)).mul_(call.scale)
 
-    d_queries, homeward = torch.zeros_like(queries), Homeward(dk[:, mine], call)
+    d_queries, keys_home = torch.zeros_like(queries), Homeward(dk[:, mine], call)
     for hop, columns, keys in ring(k, call):
         d_queries += torch.einsum("bhgqk,bkhd->bqhgd", d_scores[..., columns], keys.to(dtype))
-        homeward.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
-    homeward.finish()
+        keys_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
+    values_home.finish()
+    keys_home.finish()
     dq[:, mine] = d_queries.flatten(2, 3)
     return dq, dk, dv
 

@@ -147,17 +147,6 @@ def test_a_crossing_copy_is_under_way_for_a_whole_lap(side):
             assert len(hidden) == inner, f"{event} is awaited after {len(hidden)} kernels of a lap of {inner}"
 
 
-@pytest.mark.parametrize("side", ["keys", "queries"])
-@pytest.mark.parametrize("inner", [1, 2, 4])
-def test_whatever_travels_is_hidden_by_computing(side, inner):
-    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, 4)
-    for events in traced("burst", plan, (4, 2), inner, Options(side)):
-        last = kernels(events)[-1]
-        for post, wait, event in spans(events):
-            hidden = any(post < at < wait for at in kernels(events))
-            assert hidden or post > last, f"{event} could have been hidden and was waited for"
-
-
 def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel():
     world, inner = 4, 4
     plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
