@@ -1,12 +1,12 @@
 """The configuration of a run: the tree, its strict reading, and every rule about it."""
 
 from longctx.config.resolve import DEGREES, resolve, simulated_world_size
-from longctx.config.schema import (
+from longctx.config.schema import Config
+from longctx.config.sections import (
     AttentionConfig,
     CheckpointConfig,
     ClusterConfig,
     CommConfig,
-    Config,
     DataConfig,
     EngineConfig,
     LoggerConfig,

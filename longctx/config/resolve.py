@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from longctx.config.pipeline import RULES, nearest_microbatches
 from longctx.config.rules import divisors, nearest_multiples, nearest_of
-from longctx.config.schema import Config, ParallelConfig
+from longctx.config.schema import Config
+from longctx.config.sections import ParallelConfig
 from longctx.errors import ConfigError
 
 DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
