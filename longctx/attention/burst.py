@@ -136,12 +136,13 @@ def _one_row(case: AttentionCase) -> int:
 STRATEGIES = {
     "burst": Strategy(
         "burst",
-        define_operator("burst", forward, backward),
+        define_operator("burst", forward, backward, tail=True),
         "zigzag",
         lambda case: None,
         volume,
         frozenset({"backward", "travel", "inner"}),
         inner=_one_row,
         two_way=True,
+        tail=True,
     )
 }

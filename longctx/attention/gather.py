@@ -172,6 +172,8 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
-attend = define_operator("gather", forward, backward)
+attend = define_operator("gather", forward, backward, tail=True)
 
-STRATEGIES = {"gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}))}
+STRATEGIES = {
+    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), tail=True)
+}

@@ -43,6 +43,6 @@ def _volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return Volume(0, 0, 0, 0)
 
 
-attend = define_operator("local", forward, backward)
+attend = define_operator("local", forward, backward, tail=True)
 
-STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume)}
+STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume, tail=True)}

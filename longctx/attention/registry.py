@@ -20,7 +20,8 @@ class AttentionCase:
     """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
 
     ``inner``: neighbours that make one row of the group seen as a grid; None leaves it to the strategy.
-    ``documents``: whether a sequence may hold several documents that do not see each other.
+    ``documents``: whether a sequence may hold several documents that do not see each other. ``tail``: whether
+    recompute keeps the later half of its outputs alone.
     """
 
     world: int
@@ -32,6 +33,7 @@ class AttentionCase:
     options: Options = DEFAULT
     documents: bool = False
     kernel: str = "auto"
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Strategy:
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
-    second channel between its ranks (``Group.back``).
+    second channel between its ranks (``Group.back``). ``tail``: it can compute the earlier half of each rank's queries
+    alone, which sends ``volume(plan.head, rank, sizes).forward``.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Strategy:
     takes: frozenset[str] = frozenset()
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False
+    tail: bool = False
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
@@ -169,6 +173,11 @@ def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
             return f"attention.{name}={value}: it has no such choice; leave it at {default or 'null'}"
         if valid and value not in valid:
             return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
+    if case.tail and not strategy.tail:
+        return (
+            "train.recompute_keep=[attention_tail]: it computes all of a rank's queries or none; use "
+            "train.recompute_keep=[attention], or attention=burst"
+        )
     if case.inner is not None and (case.inner < 1 or case.world % case.inner):
         nearest = min(divisors(case.world), key=lambda n: abs(n - (case.inner or 1)))
         return (

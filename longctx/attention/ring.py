@@ -83,11 +83,11 @@ def _refuses_striped(case: AttentionCase) -> str | None:
     return None
 
 
-attend = define_operator("ring", forward, backward)
+attend = define_operator("ring", forward, backward, tail=True)
 
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES),
-    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES, tail=True),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES, tail=True),
 }

@@ -136,6 +136,6 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
-attend = define_operator("tree", forward, backward)
+attend = define_operator("tree", forward, backward, tail=True)
 
-STRATEGIES = {"tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}))}
+STRATEGIES = {"tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), tail=True)}
