@@ -34,9 +34,9 @@ from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
 from longctx.attention.ring import pass_keys, pass_keys_backward
-from longctx.attention.travel import Homeward, tally, travel, zeros
+from longctx.attention.travel import Block, Homeward, tally, travel, zeros
 from longctx.comm import Group
-from longctx.sequence import Rotation, SequencePlan
+from longctx.sequence import Rotation, Rows, SequencePlan
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -67,23 +67,28 @@ def pass_queries_backward(
     dout: Tensor, saved: Saved, call: Call, rotation: Rotation, straight: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
-    q, k, v, out, lse = saved
+    q, k, v, *_ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
     homeward = Homeward((zeros(q, dtype),), rotation, call.group, straight)
-    rows = rotation.carried(me, 0)
-    block = (
-        torch.stack((rows.take(q), rows.take(dout))),  # [2, B, rows, H/TP, D]
-        torch.stack((rows.take(lse), rows.take(delta_of(dout, out)))),  # [2, B, rows, H/TP]
-    )
-    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(block, rotation, call.group):
+    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(
+        _queries(dout, saved, rotation.carried(me, 0)), rotation, call.group
+    ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
         [dq] = homeward.room(hop, rows)
         given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
+        del queries, upstream, block_lse, delta, given, dq
     [dq] = homeward.finish()
     return dq, dk, dv
+
+
+def _queries(dout: Tensor, saved: Saved, rows: Rows) -> Block:
+    """The rank's block: queries and dout ``[2, B, rows, H/TP, D]``, lse and delta ``[2, B, rows, H/TP]``."""
+    q, _, _, out, lse = saved
+    delta = delta_of(dout, out)
+    return torch.stack((rows.take(q), rows.take(dout))), torch.stack((rows.take(lse), rows.take(delta)))
 
 
 def side_of(plan: SequencePlan, sizes: Sizes) -> str:

@@ -41,6 +41,7 @@ def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: Call, rotation: Rotation) -
     for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
         tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
         call.kernel.forward(q, block[0], block[1], tiles, call.scale, partial)
+        del block  # or it would still be here when the next but one is posted
     return partial.out, partial.lse
 
 
@@ -55,6 +56,7 @@ def pass_keys_backward(dout: Tensor, saved: Saved, call: Call, rotation: Rotatio
         dk, dv = homeward.room(hop, rows)
         call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
+        del block, dk, dv
     dk, dv = homeward.finish()
     return dq, dk, dv
 

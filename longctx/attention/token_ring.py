@@ -36,8 +36,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     plan, rotation, me = call.plan, call.plan.query_rotation, call.group.rank
     partial = Partial(q)
     returning: Return | None = None
-    block = (rotation.carried(me, 0).take(q).contiguous().unsqueeze(0),)  # [1, B, rows, H/TP, D]
-    for hop, rows, [[queries]] in travel(block, rotation, call.group):
+    own = rotation.carried(me, 0)
+    # Blocks are [1, B, rows, H/TP, D].
+    for hop, rows, [[queries]] in travel((own.take(q).contiguous().unsqueeze(0),), rotation, call.group):
         owner, holder = rotation.owner(me, hop), rotation.holder(me, hop)
         tiles = plan.visiting_tiles(owner, me, rows)
         share = Partial(queries) if hop else partial

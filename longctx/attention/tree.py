@@ -41,10 +41,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     for step, (queries,), tiles in visits((q,), call):
         partial = Partial(queries) if step else own
         call.kernel.forward(queries, k, v, tiles, call.scale, partial)
-        before = returning
-        returning = send_home((partial.out, partial.lse), step, call) if step else None
-        if before:
-            own.merge_packed(before[0], *before[1].wait())
+        del queries  # or it would still be here when the next but one is posted
+        following = send_home((partial.out, partial.lse), step, call) if step else None
+        if returning:
+            own.merge_packed(returning[0], *returning[1].wait())
+        returning = following
     if returning:
         own.merge_packed(returning[0], *returning[1].wait())
     return own.out, own.lse
@@ -61,10 +62,11 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
         share = torch.zeros_like(queries, dtype=dtype) if step else dq
         grads = (share, dk, dv)
         call.kernel.backward(upstream, queries, k, v, outputs, sums, tiles, call.scale, grads)
-        before = returning
-        returning = send_home((share.to(travel),), step, call) if step else None
-        if before:
-            before[0].add_to(dq, before[1].wait()[0])
+        del queries, upstream, outputs, sums
+        following = send_home((share.to(travel),), step, call) if step else None
+        if returning:
+            returning[0].add_to(dq, returning[1].wait()[0])
+        returning = following
     if returning:
         returning[0].add_to(dq, returning[1].wait()[0])
     return dq, dk, dv

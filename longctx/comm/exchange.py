@@ -40,6 +40,8 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
     Between any two ranks messages match in the order in which both post them (NCCL has no tags), so every
     rank must post its exchanges of one group in the same order of the algorithm's steps.
     """
+    # An empty part of a buffer would keep all of it.
+    sends = [message for message in sends if message[1].numel()]
     posted = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
     operations = [
         dist.P2POp(call, tensor, group=group.process_group, group_peer=peer)
@@ -47,7 +49,6 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
         if tensor.numel()
     ]
     for _, tensor in sends:
-        if tensor.numel():
-            group.traffic.add(tensor.numel() * tensor.element_size())
+        group.traffic.add(tensor.numel() * tensor.element_size())
     works = dist.batch_isend_irecv(operations) if operations else []
     return Pending(works, sends, receives)
