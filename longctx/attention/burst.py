@@ -32,7 +32,7 @@ from torch import Tensor
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
 from longctx.attention.ring import pass_keys, pass_keys_backward
 from longctx.attention.travel import Block, Homeward, tally, travel, zeros
 from longctx.comm import Group
@@ -128,6 +128,22 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """As the ring, or ``queries_peak``; a double ring has a copy that crosses, and a lap's gradients on their way."""
+    rows, double = plan.shard, int(sizes.inner < plan.world)
+    forward = rows * sizes.held(outputs=1, sums=1, keys=2 + double)
+    if side_of(plan, sizes) == "queries":
+        crossing = rows * sizes.held(queries=2, outputs=2, sums=2) * double
+        return Peak(forward, queries_peak(rows, sizes) + crossing)
+    backward = sizes.held(queries=1, outputs=1, sums=1, keys=2 + double, gradients=4 + 2 * double)
+    return Peak(forward, rows * backward)
+
+
+def queries_peak(rows: int, sizes: Sizes) -> int:
+    """Out and lse; dq, dk and dv; two blocks of (Q, dO, lse, delta); dq of three; the stand-in for out, being made."""
+    return rows * sizes.held(queries=1 + 2 * 2, outputs=1 + 3 + 2, sums=1 + 2 * 2 + 2, gradients=1)
+
+
 def _inner(group: Group) -> int:
     """Ranks in a row; a group that is no grid, of one rank, is one row."""
     return group.size if group.inner is None else group.inner.size
@@ -145,6 +161,7 @@ STRATEGIES = {
         "zigzag",
         lambda case: None,
         volume,
+        peak,
         frozenset({"backward", "travel", "inner"}),
         inner=_one_row,
         two_way=True,

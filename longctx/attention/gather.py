@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import Pending, exchange
 from longctx.sequence import Rows, SequencePlan
 
@@ -180,8 +180,19 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of each group of heads: its keys in order, what they came in, and what the next group's come in; backward their
+    gradients, and those of the group before on their way home."""
+    rows, world = plan.shard, plan.world
+    part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1, keys=(3 * world + 1) * part),
+        rows * sizes.held(1, 1, 1, keys=2 * world * part, gradients=1 + (3 * world - 1) * part),
+    )
+
+
 attend = define_operator("gather", forward, backward, tail=True)
 
 STRATEGIES = {
-    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), tail=True)
+    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, peak, frozenset({"travel"}), tail=True)
 }

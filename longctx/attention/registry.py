@@ -70,6 +70,12 @@ class Sizes:
         """Bytes of one token's dq, or of a partial out, as they are summed."""
         return self.batch * self.heads * self.head_dim * self.wide
 
+    def held(self, queries: int = 0, outputs: int = 0, sums: int = 0, keys: float = 0, gradients: float = 0) -> int:
+        """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
+        keys with values, and gradients of both."""
+        wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
+        return int(queries * self.queries + wide + 2 * keys * self.keys)
+
     @property
     def lse(self) -> int:
         """Bytes of one token's log-sum-exp (or of its delta)."""
@@ -90,8 +96,19 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes of tensors alive at one time on a rank beside q, k, v and dout, results included, kernels' workspace apart.
+
+    Exact without a mask, in 16-bit dtypes, for equal shards, h <= 2k and many ranks; with a mask at most a third more.
+    """
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
 class Strategy:
-    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
+    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``peak(plan, sizes)`` that of memory.
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
@@ -104,6 +121,7 @@ class Strategy:
     layout: str  # what it prefers
     refuses: Callable[[AttentionCase], str | None]
     volume: Callable[[SequencePlan, int, Sizes], Volume]
+    peak: Callable[[SequencePlan, Sizes], Peak]
     takes: frozenset[str] = frozenset()
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
 from longctx.attention.travel import Homeward, tally, travel, zeros
 from longctx.sequence import Rotation, SequencePlan
 
@@ -79,6 +79,15 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return Volume(forward, backward, blocks, blocks + shares)
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """The block at hand and the one that comes; backward also their gradients: at hand, leaving and coming."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1, keys=2),
+        rows * sizes.held(queries=1, outputs=1, sums=1, keys=2, gradients=1 + 3),
+    )
+
+
 def _refuses_striped(case: AttentionCase) -> str | None:
     if case.layout != "striped":
         return f"layout {case.layout!r}: it is the ring over the striped layout; use attention.layout=striped, or ring"
@@ -90,6 +99,6 @@ attend = define_operator("ring", forward, backward, tail=True)
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES, tail=True),
-    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES, tail=True),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, peak, _TAKES, tail=True),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, peak, _TAKES, tail=True),
 }

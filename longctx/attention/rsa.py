@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
 from longctx.comm import Pending, exchange
 from longctx.sequence import SequencePlan
 
@@ -171,6 +171,16 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Whole rows of scores and those of one block; backward weights, their gradients and the product of both."""
+    rows = plan.shard
+    scores = rows * plan.length * sizes.lse
+    return Peak(
+        scores + scores // plan.world + rows * sizes.held(outputs=3, sums=2),
+        3 * scores + rows * sizes.held(queries=2, outputs=3, sums=2, gradients=2),
+    )
+
+
 def _refuses(case: AttentionCase) -> str | None:
     if case.mask.window is not None:
         return (
@@ -189,4 +199,4 @@ def _refuses(case: AttentionCase) -> str | None:
 
 attend = define_operator("rsa", forward, backward)
 
-STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume)}
+STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume, peak)}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
@@ -138,6 +138,17 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """As token ring forward; backward out, lse and the gradients, two visitors' tensors, and dq of four."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(queries=2, outputs=1 + 4, sums=1 + 4 + 2),
+        rows * sizes.held(queries=1 + 2 * 3, outputs=1 + 4, sums=1 + 2, gradients=1),
+    )
+
+
 attend = define_operator("tree", forward, backward, tail=True)
 
-STRATEGIES = {"tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), tail=True)}
+STRATEGIES = {
+    "tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, peak, frozenset({"travel"}), tail=True)
+}

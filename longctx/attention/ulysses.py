@@ -14,8 +14,9 @@ group is one row of a grid (``longctx.attention.swap``).
 from __future__ import annotations
 
 from longctx.attention import local
-from longctx.attention.registry import AttentionCase, Strategy, divisors
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors
 from longctx.attention.swap import swap_volume, swapped
+from longctx.sequence import SequencePlan
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -28,6 +29,13 @@ def _refuses(case: AttentionCase) -> str | None:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """q, k, v as parts, as they arrive, and in order; backward the gradients of these and their sums."""
+    rows, swapped_bytes = plan.shard, sizes.held(queries=1, keys=1)
+    backward = sizes.held(queries=5, keys=4, gradients=1) + swapped_bytes // plan.world
+    return Peak(rows * 3 * swapped_bytes, rows * backward)
+
+
 STRATEGIES = {
     "ulysses": Strategy(
         "ulysses",
@@ -35,6 +43,7 @@ STRATEGIES = {
         "contiguous",
         _refuses,
         swap_volume,
+        peak,
         inner=lambda case: case.world,
     )
 }

@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume, divisors
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume, divisors
 from longctx.attention.swap import HeadSplit, swap_volume, swapped
 from longctx.sequence import SequencePlan
 
@@ -27,6 +27,15 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     row, column = divmod(rank, sizes.inner)
     own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
     return swap_volume(plan, rank, sizes) + ring.volume(plan.joined(sizes.inner), row, own)
+
+
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """q, k and v of the row's tokens, and the ring over them; backward also out twice, and dout."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(queries=1, outputs=1, sums=1, keys=1 + 2),
+        rows * sizes.held(queries=4, outputs=1, sums=1, keys=1 + 2, gradients=1 + 3),
+    )
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -45,5 +54,5 @@ def _row(case: AttentionCase) -> int:
 
 
 STRATEGIES = {
-    "usp": Strategy("usp", swapped(ring.attend), "zigzag", _refuses, volume, frozenset({"inner", "travel"}), _row)
+    "usp": Strategy("usp", swapped(ring.attend), "zigzag", _refuses, volume, peak, frozenset({"inner", "travel"}), _row)
 }

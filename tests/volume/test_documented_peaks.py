@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import StrategyAttention, contract
+from longctx.attention import StrategyAttention, contract, get_strategy
 from longctx.attention.operator import DEFAULT, IMPLEMENTATIONS, Options
+from longctx.attention.registry import Sizes
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
@@ -37,13 +38,20 @@ def nothing(monkeypatch):
     monkeypatch.setitem(contract.KERNELS, "nothing", f"{__name__}:Nothing")
 
 
-def peaks(strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: int, options: Options) -> tuple[int, int]:
+def peaks(
+    strategy: str,
+    plan: SequencePlan,
+    heads: tuple[int, int],
+    inner: int,
+    options: Options,
+    kernel: str = "nothing",
+) -> tuple[int, int]:
     """Of the calling rank in forward and in both passes, of which the backward pass has the higher."""
     q, k, v, dout = (
         torch.randn(len(plan.documents), plan.shard, n, DIM).bfloat16().requires_grad_()
         for n in (heads[0], heads[1], heads[1], heads[0])
     )
-    attention = StrategyAttention(strategy, dist.group.WORLD, "nothing", inner=inner, options=options)
+    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, inner=inner, options=options)
     with PeakMemory(IMPLEMENTATIONS) as memory:
         out = attention(q, k, v, plan.handle)
         forward = memory.peak
@@ -77,6 +85,31 @@ def ratios(row, layout: str, mask: Mask, lengths: tuple[int, ...], heads: tuple[
 def test_it_is_what_is_alive_without_a_mask(row, heads):
     for measured, formula in ratios(row, "contiguous", Mask(False), (ROWS * WORLD,), heads):
         assert 0 <= measured - formula <= 100
+
+
+@pytest.mark.parametrize("row", documented(), ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8)])
+def test_it_is_what_the_strategies_publish(row, heads):
+    (strategy, side, *formulas), (h, k) = row, heads
+    plan = plan_of([(ROWS * WORLD,)], Mask(False), LAYOUTS["contiguous"], ROWS * WORLD, WORLD)
+    inner = {"usp": 2}.get(strategy, WORLD)
+    published = get_strategy(strategy).peak(plan, Sizes(1, h, k, DIM, 2, 4, inner, Options(side or "auto")))
+    names = {"Q": ROWS * h * DIM, "V": 2 * ROWS * k * DIM, "L": ROWS * h, "P": WORLD, "e": 2, "w": 4}
+    assert (published.forward, published.backward) == tuple(value(one, names) for one in formulas)
+
+
+@pytest.mark.parametrize("strategy", ["local", "burst", "rsa"])
+def test_what_the_table_has_no_row_for_is_a_bound_too(strategy):
+    """Whole sequences, a double ring, and rows of scores (by its own products, not by a kernel)."""
+    world, inner = {"local": (1, 1), "burst": (8, 2), "rsa": (4, 1)}[strategy]
+    plan = plan_of([(ROWS * world,)], Mask(False), LAYOUTS["contiguous"], ROWS * world, world)
+    options = Options("keys") if strategy == "burst" else DEFAULT
+    kernel = "auto" if strategy == "rsa" else "nothing"
+    published = get_strategy(strategy).peak(plan, Sizes(1, 8, 8, DIM, 2, 4, inner, options))
+    ranks = Cluster(world, trace=False).run(peaks, strategy, plan, (8, 8), inner, options, kernel)
+    for forward, backward in ranks:
+        assert published.forward * 0.9 <= forward <= published.forward + 100
+        assert published.backward * 0.9 <= backward <= published.backward + 100
 
 
 @pytest.mark.parametrize("row", documented(), ids=str)
