@@ -1,4 +1,7 @@
-"""``longctx bench attention``: each layout on real processes of this machine, behind a green exactness check."""
+"""``longctx bench attention``: every strategy on real processes of this machine, beside its floor and its peers.
+
+Nothing is timed before a green exactness check: of our strategies on ``sim`` in float64, and of everyone at full size.
+"""
 
 from __future__ import annotations
 
@@ -6,98 +9,180 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from longctx.bench.attention import measure
+from longctx.attention.registry import MODULES, get_strategy
+from longctx.bench.attention import LIMIT, measure
+from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import ConfigError, NumericsError
-from longctx.launcher.machine import described
-from longctx.launcher.processes import join_gloo, run_gloo
+from longctx.launcher import env
+from longctx.launcher.machine import described, load
+from longctx.launcher.processes import Workers, join_gloo, run_gloo
 from longctx.launcher.verify_command import check
 from longctx.verify import VerifyCase
 
-LAYOUTS_TIMED = ("contiguous", "zigzag", "striped")
+# "striped" is the ring on striped; "local" takes whole sequences.
+STRATEGIES = tuple(name for name in MODULES if name not in ("local", "striped"))
+LAYOUTS_OF = {"ring": ("contiguous", "zigzag", "striped")}  # of others, the one they prefer
+PATIENCE = 3600.0  # seconds
+NO_PEERS = "none"
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--world", type=int, default=2, help="processes; more than cores measure the scheduler")
     parser.add_argument("--seq", default="4096,8192", help="tokens, comma-separated")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--kv-heads", default="8,2", help="key/value heads, comma-separated: a table for each")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="which of ours, comma-separated")
+    parser.add_argument("--peers", default=",".join(ATTENTION_PEERS), help=f"which others, or {NO_PEERS}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 7 is the default")
-    cases = cases_of(arguments)
-    require_exact(cases)
+        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 3 is the default")
+    peers = [] if arguments.peers == NO_PEERS else _words(arguments, "peers", ATTENTION_PEERS)
+    _check_python(arguments.peer_python)
+    cells = cells_of(arguments)
+    started = time.monotonic()
+    require_exact(itertools.chain(*cells))
+    env.drive_cpu()
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
-        job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.repeats})
-        run_gloo("longctx.launcher.bench_attention", job, arguments.world, Path(name))
-        rows = json.loads((Path(name) / "measured.json").read_text())
+        job = {"cells": [list(map(asdict, cell)) for cell in cells], "peers": peers, "repeats": arguments.repeats}
+        python = arguments.peer_python if peers else sys.executable
+        workers = Workers(python, PATIENCE)
+        run_gloo("longctx.launcher.bench_attention", json.dumps(job), arguments.world, Path(name), workers)
+        measured = json.loads((Path(name) / "measured.json").read_text())
+    told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if arguments.json:
-        print(json.dumps({"machine": described(), "repeats": arguments.repeats, "rows": rows}))
+        print(json.dumps({"machine": described(), **told, "cells": measured}))
     else:
-        print(table(arguments, rows))
+        print(report(arguments, told, measured))
     return 0
 
 
-def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
+def _check_python(python: str) -> None:
+    """All run in the peers' interpreter, side by side."""
+    if python == sys.executable:
+        return
     try:
-        lengths = [int(length) for length in arguments.seq.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seq {arguments.seq!r} must be whole numbers with commas between") from None
+        subprocess.run([python, "-c", "import longctx"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ConfigError(
+            f"--peer-python {python} cannot import longctx; install it there, or set PYTHONPATH"
+        ) from None
+
+
+def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
+    """By key/value heads, then by tokens: every strategy on its layouts."""
+    strategies = _words(arguments, "strategies", [name for name in MODULES if name != "local"])
+    ways = [
+        (strategy, layout)
+        for strategy in strategies
+        for layout in LAYOUTS_OF.get(strategy, (get_strategy(strategy).layout,))
+    ]
     return [
-        VerifyCase(
-            "ring",
-            layout,
-            arguments.world,
-            "gloo",
-            seq,
-            heads=arguments.heads,
-            kv_heads=arguments.kv_heads,
-            head_dim=arguments.head_dim,
-            dtype="float32",
-        )
-        for seq, layout in itertools.product(lengths, LAYOUTS_TIMED)
+        [
+            VerifyCase(
+                strategy,
+                layout,
+                arguments.world,
+                "gloo",
+                seq,
+                heads=arguments.heads,
+                kv_heads=kv_heads,
+                head_dim=arguments.head_dim,
+                dtype="float32",
+            )
+            for strategy, layout in ways
+        ]
+        for kv_heads, seq in itertools.product(_numbers(arguments, "kv_heads"), _numbers(arguments, "seq"))
     ]
 
 
-def require_exact(cases: list[VerifyCase]) -> None:
+def _numbers(arguments: argparse.Namespace, name: str) -> list[int]:
+    text, option = getattr(arguments, name), name.replace("_", "-")
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{option} {text!r} must be whole numbers with commas between") from None
+
+
+def _words(arguments: argparse.Namespace, name: str, valid: Iterable[str]) -> list[str]:
+    words: list[str] = getattr(arguments, name).split(",")
+    for word in words:
+        if word not in valid:
+            raise ConfigError(f"--{name} {word!r} is unknown; valid: {', '.join(valid)}")
+    if len(set(words)) < len(words):
+        raise ConfigError(f"--{name} {','.join(words)} names one twice; name each once")
+    return words
+
+
+def require_exact(cases: Iterable[VerifyCase]) -> None:
     """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
+    small = []
     for case in cases:
         reason = case.refused()
         if reason:
-            raise ConfigError(f"{case.strategy} on {case.layout} refuses: {reason}")
-        small = replace(case, backend="sim", seq=min(case.seq, 509), dtype="float64")
-        if not check(small)[0].passed:
+            raise ConfigError(f"{case.strategy} on {case.layout} refuses: {reason}; or leave it out of --strategies")
+        small.append(replace(case, backend="sim", seq=min(case.seq, 509), dtype="float64"))
+    for case in dict.fromkeys(small):
+        if not check(case)[0].passed:
             raise NumericsError(f"{case.strategy} on {case.layout} is not exact; it is not timed")
 
 
-def table(arguments: argparse.Namespace, rows: list[dict[str, dict[str, float]]]) -> str:
+def report(arguments: argparse.Namespace, told: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"forward + backward, {arguments.world} Gloo processes, {arguments.heads}/{arguments.kv_heads} heads of "
-        f"{arguments.head_dim}, causal, float32, {arguments.repeats} interleaved repeats; median (min-max)",
-        "",
-        "| tokens | layout | time, ms | floor, ms | share of floor |",
-        "|---|---|---|---|---|",
+        f"forward + backward, {arguments.world} Gloo processes, causal, float32; {told['repeats']} interleaved "
+        f"repeats, median (min-max); load {told['load']}, {told['seconds']:.0f} s; error: relative, of the worst tensor"
     ]
-    for case, row in zip(cases_of(arguments), rows, strict=True):
-        milliseconds = (_spread(row[name], 1e3, ".0f") for name in ("strategy", "floor"))
-        share = _spread(row["share_of_floor"], 1.0, ".3f")
-        lines.append(f"| {case.seq} | {case.layout} | {' | '.join(milliseconds)} | {share} |")
+    for kv_heads, group in itertools.groupby(cells, key=lambda cell: cell["kv_heads"]):
+        of_heads = list(group)
+        lines += ["", f"{arguments.heads} query heads of {arguments.head_dim}, {kv_heads} key/value heads", ""]
+        lines += [
+            "| tokens | who | layout, setting | time, ms | floor, ms | share of floor | error |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(cell["seq"], row) for cell in of_heads for row in cell["rows"]]
+        lines += ["", *(_verdict(cell) for cell in of_heads)]
     return "\n".join(lines)
+
+
+def _line(seq: int, row: dict[str, Any]) -> str:
+    if row["refused"]:
+        return f"| {seq} | {row['who']} | {row['refused']} | | | | |"
+    columns = [_spread(row["time"], 1e3, ".0f"), "", ""]
+    if row["floor"]:
+        columns[1:] = [_spread(row["floor"], 1e3, ".0f"), _spread(row["share_of_floor"], 1.0, ".3f")]
+    return f"| {seq} | {row['who']} | {row['setting']} | {' | '.join(columns)} | {_error(row['errors'])} |"
+
+
+def _error(errors: dict[str, float]) -> str:
+    worst = max(errors, key=lambda name: errors[name])
+    said = f"{errors[worst]:.1e} ({worst})"
+    return said if errors[worst] <= LIMIT else f"**wrong**: {said}"
+
+
+def _verdict(cell: dict[str, Any]) -> str:
+    if not cell["ahead"]:
+        return f"{cell['seq']} tokens: no exact peer was timed"
+    ahead = _spread(cell["ahead"], 1.0, ".3f")
+    return f"{cell['seq']} tokens: the best peer, {cell['best_peer']}, takes {ahead} times as long as {cell['best']}"
 
 
 def _spread(timing: dict[str, float], scale: float, form: str) -> str:
     low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
-    return f"{median} ({low}-{high})"
+    return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
 
 
 def worker(words: list[str]) -> None:
@@ -107,10 +192,12 @@ def worker(words: list[str]) -> None:
     if len(cores) >= world:
         os.sched_setaffinity(0, {cores[rank]})
     join_gloo(folder, rank, world)
-    cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in job["cases"]]
-    rows = [asdict(measured) for measured in measure(cases, job["repeats"])]
+    measured = []
+    for cell in job["cells"]:
+        cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in cell]
+        measured.append(asdict(measure(cases, job["peers"], job["repeats"])))
     if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(rows))
+        (folder / "measured.json").write_text(json.dumps(measured))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from types import ModuleType
 
 from longctx.errors import ConfigError, NotAvailableError
@@ -13,9 +14,11 @@ BENCHES = {
     "attention": "longctx.launcher.bench_attention",
     "trainer": "longctx.launcher.bench_trainer",
     "context": "longctx.launcher.bench_context",
+    "link": "longctx.launcher.bench_link",
 }
 BENCHES_PLANNED = ("linear", "memory", "disaggregation")
 TAKE_OVERRIDES = ("trainer", "context")
+HAVE_PEERS = ("attention", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key=value", help=f"what differs from conf/train.yaml, for {takers}"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        help=f"interpreter in which the peers are installed, for {', '.join(HAVE_PEERS)}",
+    )
     for name in BENCHES:
         _module(name).add_arguments(parser.add_argument_group(f"bench {name}"))
 
@@ -37,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"bench {name!r} is unknown; valid: {', '.join(BENCHES)}")
     if arguments.overrides and name not in TAKE_OVERRIDES:
         raise ConfigError(f"bench {name} takes no overrides, got {arguments.overrides[0]!r}")
+    if arguments.peer_python != sys.executable and name not in HAVE_PEERS:
+        raise ConfigError(f"--peer-python belongs to bench {' and '.join(HAVE_PEERS)}, not to {name}")
     _refuse_options_of_others(arguments)
     status: int = _module(name).run(arguments)
     return status

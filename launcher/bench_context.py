@@ -56,7 +56,6 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--tile", type=int, default=256, help="tokens of a tile, where a system cuts loss or MLP")
     parser.add_argument("--start", default="4096", help="tokens of the first probe, or one number per system")
     parser.add_argument("--cap", type=int, default=65536, help="longest probe; a system that fits is reported as more")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter in which the peers are installed")
 
 
 def run(arguments: argparse.Namespace) -> int:

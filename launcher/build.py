@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longctx.attention import get_strategy, require
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus, Loader, Packing, open_corpus
@@ -26,7 +25,7 @@ from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.core import attention_case
+from longctx.parallel.core import require_cores
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
@@ -63,7 +62,7 @@ def preflight(config: Config, resume: bool) -> None:
 
 def preflight_attention(config: Config) -> None:
     """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
-    require(get_strategy(config.attention.strategy), attention_case(config))
+    require_cores(config)
 
 
 def preflight_kernel(config: Config) -> None:

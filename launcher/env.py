@@ -37,6 +37,9 @@ OMP_NUM_THREADS = "OMP_NUM_THREADS"
 # threads of sim, made training 30 times slower; sleeping costs microseconds. Read when torch is imported.
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 
+# The interface whose address Gloo gives to other ranks; without it Gloo asks what the host's name resolves to.
+GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+
 # Which device DeepSpeed drives; without it, it looks for one, and for compilers.
 DS_ACCELERATOR = "DS_ACCELERATOR"
 # glibc: blocks above so many bytes go back to the system when they are freed. By default the bound rises with every
@@ -102,6 +105,11 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     environ.setdefault(OMP_NUM_THREADS, str(threads))
     environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")
     return int(environ[OMP_NUM_THREADS])
+
+
+def drive_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
+    """For DeepSpeed in processes started from here, unless the user has chosen."""
+    environ.setdefault(DS_ACCELERATOR, "cpu")
 
 
 def benchmark_environment(rank: RankEnvironment, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,20 +18,36 @@ from longctx.launcher.env import share_cores
 TIMEOUT = 600.0  # seconds that a whole job may take
 
 
-def run_gloo(module: str, job: str, world: int, folder: Path) -> None:
+@dataclass(frozen=True)
+class Workers:
+    """How ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job. ``within``: by rank, the
+    words before the command, such as those that run it in a network namespace."""
+
+    python: str = sys.executable
+    limit: float = TIMEOUT
+    within: Sequence[Sequence[str]] = ()
+
+
+def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers = Workers()) -> None:
     """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
 
-    Raises NumericsError with the last line that the first failing rank wrote.
+    Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with
+    the last line that the first failing rank wrote.
     """
     share_cores(world)
-    command = [sys.executable, "-m", module, job, str(folder)]
-    workers = [subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
+    command = [workers.python, "-m", module, job, str(folder)]
+    before = workers.within or [()] * world
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        complaints = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
+        for rank in range(world):
+            words = [*before[rank], *command, str(rank), str(world)]
+            started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        complaints = [worker.communicate(timeout=workers.limit)[1] for worker in started]
     finally:
-        for worker in workers:
+        for worker in started:
             worker.kill()
-    for rank, worker in enumerate(workers):
+            worker.wait()
+    for rank, worker in enumerate(started):
         if worker.returncode:
             last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
             raise NumericsError(f"rank {rank} of {module} ended with {worker.returncode}: {' '.join(last)}")

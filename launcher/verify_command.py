@@ -20,12 +20,14 @@ from torch import Tensor
 from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES, STRATEGIES_PLANNED
 from longctx.config.rules import one_of
-from longctx.errors import ConfigError, NotAvailableError, NumericsError, StorageError, UsageError
+from longctx.errors import ConfigError, NumericsError, StorageError, UsageError
 from longctx.launcher import parity_page, verify_mesh
 from longctx.launcher.processes import join_gloo, run_gloo
+from longctx.linear import MIXERS, get_linear
+from longctx.linear import MODULES as LINEAR
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
-from longctx.verify import RankResult, Verdict, VerifyCase, judge, refused, run_rank
+from longctx.verify import RankResult, Verdict, VerifyCase, judge, refusal_of, refused, run_rank
 from longctx.verify.case import DTYPES
 
 PASSED, FAILED, REFUSED = 0, 70, 78
@@ -37,20 +39,24 @@ CASE = {
     "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
     "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
     "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
+    "chunk": 64,
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strategy", help=f"one of {', '.join(MODULES)}; default: ring")
+    parser.add_argument(
+        "--strategy", help=f"one of {', '.join((*MODULES, *LINEAR))}; default: ring, or lasp2 with --mixer"
+    )
     parser.add_argument("--layout", help=f"one of {', '.join(LAYOUTS)}; default: what the strategy prefers")
     parser.add_argument("--layout-block", type=int, help="tokens per stripe of the striped layout; default: 1")
-    parser.add_argument("--mixer", help="linear mixer of a linear strategy")
+    parser.add_argument("--mixer", help=f"of a linear strategy, one of {', '.join(MIXERS)}; default there: basic")
+    parser.add_argument("--chunk", type=int, help="tokens that a linear layer computes at once; default: 64")
     parser.add_argument("--world", type=int, help="ranks that share the sequence; default: 4")
     parser.add_argument("--backend", choices=("sim", "gloo"), help="default: sim")
     parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
     parser.add_argument("--documents", help="lengths of packed documents, comma-separated; they add up to --seq")
     parser.add_argument("--heads", type=int, help="default: 8")
-    parser.add_argument("--kv-heads", type=int, help="default: 2")
+    parser.add_argument("--kv-heads", type=int, help="default: 2; of linear strategies: as many as --heads")
     parser.add_argument("--head-dim", type=int, help="default: 32")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float64; with --mesh: train.dtype")
     parser.add_argument("--window", type=int, help="a query sees itself and the window - 1 tokens before it")
@@ -76,16 +82,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None or arguments.overrides:
         word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
         raise UsageError(f"{word} is for a whole run; add --mesh, or leave it out")
-    for name, default in {**CASE, "dtype": "float64"}.items():
+    defaults = {**CASE, "dtype": "float64"}
+    if arguments.mixer is not None or arguments.strategy in LINEAR:
+        heads = CASE["heads"] if arguments.heads is None else arguments.heads
+        defaults |= {"strategy": "lasp2", "mixer": "basic", "kv_heads": heads}
+    for name, default in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
     if arguments.all:
         return _run_all(arguments)
     case = case_of(arguments)
-    reason = case.refused()
+    reason = refusal_of(case)
     if reason:
         if not arguments.json:
-            raise ConfigError(f"attention.strategy={case.strategy} refuses: {reason}")
+            key = "attention.strategy" if case.mixer is None else "attention.linear"
+            raise ConfigError(f"{key}={case.strategy} refuses: {reason}")
         _show([refused(case, reason)], True, many=False)
         return REFUSED
     verdict, tensors = check(case)
@@ -127,9 +138,17 @@ def _dump(tensors: dict[str, Tensor], file: Path) -> None:
 
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
     """The case that the command line describes; refuses what is unknown or not built."""
-    one_of("--strategy", arguments.strategy, STRATEGIES, STRATEGIES_PLANNED)
+    linear = arguments.strategy in LINEAR
+    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR), STRATEGIES_PLANNED)
     if arguments.mixer is not None:
-        raise NotAvailableError(f"--mixer {arguments.mixer}: linear mixers are not built yet")
+        one_of("--mixer", arguments.mixer, tuple(MIXERS))
+        if not linear:
+            raise ConfigError(
+                f"--mixer {arguments.mixer} is for linear strategies, not for {arguments.strategy}; "
+                f"valid strategies: {', '.join(LINEAR)}"
+            )
+    elif arguments.chunk != CASE["chunk"]:
+        raise ConfigError(f"--chunk {arguments.chunk} is for linear strategies; {arguments.strategy} has no chunks")
     try:
         documents = tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
     except ValueError:
@@ -138,7 +157,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         ) from None
     return VerifyCase(
         strategy=arguments.strategy,
-        layout=arguments.layout or get_strategy(arguments.strategy).layout,
+        layout=arguments.layout or (get_linear if linear else get_strategy)(arguments.strategy).layout,
         world=arguments.world,
         backend=arguments.backend,
         seq=arguments.seq if arguments.seq is not None else sum(documents) or 1024,
@@ -156,6 +175,8 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         inner=arguments.inner,
         backward=arguments.backward,
         travel=arguments.travel,
+        mixer=arguments.mixer,
+        chunk=arguments.chunk,
     )
 
 
@@ -180,10 +201,15 @@ def run_on_gloo(case: VerifyCase) -> list[RankResult]:
     with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
         folder = Path(name)
         run_gloo("longctx.launcher.verify_command", json.dumps(asdict(case)), case.world, folder)
-        return [_load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
+        return [load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
 
 
-def _load_result(path: Path) -> RankResult:
+def save_result(result: RankResult, path: Path) -> None:
+    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
+    save_file({name: local.contiguous() for name, local in result.tensors.items()}, path, numbers)
+
+
+def load_result(path: Path) -> RankResult:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         numbers = {name: int(value) for name, value in file.metadata().items()}
@@ -195,10 +221,7 @@ def worker(words: list[str]) -> None:
     fields, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     case = VerifyCase(**{**fields, "documents": tuple(fields["documents"])})
     join_gloo(folder, rank, world)
-    result = run_rank(case, dist.group.WORLD)
-    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
-    tensors = {name: local.contiguous() for name, local in result.tensors.items()}
-    save_file(tensors, folder / f"rank-{rank}.safetensors", numbers)
+    save_result(run_rank(case, dist.group.WORLD), folder / f"rank-{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -207,7 +230,7 @@ def _run_all(arguments: argparse.Namespace) -> int:
     verdicts = []
     seq = 192 if arguments.seq is None else arguments.seq
     for case in matrix(seq, arguments.dtype, arguments.backend):
-        reason = case.refused()
+        reason = refusal_of(case)
         verdict = refused(case, reason) if reason else check(case)[0]
         verdicts.append((case, verdict))
     if arguments.json:
@@ -218,6 +241,9 @@ def _run_all(arguments: argparse.Namespace) -> int:
         command = f"longctx verify --all --seq {seq} --dtype {arguments.dtype} --backend {arguments.backend}"
         arguments.table.write_text(PAGE.format(command=command, table=table(verdicts)), encoding="utf-8")
     return PASSED if all(verdict.passed or verdict.refused for _, verdict in verdicts) else FAILED
+
+
+CHUNK = 16  # of linear layers in the matrix
 
 
 def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
@@ -246,6 +272,26 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
             kv_heads=kv_heads,
             head_dim=8,
             dtype=dtype,
+            **mask,  # type: ignore[arg-type]
+        )
+    # Of linear layers stripes are as long as chunks, or they are refused.
+    linear_masks = masks[:3]
+    for strategy, mixer, layout, mask, world in itertools.product(
+        LINEAR, MIXERS, LAYOUTS, linear_masks, (1, 2, 3, 4, 8)
+    ):
+        yield VerifyCase(
+            strategy,
+            layout,
+            world,
+            backend,
+            seq,
+            heads=4,
+            kv_heads=4,
+            head_dim=8,
+            dtype=dtype,
+            layout_block=CHUNK if layout == "striped" else 1,
+            mixer=mixer,
+            chunk=CHUNK,
             **mask,  # type: ignore[arg-type]
         )
 
@@ -305,7 +351,12 @@ def _row_key(case: VerifyCase) -> tuple[str, str, str, str]:
     parts = ["causal" if case.causal else "full"]
     parts += ["documents"] if case.documents else []
     parts += [f"window {case.window}"] if case.window else []
-    return case.strategy, case.layout, " + ".join(parts), f"{case.heads}/{case.kv_heads}"
+    return (
+        " ".join(filter(None, (case.strategy, case.mixer))),
+        case.layout,
+        " + ".join(parts),
+        f"{case.heads}/{case.kv_heads}",
+    )
 
 
 def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
@@ -314,7 +365,8 @@ def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
         print(json.dumps(objects if many else objects[0]))
         return
     for verdict in verdicts:
-        print(f"{verdict.strategy} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}")
+        name = " ".join(filter(None, (verdict.strategy, verdict.mixer)))
+        print(f"{name} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}")
         if verdict.refused:
             continue
         for name, error in verdict.errors.items():

@@ -32,9 +32,9 @@ from torch import Tensor
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
 from longctx.attention.ring import pass_keys, pass_keys_backward
-from longctx.attention.travel import Block, Homeward, tally, travel, zeros
+from longctx.attention.travel import Block, Homeward, travel, zeros
 from longctx.comm import Group
 from longctx.sequence import Rotation, Rows, SequencePlan
 
@@ -113,19 +113,22 @@ def _route(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[Rotation, int, 
     return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """Keys and values of the rows that a rank passes on; backward, those of the side that travels, and gradients."""
-    passed, blocks = tally(plan.key_rotation_in(sizes.inner).leaving(rank))
     side = side_of(plan, sizes)
     rotation, block, gradients = _route(plan, side, sizes)
-    passed_back, blocks_back = tally(rotation.leaving(rank))
-    returned, shares = tally(rotation.returning(rank, sizes.options.travel == "narrow"))
-    return Volume(
-        2 * passed * sizes.keys,
-        passed_back * block + returned * gradients,
-        blocks,
-        blocks_back * (1 if side == "keys" else 2) + shares,
-    )
+    tensors = 1 if side == "keys" else 2
+    passed = plan.key_rotation_in(sizes.inner).leaving(rank)
+    returned = rotation.returning(rank, sizes.options.travel == "narrow")
+    return [
+        *((to, Volume(2 * len(rows) * sizes.keys, 0, 1, 0)) for to, rows in passed),
+        *((to, Volume(0, len(rows) * block, 0, tensors)) for to, rows in rotation.leaving(rank)),
+        *((to, Volume(0, len(rows) * gradients, 0, 1)) for to, rows in returned),
+    ]
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return total(sends(plan, rank, sizes))
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
@@ -166,5 +169,6 @@ STRATEGIES = {
         inner=_one_row,
         two_way=True,
         tail=True,
+        sends=sends,
     )
 }

@@ -117,12 +117,12 @@ def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Pending:
 def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: Call) -> Tensor:
     """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
     me, gathered = call.group.rank, call.plan.gathered(call.group.rank)
-    blocks = arrived.wait()
-    rows = gathered.rows[me]
-    blocks.insert(me, torch.stack((rows.take(k[:, :, heads.keys]), rows.take(v[:, :, heads.keys]))))
-    whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *blocks[me].shape[ROWS + 1 :])
-    for block, places in zip(blocks, gathered.places.on(k.device), strict=True):
-        whole.index_copy_(ROWS, places, block)
+    keys, places = k[:, :, heads.keys], gathered.places
+    whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
+    for part, own in zip(whole, (keys, v[:, :, heads.keys]), strict=True):
+        places.put(me, gathered.rows[me].take(own), part)
+    for other, block in zip(others(call), arrived.wait(), strict=True):
+        places.put(other, block, whole, ROWS)
     return whole
 
 
@@ -147,15 +147,21 @@ class Returned:
 def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: Call) -> Returned:
     """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``narrow``: in ``dtype``."""
     plan, me = call.plan, call.group.rank
-    places = plan.gathered(me).places.on(shares.device)
     travel = dtype if call.options.travel == "narrow" else shares.dtype
     sends, receives = [], []
     for other in others(call):
-        sends.append((other, shares.index_select(ROWS, places[other]).to(travel)))
+        sends.append((other, _picked(shares, other, call).to(travel)))
         shape = (*shares.shape[:ROWS], len(plan.reads(other, me)), *shares.shape[ROWS + 1 :])
         receives.append((other, shares.new_empty(shape, dtype=travel)))
-    own = shares.index_select(ROWS, places[me])
-    return Returned(exchange(call.group, sends, receives), own, heads)
+    return Returned(exchange(call.group, sends, receives), _picked(shares, me, call), heads)
+
+
+def _picked(shares: Tensor, owner: int, call: Call) -> Tensor:
+    """Those of the owner's keys."""
+    places = call.plan.gathered(call.group.rank).places
+    part = shares.new_empty(*shares.shape[:ROWS], places.counts[owner], *shares.shape[ROWS + 1 :])
+    places.pick(owner, shares, part, ROWS)
+    return part
 
 
 def others(call: Call) -> list[int]:
@@ -186,7 +192,7 @@ def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
     return Peak(
-        rows * sizes.held(outputs=1, sums=1, keys=(3 * world + 1) * part),
+        rows * sizes.held(outputs=1, sums=1, keys=3 * world * part),
         rows * sizes.held(1, 1, 1, keys=2 * world * part, gradients=1 + (3 * world - 1) * part),
     )
 

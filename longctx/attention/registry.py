@@ -7,7 +7,7 @@ refuse by this declaration before any work.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 
 from longctx.attention.operator import DEFAULT, Attend, Options
@@ -95,6 +95,13 @@ class Volume:
         return Volume(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
+Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver's rank in the sequence group
+
+
+def total(sent: Iterable[Sent]) -> Volume:
+    return sum((cost for _, cost in sent), Volume(0, 0, 0, 0))
+
+
 @dataclass(frozen=True)
 class Peak:
     """Bytes of tensors alive at one time on a rank beside q, k, v and dout, results included, kernels' workspace apart.
@@ -113,7 +120,8 @@ class Strategy:
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
     second channel between its ranks (``Group.back``). ``tail``: it can compute the earlier half of each rank's queries
-    alone, which sends ``volume(plan.head, rank, sizes).forward``.
+    alone, which sends ``volume(plan.head, rank, sizes).forward``. ``sends``: the terms of ``volume`` by receiver, from
+    strategies that publish them: what crosses between nodes follows from these.
     """
 
     name: str
@@ -126,6 +134,7 @@ class Strategy:
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False
     tail: bool = False
+    sends: Callable[[SequencePlan, int, Sizes], list[Sent]] | None = None
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).

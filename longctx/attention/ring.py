@@ -21,8 +21,8 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
-from longctx.attention.travel import Homeward, tally, travel, zeros
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
+from longctx.attention.travel import Homeward, travel, zeros
 from longctx.sequence import Rotation, SequencePlan
 
 
@@ -67,16 +67,22 @@ def _keys(k: Tensor, v: Tensor, rotation: Rotation, rank: int) -> Tensor:
     return torch.stack((rows.take(k), rows.take(v)))
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: keys and values of the rows it passes on, in the backward pass once more, and dk and dv
-    of every row it has held for others, passed on, sent home, or both.
+def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
+    """Keys and values of the rows that a rank passes on, in the backward pass once more, and dk and dv of every row
+    it has held for others, passed on, sent home, or both.
     """
     rotation, straight = plan.rotation, sizes.options.travel == "narrow"
-    passed, blocks = tally(rotation.leaving(rank))
-    gradients, shares = tally(rotation.returning(rank, straight))
-    forward = 2 * passed * sizes.keys
-    backward = forward + 2 * gradients * (sizes.keys if straight else sizes.key_gradients)
-    return Volume(forward, backward, blocks, blocks + shares)
+    block, gradients = 2 * sizes.keys, 2 * (sizes.keys if straight else sizes.key_gradients)
+    passed = [(to, len(rows) * block) for to, rows in rotation.leaving(rank)]
+    returned = [(to, len(rows) * gradients) for to, rows in rotation.returning(rank, straight)]
+    return [
+        *((to, Volume(size, size, 1, 1)) for to, size in passed),
+        *((to, Volume(0, size, 0, 1)) for to, size in returned),
+    ]
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return total(sends(plan, rank, sizes))
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
@@ -99,6 +105,6 @@ attend = define_operator("ring", forward, backward, tail=True)
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, peak, _TAKES, tail=True),
-    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, peak, _TAKES, tail=True),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, peak, _TAKES, tail=True, sends=sends),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, peak, _TAKES, tail=True, sends=sends),
 }

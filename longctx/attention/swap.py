@@ -7,6 +7,7 @@ documents and windows are whatever that plan says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from longctx.attention.operator import IMPLEMENTATIONS, Attend, require_fit
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import Sizes, Volume
-from longctx.comm import Group, exchange, group_named, outer_name
-from longctx.sequence import SequencePlan, plan_of
+from longctx.attention.registry import Sent, Sizes, Volume
+from longctx.comm import Group, Pending, exchange, group_named, outer_name
+from longctx.sequence import Places, SequencePlan, plan_of
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,37 @@ class Row:
     """A row of the grid, seen from one of its ranks: whose tokens lie where among those of the row."""
 
     group: Group
-    places: tuple[Tensor, ...]  # of each rank's valid tokens, in order, among the row's: int64
+    places: Places  # of each rank's valid tokens among the row's
     tokens: int  # physical, T/SP of this rank times ranks: a constant of the run
 
     @classmethod
-    def of(cls, plan: SequencePlan, grid: Group, device: torch.device) -> Row:
+    def of(cls, plan: SequencePlan, grid: Group) -> Row:
         assert grid.inner is not None, "StrategyAttention makes the grid"
         inner = grid.inner.size
-        places = plan.row_places(inner, grid.rank // inner)
-        return cls(grid.inner, places.on(device), inner * plan.shard)
+        return cls(grid.inner, plan.row_places(inner, grid.rank // inner), inner * plan.shard)
 
-    def swap(self, parts: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
-        """All-to-all: sends ``parts[r]`` to rank r of the row; returns what each rank sent, own part included."""
-        me = self.group.rank
-        others = [rank for rank in range(self.group.size) if rank != me]
-        sends = [(rank, parts[rank].contiguous()) for rank in others]
-        exchange(self.group, sends, [(rank, buffers[rank]) for rank in others]).wait()
-        return [parts[me] if rank == me else buffers[rank] for rank in range(self.group.size)]
+    @property
+    def valid(self) -> int:
+        """Tokens of this rank that are no padding."""
+        return self.places.counts[self.group.rank]
+
+    @property
+    def others(self) -> list[int]:
+        return [rank for rank in range(self.group.size) if rank != self.group.rank]
+
+    def room(self, like: Tensor, heads: int) -> Tensor:
+        """For all tokens of the row, ``[B, T/SP·u, heads, D]``; padding, where there is any, is 0."""
+        shape = (like.shape[0], self.tokens, heads, like.shape[3])
+        return like.new_empty(shape) if sum(self.places.counts) == self.tokens else like.new_zeros(shape)
+
+    def swap(self, parts: dict[int, Tensor], heads: Sequence[int], tokens: Sequence[int]) -> Pending:
+        """All-to-all: sends ``parts[r]`` to rank r of the row; expects so many heads of so many tokens of each."""
+        first = next(iter(parts.values()), None)
+        if first is None:
+            return exchange(self.group, [], [])
+        shapes = [(first.shape[0], tokens[rank], heads[rank], first.shape[3]) for rank in self.others]
+        receives = [(rank, first.new_empty(shape)) for rank, shape in zip(self.others, shapes, strict=True)]
+        return exchange(self.group, list(parts.items()), receives)
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, row: Row, split: HeadSplit) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,15 +104,12 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, row: Row, split: HeadSplit) -> tup
 
     One message per rank of the row: its heads of q, k and v side by side.
     """
-    me, valid = row.group.rank, len(row.places[row.group.rank])
     parts = []
     for rank in range(split.ranks):
         keys = split.key_heads(rank)
-        pieces = (q[:, :valid, split.query_heads(rank)], k[:, :valid, keys], v[:, :valid, keys])
-        parts.append(torch.cat(pieces, dim=2))
-    widths = [split.queries, split.keys(me), split.keys(me)]
-    queries, key, value = _gather_tokens(row, parts, widths)
-    copies = split.copies(me)
+        parts.append([q[:, : row.valid, split.query_heads(rank)], k[:, : row.valid, keys], v[:, : row.valid, keys]])
+    queries, key, value = _gather_tokens(row, parts)
+    copies = split.copies(row.group.rank)
     if copies is not None:
         key, value = key[:, :, copies], value[:, :, copies]
     return queries, key, value
@@ -108,61 +120,86 @@ def to_heads_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``to_heads``' outputs to those of its inputs; those of shared key/value heads are summed."""
     me, dtype = row.group.rank, dq.dtype
-    wide = accumulation_dtype(dtype)
     copies = split.copies(me)
     if copies is not None:
         dk, dv = (_sum_copies(grad, copies, split.keys(me)) for grad in (dk, dv))
-    together = torch.cat((dq, dk, dv), dim=2)
-    valid = len(row.places[me])
-    buffers = [
-        dq.new_empty(dq.shape[0], valid, split.queries + 2 * split.keys(rank), dq.shape[3])
-        for rank in range(split.ranks)
-    ]
-    arrived = row.swap([together.index_select(1, places) for places in row.places], buffers)
-    shape = (dq.shape[0], shard)
-    own_dq = dq.new_zeros(*shape, split.heads, dq.shape[3])
-    own_dk, own_dv = (dq.new_zeros(*shape, split.kv_heads, dq.shape[3], dtype=wide) for _ in range(2))
-    for rank, part in enumerate(arrived):
-        widths, keys = [split.queries, split.keys(rank), split.keys(rank)], split.key_heads(rank)
-        queries, dkeys, dvalues = part.split(widths, dim=2)
-        own_dq[:, :valid, split.query_heads(rank)] = queries
-        own_dk[:, :valid, keys] += dkeys
-        own_dv[:, :valid, keys] += dvalues
+    shared = sum(split.keys(rank) for rank in range(split.ranks)) > split.kv_heads
+    wide = accumulation_dtype(dtype) if shared else dtype
+    own_dq = _shard(dq, row, shard, split.heads, dtype, shared)
+    own_dk, own_dv = (_shard(dq, row, shard, split.kv_heads, wide, shared) for _ in range(2))
+    rooms = []
+    for rank in range(split.ranks):
+        keys = split.key_heads(rank)
+        heads = ((own_dq, split.query_heads(rank)), (own_dk, keys), (own_dv, keys))
+        rooms.append([whole[:, : row.valid, some] for whole, some in heads])
+    _scatter_tokens(row, (dq, dk, dv), rooms, shared)
     return own_dq, own_dk.to(dtype), own_dv.to(dtype)
 
 
 def to_tokens(out: Tensor, row: Row, shard: int) -> Tensor:
     """out ``[B, T/SP·u, H/u, D]`` to ``[B, T/SP, H, D]``."""
-    batch, _, width, dim = out.shape
-    ranks, valid = row.group.size, len(row.places[row.group.rank])
-    buffers = [out.new_empty(batch, valid, width, dim) for _ in range(ranks)]
-    arrived = row.swap([out.index_select(1, places) for places in row.places], buffers)
-    whole = out.new_zeros(batch, shard, ranks * width, dim)
-    for rank, part in enumerate(arrived):
-        whole[:, :valid, rank * width : (rank + 1) * width] = part
+    ranks, width = row.group.size, out.shape[2]
+    whole = _shard(out, row, shard, ranks * width, out.dtype)
+    _scatter_tokens(row, (out,), [[part[:, : row.valid]] for part in whole.split(width, dim=2)])
     return whole
 
 
 def to_tokens_adjoint(dout: Tensor, row: Row) -> Tensor:
     """dout ``[B, T/SP, H, D]`` to ``[B, T/SP·u, H/u, D]``."""
-    ranks, valid = row.group.size, len(row.places[row.group.rank])
+    ranks = row.group.size
     width = dout.shape[2] // ranks
-    parts = [dout[:, :valid, rank * width : (rank + 1) * width] for rank in range(ranks)]
-    return _gather_tokens(row, parts, [width])[0]
+    parts = [[dout[:, : row.valid, rank * width : (rank + 1) * width]] for rank in range(ranks)]
+    return _gather_tokens(row, parts)[0]
 
 
-def _gather_tokens(row: Row, parts: list[Tensor], widths: list[int]) -> list[Tensor]:
-    """Sends ``parts``, heads of this rank's tokens, and puts what arrives in order of position; padding is 0.
-
-    ``widths``: heads of each tensor that came side by side.
-    """
-    batch, dim = parts[0].shape[0], parts[0].shape[3]
-    buffers = [parts[0].new_empty(batch, len(places), sum(widths), dim) for places in row.places]
-    wholes = [parts[0].new_zeros(batch, row.tokens, width, dim) for width in widths]
-    for places, part in zip(row.places, row.swap(parts, buffers), strict=True):
+def _gather_tokens(row: Row, parts: list[list[Tensor]]) -> list[Tensor]:
+    """Sends heads of this rank's tokens, ``parts[rank]`` side by side, and puts what arrives in order of position;
+    padding is 0. Its own part it puts there while the others travel."""
+    own = parts[row.group.rank]
+    widths = [piece.shape[2] for piece in own]
+    packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.others}
+    arriving = row.swap(packed, [sum(widths)] * row.group.size, row.places.counts)
+    wholes = [row.room(piece, width) for piece, width in zip(own, widths, strict=True)]
+    for whole, piece in zip(wholes, own, strict=True):
+        row.places.put(row.group.rank, piece, whole)
+    for rank, part in zip(row.others, arriving.wait(), strict=True):
         for whole, piece in zip(wholes, part.split(widths, dim=2), strict=True):
-            whole.index_copy_(1, places, piece)
+            row.places.put(rank, piece, whole)
     return wholes
+
+
+def _scatter_tokens(row: Row, wholes: tuple[Tensor, ...], rooms: list[list[Tensor]], sums: bool = False) -> None:
+    """Sends each rank its tokens of ``wholes``, side by side; what comes of this rank's tokens goes to ``rooms[rank]``.
+
+    Its own part it puts there first, while the others travel; they are added where rooms overlap (``sums``).
+    """
+    me, widths = row.group.rank, [[room.shape[2] for room in some] for some in rooms]
+    packed = {rank: _picked(wholes, row.places, rank) for rank in row.others}
+    arriving = row.swap(packed, [sum(some) for some in widths], [row.valid] * row.group.size)
+    for whole, room in zip(wholes, rooms[me], strict=True):
+        row.places.pick(me, whole, room)
+    for rank, part in zip(row.others, arriving.wait(), strict=True):
+        for room, piece in zip(rooms[rank], part.split(widths[rank], dim=2), strict=True):
+            if sums:
+                room.add_(piece)
+            else:
+                room.copy_(piece)
+
+
+def _picked(wholes: tuple[Tensor, ...], places: Places, rank: int) -> Tensor:
+    """The rank's tokens, of all tensors side by side."""
+    batch, _, _, dim = wholes[0].shape
+    widths = [whole.shape[2] for whole in wholes]
+    packed = wholes[0].new_empty(batch, places.counts[rank], sum(widths), dim)
+    for whole, room in zip(wholes, packed.split(widths, dim=2), strict=True):
+        places.pick(rank, whole, room)
+    return packed
+
+
+def _shard(like: Tensor, row: Row, shard: int, heads: int, dtype: torch.dtype, sums: bool = False) -> Tensor:
+    """This rank's tokens, ``[B, T/SP, heads, D]``: zeros where there is padding or where it ``sums``."""
+    shape, full = (like.shape[0], shard, heads, like.shape[3]), row.valid == shard
+    return like.new_empty(shape, dtype=dtype) if full and not sums else like.new_zeros(shape, dtype=dtype)
 
 
 def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
@@ -174,31 +211,30 @@ def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
 _CONTEXT = "Tensor plan, str group"
 
 
-def _row(x: Tensor, plan: Tensor, group: str) -> Row:
-    sequence, grid = plan_of(plan), group_named(group)
-    return Row.of(sequence, grid, x.device)
+def _row(plan: Tensor, group: str) -> Row:
+    return Row.of(plan_of(plan), group_named(group))
 
 
 def _run_to_heads(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     require_fit(q, plan_of(plan), group_named(group))
-    row = _row(q, plan, group)
+    row = _row(plan, group)
     return to_heads(q, k, v, row, HeadSplit(q.shape[2], k.shape[2], row.group.size))
 
 
 def _run_to_heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, group: str, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = _row(dq, plan, group)
+    row = _row(plan, group)
     split = HeadSplit(dq.shape[2] * row.group.size, kv_heads, row.group.size)
     return to_heads_adjoint(dq, dk, dv, row, split, plan_of(plan).shard)
 
 
 def _run_to_tokens(out: Tensor, plan: Tensor, group: str) -> Tensor:
-    return to_tokens(out, _row(out, plan, group), plan_of(plan).shard)
+    return to_tokens(out, _row(plan, group), plan_of(plan).shard)
 
 
 def _run_to_tokens_backward(dout: Tensor, plan: Tensor, group: str) -> Tensor:
-    return to_tokens_adjoint(dout, _row(dout, plan, group))
+    return to_tokens_adjoint(dout, _row(plan, group))
 
 
 def _run_joined(plan: Tensor, group: str) -> Tensor:
@@ -308,7 +344,7 @@ def swapped(attend: Attend) -> Attend:
     return attend_in_rows
 
 
-def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
 
     The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
@@ -317,12 +353,12 @@ def swap_volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     first, me = rank // inner * inner, rank % inner
     split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
     head = sizes.batch * sizes.head_dim * sizes.element
-    own = len(plan.positions(rank))
-    others = [other for other in range(inner) if other != me]
-    theirs = [len(plan.positions(first + other)) for other in others]
-    scattered = own * sum(split.queries + 2 * split.keys(other) for other in others)
-    gathered = sum(theirs) * split.queries
-    scattered_back = own * split.queries * len(others)
-    gathered_back = sum(theirs) * (split.queries + 2 * split.keys(me))
-    messages = (len(others) if own else 0) + sum(map(bool, theirs))
-    return Volume(head * (scattered + gathered), head * (scattered_back + gathered_back), messages, messages)
+    queries, mine, own = split.queries, split.queries + 2 * split.keys(me), len(plan.positions(rank))
+    sent = []
+    for other in range(inner):
+        theirs, together = len(plan.positions(first + other)), split.queries + 2 * split.keys(other)
+        if other != me and own:
+            sent.append((first + other, Volume(head * own * together, head * own * queries, 1, 1)))
+        if other != me and theirs:
+            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, 1, 1)))
+    return sent

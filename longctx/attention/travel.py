@@ -164,6 +164,6 @@ def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_zeros(like.shape, dtype=dtype)
 
 
-def tally(messages: list[Rows]) -> tuple[int, int]:
-    """Rows that these messages carry together, and how many of them are sent at all."""
-    return sum(map(len, messages)), sum(map(bool, messages))
+def tally(messages: list[tuple[int, Rows]]) -> tuple[int, int]:
+    """Rows that these messages carry together, and how many messages they are."""
+    return sum(len(rows) for _, rows in messages), len(messages)

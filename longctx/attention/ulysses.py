@@ -14,8 +14,8 @@ group is one row of a grid (``longctx.attention.swap``).
 from __future__ import annotations
 
 from longctx.attention import local
-from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors
-from longctx.attention.swap import swap_volume, swapped
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.swap import swap_sends, swapped
 from longctx.sequence import SequencePlan
 
 
@@ -29,11 +29,17 @@ def _refuses(case: AttentionCase) -> str | None:
     )
 
 
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return total(swap_sends(plan, rank, sizes))
+
+
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """q, k, v as parts, as they arrive, and in order; backward the gradients of these and their sums."""
-    rows, swapped_bytes = plan.shard, sizes.held(queries=1, keys=1)
-    backward = sizes.held(queries=5, keys=4, gradients=1) + swapped_bytes // plan.world
-    return Peak(rows * 3 * swapped_bytes, rows * backward)
+    """q, k, v as parts, as they arrive and in order, the rank's own part as it lies; or q, k, v beside out on its way
+    back to tokens. Backward the gradients of the heads, as they are summed, beside all of these that was saved."""
+    rows, world = plan.shard, plan.world
+    entering = sizes.held(queries=3, keys=3) - sizes.held(queries=2, keys=2) // world
+    leaving = sizes.held(queries=5, sums=1, keys=1) - sizes.held(queries=2) // world
+    return Peak(rows * max(entering, leaving), rows * sizes.held(queries=5, outputs=1, sums=1, keys=2, gradients=1))
 
 
 STRATEGIES = {
@@ -42,8 +48,9 @@ STRATEGIES = {
         swapped(local.attend),
         "contiguous",
         _refuses,
-        swap_volume,
+        volume,
         peak,
         inner=lambda case: case.world,
+        sends=swap_sends,
     )
 }

@@ -16,17 +16,23 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
-from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume, divisors
-from longctx.attention.swap import HeadSplit, swap_volume, swapped
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.swap import HeadSplit, swap_sends, swapped
 from longctx.sequence import SequencePlan
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """What the row's exchanges send, and the ring of the column with this rank's share of the heads."""
-    split = HeadSplit(sizes.heads, sizes.kv_heads, sizes.inner)
-    row, column = divmod(rank, sizes.inner)
+    inner = sizes.inner
+    split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+    row, column = divmod(rank, inner)
     own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
-    return swap_volume(plan, rank, sizes) + ring.volume(plan.joined(sizes.inner), row, own)
+    across = [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
+    return [*swap_sends(plan, rank, sizes), *across]
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    return total(sends(plan, rank, sizes))
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
@@ -54,5 +60,7 @@ def _row(case: AttentionCase) -> int:
 
 
 STRATEGIES = {
-    "usp": Strategy("usp", swapped(ring.attend), "zigzag", _refuses, volume, peak, frozenset({"inner", "travel"}), _row)
+    "usp": Strategy(
+        "usp", swapped(ring.attend), "zigzag", _refuses, volume, peak, frozenset({"inner", "travel"}), _row, sends=sends
+    )
 }

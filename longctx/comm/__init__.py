@@ -1,6 +1,6 @@
 """Exchanges that strategies use; the only place in longctx where attention's tensors leave a rank."""
 
-from longctx.comm.collective import MAX, SUM, all_reduce, broadcast
+from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import Group, Traffic, grid_of, group_named, group_of, outer_name, two_way
 
@@ -10,6 +10,7 @@ __all__ = [
     "Group",
     "Message",
     "Pending",
+    "PendingReduction",
     "Traffic",
     "all_reduce",
     "broadcast",
@@ -18,5 +19,6 @@ __all__ = [
     "group_named",
     "group_of",
     "outer_name",
+    "start_all_reduce",
     "two_way",
 ]

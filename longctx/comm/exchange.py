@@ -39,16 +39,21 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
 
     Between any two ranks messages match in the order in which both post them (NCCL has no tags), so every
     rank must post its exchanges of one group in the same order of the algorithm's steps.
+
+    Receives come first: Gloo sends a message when its receiver has said that it is ready, on the connection that also
+    carries messages the other way. After a send that word would wait behind all of it, and two ranks that swap blocks
+    would use one direction after the other.
     """
     # An empty part of a buffer would keep all of it.
     sends = [message for message in sends if message[1].numel()]
-    posted = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
+    posted = [(dist.irecv, message) for message in receives] + [(dist.isend, message) for message in sends]
     operations = [
         dist.P2POp(call, tensor, group=group.process_group, group_peer=peer)
         for call, (peer, tensor) in posted
         if tensor.numel()
     ]
-    for _, tensor in sends:
-        group.traffic.add(tensor.numel() * tensor.element_size())
+    for operation in operations:
+        if operation.op is dist.isend:
+            group.traffic.add(operation.tensor.numel() * operation.tensor.element_size(), operation.peer)
     works = dist.batch_isend_irecv(operations) if operations else []
     return Pending(works, sends, receives)

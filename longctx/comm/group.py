@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
@@ -11,14 +11,19 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 @dataclass
 class Traffic:
-    """What this rank sent through one group: payload bytes and messages, by the conventions of each exchange."""
+    """What this rank sent through one group: payload bytes and messages, by the conventions of each exchange.
+
+    ``by_receiver``: the bytes apart, by the receiver's global rank.
+    """
 
     bytes: int = 0
     messages: int = 0
+    by_receiver: dict[int, int] = field(default_factory=dict)
 
-    def add(self, size: int) -> None:
+    def add(self, size: int, receiver: int) -> None:
         self.bytes += size
         self.messages += 1
+        self.by_receiver[receiver] = self.by_receiver.get(receiver, 0) + size
 
 
 _traffic: weakref.WeakKeyDictionary[dist.ProcessGroup, Traffic] = weakref.WeakKeyDictionary()

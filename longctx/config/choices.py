@@ -5,10 +5,22 @@ name; tests/architecture holds both to the same names.
 """
 
 STRATEGIES = ("local", "ring", "striped", "burst", "token_ring", "ulysses", "usp", "gather", "tree", "rsa")
-STRATEGIES_PLANNED = (
-    "disaggregated",
-    "lasp2",
-    "zeppelin",
+LINEAR_STRATEGIES = ("lasp2", "lasp", "headwise")
+STRATEGIES_PLANNED = ("disaggregated", "zeppelin")
+# Of a layer, in model.pattern: softmax attention, linear attention.
+LAYER_KINDS = ("S", "L")
+MIXERS = (
+    "basic",
+    "retnet",
+    "lightning",
+    "simple_gla",
+    "gla",
+    "hgrn2",
+    "gated_deltanet",
+    "based",
+    "hedgehog",
+    "moba",
+    "rat",
 )
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")

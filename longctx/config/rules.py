@@ -31,6 +31,11 @@ def one_of(key: str, value: str, choices: Sequence[str], planned: Sequence[str] 
     raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices, planned)}")
 
 
+def as_word(value: object) -> str:
+    """A value as YAML and the command line write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def at_least(key: str, value: float | None, low: float) -> None:
     """Refuse a number below ``low``; None passes, its type has been checked."""
     if value is not None and value < low:

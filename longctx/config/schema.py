@@ -13,7 +13,7 @@ from typing import Any
 from longctx.config import choices
 from longctx.config.parsing import as_dict, parse
 from longctx.config.pipeline import RULES
-from longctx.config.rules import divisors, nearest_multiples, nearest_of
+from longctx.config.rules import as_word, divisors, nearest_multiples, nearest_of
 from longctx.config.sections import (
     AttentionConfig,
     CheckpointConfig,
@@ -53,6 +53,13 @@ class Config:
         """Query and key/value heads of one rank; of fewer key/value heads than ranks, each rank has one."""
         tp = self.parallel.tp
         return self.model.heads // tp, max(1, self.model.kv_heads // tp)
+
+    @property
+    def linear_strategy(self) -> str:
+        """Who moves the states of linear layers; a strategy of softmax layers leaves it to LASP-2."""
+        attention = self.attention
+        named = attention.strategy if attention.strategy in choices.LINEAR_STRATEGIES else "lasp2"
+        return attention.linear or named
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Config:
@@ -97,6 +104,7 @@ class Config:
                 f"attention.strategy=local keeps whole sequences on one rank and needs parallel.sp=1, "
                 f"got parallel.sp={self.parallel.sp}; valid with it: {', '.join(choices.STRATEGIES[1:])}"
             )
+        self._check_layers()
         if self.parallel.pp > 1:
             self._check_pipeline()
         elif (self.parallel.pp_schedule, self.parallel.pp_virtual) != ("1f1b", None):
@@ -104,6 +112,33 @@ class Config:
                 f"parallel.pp_schedule={self.parallel.pp_schedule} with parallel.pp_virtual={self.parallel.pp_virtual} "
                 "is for a pipeline, and parallel.pp=1 has none; set parallel.pp=2, or leave both out"
             )
+
+    def _check_layers(self) -> None:
+        """Strategies fit the kinds of layers that there are, and nothing is set for a kind that there is not."""
+        attention, pattern, default = self.attention, self.model.pattern, AttentionConfig()
+        linear = attention.strategy in choices.LINEAR_STRATEGIES
+        if linear and "S" in pattern:
+            nearest = "attention=lasp2h" if "L" in pattern else "attention.strategy=ring"
+            raise ConfigError(
+                f"attention.strategy={attention.strategy} is for linear layers, and model.pattern={pattern} has "
+                f"softmax layers; nearest valid: {nearest}"
+            )
+        if not linear and "S" not in pattern:
+            raise ConfigError(
+                f"attention.strategy={attention.strategy} is for softmax layers, and model.pattern={pattern} has none; "
+                f"nearest valid: attention={self.linear_strategy}"
+            )
+        unread: tuple[str, ...] = ("linear", "chunk") if "L" not in pattern else ()
+        if linear:
+            unread = ("linear", "window", "kernel", "inner", "backward", "travel")
+        for name in unread:
+            value = getattr(attention, name)
+            if value != getattr(default, name):
+                kind = "linear" if "L" not in pattern else "softmax"
+                raise ConfigError(
+                    f"attention.{name}={as_word(value)} is for {kind} layers, and model.pattern={pattern} "
+                    f"has none that reads it; leave attention.{name} at {as_word(getattr(default, name))}"
+                )
 
     def _check_pipeline(self) -> None:
         parallel, train, layers = self.parallel, self.train, self.model.layers
@@ -118,12 +153,12 @@ class Config:
         if RULES[parallel.pp_schedule].split_backward:
             given = {"recompute": train.recompute, "mlp_chunk": train.mlp_chunk, "compile": train.compile}
             for name, valid in (("recompute", "none"), ("mlp_chunk", None), ("compile", False)):
-                value, words = given[name], "null" if valid is None else str(valid).lower()
+                value = given[name]
                 if value != valid:
                     raise ConfigError(
-                        f"train.{name}={value} with parallel.pp_schedule={parallel.pp_schedule}: its backward pass "
-                        "goes over each graph twice, for inputs and for weights, and would run attention's forward "
-                        f"again; nearest valid: train.{name}={words}, or pp_schedule=interleaved_1f1b"
+                        f"train.{name}={as_word(value)} with parallel.pp_schedule={parallel.pp_schedule}: its backward "
+                        "pass goes over each graph twice, for inputs and for weights, and would run attention's "
+                        f"forward again; nearest valid: train.{name}={as_word(valid)}, or pp_schedule=interleaved_1f1b"
                     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from longctx.config import choices
 from longctx.config.pipeline import virtual_stages
-from longctx.config.rules import above, at_least, divisors, nearest_multiples, nearest_of, one_of, within
+from longctx.config.rules import above, as_word, at_least, divisors, nearest_multiples, nearest_of, one_of, within
 from longctx.errors import ConfigError, NotAvailableError
 
 
@@ -31,6 +31,13 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.06  # falls with the width: 0.02 suits 2,048 and more
+    pattern: str = "S"  # kinds of layers, repeated: S softmax attention, L linear attention
+    mixer: str | None = None  # what linear layers compute
+
+    @property
+    def kinds(self) -> str:
+        """The kind of each layer, one letter a layer."""
+        return (self.pattern * self.layers)[: self.layers]
 
     def check(self) -> None:
         """Refuse sizes that no decoder can have."""
@@ -48,6 +55,31 @@ class ModelConfig:
                 f"model.head_dim={self.head_dim} must be even, for RoPE turns pairs of channels; "
                 f"nearest valid head_dim: {nearest_multiples(self.head_dim, 2)}"
             )
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        if set(self.pattern) - set(choices.LAYER_KINDS):
+            near = "".join(letter for letter in self.pattern.upper() if letter in choices.LAYER_KINDS)
+            raise ConfigError(
+                f"model.pattern={self.pattern} must be made of S (softmax attention) and L (linear "
+                f"attention); nearest valid: {near or 'S'}"
+            )
+        if len(self.pattern) > self.layers:
+            raise ConfigError(
+                f"model.pattern={self.pattern} is longer than model.layers={self.layers}; nearest valid: "
+                f"model.layers={len(self.pattern)}, or model.pattern={self.kinds}"
+            )
+        if self.mixer is not None:
+            one_of("model.mixer", self.mixer, choices.MIXERS)
+        if (self.mixer is not None) != ("L" in self.pattern):
+            told, near = (
+                ("has linear layers, which need one", choices.MIXERS[0])
+                if self.mixer is None
+                else ("has no linear layer that reads it", "null")
+            )
+            raise ConfigError(
+                f"model.mixer={as_word(self.mixer)}: model.pattern={self.pattern} {told}; nearest valid: {near}"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,10 +95,17 @@ class AttentionConfig:
     inner: int | None = None  # neighbours in one row of sp seen as a grid, for usp and burst; None: up to them
     backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
     travel: str = "wide"  # gradients are summed on their way in fp32; narrow: straight home in train.dtype
+    linear: str | None = None  # who moves the states of linear layers; null: strategy, if it is one of theirs, or lasp2
+    chunk: int = 64  # tokens that linear layers compute at once
 
     def check(self) -> None:
         """Refuse names that stand for nothing and windows that see nothing."""
-        one_of("attention.strategy", self.strategy, choices.STRATEGIES, choices.STRATEGIES_PLANNED)
+        one_of(
+            "attention.strategy",
+            self.strategy,
+            (*choices.STRATEGIES, *choices.LINEAR_STRATEGIES),
+            choices.STRATEGIES_PLANNED,
+        )
         if self.layout is not None:
             one_of("attention.layout", self.layout, choices.LAYOUTS)
         one_of("attention.kernel", self.kernel, choices.KERNELS)
@@ -75,6 +114,9 @@ class AttentionConfig:
         at_least("attention.inner", self.inner, 1)
         one_of("attention.backward", self.backward, choices.BACKWARD_SIDES)
         one_of("attention.travel", self.travel, choices.GRADIENT_TRAVEL)
+        if self.linear is not None:
+            one_of("attention.linear", self.linear, choices.LINEAR_STRATEGIES)
+        at_least("attention.chunk", self.chunk, 1)
 
 
 @dataclass(frozen=True)

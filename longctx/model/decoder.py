@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from longctx.attention import CoreAttention
 from longctx.config import ModelConfig
-from longctx.model.block import Block
+from longctx.linear import LinearCore
+from longctx.model.block import Block, SoftmaxBlock
+from longctx.model.linear_block import LinearBlock
 from longctx.model.loss import cross_entropy_sum
 from longctx.model.rotary import rotation_of
 
@@ -49,8 +51,13 @@ class Part:
     last: bool = True
 
 
+def block_of(config: ModelConfig, layer: int) -> Block:
+    """Layer number ``layer``, of the kind that the pattern gives it."""
+    return LinearBlock(config, layer) if config.kinds[layer] == LinearBlock.kind else SoftmaxBlock(config)
+
+
 class Decoder(nn.Module):
-    """A Llama-style decoder in its configuration's sizes, or a part of one.
+    """A Llama-style decoder in its configuration's sizes and pattern of layers, or a part of one.
 
     ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its
     default device; ``initialize`` gives them their values. Those of a part have their names in the whole.
@@ -72,7 +79,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim) if embeds else None
         self.blocks = nn.ModuleList()
         for layer in part.layers:
-            self.blocks.add_module(str(layer), Block(config))
+            self.blocks.add_module(str(layer), block_of(config, layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
         headed = part.last and not tied
         self.head = Head(config.dim, config.vocab_size, bias=False) if headed else None
@@ -83,10 +90,10 @@ class Decoder(nn.Module):
     def layers(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.blocks)
 
-    def set_attention(self, attention: CoreAttention) -> None:
-        """Gives every block the object that computes its core attention."""
+    def set_attention(self, attention: CoreAttention | None, linear: LinearCore | None = None) -> None:
+        """Gives every block what computes its core: ``attention`` softmax layers, ``linear`` linear ones."""
         for block in self.layers:
-            block.attention = attention
+            block.attention = linear if isinstance(block, LinearBlock) else attention
 
     def cut(self, part: Part) -> Decoder:
         """The same decoder with only ``part`` kept. Modules are shared, but for an embedding that the head uses

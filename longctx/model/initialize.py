@@ -7,14 +7,17 @@ import math
 
 import torch
 
+from longctx.linear import get_mixer
 from longctx.model.decoder import Decoder
 
 # These write into the residual stream, which sums 2 * layers of them.
 OUTPUT_PROJECTIONS = ("attention_out", "mlp_out")
+LEARNED = "learned"  # of a linear block: what is no projection
 
 
 def initialize(model: Decoder, seed: int) -> None:
-    """Matrices are normal with ``init_std``, output projections narrower by sqrt(2 * layers); norms are 1.
+    """Matrices are normal with ``init_std``, output projections narrower by sqrt(2 * layers); norms are 1. What a
+    mixer learns of each head starts as the mixer says.
 
     Every parameter has a generator of its own, so that none depends on which others are here; all are drawn
     on the CPU in fp32, whatever the device and dtype they end in.
@@ -22,13 +25,18 @@ def initialize(model: Decoder, seed: int) -> None:
     config = model.config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(1.0)
-                continue
-            std = config.init_std
-            if name.split(".")[-2] in OUTPUT_PROJECTIONS:
-                std /= math.sqrt(2 * config.layers)
-            drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=_generator(seed, name))
+            owner, own_name = name.split(".")[-2:]
+            drawn = torch.empty(parameter.shape)
+            if owner == LEARNED:
+                assert config.mixer is not None, "linear layers have a mixer"
+                get_mixer(config.mixer).initial(own_name, drawn, _generator(seed, name))
+            elif parameter.ndim < 2:
+                drawn.fill_(1.0)
+            else:
+                std = config.init_std
+                if owner in OUTPUT_PROJECTIONS:
+                    std /= math.sqrt(2 * config.layers)
+                drawn.normal_(0.0, std, generator=_generator(seed, name))
             parameter.copy_(drawn)
 
 

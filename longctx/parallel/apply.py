@@ -5,7 +5,7 @@ from __future__ import annotations
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
-from longctx.parallel.core import core_attention
+from longctx.parallel.core import core_attention, linear_attention
 from longctx.parallel.data import shard_parameters
 from longctx.parallel.offload import offload_activations
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
@@ -23,10 +23,10 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     """
     train = config.train
     pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None
-    core = core_attention(config, mesh)
+    cores = core_attention(config, mesh), linear_attention(config, mesh)
     for part in [model] if pipeline is None else pipeline.stages:
         split_tensors(part, mesh.tensor)
-        part.set_attention(core)
+        part.set_attention(*cores)
         tile_mlps(part, train.mlp_chunk, mesh.tensor.size())
         if train.recompute != "none":
             recompute = offload_activations if train.offload else recompute_activations

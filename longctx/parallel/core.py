@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of
+from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
 from longctx.config import Config
+from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
 from longctx.sequence import Layout, Mask, make_layout
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout that the configuration names, or the one that its strategy prefers."""
+    """The layout that the configuration names, or the one that its strategy prefers; softmax layers choose first."""
     attention = config.attention
-    name = attention.layout or get_strategy(attention.strategy).layout
+    preferred = get_strategy(attention.strategy) if "S" in config.model.pattern else get_linear(config.linear_strategy)
+    name = attention.layout or preferred.layout
     return make_layout(name, attention.layout_block)
 
 
@@ -37,10 +39,42 @@ def attention_case(config: Config) -> AttentionCase:
     )
 
 
-def core_attention(config: Config, mesh: Mesh) -> StrategyAttention:
-    """One object for all layers; ranks of a sequence group call it at the same point."""
+def core_attention(config: Config, mesh: Mesh) -> StrategyAttention | None:
+    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point."""
+    if "S" not in config.model.pattern:
+        return None
     attention, case = config.attention, attention_case(config)
     inner = inner_of(get_strategy(attention.strategy), case)
     return StrategyAttention(
         attention.strategy, mesh.sequence_group, attention.kernel, inner=inner, options=case.options
     )
+
+
+def linear_case(config: Config) -> LinearCase:
+    """What the run asks of the strategy of its linear layers, on each rank."""
+    attention, (heads, _) = config.attention, config.local_heads
+    assert config.model.mixer is not None, "a pattern with linear layers has a mixer"
+    return LinearCase(
+        world=config.parallel.sp,
+        heads=heads,
+        mixer=config.model.mixer,
+        layout=layout_of(config).name,
+        layout_block=attention.layout_block,
+        chunk=attention.chunk,
+        causal=True,
+    )
+
+
+def linear_attention(config: Config, mesh: Mesh) -> LinearAttention | None:
+    """One object for all linear layers, if there are any."""
+    if "L" not in config.model.pattern:
+        return None
+    return LinearAttention(config.linear_strategy, mesh.sequence_group, config.attention.chunk)
+
+
+def require_cores(config: Config) -> None:
+    """Refuses what a strategy does not execute exactly in layers of its kind. Raises ``ConfigError``."""
+    if "S" in config.model.pattern:
+        require(get_strategy(config.attention.strategy), attention_case(config))
+    if "L" in config.model.pattern:
+        require_linear(get_linear(config.linear_strategy), linear_case(config))

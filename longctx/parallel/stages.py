@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from longctx.config import Config, ParallelConfig
 from longctx.config.pipeline import RULES
-from longctx.model import Part
+from longctx.model import LayerFlops, Part
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,18 @@ class Costs:
 def estimate_costs(config: Config) -> Costs:
     """Of a whole sequence without document edges: edges differ from batch to batch, stages do not.
 
-    A weight costs 2 FLOP per token, a visible (query, key) pair two products of head_dim in every head. The
-    embedding is a lookup: one operation per channel.
+    The embedding is a lookup: one operation per channel.
     """
     model, length = config.model, config.data.seq_len
     window = min(config.attention.window or length, length)
     pairs = window * (window + 1) // 2 + (length - window) * window
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    weights = 2.0 * length * model.dim * (heads + 3 * model.hidden_dim)
-    layer = weights + 4.0 * pairs * model.heads * model.head_dim
+    flops = LayerFlops.of(model, config.attention.chunk)
+    cost = {
+        "S": flops.softmax_weights * length + flops.pair * pairs,
+        "L": (flops.linear_weights + flops.linear_core) * length,
+    }
     return Costs(
-        (layer,) * model.layers,
+        tuple(cost[kind] for kind in model.kinds),
         embedding=float(length * model.dim),
         head=2.0 * length * model.dim * model.vocab_size,
     )

@@ -11,6 +11,7 @@ again; ``selective`` keeps what they returned.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from longctx.config import ModelConfig
-from longctx.model import Decoder
+from longctx.model import Block, Decoder, LinearBlock
 from longctx.parallel.vocabulary import ShardedVocabulary, lookup
 
 TOKENS, HEADS = 1, 2  # dims of [B, T, H, D]
@@ -41,37 +42,56 @@ def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     """
     if mesh.size() == 1:
         return
-    block_plan = plan_of_block(model.config, mesh.size())
     styles: dict[str, ParallelStyle] = {"embedding": EmbeddingRows(), "norm": GatheredNorm(), "head": VocabularyRows()}
     # A tied model has no head, a pipeline stage only its own parts.
     outer_plan = {name: style for name, style in styles.items() if getattr(model, name) is not None}
     # Weights are whole here already, so that nothing has to be sent to split them.
     parallelize_module(model, mesh, outer_plan, src_data_rank=None)
     for block in model.layers:
-        parallelize_module(block, mesh, block_plan, src_data_rank=None)
+        parallelize_module(block, mesh, plan_of_block(block, model.config, mesh.size()), src_data_rank=None)
+        if isinstance(block, LinearBlock):
+            split_heads(block, mesh)
     model.vocabulary = ShardedVocabulary(mesh)
 
 
-def plan_of_block(config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
+def plan_of_block(block: Block, config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
     """What happens to each module of a block."""
-    replicated = config.kv_heads < degree
     plan: dict[str, ParallelStyle] = {
         "attention_norm": GatheredNorm(),
-        "q": ColwiseParallel(),
-        "k": SharedHead(config) if replicated else ColwiseParallel(),
-        "v": SharedHead(config) if replicated else ColwiseParallel(),
         "attention_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
         "mlp_norm": GatheredNorm(),
         "gate": ColwiseParallel(),
         "up": ColwiseParallel(),
         "mlp_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
     }
-    if config.qk_norm:
-        # One weight for all heads: its gradient is a sum over the ranks, shared heads included, for each of
-        # their copies brings only what its own queries ask of it.
-        plan["q_norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
-        plan["k_norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
+    if isinstance(block, LinearBlock):
+        plan |= {f"projections.{name}": ColwiseParallel() for name in block.projections}
+        plan["out_gate"] = ColwiseParallel()
+        norms = ["out_norm"] if block.mixer.normed else []
+    else:
+        replicated = config.kv_heads < degree
+        plan["q"] = ColwiseParallel()
+        plan["k"] = SharedHead(config) if replicated else ColwiseParallel()
+        plan["v"] = SharedHead(config) if replicated else ColwiseParallel()
+        norms = ["q_norm", "k_norm"] if config.qk_norm else []
+    # One weight for all heads: its gradient is a sum over the ranks, shared heads included, for each of their
+    # copies brings only what its own queries ask of it.
+    plan |= {name: SequenceParallel(sequence_dim=HEADS, use_local_output=True) for name in norms}
     return plan
+
+
+def split_heads(block: LinearBlock, mesh: DeviceMesh) -> None:
+    """Leaves a rank what is learned or fixed of its own heads, ``[H/TP, ...]``."""
+    for name, parameter in block.learned.items():
+        part: Any = distribute_tensor(cast("Tensor", parameter), mesh, [Shard(0)], src_data_rank=None)
+        block.learned[name] = nn.Parameter(part)
+    for name, whole in block.named_buffers(recurse=False):
+        setattr(block, name, whole.chunk(mesh.size())[mesh.get_local_rank()])
+    block.by_head = partial(_own_heads, block.by_head)  # type: ignore[method-assign]
+
+
+def _own_heads(by_head: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in by_head().items()}
 
 
 class GatheredNorm(SequenceParallel):

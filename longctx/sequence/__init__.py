@@ -2,9 +2,10 @@
 
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, shard, unshard
 from longctx.sequence.documents import Documents
+from longctx.sequence.halo import Halo
 from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
-from longctx.sequence.plan import SequencePlan, make_plan, plan_of
+from longctx.sequence.plan import Places, SequencePlan, make_plan, plan_of
 from longctx.sequence.rotation import Rotation
 from longctx.sequence.rows import Rows
 from longctx.sequence.tiles import Tile, TileSet
@@ -16,9 +17,11 @@ __all__ = [
     "Contiguous",
     "Documents",
     "Explicit",
+    "Halo",
     "Layout",
     "LocalBatch",
     "Mask",
+    "Places",
     "Rotation",
     "Rows",
     "SequencePlan",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
+from longctx.sequence.halo import Halo, plan_halo
 from longctx.sequence.layout import Joined, Layout, shard_length
 from longctx.sequence.mask import Mask
 from longctx.sequence.rotation import Rotation, plan_rotation
@@ -35,22 +36,54 @@ from longctx.sequence.tiles import (
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
 _ids = itertools.count()
+_CPU = torch.device("cpu")
+
+
+MOST_RUNS = 8  # copies of whole runs of tokens are quicker than by index, as long as they are few
 
 
 class Places:
-    """Where tokens of several ranks lie in one buffer of all, in order of position: indices by rank."""
+    """Where tokens of several ranks lie in one buffer of all, in order of position."""
 
     def __init__(self, held: Sequence[Int64]) -> None:
         """``held``: ascending global positions, by rank."""
         self.positions = np.sort(np.concatenate(held))
+        self.counts = tuple(map(len, held))
         self._by_rank = [np.searchsorted(self.positions, part) for part in held]
+        self._runs = [_runs(places) for places in self._by_rank]
         self._on: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """int64, by rank. Moved once, for a copy from ordinary memory makes the host wait."""
+    def put(self, rank: int, part: Tensor, whole: Tensor, dim: int = 1) -> None:
+        """Writes ``part``, the rank's tokens in order along ``dim``, to their places in ``whole``."""
+        runs = self._runs[rank]
+        if runs is None:
+            whole.index_copy_(dim, self._indices(rank, whole.device), part)
+            return
+        for (start, stop), offset in zip(runs.intervals, runs.offsets, strict=True):
+            whole.narrow(dim, start, stop - start).copy_(part.narrow(dim, offset, stop - start))
+
+    def pick(self, rank: int, whole: Tensor, part: Tensor, dim: int = 1) -> None:
+        """Reads the rank's tokens from their places in ``whole`` into ``part``, whose strides and dtype may differ."""
+        runs = self._runs[rank]
+        if runs is None:
+            part.copy_(whole.index_select(dim, self._indices(rank, whole.device)))
+            return
+        for (start, stop), offset in zip(runs.intervals, runs.offsets, strict=True):
+            part.narrow(dim, offset, stop - start).copy_(whole.narrow(dim, start, stop - start))
+
+    def _indices(self, rank: int, device: torch.device) -> Tensor:
+        """int64. Moved once, for a copy from ordinary memory makes the host wait."""
         if device not in self._on:
             self._on[device] = tuple(torch.from_numpy(places).to(device) for places in self._by_rank)
-        return self._on[device]
+        return self._on[device][rank]
+
+
+def _runs(places: Int64) -> Rows | None:
+    """The places as intervals; None if those are many."""
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    if len(breaks) >= MOST_RUNS:
+        return None
+    return Rows(tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(places, breaks) if len(part)))
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,7 @@ class SequencePlan:
         self._row_places: dict[tuple[int, int], Places] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
         self._head: SequencePlan | None = None
+        self._halos: dict[tuple[int, int, torch.device], Halo] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
         _plans[self.id] = self
@@ -174,6 +208,17 @@ class SequencePlan:
         if (inner, row) not in self._row_places:
             self._row_places[inner, row] = Places(self._positions[row * inner : (row + 1) * inner])
         return self._row_places[inner, row]
+
+    def halo(self, reader: int, reach: int, device: torch.device = _CPU) -> Halo:
+        """What ``reader`` needs of other ranks to look ``reach`` tokens back."""
+        key = (reader, reach, device)
+        if key not in self._halos:
+            if device == _CPU:
+                made = plan_halo(self._positions, self.documents, reader, reach, self.shard)
+            else:
+                made = self.halo(reader, reach).to(device)
+            self._halos[key] = made
+        return self._halos[key]
 
     def joined(self, inner: int) -> SequencePlan:
         """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""

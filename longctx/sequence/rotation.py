@@ -83,30 +83,36 @@ class Rotation:
         """Rows whose last reader in this lap is the holder at ``hop``: their sums are complete and go home."""
         return self.at(owner, hop).summed - self.riding(owner, hop + 1)
 
-    def leaving(self, rank: int) -> list[Rows]:
-        """What each message of a pass around the ring carries away from ``rank``, empty ones included."""
+    def leaving(self, rank: int) -> list[tuple[int, Rows]]:
+        """Receiver and rows of each message from ``rank`` in a pass around the ring; empty ones are not sent."""
         found = []
         for hop in range(self.world):
             owner = self.owner(rank, hop)
             if hop % self.lap == 0:
-                found.append(self.carried(owner, hop + self.lap))
+                found.append((owner, hop + self.lap))
             if (hop + 1) % self.lap:
-                found.append(self.carried(owner, hop + 1))
-        return found
+                found.append((owner, hop + 1))
+        sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
+        return [(receiver, rows) for receiver, rows in sent if rows]
 
-    def returning(self, rank: int, straight: bool) -> list[Rows]:
-        """What each message with gradients carries away from ``rank``, empty ones included.
+    def returning(self, rank: int, straight: bool) -> list[tuple[int, Rows]]:
+        """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
 
         ``straight``: each holder's share goes home by itself, of the rows that it reads.
         """
-        held = [(self.owner(rank, hop), hop) for hop in range(1, self.world)]
-        if straight:
-            return [self.at(owner, hop).read for owner, hop in held]
-        return [rows for owner, hop in held for rows in (self.riding(owner, hop + 1), self.ended(owner, hop))]
+        sent = []
+        for hop in range(1, self.world):
+            owner = self.owner(rank, hop)
+            if straight:
+                sent.append((owner, self.at(owner, hop).read))
+            else:
+                sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
+                sent.append((owner, self.ended(owner, hop)))
+        return [(receiver, rows) for receiver, rows in sent if rows]
 
     def rows_sent(self, rank: int) -> int:
         """Rows of a block that ``rank`` passes on in one pass around the ring."""
-        return sum(map(len, self.leaving(rank)))
+        return sum(len(rows) for _, rows in self.leaving(rank))
 
     @cached_property
     def cost(self) -> tuple[int, int]:

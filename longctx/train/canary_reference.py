@@ -1,4 +1,5 @@
-"""What the canary expects: the step on one device, with attention by its definition, in fp64.
+"""What the canary expects: the step on one device, in fp64, with attention by its definition and linear layers token
+by token.
 
 It shares the decoder's code with the run and nothing else: no plan, layout, tile, kernel, chunked loss or
 recompute.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ from torch import Tensor
 from longctx.attention import dense_attention
 from longctx.attention.core import Started
 from longctx.config import Config
-from longctx.model import Decoder, initialize
+from longctx.linear import Inputs, Mixer
+from longctx.model import Decoder, LinearBlock, initialize
 from longctx.parallel.core import mask_of
 from longctx.parallel.data import master_dtype
 from longctx.sequence import IGNORE, Batch, Documents, Mask
@@ -75,6 +78,10 @@ def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]
     return Findings(torch.stack([outputs[name] for name in names]), loss, gradients)
 
 
+def _token_by_token(mixer: Mixer, documents: Documents, inputs: Inputs, plan: Tensor) -> Tensor:
+    return mixer.recurrence(inputs, [documents])
+
+
 def _rows(batch: Batch) -> list[Batch]:
     return [
         Batch(batch.tokens[row : row + 1], batch.labels[row : row + 1], (documents,))
@@ -86,6 +93,9 @@ def _logits(model: Decoder, row: Batch, mask: Mask, device: torch.device) -> Ten
     """``[S, V]`` of one whole sequence."""
     (documents,) = row.documents
     model.set_attention(DenseAttention(documents, mask))
+    for block in model.layers:
+        if isinstance(block, LinearBlock):
+            block.mix = partial(_token_by_token, block.mixer, documents)  # type: ignore[method-assign]
     positions = torch.cat([torch.arange(length) for length in documents.lengths.tolist()])[None]
     no_plan = torch.zeros((), dtype=torch.int64)
     logits: Tensor = model(row.tokens.to(device), positions.to(device), no_plan)

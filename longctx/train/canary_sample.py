@@ -20,11 +20,12 @@ VOCABULARY = 64
 MICRO_BATCHES = 2  # the first spans all ranks with one document, the second has edges on theirs
 DISTINCT = 4  # sequences; more data-parallel groups take them in turn
 SHORTEST = 19  # tokens of a sequence
-LARGEST_BLOCK = 4  # of the striped layout: the run's own would put a short sequence on one rank
+LARGEST_BLOCK = 4  # of the striped layout, and chunk: the run's own would put a short sequence on one rank, or in one
 
 
 def shrink(config: Config) -> Config:
-    """The same run with one layer per pipeline stage, a few tokens per rank, and a window in the same proportion.
+    """The same run with one layer per pipeline stage (and of each kind), a few tokens per rank, and a window in the
+    same proportion.
 
     Head counts, head dimension and whatever else attention depends on stay. Wider initial weights make
     attention far from uniform, so that a wrong scale or mask shows.
@@ -34,8 +35,15 @@ def shrink(config: Config) -> Config:
     length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
     # Tensor parallelism wants equal parts of both.
     vocabulary, hidden = (-(-size // config.parallel.tp) * config.parallel.tp for size in (VOCABULARY, 2 * DIM))
-    layers = config.parallel.stages
-    sizes = {"vocab_size": vocabulary, "dim": DIM, "layers": layers, "hidden_dim": hidden, "init_std": DIM**-0.5}
+    pattern = "".join(dict.fromkeys(config.model.pattern))  # each kind once
+    sizes = {
+        "vocab_size": vocabulary,
+        "dim": DIM,
+        "layers": max(config.parallel.stages, len(pattern)),
+        "hidden_dim": hidden,
+        "init_std": DIM**-0.5,
+        "pattern": pattern,
+    }
     window = attention.window
     if window is not None:
         # A window of one token would leave nothing to attend to.
@@ -45,7 +53,7 @@ def shrink(config: Config) -> Config:
     return replace(
         config,
         model=replace(config.model, **sizes),
-        attention=replace(attention, layout_block=block, window=window),
+        attention=replace(attention, layout_block=block, window=window, chunk=min(attention.chunk, LARGEST_BLOCK)),
         data=replace(config.data, seq_len=length),
         train=replace(
             config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.comm import group_of
-from longctx.config import ModelConfig
+from longctx.config import Config, ModelConfig
 from longctx.mesh import Mesh
+from longctx.model import LayerFlops
 from longctx.sequence import LocalBatch
 from longctx.train.gather import gather_numbers
 
@@ -30,15 +31,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == dtype), None)
 
 
-def training_flops(model: ModelConfig, tokens: float, cells: float) -> float:
+def training_flops(model: ModelConfig, chunk: int, tokens: float, cells: float) -> float:
     """Forward and backward of ``tokens`` with ``cells`` (query, key) pairs; recompute is not counted.
 
-    A weight costs 2 FLOP per token forward and 4 backward; a cell two products of head_dim forward and four
-    backward, in every head. The lookup of embeddings costs nothing, the head does.
+    The lookup of embeddings costs nothing, the head does. ``chunk``: tokens that a linear layer computes at once.
     """
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    weights = model.layers * model.dim * (heads + 3 * model.hidden_dim) + model.vocab_size * model.dim
-    return 6.0 * weights * tokens + 12.0 * model.layers * model.heads * model.head_dim * cells
+    flops, softmax, linear = LayerFlops.of(model, chunk), model.kinds.count("S"), model.kinds.count("L")
+    token = softmax * flops.softmax_weights + linear * (flops.linear_weights + flops.linear_core)
+    head = 2.0 * model.vocab_size * model.dim
+    return 3.0 * ((token + head) * tokens + softmax * flops.pair * cells)
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Meter:
             stop=any(stops),
         )
 
-    def utilization(self, model: ModelConfig, tokens: int, cells: int, seconds: float) -> float | None:
+    def utilization(self, config: Config, tokens: int, cells: int, seconds: float) -> float | None:
         """Share of the devices' peak that the model's arithmetic took; None without a known peak."""
         if self.peak is None:
             return None
         ranks = dist.get_world_size(self.mesh.world_group)
-        return training_flops(model, tokens, cells) / (seconds * ranks * self.peak)
+        return training_flops(config.model, config.attention.chunk, tokens, cells) / (seconds * ranks * self.peak)

@@ -98,7 +98,9 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     warmup = -(-config.optim.warmup_steps * steps // train.steps)
     return replace(
         tiny,
-        model=replace(tiny.model, layers=max(LAYERS, parallel.stages), head_dim=min(LARGEST_HEAD, tiny.model.head_dim)),
+        model=replace(
+            tiny.model, layers=max(LAYERS, tiny.model.layers), head_dim=min(LARGEST_HEAD, tiny.model.head_dim)
+        ),
         optim=replace(
             tiny.optim,
             lr=min(LARGEST_LR, tiny.optim.lr),

@@ -91,7 +91,6 @@ class Trainer:
         self.state.step += 1
         seen = self.meter.observe(batches)
         seconds = time.perf_counter() - started
-        model = self.config.model
         record = {
             "step": self.state.step,
             "loss": result.loss,
@@ -100,8 +99,8 @@ class Trainer:
             "tokens": seen.tokens,
             "tokens_per_second": seen.tokens / seconds,
             "step_seconds": seconds,
-            "mfu_causal": self.meter.utilization(model, seen.tokens, seen.cells, seconds),
-            "mfu_full": self.meter.utilization(model, seen.tokens, seen.full_cells, seconds),
+            "mfu_causal": self.meter.utilization(self.config, seen.tokens, seen.cells, seconds),
+            "mfu_full": self.meter.utilization(self.config, seen.tokens, seen.full_cells, seconds),
             "memory_peak_bytes": seen.memory_peak_bytes,
             "comm_bytes": seen.comm_bytes,
             "exposed_comm_seconds": None,  # needs device timelines, which nothing reads yet

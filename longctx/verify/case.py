@@ -17,7 +17,6 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 # what the same kernel loses on one device; the upper end keeps a wrong kernel from excusing itself.
 TOLERANCE = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
 ROUNDING_FACTOR = 2.5
-TENSORS = ("out", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,11 @@ class VerifyCase:
     inner: int | None = None
     backward: str = "auto"
     travel: str = "wide"
+    mixer: str | None = None  # of a linear strategy; None for softmax attention
+    chunk: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block"):
+        for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.dtype not in DTYPES:
@@ -90,8 +91,8 @@ class VerifyCase:
         return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
 
     def refused(self) -> str | None:
-        """Why this is not executed exactly: by the strategy's own declaration, the mask's, the layout's or the
-        kernel's rules; None if it is.
+        """Why softmax attention is not executed exactly: by the strategy's own declaration, the mask's, the layout's
+        or the kernel's rules; None if it is.
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:

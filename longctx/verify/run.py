@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,24 +15,57 @@ from longctx.attention.operator import IMPLEMENTATIONS
 from longctx.attention.registry import inner_of
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
-from longctx.verify.case import ROUNDING_FACTOR, TENSORS, TOLERANCE, RankResult, Verdict, VerifyCase
+from longctx.verify import linear
+from longctx.verify.case import ROUNDING_FACTOR, TOLERANCE, RankResult, Verdict, VerifyCase
 from longctx.verify.memory import PeakMemory
 
 
 def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
     """Forward and backward of this rank's share, with the random upstream gradient of the case."""
-    ranks, plan = group_of(group), case.plan()
-    q, k, v, dout = (cut(whole, plan, ranks.rank) for whole in case.inputs())
-    for tensor in (q, k, v):
+    ranks, plan, by_head = group_of(group), case.plan(), shared_inputs(case)
+    local = {
+        name: whole.clone() if name in by_head else cut(whole, plan, ranks.rank)
+        for name, whole in whole_inputs(case).items()
+    }
+    dout = local.pop("dout")
+    for tensor in local.values():
         tensor.requires_grad_()
-    attention = attention_of(case, group)
+    compute = core_of(case, group)
     before = ranks.traffic.bytes
     with PeakMemory(IMPLEMENTATIONS) as memory:
-        out = attention(q, k, v, plan.handle)
+        out = compute(local, plan.handle)
         between = ranks.traffic.bytes
-        grads = torch.autograd.grad(out, (q, k, v), dout)
-    tensors = dict(zip(TENSORS, (out.detach(), *grads), strict=True))
-    return RankResult(tensors, between - before, ranks.traffic.bytes - between, memory.peak)
+        grads = torch.autograd.grad(out, list(local.values()), dout)
+    return RankResult(_named(out, local, grads), between - before, ranks.traffic.bytes - between, memory.peak)
+
+
+def whole_inputs(case: VerifyCase) -> dict[str, Tensor]:
+    """What is computed from, by name, and the upstream gradient ``dout``; the same on every rank."""
+    if case.mixer is not None:
+        return linear.inputs(case)
+    return dict(zip(("q", "k", "v", "dout"), case.inputs(), strict=True))
+
+
+def shared_inputs(case: VerifyCase) -> frozenset[str]:
+    """Inputs of which every rank holds all, and a share of the gradient."""
+    return linear.by_head(case) if case.mixer is not None else frozenset()
+
+
+def core_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """From a rank's inputs and the plan's handle to its output; ranks of the group call it at the same point."""
+    if case.mixer is not None:
+        return partial(linear.computed, case, group)
+    attention = attention_of(case, group)
+    return lambda local, plan: attention(local["q"], local["k"], local["v"], plan)
+
+
+def refusal_of(case: VerifyCase) -> str | None:
+    """Why this is not executed exactly; None if it is."""
+    return case.refused() if case.mixer is None else linear.refused(case)
+
+
+def _named(out: Tensor, inputs: Iterable[str], grads: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
 
 
 def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
@@ -48,30 +83,38 @@ def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
 
 
 def reference(case: VerifyCase) -> dict[str, Tensor]:
-    """(out, dq, dk, dv) of dense attention in float64, on the case's inputs as rounded to its dtype."""
-    q, k, v, dout = (whole.double() for whole in case.inputs())
-    for tensor in (q, k, v):
+    """The output and all gradients in float64, on the case's inputs as rounded to its dtype: of dense attention, or
+    of a mixer's recurrence."""
+    whole = {name: value.double() for name, value in whole_inputs(case).items()}
+    dout = whole.pop("dout")
+    for tensor in whole.values():
         tensor.requires_grad_()
-    out = dense_attention(q, k, v, case.packing, case.mask)
-    return dict(zip(TENSORS, (out.detach(), *torch.autograd.grad(out, (q, k, v), dout)), strict=True))
+    if case.mixer is not None:
+        out = linear.reference(case, whole)
+    else:
+        out = dense_attention(whole["q"], whole["k"], whole["v"], case.packing, case.mask)
+    return _named(out, whole, torch.autograd.grad(out, list(whole.values()), dout))
 
 
 def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[str, Tensor]]:
     """The verdict, and the whole computed tensors in natural order (with the inputs) for ``--dump``."""
-    plan, truth = case.plan(), reference(case)
-    whole = {name: unshard([result.tensors[name] for result in results], plan) for name in TENSORS}
-    q, k, v, dout = case.inputs()
-    errors = _errors(case, plan, whole, truth, dout)
-    limits = _limits(case, truth, dout)
+    plan, truth, inputs = case.plan(), reference(case), whole_inputs(case)
+    added = {f"d{name}" for name in shared_inputs(case)}
+    whole = {}
+    for name in truth:
+        parts = [result.tensors[name] for result in results]
+        whole[name] = torch.stack(parts).sum(0) if name in added else unshard(parts, plan)
+    errors = _errors(case, plan, whole, truth)
+    limits = _limits(case, truth)
     padding = any(
         bool(result.tensors[name][:, len(plan.positions(rank)) :].any())
         for rank, result in enumerate(results)
-        for name in TENSORS
+        for name in truth.keys() - added
     )
     verdict = Verdict(
         strategy=case.strategy,
         layout=case.layout,
-        mixer=None,
+        mixer=case.mixer,
         world=case.world,
         backend=case.backend,
         dtype=case.dtype,
@@ -81,36 +124,41 @@ def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[st
         bytes_backward=[result.bytes_backward for result in results],
         peak_extra_bytes=max(result.peak_extra_bytes for result in results),
         # A NaN compares false: it never passes.
-        passed=not padding and all(errors[name] <= limits[name] for name in TENSORS),
+        passed=not padding and all(errors[name] <= limits[name] for name in truth),
     )
-    return verdict, {"q": q, "k": k, "v": v, "dout": dout, **whole}
+    return verdict, {**inputs, **whole}
 
 
 def refused(case: VerifyCase, reason: str) -> Verdict:
-    return Verdict(case.strategy, case.layout, None, case.world, case.backend, case.dtype, reason, {}, [], [], 0, False)
+    return Verdict(
+        case.strategy, case.layout, case.mixer, case.world, case.backend, case.dtype, reason, {}, [], [], 0, False
+    )
 
 
 def _errors(
-    case: VerifyCase, plan: SequencePlan, whole: dict[str, Tensor], truth: dict[str, Tensor], dout: Tensor
+    case: VerifyCase, plan: SequencePlan, whole: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> dict[str, float]:
     """Worst rank's error norm over (norm of the whole reference + 1e-3 of the upstream gradient's)."""
-    upstream = 1e-3 * dout.double().norm()
+    upstream, shared = 1e-3 * whole_inputs(case)["dout"].double().norm(), shared_inputs(case)
     errors = {}
-    for name in TENSORS:
-        difference = whole[name].double() - truth[name]
+    for name, expected in truth.items():
+        difference = whole[name].double() - expected
+        if name[1:] in shared:
+            errors[name] = float(difference.norm() / (expected.norm() + upstream))
+            continue
         by_rank = [difference[:, torch.from_numpy(plan.positions(rank))].norm() for rank in range(case.world)]
-        errors[name] = float(torch.stack(by_rank).max() / (truth[name].norm() + upstream))
+        errors[name] = float(torch.stack(by_rank).max() / (expected.norm() + upstream))
     return errors
 
 
-def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[str, float]:
+def _limits(case: VerifyCase, truth: dict[str, Tensor]) -> dict[str, float]:
     """How far each tensor may be off; see ``TOLERANCE``."""
     least, most = TOLERANCE[case.dtype]
     if least == most:
-        return dict.fromkeys(TENSORS, most)
+        return dict.fromkeys(truth, most)
     alone = replace(
         case,
-        strategy="local",
+        strategy="local" if case.mixer is None else case.strategy,
         layout="contiguous",
         layout_block=1,
         world=1,
@@ -119,5 +167,5 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor], dout: Tensor) -> dict[st
         travel="wide",
     )
     single = run_rank(alone, None).tensors
-    errors = _errors(alone, alone.plan(), single, truth, dout)
+    errors = _errors(alone, alone.plan(), single, truth)
     return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}

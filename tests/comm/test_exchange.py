@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.comm import Group, exchange, grid_of, group_named, group_of, two_way
+from longctx.comm import SUM, Group, all_reduce, broadcast, exchange, grid_of, group_named, group_of, two_way
 from longctx.sim import Cluster, DeadlockError
 
 
@@ -25,6 +25,36 @@ def test_messages_arrive_in_the_order_in_which_both_sides_post_them():
     for rank, received in enumerate(Cluster(3).run(body)):
         after, before = (rank + 1) % 3, (rank - 1) % 3
         assert received == [[10 * before + i, -10 * after - i] for i in (3, 2, 1, 0)]
+
+
+def test_receives_are_posted_before_sends(monkeypatch):
+    """Gloo tells a sender that its receiver is ready on the connection that carries messages the other way."""
+    posted = []
+    batch = dist.batch_isend_irecv
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda ops: posted.append([op.op for op in ops]) or batch(ops))
+
+    def body():
+        other = 1 - dist.get_rank()
+        sends, receives = [(other, torch.ones(2)), (other, torch.ones(3))], [(other, torch.empty(2))]
+        exchange(group_of(dist.group.WORLD), sends, [*receives, (other, torch.empty(3))]).wait()
+
+    Cluster(2).run(body)
+    assert posted == [[dist.irecv, dist.irecv, dist.isend, dist.isend]] * 2
+
+
+def test_bytes_are_counted_by_receiver_under_global_ranks():
+    def body():
+        pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+        mine = group_of(pairs[0] if dist.get_rank() in (0, 3) else pairs[1])
+        exchange(mine, [(1 - mine.rank, torch.ones(5))], [(1 - mine.rank, torch.empty(5))]).wait()
+        all_reduce(mine, torch.ones(3), SUM)
+        broadcast(mine, torch.ones(7), 0)
+        return mine.traffic.by_receiver
+
+    cluster = Cluster(4)
+    counted = cluster.run(body)
+    assert counted == [{3: 20 + 12 + 28}, {2: 60}, {1: 32}, {0: 32}]
+    assert {(rank, to): size for rank, by in enumerate(counted) for to, size in by.items()} == cluster.ledger.by_edge()
 
 
 def test_an_empty_message_is_not_sent_and_costs_nothing():
@@ -108,7 +138,7 @@ def test_a_grid_and_its_other_channel_are_found_by_name_and_count_together():
 def test_a_single_process_needs_no_process_group():
     group = group_of(None)
     assert (group, group.name, group_named("")) == (Group(None, 0, 1), "", group)
-    assert vars(group.traffic) == {"bytes": 0, "messages": 0}
+    assert vars(group.traffic) == {"bytes": 0, "messages": 0, "by_receiver": {}}
     assert exchange(group, [(0, torch.empty(0))], [(0, torch.empty(0))]).wait()[0].numel() == 0
 
 

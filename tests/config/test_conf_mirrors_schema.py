@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from longctx.config import Config
-from longctx.config.choices import BACKENDS, ENGINES, ENGINES_PLANNED, SOURCES, STRATEGIES
+from longctx.config.choices import BACKENDS, ENGINES, ENGINES_PLANNED, LINEAR_STRATEGIES, SOURCES, STRATEGIES
 from longctx.launcher.compose import CONF, compose, groups
 
 SECTIONS = {field.name: set(getattr(Config(), field.name).__dataclass_fields__) for field in fields(Config)}
@@ -50,8 +50,18 @@ def test_the_default_composition_is_the_default_configuration():
 def test_groups_offer_what_the_schema_knows():
     assert set(groups()["comm"]) == set(BACKENDS)
     assert set(groups()["data"]) == set(SOURCES)
-    assert set(groups()["attention"]) == set(STRATEGIES)
+    assert set(groups()["attention"]) == {*STRATEGIES, *LINEAR_STRATEGIES, "lasp2h"}
     assert set(groups()["engine"]) == {*ENGINES, *ENGINES_PLANNED}
+
+
+# Options that need another one beside them.
+COMPANIONS = {
+    "data=text": ["data.path=corpus"],
+    "data=tokens": ["data.path=corpus"],
+    "attention=lasp2h": ["model=hybrid_gdn"],
+    **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},
+    **{f"model={model}": ["attention=lasp2"] for model in ("linear_retnet", "linear_llama_1b")},
+}
 
 
 @pytest.mark.parametrize(
@@ -64,8 +74,7 @@ def test_groups_offer_what_the_schema_knows():
     ],
 )
 def test_every_option_composes(choice):
-    extra = ["data.path=corpus"] if choice in ("data=text", "data=tokens") else []
-    compose([choice, *extra]).check()
+    compose([choice, *COMPANIONS.get(choice, [])]).check()
 
 
 def test_the_demo_recipe_is_sequence_parallel_over_real_text():

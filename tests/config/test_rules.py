@@ -219,7 +219,9 @@ def test_a_schedule_without_a_pipeline_is_refused(given):
 @pytest.mark.parametrize(("name", "value"), [("recompute", "full"), ("mlp_chunk", 64), ("compile", True)])
 def test_a_split_backward_takes_no_recompute_tiles_or_compile(schedule, name, value):
     mapping = {"parallel": {"pp": 2, "pp_schedule": schedule}, "train": {name: value}}
-    with pytest.raises(ConfigError, match=rf"train\.{name}={value} with parallel\.pp_schedule={schedule}.*nearest"):
+    with pytest.raises(
+        ConfigError, match=rf"train\.{name}={str(value).lower()} with parallel\.pp_schedule={schedule}.*nearest"
+    ):
         Config.from_dict(mapping)
     Config.from_dict({**mapping, "parallel": {"pp": 2, "pp_schedule": "interleaved_1f1b"}})
 
@@ -251,3 +253,37 @@ def test_levers_that_break_a_graph_are_refused_under_compilation(lever):
     with pytest.raises(ConfigError, match=rf"train\.{name}=.*train\.compile=false"):
         Config.from_dict({"train": {"compile": True, **lever}})
     Config.from_dict({"train": lever})
+
+
+def layered(pattern, mixer=None, **attention):
+    return Config.from_dict({"model": {"pattern": pattern, "mixer": mixer}, "attention": attention})
+
+
+def test_a_pattern_is_repeated_over_the_layers():
+    config = Config.from_dict({"model": {"pattern": "LLS", "mixer": "retnet", "layers": 7}})
+    assert config.model.kinds == "LLSLLSL"
+    assert config.linear_strategy == "lasp2"
+    assert layered("L", "gla", strategy="lasp").linear_strategy == "lasp"
+    assert layered("LS", "gla", linear="headwise").linear_strategy == "headwise"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mixer", "attention", "told"),
+    [
+        ("LX", "retnet", {}, r"model\.pattern=LX must be made of S .* and L .*nearest valid: L$"),
+        ("LLLLS", "retnet", {}, r"longer than model\.layers=4; nearest valid: model\.layers=5, or model\.pattern=LLLL"),
+        ("LS", None, {}, r"model\.mixer=null: model\.pattern=LS has linear layers.*nearest valid: basic"),
+        ("S", "retnet", {}, r"model\.mixer=retnet: model\.pattern=S has no linear layer.*nearest valid: null"),
+        ("LS", "retnett", {}, r"model\.mixer=retnett is not known; did you mean retnet"),
+        ("LS", "retnet", {"strategy": "lasp2"}, r"attention\.strategy=lasp2 .*has softmax layers.*attention=lasp2h"),
+        ("S", None, {"strategy": "lasp2"}, r"has softmax layers; nearest valid: attention\.strategy=ring"),
+        ("L", "retnet", {"strategy": "ring"}, r"is for softmax .*nearest valid: attention=lasp2"),
+        ("S", None, {"linear": "lasp"}, r"linear=lasp is for linear layers.*linear at null"),
+        ("S", None, {"chunk": 16}, r"attention\.chunk=16 is for linear layers.*at 64"),
+        ("L", "gla", {"strategy": "lasp", "window": 4}, r"attention\.window=4 is for softmax layers.*at null"),
+        ("L", "gla", {"strategy": "lasp", "linear": "lasp2"}, r"linear=lasp2 .*leave attention\.linear at null"),
+    ],
+)  # fmt: skip
+def test_layers_of_a_kind_take_what_is_theirs(pattern, mixer, attention, told):
+    with pytest.raises(ConfigError, match=told):
+        layered(pattern, mixer, **attention)

@@ -1,5 +1,6 @@
 """``longctx bench``: what each benchmark refuses, and that the small ones run."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import NotAvailableError
-from longctx.launcher import memory_group
+from longctx.launcher import bench_attention, memory_group
 from longctx.launcher.cli import main
 from longctx.launcher.memory_group import MemoryGroup
 
@@ -19,10 +21,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context"),
+        (["nonsense"], 78, "attention, trainer, context, link"),
         (["linear"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
+        (["attention", "--strategies", "ring,nonsense"], 78, "valid: ring, striped, burst"),
+        (["attention", "--strategies", "local"], 78, "--strategies 'local' is unknown"),
+        (["attention", "--strategies", "ring,ring"], 78, "name each once"),
+        (["attention", "--peers", "horovod"], 78, "valid: torch_ring, torch_allgather, ulysses"),
+        (["attention", "--kv-heads", "8,two"], 78, "--kv-heads '8,two' must be whole numbers"),
+        (["attention", "--repeats", "0"], 78, "--repeats 0 must be at least 1"),
+        (["attention", "--heads", "6", "--kv-heads", "4"], 78, "nearest valid: kv_heads=3"),
+        (["attention", "--world", "3", "--heads", "8", "--strategies", "ulysses"], 78, "leave it out of --strategies"),
+        (["attention", "--peer-python", "/bin/false"], 78, "--peer-python /bin/false cannot import longctx"),
+        (["trainer", "--peer-python", "python3"], 78, "--peer-python belongs to bench attention and context"),
         (["trainer", "--pairs", "1"], 78, "at least 2"),
         (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
         (["context", "--systems", "torch,horovod"], 78, "horovod"),
@@ -31,6 +43,12 @@ ROOT = Path(__file__).parents[2]
         (["trainer", "train.dtype=float64"], 78, "nearest valid: train.dtype=float32"),
         (["trainer", "attention.window=5"], 78, "nearest valid: attention.window=null"),
         (["trainer", "attention=rsa", "attention.document_mask=true"], 78, "its rows of scores are whole"),
+        (["link", "train.seed=1"], 78, "takes no overrides"),
+        (["attention", "--rate-mbit", "100"], 78, "--rate-mbit belongs to bench link"),
+        (["link", "--rate-mbit", "0"], 78, "--rate-mbit 0 must be at least 1"),
+        (["link", "--link-tokens", "3"], 78, "--link-tokens 3 must be at least 4"),
+        (["link", "--link-heads", "8"], 78, "two numbers such as 8/2"),
+        (["link", "--link-heads", "8/3"], 78, "nearest valid: kv_heads=2"),
         (["context", "--tile", "0"], 78, "--tile 0 must be at least 1"),
         (["context", "--allowance", "-5"], 78, "--allowance -5 must be at least 1"),
         (["context", "--start", "8192", "--cap", "4096"], 78, "--start 8192 must not exceed --cap 4096"),
@@ -62,6 +80,7 @@ def memory_groups_are_here() -> bool:
 
 TAKE = """
 import sys
+import time
 from pathlib import Path
 from longctx.launcher.memory_group import MemoryGroup
 group = MemoryGroup(Path(sys.argv[1]))
@@ -82,6 +101,55 @@ def test_a_process_that_takes_too_much_is_killed(mebibytes, killed):
         )
         assert (done.returncode == -9, group.killed()) == (killed, killed)
     assert not group.folder.exists()
+
+
+@pytest.mark.gloo
+def test_strategies_and_peers_are_told_in_one_table_and_absent_peers_loudly():
+    words = ["--seq", "64", "--heads", "4", "--kv-heads", "4,2", "--head-dim", "8", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "longctx.launcher.cli", "bench", "attention", *words, "--strategies", "ring,usp,rsa"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 64 |")]
+    for table in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):  # 4 key/value heads, then 2
+        told = {(row[1], row[2]): row[3:] for row in table}
+        assert len(told) == 5 + len(ATTENTION_PEERS)
+        ours = [
+            ("ring", "contiguous"),
+            ("ring", "zigzag"),
+            ("ring", "striped"),
+            ("usp", "zigzag"),
+            ("rsa", "contiguous"),
+        ]
+        for row in ours:
+            share, error = told[row][2:]
+            assert float(share.split()[0]) > 0 and float(error.split()[0]) < 1e-5
+        for peer in ATTENTION_PEERS.values():
+            if peer.missing():
+                assert (peer.title, f"not installed: pip install {peer.install}") in told
+    assert "64 tokens: the best peer, " in done.stdout
+
+
+def test_a_peer_that_is_wrong_or_refuses_is_told_so():
+    def spread(at):
+        return {"median": at, "low": at, "high": at, "repeats": 1}
+
+    wrong = {"out": 1e-7, "dq": 1e-7, "dk": 1.3, "dv": 0.9}
+    row = {"setting": "halves", "peer": True, "floor": None, "share_of_floor": None, "refused": None}
+    rows = [
+        {**row, "who": "careless", "errors": wrong, "time": spread(0.5)},
+        {**row, "who": "absent", "errors": {}, "time": None, "refused": "not installed: pip install absent"},
+    ]
+    arguments = argparse.Namespace(world=2, heads=8, head_dim=64)
+    cell = {"seq": 4096, "heads": 8, "kv_heads": 8, "rows": rows, "ahead": None, "best": None, "best_peer": None}
+    text = bench_attention.report(arguments, {"repeats": 1, "load": "0.0", "seconds": 1.0}, [cell])
+    assert "| 4096 | careless | halves | 500 (once) |  |  | **wrong**: 1.3e+00 (dk) |" in text
+    assert "| 4096 | absent | not installed: pip install absent | | | | |" in text
+    assert "4096 tokens: no exact peer was timed" in text
 
 
 @pytest.mark.gloo

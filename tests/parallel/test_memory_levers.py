@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longctx.model import Block
+from longctx.model import SoftmaxBlock
 from longctx.parallel import tiled_mlp
 from longctx.sim import Cluster
 from tests.parallel import small_decoder
@@ -135,7 +135,7 @@ def test_sums_over_tiles_are_wide():
     torch.manual_seed(0)
     found = {}
     for tokens in (1, 200):
-        block = Block(replace(MODEL, hidden_dim=8)).bfloat16()
+        block = SoftmaxBlock(replace(MODEL, hidden_dim=8)).bfloat16()
         torch.nn.init.constant_(block.mlp_norm.weight, 1.0)
         for name in ("gate", "up", "mlp_out"):
             generator = torch.Generator().manual_seed(1)

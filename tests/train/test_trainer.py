@@ -165,6 +165,6 @@ def test_preflight_wants_a_checkpoint_to_resume_from(tmp_path):
 
 def test_flops_of_a_dense_step_are_six_per_weight_and_token():
     weights = 2 * 32 * ((2 * 4 + 2 * 2) * 8 + 3 * 48) + 256 * 32
-    assert training_flops(MODEL, tokens=10, cells=0) == 6 * weights * 10
+    assert training_flops(MODEL, 64, tokens=10, cells=0) == 6 * weights * 10
     # Two layers, four heads of eight: two products forward and four backward, two FLOP each.
-    assert training_flops(MODEL, tokens=0, cells=5) == 12 * 2 * 4 * 8 * 5
+    assert training_flops(MODEL, 64, tokens=0, cells=5) == 12 * 2 * 4 * 8 * 5

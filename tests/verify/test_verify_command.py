@@ -82,6 +82,11 @@ def test_the_text_names_every_figure(capsys):
         (["--strategy", "striped", "--layout", "zigzag"], "use attention.layout=striped, or ring"),
         (["--heads", "8", "--kv-heads", "3"], "nearest valid: kv_heads=2"),
         (["--layout", "spiral"], "valid layouts: contiguous, zigzag, striped"),
+        (["--mixer", "gla", "--non-causal"], "nearest valid: mixer=basic"),
+        (["--strategy", "lasp", "--non-causal"], "attention.linear=lasp2 has a non-causal form"),
+        (["--mixer", "gla", "--layout", "striped"], "nearest valid: attention.layout_block=64"),
+        (["--mixer", "gla", "--window", "5"], "--window 5: linear layers have no such choice"),
+        (["--mixer", "gla", "--kv-heads", "2"], "nearest valid: --kv-heads 8 for --heads 8"),
     ],
 )
 def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
@@ -115,8 +120,11 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--kernel", "flsh"], 78, "'flsh' is unknown; valid kernels: auto, flash_cuda, flash_cpu, dense"),
         (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
         (["--strategy", "rign"], 78, "did you mean ring?"),
-        (["--strategy", "lasp2"], 69, "--strategy=lasp2 is not built yet; available: local, ring, striped"),
-        (["--mixer", "retnet"], 69, "--mixer retnet: linear mixers are not built yet"),
+        (["--strategy", "zeppelin"], 69, "--strategy=zeppelin is not built yet; available: local, ring, striped"),
+        (["--mixer", "retnett"], 78, "did you mean retnet?"),
+        (["--mixer", "retnet", "--strategy", "ring"], 78, "is for linear strategies, not for ring; valid strategies"),
+        (["--chunk", "32"], 78, "--chunk 32 is for linear strategies; ring has no chunks"),
+        (["--mixer", "gla", "--chunk", "0"], 78, "--chunk 0 must be at least 1"),
         (["--dump", "nowhere/at/all.safetensors"], 74, "must be a file in a folder that exists"),
         (["--all", "--table", "."], 74, "must be a file in a folder that exists"),
         (["--table", "t.md"], 2, "--table is for the whole matrix; add --all"),
@@ -194,7 +202,7 @@ def test_nan_and_noise_on_padding_rows_never_pass():
 def test_bytes_that_the_ledger_does_not_know_are_an_error(capsys, monkeypatch):
     from longctx.comm import Traffic
 
-    monkeypatch.setattr(Traffic, "add", lambda self, size: None)
+    monkeypatch.setattr(Traffic, "add", lambda self, *_: None)
     status, _, err = verify(capsys, *SMALL, "--world", "2")
     assert status == 70 and "counted 0 bytes sent, the ledger of sim carried" in err
 

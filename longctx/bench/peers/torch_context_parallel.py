@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longctx.attention.core import Started
+from longctx.bench.peers.attention import Prepared, leaves
 from longctx.model import Decoder
+from longctx.verify import VerifyCase
 
 
 class Sdpa:
@@ -61,6 +63,37 @@ def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], 
     return step
 
 
+def prepare_attention(rotation: str, case: VerifyCase) -> Prepared:
+    """``rotation``: of keys and values, "alltoall" (a ring) or "allgather"; causal work balanced head to tail."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+    teach_cpu()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+    def positions_here() -> Tensor:
+        """What the context cuts for this rank; it wants at least one buffer to cut."""
+        return torch.arange(case.seq)[None].clone()
+
+    own = positions_here()
+    with context_parallel(mesh, buffers=[own], buffer_seq_dims=[1], no_restore_buffers={own}):
+        positions = own[0].clone()
+    (q, k, v), dout = leaves(case, positions)
+
+    def run() -> tuple[Tensor, ...]:
+        set_rotate_method(rotation)
+        shared = positions_here()
+        with context_parallel(mesh, buffers=[shared], buffer_seq_dims=[1], no_restore_buffers={shared}):
+            queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            grouped = case.heads != case.kv_heads
+            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+            out = out.transpose(1, 2)
+            return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    return Prepared(f"head-tail, {rotation}", positions, run)
+
+
+@cache
 def teach_cpu() -> None:
     """Registers the CPU's flash kernel with context parallel, which knows only those of CUDA; the ring is its own."""
     import torch.distributed.tensor.experimental._context_parallel._attention as attention

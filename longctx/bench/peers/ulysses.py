@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longctx.attention.core import Started
+from longctx.bench.peers.attention import Prepared, chunk_of, leaves
 from longctx.model import Block, Decoder
 from longctx.model.rotary import rotation_of
+from longctx.verify import VerifyCase
 
 # In elements. The defaults are made for models a thousand times larger and would fill the memory by themselves.
 BUCKET = 1_000_000
@@ -46,6 +48,21 @@ def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], 
         return float(mean) / world
 
     return step
+
+
+def prepare_attention(case: VerifyCase) -> Prepared:
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    positions = chunk_of(case, dist.get_rank())
+    (q, k, v), dout = leaves(case, positions)
+    exchange, no_plan = _Ulysses(), torch.empty(0)
+
+    def run() -> tuple[Tensor, ...]:
+        out = exchange.start(q, k, v, no_plan).out
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    return Prepared("contiguous", positions, run)
 
 
 def _settings() -> dict[str, Any]:
@@ -83,7 +100,9 @@ class _Ulysses:
 
 def _local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous()
 
 
 def _tiled_post(tile: int) -> Callable[[Block, Tensor, Tensor], Tensor]:

@@ -1,0 +1,21 @@
+"""Linear attention under sequence parallelism: mixers, their core, and the strategies that join ranks."""
+
+from longctx.linear.core import LinearAttention
+from longctx.linear.mixer import MIXERS, Inputs, LinearCore, Mixer, Widths, get_mixer
+from longctx.linear.registry import MODULES, LinearCase, LinearStrategy, get_linear, refusal, require_linear
+
+__all__ = [
+    "MIXERS",
+    "MODULES",
+    "Inputs",
+    "LinearAttention",
+    "LinearCase",
+    "LinearCore",
+    "LinearStrategy",
+    "Mixer",
+    "Widths",
+    "get_linear",
+    "get_mixer",
+    "refusal",
+    "require_linear",
+]

@@ -1,0 +1,101 @@
+"""The one algebra of linear attention: a run of tokens maps the state affinely, and runs compose.
+
+    S_out = A S_in + B          (A2, B2) after (A1, B1) = (A2 A1, A2 B1 + B2)
+
+States S and additions B are ``[B, n, H, K, V]``, n elements in order. A transition A is kept as what multiplies a
+state: ``[B, n, H, 1, 1]`` a number, ``[B, n, H, K, 1]`` a diagonal, ``[B, n, H, K, K]`` a matrix; dimensions of size
+1 are shared. Decays are numbers of [0, 1], so that products of them can only underflow to the 0 that they mean; a
+document start is A = 0. Everything is in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Runs = tuple[tuple[int, int], ...]  # half-open ranges of elements; each run starts from a state of its own
+
+
+def affine_exscan(
+    transitions: Tensor, additions: Tensor, initial: Tensor | None = None, runs: Runs | None = None
+) -> tuple[Tensor, Tensor]:
+    """(the state that enters each element ``[B, n, H, K, V]``, the state that leaves each run ``[B, r, H, K, V]``).
+
+    ``initial`` ``[B, r, H, K, V]``: what enters each run, 0 if left out. Differentiable: the backward pass is the
+    same scan in reverse with the transitions transposed.
+    """
+    runs = ((0, additions.shape[1]),) if runs is None else runs
+    initial = _nothing(additions, runs) if initial is None else initial
+    entering, leaving = _Exscan.apply(transitions, additions, initial, runs)
+    return entering, leaving
+
+
+def affine_exscan_adjoint(
+    transitions: Tensor, entering: Tensor, leaving: Tensor | None = None, runs: Runs | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (additions, initial), from those of the states that enter elements and that leave runs (0)."""
+    runs = ((0, entering.shape[1]),) if runs is None else runs
+    leaving = _nothing(entering, runs) if leaving is None else leaving
+    additions, initial = torch.empty_like(entering), torch.empty_like(leaving)
+    for run, (start, stop) in enumerate(runs):
+        gradient = leaving[:, run]
+        for element in range(stop - 1, start - 1, -1):
+            additions[:, element] = gradient
+            gradient = _multiplied(_element(transitions, element).mT, gradient) + entering[:, element]
+        initial[:, run] = gradient
+    return additions, initial
+
+
+def applied(transitions: Tensor, states: Tensor) -> Tensor:
+    """A S, element by element."""
+    return _multiplied(transitions, states)
+
+
+def transition_gradient(leaving: Tensor, entering: Tensor, shape: torch.Size) -> Tensor:
+    """dA = D_out S_in^T of every element, summed to what ``shape`` keeps of it."""
+    if shape[-1] > 1:
+        return (leaving @ entering.mT).sum_to_size(shape)
+    return (leaving * entering).sum_to_size(shape)
+
+
+def _nothing(elements: Tensor, runs: Runs) -> Tensor:
+    return elements.new_zeros(elements.shape[0], len(runs), *elements.shape[2:])
+
+
+def _element(transitions: Tensor, element: int) -> Tensor:
+    return transitions[:, element if transitions.shape[1] > 1 else 0]
+
+
+def _multiplied(transition: Tensor, state: Tensor) -> Tensor:
+    """A matrix multiplies; a number or a diagonal, whichever way it lies, scales."""
+    if transition.shape[-1] == 1:
+        return transition * state
+    if transition.shape[-2] == 1:
+        return transition.mT * state
+    return transition @ state
+
+
+class _Exscan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, transitions: Tensor, additions: Tensor, initial: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
+        entering, leaving = torch.empty_like(additions), torch.empty_like(initial)
+        for run, (start, stop) in enumerate(runs):
+            state = initial[:, run]
+            for element in range(start, stop):
+                entering[:, element] = state
+                state = _multiplied(_element(transitions, element), state) + additions[:, element]
+            leaving[:, run] = state
+        ctx.save_for_backward(transitions, entering)
+        ctx.runs = runs
+        return entering, leaving
+
+    @staticmethod
+    def backward(ctx: Any, dentering: Tensor, dleaving: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        transitions, states = ctx.saved_tensors
+        additions, initial = affine_exscan_adjoint(transitions, dentering, dleaving, ctx.runs)
+        dtransitions = None
+        if ctx.needs_input_grad[0]:
+            dtransitions = transition_gradient(additions, states, transitions.shape)
+        return dtransitions, additions, initial, None

@@ -1,0 +1,70 @@
+"""The core of linear layers as the model sees it."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.comm import group_of
+from longctx.errors import ConfigError
+from longctx.linear.operator import delta_attention, diagonal_attention
+from longctx.linear.registry import get_linear
+from longctx.linear.short_convolution import convolve
+
+CHUNK = 64
+
+
+class LinearAttention:
+    """A registered strategy on the ranks of one sequence group: a ``LinearCore``.
+
+    ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here. ``chunk``:
+    tokens that are computed at once.
+    """
+
+    def __init__(self, strategy: str, group: dist.ProcessGroup | None = None, chunk: int = CHUNK) -> None:
+        if chunk < 1:
+            raise ConfigError(f"chunk={chunk} must be at least 1 token; {CHUNK} is the default")
+        self._strategy = get_linear(strategy).name
+        self.group_name = group_of(group).name
+        self._chunk = chunk
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Tensor:
+        """As ``LinearCore`` says; ``plan``: the handle of the batch's plan."""
+        gates = [] if log_decay is None else [log_decay]
+        _require_heads(q, k, v, log_decay, beta)
+        context = (plan, self.group_name, self._strategy, self._chunk)
+        out: Tensor
+        if beta is None:
+            out, _ = diagonal_attention(q, k, v, gates, *context)
+        else:
+            out, _ = delta_attention(q, k, v, [*gates, beta], *context)
+        return out
+
+    def convolve(self, x: Tensor, weight: Tensor, plan: Tensor) -> Tensor:
+        """As ``LinearCore`` says; the gradient of ``weight`` is this rank's share."""
+        return convolve(x, weight, plan, self.group_name)
+
+
+def _require_heads(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> None:
+    tokens = q.shape[:3]
+    if k.shape != q.shape or v.shape[:3] != tokens:
+        raise ConfigError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, T, H, K], [B, T, H, K] and "
+            "[B, T, H, V]: linear layers have as many key/value heads as query heads"
+        )
+    decays: tuple[tuple[int, ...], ...] = ((tokens[2],), tuple(tokens), tuple(q.shape))
+    if beta is not None:
+        if log_decay is None or beta.shape != tokens:
+            raise ConfigError(f"the delta rule wants log_decay and beta by token and head, {tuple(tokens)}")
+        decays = decays[:2]
+    if log_decay is not None and tuple(log_decay.shape) not in decays:
+        shapes = " or ".join(map(str, decays))
+        raise ConfigError(f"log_decay {tuple(log_decay.shape)} must be {shapes}")

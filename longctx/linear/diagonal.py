@@ -1,0 +1,128 @@
+"""Chunks of linear attention whose state decays number by number: not at all, by head, or by channel.
+
+    S_t = Diag(a_t) S_{t-1} + k_t v_t        o_t = q_t S_t
+
+With G the sum of log decays from the start of the chunk, or of the document where that is later, a chunk is
+
+    A = e^{G_C}        B = (K e^{G_C - G})^T V        O = (Q e^G) S_in + (Q K^T . e^{G_i - G_j}) V
+
+Katharopoulos et al., "Transformers are RNNs" (2020); Yang et al., "Gated Linear Attention Transformers with
+Hardware-Efficient Training" (2024), whose sub-chunks with a local reference the gate by channel needs: e^G e^{-G}
+would overflow. Every exponent here is a difference that is at most 0, and masked before it is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.attention.partial import accumulation_dtype
+from longctx.linear.chunks import Chunks
+
+SUBCHUNK = 16  # tokens that a gate by channel computes pair by pair
+
+
+@dataclass(frozen=True)
+class Written:
+    """A chunk's ``transition`` ``[B, N, H, 1 or K, 1]`` and ``addition`` ``[B, N, H, K, V]``, and what they came
+    from: q, k, v and summed log decays ``[B, N, H, C, 1 or K or V]``."""
+
+    transition: Tensor
+    addition: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+
+
+def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> Written:
+    """q, k ``[B, T/SP, H, K]``, v ``[B, T/SP, H, V]``; ``gates``: none, or the log decay ``[H]``, ``[B, T/SP, H]`` or
+    ``[B, T/SP, H, K]``, at most 0 everywhere."""
+    wide = accumulation_dtype(q.dtype)
+    q, k, v = (chunks.cut(tensor.to(wide)) for tensor in (q, k, v))
+    keep = chunks.keep[:, :, None, None, None]
+    if not gates:
+        written = k.masked_fill(~by_token(chunks.tail), 0)
+        return Written(keep.to(wide), written.mT @ v, q, k, v, None)
+    decay = summed(cut_decay(gates[0].to(wide), chunks), chunks)
+    last = decay[..., -1:, :]
+    transition = (last.masked_fill(~keep, -torch.inf)).exp().mT
+    return Written(transition, (k * remaining(decay, chunks)).mT @ v, q, k, v, decay)
+
+
+def reads(written: Written, chunks: Chunks) -> Tensor:
+    """E ``[B, N, H, C, K]`` of O = E S_in + ..., S_in the state that enters the chunk."""
+    if written.decay is None:
+        return written.q.masked_fill(~by_token(chunks.head), 0)
+    return written.q * written.decay.masked_fill(~by_token(chunks.head), -torch.inf).exp()
+
+
+def intra(written: Written, chunks: Chunks) -> Tensor:
+    """``[B, N, H, C, V]``: what tokens read of their own chunk."""
+    return scores(written.q, written.k, written.decay, chunks) @ written.v
+
+
+def by_token(mask: Tensor) -> Tensor:
+    """``[B', N, C]`` as ``[B', N, 1, C, 1]``."""
+    return mask[:, :, None, :, None]
+
+
+def cut_decay(log_decay: Tensor, chunks: Chunks) -> Tensor:
+    """A log decay in chunks, ``[B or 1, N, H, C, 1 or K]``."""
+    if log_decay.ndim == 1:
+        return log_decay[:, None, None] * by_token(chunks.real)
+    return chunks.cut(log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1))
+
+
+def summed(log_decay: Tensor, chunks: Chunks) -> Tensor:
+    """Inclusive sums from the start of chunk or document.
+
+    A product with the mask rather than a running sum less that of the documents before: nothing of these is in the
+    result, not even a rounding error.
+    """
+    return chunks.same.unsqueeze(2).to(log_decay.dtype) @ log_decay
+
+
+def remaining(decay: Tensor, chunks: Chunks) -> Tensor:
+    """What is left of each token's write at the end of the chunk."""
+    return (decay[..., -1:, :] - decay).masked_fill(~by_token(chunks.tail), -torch.inf).exp()
+
+
+def scores(q: Tensor, k: Tensor, decay: Tensor | None, chunks: Chunks) -> Tensor:
+    """``[B, N, H, C, C]``: q_i k_j e^{G_i - G_j}, 0 where i does not see j."""
+    same = chunks.same.unsqueeze(2)
+    if decay is None:
+        return (q @ k.mT).masked_fill(~same, 0)
+    if decay.shape[-1] == 1:
+        return (q @ k.mT) * pairwise(decay, same)
+    return _scores_by_channel(q, k, decay, same)
+
+
+def pairwise(decay: Tensor, same: Tensor) -> Tensor:
+    """e^{G_i - G_j} of a decay by head ``[B, N, H, C, 1]``, 0 where i does not see j: ``[B, N, H, C, C]``."""
+    return (decay - decay.mT).masked_fill(~same, -torch.inf).exp()
+
+
+def _scores_by_channel(q: Tensor, k: Tensor, decay: Tensor, same: Tensor) -> Tensor:
+    """Sub-chunk by sub-chunk of queries: pairs inside it one by one, tokens before it by a product with decays taken
+    from its border, the token before its first."""
+    rows = []
+    for start in range(0, q.shape[-2], SUBCHUNK):
+        own = slice(start, min(start + SUBCHUNK, q.shape[-2]))
+        queries, sums = q[..., own, :], decay[..., own, :]
+        distance = sums.unsqueeze(-2) - decay[..., own, :].unsqueeze(-3)  # [B, N, H, c, c, K]
+        weight = distance.masked_fill(~same[..., own, own].unsqueeze(-1), -torch.inf).exp()
+        near = (queries.unsqueeze(-2) * k[..., own, :].unsqueeze(-3) * weight).sum(-1)
+        parts = [near, near.new_zeros(*near.shape[:-1], q.shape[-2] - own.stop)]
+        if start:
+            border = decay[..., start - 1 : start, :]
+            sees = same[..., own, start - 1].unsqueeze(-1)  # of the border's document
+            seen = same[..., start - 1, :start].unsqueeze(-1)
+            to_border = (border - decay[..., :start, :]).masked_fill(~seen, -torch.inf).exp()
+            since_border = (sums - border).masked_fill(~sees, -torch.inf).exp()
+            parts.insert(0, (queries * since_border) @ (k[..., :start, :] * to_border).mT)
+        rows.append(torch.cat(parts, -1))
+    return torch.cat(rows, -2)

@@ -1,0 +1,149 @@
+"""The contract of mixers: what a linear layer computes between its projections, and what parallelism gives it.
+
+A mixer is single-device code. It names the inputs that it wants of each token and head, its parameters and constants
+by head, and maps them through a core, which alone knows of other ranks. Each file of ``mixers`` holds one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from longctx.errors import ConfigError
+from longctx.sequence import Documents
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of one head."""
+
+    key: int
+    value: int
+
+
+class LinearCore(Protocol):
+    """What parallelism gives to single-device code.
+
+    ``group_name``: of the ranks that share the sequence, for mixers that bring operators of their own.
+    """
+
+    @property
+    def group_name(self) -> str: ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Tensor:
+        """q, k ``[B, T/SP, H/TP, K]``, v ``[B, T/SP, H/TP, V]`` to ``[B, T/SP, H/TP, V]``; padding is 0.
+
+        ``log_decay``: at most 0, by head ``[H/TP]``, token and head ``[B, T/SP, H/TP]``, or channel of the key
+        ``[B, T/SP, H/TP, K]``. ``beta`` ``[B, T/SP, H/TP]``: the delta rule with a decay by token and head.
+        """
+        ...
+
+    def convolve(self, x: Tensor, weight: Tensor, plan: Tensor) -> Tensor:
+        """Short causal convolution of x ``[B, T/SP, H/TP, C]`` with ``[H/TP, C, W]``, documents apart."""
+        ...
+
+
+Inputs = Mapping[str, Tensor]  # of tokens [B, T/SP, H/TP, c], and of heads [H/TP, ...], by name
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """``tokens``: inputs of a token, name to channels a head. ``parameters``: what is learned of each head, name to
+    shape. ``constants(heads, layer, layers)``: what is fixed of each head, fp64 ``[H, ...]``. ``initial`` fills a
+    parameter ``[H, *shape]`` at the start of training.
+
+    ``mix(inputs, core, plan)`` gives ``[B, T/SP, H/TP, V]``. ``recurrence(inputs, documents)`` is its oracle, token by
+    token over whole sequences ``[B, S, H, c]``. ``normed``: its output wants a norm by head. ``flops(widths, chunk)``:
+    of a token and head in the core's forward pass. ``transition``: what its state does from token to token: ``none``,
+    ``constant``, ``scalar``, ``diagonal``, ``dense``; ``other`` for what is no scan.
+    """
+
+    name: str
+    tokens: Callable[[Widths], dict[str, int]]
+    parameters: Callable[[Widths], dict[str, tuple[int, ...]]]
+    constants: Callable[[int, int, int], dict[str, Tensor]]
+    initial: Callable[[str, Tensor, Generator], None]
+    mix: Callable[[Inputs, LinearCore, Tensor], Tensor]
+    recurrence: Callable[[Inputs, Sequence[Documents]], Tensor]
+    normed: bool
+    flops: Callable[[Widths, int], float]
+    transition: str = "other"
+
+
+# Name of the mixer -> module that holds its `MIXER`.
+MIXERS = {
+    "basic": "longctx.linear.mixers.basic",
+    "retnet": "longctx.linear.mixers.retnet",
+    "simple_gla": "longctx.linear.mixers.simple_gla",
+    "gla": "longctx.linear.mixers.gla",
+    "gated_deltanet": "longctx.linear.mixers.gated_deltanet",
+    "lightning": "longctx.linear.mixers.lightning",
+    "hgrn2": "longctx.linear.mixers.hgrn2",
+    "based": "longctx.linear.mixers.based",
+    "hedgehog": "longctx.linear.mixers.hedgehog",
+    "moba": "longctx.linear.mixers.moba",
+    "rat": "longctx.linear.mixers.rat",
+}
+
+
+def get_mixer(name: str) -> Mixer:
+    if name not in MIXERS:
+        raise ConfigError(f"mixer {name!r} is unknown; valid mixers: {', '.join(MIXERS)}")
+    mixer: Mixer = importlib.import_module(MIXERS[name]).MIXER
+    return mixer
+
+
+def transition_numbers(transition: str, keys: int) -> int:
+    """Numbers a head of a segment's transition that ranks must tell each other."""
+    return {"none": 0, "constant": 0, "scalar": 1, "diagonal": keys, "dense": keys * keys}[transition]
+
+
+def plain_tokens(widths: Widths) -> dict[str, int]:
+    """Queries, keys and values."""
+    return {"q": widths.key, "k": widths.key, "v": widths.value}
+
+
+def no_parameters(widths: Widths) -> dict[str, tuple[int, ...]]:
+    return {}
+
+
+def no_constants(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
+    return {}
+
+
+def nothing_to_fill(name: str, parameter: Tensor, generator: Generator) -> None:
+    raise AssertionError(f"{name}: this mixer has no parameters")
+
+
+def scan_flops(widths: Widths, chunk: int) -> float:
+    """A token reads and writes a state, 2 K V each, and sees half a chunk."""
+    return 4.0 * widths.key * widths.value + chunk * (widths.key + widths.value)
+
+
+def delta_flops(widths: Widths, chunk: int) -> float:
+    """Besides the scan: what it erases, 2 K V, and the triangle of keys with its solution."""
+    return scan_flops(widths, chunk) + 2.0 * widths.key * widths.value + chunk * (2 * widths.key + widths.value)
+
+
+def fill_gate(name: str, parameter: Tensor, generator: Generator) -> None:
+    """Mamba's gate (Gu and Dao, 2023): rates e^A_log from 1 to 16, steps softplus(dt_bias) from 0.001 to 0.1."""
+    drawn = torch.rand(parameter.shape, generator=generator)
+    if name == "A_log":
+        parameter.copy_((1 + 15 * drawn).log())
+        return
+    assert name == "dt_bias", name
+    step = (torch.tensor(1e-3).log() + drawn * torch.tensor(100.0).log()).exp()
+    parameter.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus

@@ -1,0 +1,60 @@
+"""HGRN2: a token writes into a channel of the state what it forgets there.
+
+Qin et al., "HGRN2: Gated Linear RNNs with State Expansion" (2024). Its lower bounds of the forget gate, which grow with
+the depth, are learned there; here they are fixed at the values that learning starts from.
+
+    f_t = l / L + (1 - l / L) sigmoid(x_t)        layer l of L
+    S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T     o_t = silu(q_t) S_t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longctx.attention.partial import accumulation_dtype
+from longctx.linear.mixer import Inputs, LinearCore, Mixer, Widths, no_parameters, nothing_to_fill, scan_flops
+from longctx.linear.reference import decayed_sums
+from longctx.sequence import Documents
+
+
+def tokens(widths: Widths) -> dict[str, int]:
+    return {"q": widths.key, "f": widths.key, "v": widths.value}
+
+
+def bounds(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
+    """What every head forgets at most: the same share in each, fp64 ``[H]``."""
+    return {"floor": torch.full((heads,), layer / layers, dtype=torch.float64)}
+
+
+def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
+    wide = accumulation_dtype(x["f"].dtype)
+    floor, gate = x["floor"].to(wide).unsqueeze(-1), x["f"].to(wide)
+    # Neither is taken from the other: near f = 1 and f = 0 the difference would keep no digit.
+    written = (1 - floor) * torch.sigmoid(-gate)
+    log_decay = torch.logaddexp(floor.log(), torch.log1p(-floor) + F.logsigmoid(gate))
+    return core.attend(F.silu(x["q"]), written.to(x["q"].dtype), x["v"], plan, log_decay=log_decay)
+
+
+def recurrence(x: Inputs, documents: Sequence[Documents]) -> Tensor:
+    floor = x["floor"].unsqueeze(-1)
+    forget = floor + (1 - floor) / (1 + torch.exp(-x["f"]))
+    q = x["q"] / (1 + torch.exp(-x["q"]))
+    return decayed_sums(q, 1 - forget, x["v"], forget, documents)
+
+
+MIXER = Mixer(
+    name="hgrn2",
+    tokens=tokens,
+    parameters=no_parameters,
+    constants=bounds,
+    initial=nothing_to_fill,
+    mix=mix,
+    recurrence=recurrence,
+    normed=True,
+    flops=scan_flops,
+    transition="diagonal",
+)

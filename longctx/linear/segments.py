@@ -1,0 +1,148 @@
+"""Who holds which stretch of the sequence: the chain of segments along which a state passes.
+
+A segment is a maximal run of neighbouring global positions that one rank holds. Contiguous shards are one segment,
+zigzag shards two, striped shards one a block; documents, padding and empty ranks change nothing of it. All segments
+in order of position are the chain. A document that starts inside a segment cuts the chain there (``keep``), so what
+a segment reads is one stretch of the chain before it, known from the plan on every rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longctx.sequence import Documents, SequencePlan
+from longctx.sequence.documents import Int64
+
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Global positions ``[start, stop)``; local rows ``[first, first + tokens)`` of ``rank``."""
+
+    rank: int
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+class Chain:
+    """All segments of a plan in order of position; their index is their place in the chain."""
+
+    def __init__(self, positions: Sequence[Int64], documents: Sequence[Documents]) -> None:
+        """``positions``: ascending global ones of each rank's valid tokens."""
+        self.world = len(positions)
+        self.segments = tuple(
+            sorted(
+                (segment for rank, held in enumerate(positions) for segment in _runs(rank, held)),
+                key=lambda segment: segment.start,
+            )
+        )
+        self._documents = tuple(documents)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @cached_property
+    def _own(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(place for place, segment in enumerate(self.segments) if segment.rank == rank)
+            for rank in range(self.world)
+        )
+
+    def own(self, rank: int) -> tuple[int, ...]:
+        """Places of a rank's segments, ascending, which is the order of its local rows too."""
+        return self._own[rank]
+
+    @cached_property
+    def tokens(self) -> Int64:
+        """int64 ``[G]``, of each segment."""
+        return np.array([segment.tokens for segment in self.segments], dtype=np.int64)
+
+    @cached_property
+    def _first_document(self) -> Int64:
+        """``[B, G]``: where the document of each segment's first token starts; padding starts at itself."""
+        starts = np.array([segment.start for segment in self.segments], dtype=np.int64)
+        return np.stack([row.bounds_of(starts)[0] for row in self._documents])
+
+    @cached_property
+    def enters(self) -> Bool:
+        """``[B, G]``: does a document reach into the segment from before it?"""
+        starts = np.array([segment.start for segment in self.segments], dtype=np.int64)
+        return self._first_document < starts
+
+    @cached_property
+    def keep(self) -> Bool:
+        """``[B, G]``: does what enters the segment also leave it, because no document starts (or ends) inside?"""
+        rows = []
+        for row, first in zip(self._documents, self._first_document, strict=True):
+            last, _ = row.bounds_of(np.array([segment.stop - 1 for segment in self.segments], dtype=np.int64))
+            rows.append(last == first)
+        return np.stack(rows) & self.enters
+
+    @cached_property
+    def reads(self) -> Int64:
+        """int64 ``[G]``: segment g reads the summaries of those from ``reads[g]`` to g - 1; g itself if of none."""
+        stops = np.array([segment.stop for segment in self.segments], dtype=np.int64)
+        places = np.arange(len(self), dtype=np.int64)
+        first = np.searchsorted(stops, self._first_document, side="right")
+        return np.where(self.enters, first, places).min(0) if len(self) else places
+
+    def sent(self, owner: int, reader: int) -> tuple[int, ...]:
+        """Segments of ``owner`` that some segment of ``reader`` reads."""
+        return tuple(
+            place for place in self.own(owner) if any(self.reads[its] <= place < its for its in self.own(reader))
+        )
+
+    def returned(self, reader: int, owner: int) -> tuple[int, ...]:
+        """Segments of ``reader`` that read some segment of ``owner``: their gradients go there."""
+        return tuple(
+            its for its in self.own(reader) if any(self.reads[its] <= place < its for place in self.own(owner))
+        )
+
+    def crossed(self, place: int) -> bool:
+        """Does a state pass from the segment before into this one?"""
+        return place < len(self) and bool(self.reads[place] < place)
+
+    def joined(self, places: Sequence[int]) -> Bool:
+        """``[B, n]`` of ascending places: does the document that enters each one reach back to the place before it?
+
+        It then reaches over all that lie between the two in the chain. Never so for the first.
+        """
+        chosen = np.array(places, dtype=np.int64)
+        stops = np.array([self.segments[place].stop for place in places], dtype=np.int64)
+        found = self.enters[:, chosen]
+        found[:, 1:] &= self._first_document[:, chosen[1:]] < stops[:-1]
+        found[:, :1] = False
+        return found
+
+
+def _runs(rank: int, held: Int64) -> list[Segment]:
+    if not len(held):
+        return []
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(held) != 1) + 1, [len(held)]])
+    return [
+        Segment(rank, int(held[first]), int(held[last - 1]) + 1, first)
+        for first, last in itertools.pairwise(edges.tolist())
+    ]
+
+
+_chains: weakref.WeakKeyDictionary[SequencePlan, Chain] = weakref.WeakKeyDictionary()
+
+
+def chain_of(plan: SequencePlan) -> Chain:
+    """The plan's chain of segments, made at first use."""
+    if plan not in _chains:
+        _chains[plan] = Chain([plan.positions(rank) for rank in range(plan.world)], plan.documents)
+    return _chains[plan]

@@ -1,0 +1,119 @@
+"""What ranks tell each other of their segments, and what becomes of it: the common part of the strategies."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.comm import Group
+from longctx.linear.segments import Chain, chain_of
+from longctx.sequence import SequencePlan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of this rank's n segments: ``transitions`` ``[B, n, H, 1 or K, 1 or K]`` with document starts in them, and
+    ``states`` ``[B, n, H, K, V]``: additions on the way forward, gradients of what entered on the way back."""
+
+    transitions: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a strategy is told besides its tensors.
+
+    ``decay``: the log decay ``[H]`` of a token, where all ranks know it: 0 where nothing decays. Then no rank
+    tells its transitions. None where they depend on the tokens.
+    """
+
+    plan: SequencePlan
+    group: Group
+    decay: Tensor | None
+
+    @property
+    def chain(self) -> Chain:
+        return chain_of(self.plan)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Places of this rank's segments in the chain."""
+        return self.chain.own(self.group.rank)
+
+
+# Awaits the exchange: states that enter this rank's segments, or gradients of those that leave them, [B, n, H, K, V].
+Arriving = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some places of the chain, ascending, and where documents join them; tensors on one device.
+
+    ``joined``, ``onward``, ``keep`` bool ``[B, n, 1, 1, 1]``: a document reaches each place from the one before,
+    reaches from it to the next, reaches through it. ``tokens`` ``[n, 1, 1, 1]``.
+    """
+
+    places: tuple[int, ...]
+    joined: Tensor
+    onward: Tensor
+    keep: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, chain: Chain, places: Sequence[int]) -> Stretch:
+        joined = torch.from_numpy(chain.joined(places))
+        onward = torch.cat([joined[:, 1:], torch.zeros_like(joined[:, :1])], 1)
+        keep = torch.from_numpy(chain.keep[:, list(places)])
+        joined, onward, keep = (mask[:, :, None, None, None] for mask in (joined, onward, keep))
+        tokens = torch.from_numpy(chain.tokens[list(places)])
+        return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None])
+
+    def to(self, device: torch.device) -> Stretch:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Stretch(self.places, **moved)
+
+    def known(self, decay: Tensor) -> Tensor:
+        """Transitions that follow from the log decay of a token ``[H]``: ``[B, n, H, 1, 1]``."""
+        return (decay[:, None, None] * self.tokens).exp() * self.keep
+
+    def index(self, places: Sequence[int]) -> list[int]:
+        return [self.places.index(place) for place in places]
+
+
+_Key = tuple[tuple[int, ...], torch.device]
+_stretches: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Stretch]] = weakref.WeakKeyDictionary()
+
+
+def stretch_of(plan: SequencePlan, places: Sequence[int], device: torch.device) -> Stretch:
+    """Made at first use and moved once, for a copy from ordinary memory makes the host wait."""
+    made = _stretches.setdefault(plan, {})
+    key = (tuple(places), device)
+    if key not in made:
+        made[key] = Stretch.of(chain_of(plan), places).to(device)
+    return made[key]
+
+
+def packed(summary: Summary, elements: Sequence[int], call: Call) -> Tensor:
+    """Some of the segments as one message ``[n, B, H, K V + |A|]``; without A where every rank knows it."""
+    parts = [summary.states] if call.decay is not None else [summary.states, summary.transitions]
+    return torch.cat([part[:, list(elements)].flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
+
+
+def width(summary: Summary, call: Call) -> int:
+    """Numbers a head of one segment in a message."""
+    states, transitions = (tensor.shape[-2] * tensor.shape[-1] for tensor in (summary.states, summary.transitions))
+    return states + (0 if call.decay is not None else transitions)
+
+
+def unpacked(message: Tensor, summary: Summary, call: Call) -> Summary:
+    """What another rank packed of segments like those of ``summary``; known transitions stay out (None-sized)."""
+    message = message.transpose(0, 1)
+    shape, states = summary.states.shape[-2:], summary.states.shape[-2] * summary.states.shape[-1]
+    transitions = message[..., states:]
+    if call.decay is None:
+        transitions = transitions.unflatten(-1, summary.transitions.shape[-2:])
+    return Summary(transitions, message[..., :states].unflatten(-1, shape))

@@ -1,0 +1,36 @@
+"""What a layer's forward pass costs in FLOP; its backward pass costs twice as much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longctx.config import ModelConfig
+from longctx.linear import Widths, get_mixer
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Per token and layer of a kind, and per visible (query, key) ``pair`` of a softmax layer.
+
+    A weight costs 2 FLOP per token, a pair two products of head_dim in every head.
+    """
+
+    softmax_weights: float
+    pair: float
+    linear_weights: float = 0.0
+    linear_core: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, chunk: int) -> LayerFlops:
+        """``chunk``: tokens that a linear layer computes at once."""
+        width = model.heads * model.head_dim
+        mlp = 3 * model.hidden_dim
+        softmax = 2.0 * model.dim * (2 * width + 2 * model.kv_heads * model.head_dim + mlp)
+        pair = 4.0 * width
+        if model.mixer is None:
+            return cls(softmax, pair)
+        mixer, widths = get_mixer(model.mixer), Widths(model.head_dim, model.head_dim)
+        projected = model.heads * sum(mixer.tokens(widths).values())
+        # Besides what the mixer reads: the gate of its output, and the projection behind it.
+        linear = 2.0 * model.dim * (projected + 2 * width + mlp)
+        return cls(softmax, pair, linear, model.heads * mixer.flops(widths, chunk))

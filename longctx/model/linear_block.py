@@ -1,0 +1,65 @@
+"""A layer of linear attention: whatever its mixer asks for, projected from hidden states.
+
+A mixer (``longctx.linear.mixers``) names its inputs; the block owns the weights that make them, norms and gates what
+comes out. Positions are in the mixer's decay or in the order of its writes, so nothing is rotated.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.config import ModelConfig
+from longctx.linear import Inputs, LinearCore, Widths, get_mixer
+from longctx.model.block import Block
+from longctx.model.rotary import Rotation
+
+
+class LinearBlock(Block):
+    """Layer number ``layer`` of the decoder; its core is a ``LinearCore``. All heads have keys and values of their
+    own."""
+
+    kind = "L"
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config)
+        assert config.mixer is not None, "a pattern with linear layers has a mixer"
+        self.attention: LinearCore | None
+        self.mixer = get_mixer(config.mixer)
+        widths = Widths(config.head_dim, config.head_dim)
+        self._channels = self.mixer.tokens(widths)
+        self.projections = nn.ModuleDict(
+            {
+                name: nn.Linear(config.dim, config.heads * channels, bias=False)
+                for name, channels in self._channels.items()
+            }
+        )
+        self.learned = nn.ParameterDict(
+            {
+                name: nn.Parameter(self.attention_out.weight.new_empty(config.heads, *shape))
+                for name, shape in self.mixer.parameters(widths).items()
+            }
+        )
+        fixed = self.mixer.constants(config.heads, layer, config.layers)
+        self._fixed = tuple(fixed)
+        for name, value in fixed.items():
+            self.register_buffer(f"fixed_{name}", value, persistent=False)
+        self.out_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if self.mixer.normed else nn.Identity()
+        self.out_gate = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+
+    def by_head(self) -> dict[str, Tensor]:
+        """What is learned or fixed of each head, ``[H/TP, ...]``."""
+        return {**self.learned, **{name: getattr(self, f"fixed_{name}") for name in self._fixed}}
+
+    def mix(self, inputs: Inputs, plan: Tensor) -> Tensor:
+        """What the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""
+        assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
+        return self.mixer.mix(inputs, self.attention, plan)
+
+    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+        x = self.attention_norm(x)
+        inputs = {
+            name: project(x).unflatten(-1, (-1, self._channels[name])) for name, project in self.projections.items()
+        }
+        out = self.out_norm(self.mix({**inputs, **self.by_head()}, plan))
+        return out * F.silu(self.out_gate(x)).view_as(out)

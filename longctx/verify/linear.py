@@ -1,0 +1,77 @@
+"""Linear mixers under ``longctx verify``: their inputs, how a rank computes them, and their recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.errors import ConfigError
+from longctx.linear import LinearAttention, LinearCase, Widths, get_linear, get_mixer, refusal
+from longctx.linear.reference import RecurrentCore
+from longctx.verify.case import DTYPES, VerifyCase
+
+
+def refused(case: VerifyCase) -> str | None:
+    """Why this is not executed exactly: by the strategy's own declaration, the layout's, or for options that linear
+    layers do not have; None if it is."""
+    for name, default in (
+        ("window", None),
+        ("kernel", "auto"),
+        ("inner", None),
+        ("backward", "auto"),
+        ("travel", "wide"),
+    ):
+        if getattr(case, name) != default:
+            return f"--{name} {getattr(case, name)}: linear layers have no such choice; leave it out"
+    if case.kv_heads != case.heads:
+        return (
+            f"linear layers have as many key/value heads as query heads; nearest valid: --kv-heads {case.heads} for "
+            f"--heads {case.heads}"
+        )
+    assert case.mixer is not None, "the command names one"
+    try:
+        asked = LinearCase(case.world, case.heads, case.mixer, case.layout, case.layout_block, case.chunk, case.causal)
+        reason = refusal(get_linear(case.strategy), asked)
+        if reason is None:
+            case.make_layout()
+    except ConfigError as error:
+        reason = str(error)
+    return reason
+
+
+def inputs(case: VerifyCase) -> dict[str, Tensor]:
+    """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]``, of heads ``[H, ...]``."""
+    mixer, widths = get_mixer(case.mixer or ""), Widths(case.head_dim, case.head_dim)
+    generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tokens = {**mixer.tokens(widths), "dout": widths.value}
+    by_token = {name: draw(case.batch, case.seq, case.heads, channels) for name, channels in tokens.items()}
+    learned = {name: draw(case.heads, *shape) for name, shape in mixer.parameters(widths).items()}
+    fixed = {name: value.to(dtype) for name, value in mixer.constants(case.heads, 0, 2).items()}
+    return {**by_token, **learned, **fixed}
+
+
+def by_head(case: VerifyCase) -> frozenset[str]:
+    """Inputs that every rank holds whole; their gradients are shares that add up over ranks."""
+    widths = Widths(case.head_dim, case.head_dim)
+    mixer = get_mixer(case.mixer or "")
+    return frozenset(mixer.parameters(widths)) | frozenset(mixer.constants(case.heads, 0, 2))
+
+
+def computed(case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor) -> Tensor:
+    """The output of this rank's tokens ``[B, T/SP, H, D]``."""
+    return get_mixer(case.mixer or "").mix(local, LinearAttention(case.strategy, group, case.chunk), plan)
+
+
+def reference(case: VerifyCase, whole: Mapping[str, Tensor]) -> Tensor:
+    """The output of all tokens ``[B, S, H, D]``, token by token; of queries that see later tokens, from the sums."""
+    mixer = get_mixer(case.mixer or "")
+    if case.causal:
+        return mixer.recurrence(whole, case.packing)
+    return mixer.mix(whole, RecurrentCore(case.packing, causal=False), torch.zeros(()))
