@@ -10,9 +10,10 @@ help:
 	@echo "make demo    train a small model on this machine's Python source, two processes, about three minutes"
 	@echo "make test    lint and the test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make matrix  every strategy, layout, mask, head count and world, every mesh; writes docs/exactness.md and docs/parity.md"
+	@echo "make matrix  every strategy, layout, mask, head count and world, every mesh; writes docs/exactness.md, docs/parity.md"
+	@echo "             and docs/volume.md"
 	@echo "make bench   the benchmarks"
-	@echo "make docs    regenerate docs/reference.md from the code"
+	@echo "make docs    regenerate docs/reference.md and docs/volume.md from the code"
 	@echo "make clean   remove build products and the demo's run"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -42,12 +43,14 @@ matrix: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m matrix
 	$(BIN)/longctx verify --all --table docs/exactness.md
 	$(BIN)/longctx verify --mesh --all --table docs/parity.md
+	$(BIN)/python -m longctx.launcher.volume_page docs/volume.md
 
 bench: $(STAMP)
 	$(BIN)/longctx bench
 
 docs: $(STAMP)
 	$(BIN)/python -m longctx.launcher.reference docs/reference.md
+	$(BIN)/python -m longctx.launcher.volume_page docs/volume.md
 
 clean:
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

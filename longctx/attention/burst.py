@@ -32,11 +32,11 @@ from torch import Tensor
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sent, Sizes, Strategy, Volume, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
 from longctx.attention.ring import pass_keys, pass_keys_backward
-from longctx.attention.travel import Homeward, travel, zeros
+from longctx.attention.travel import Block, Homeward, travel, zeros
 from longctx.comm import Group
-from longctx.sequence import Rotation, SequencePlan
+from longctx.sequence import Rotation, Rows, SequencePlan
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -67,23 +67,28 @@ def pass_queries_backward(
     dout: Tensor, saved: Saved, call: Call, rotation: Rotation, straight: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
-    q, k, v, out, lse = saved
+    q, k, v, *_ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
     homeward = Homeward((zeros(q, dtype),), rotation, call.group, straight)
-    rows = rotation.carried(me, 0)
-    block = (
-        torch.stack((rows.take(q), rows.take(dout))),  # [2, B, rows, H/TP, D]
-        torch.stack((rows.take(lse), rows.take(delta_of(dout, out)))),  # [2, B, rows, H/TP]
-    )
-    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(block, rotation, call.group):
+    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(
+        _queries(dout, saved, rotation.carried(me, 0)), rotation, call.group
+    ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
         [dq] = homeward.room(hop, rows)
         given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
+        del queries, upstream, block_lse, delta, given, dq
     [dq] = homeward.finish()
     return dq, dk, dv
+
+
+def _queries(dout: Tensor, saved: Saved, rows: Rows) -> Block:
+    """The rank's block: queries and dout ``[2, B, rows, H/TP, D]``, lse and delta ``[2, B, rows, H/TP]``."""
+    q, _, _, out, lse = saved
+    delta = delta_of(dout, out)
+    return torch.stack((rows.take(q), rows.take(dout))), torch.stack((rows.take(lse), rows.take(delta)))
 
 
 def side_of(plan: SequencePlan, sizes: Sizes) -> str:
@@ -126,6 +131,22 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return total(sends(plan, rank, sizes))
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """As the ring, or ``queries_peak``; a double ring has a copy that crosses, and a lap's gradients on their way."""
+    rows, double = plan.shard, int(sizes.inner < plan.world)
+    forward = rows * sizes.held(outputs=1, sums=1, keys=2 + double)
+    if side_of(plan, sizes) == "queries":
+        crossing = rows * sizes.held(queries=2, outputs=2, sums=2) * double
+        return Peak(forward, queries_peak(rows, sizes) + crossing)
+    backward = sizes.held(queries=1, outputs=1, sums=1, keys=2 + double, gradients=4 + 2 * double)
+    return Peak(forward, rows * backward)
+
+
+def queries_peak(rows: int, sizes: Sizes) -> int:
+    """Out and lse; dq, dk and dv; two blocks of (Q, dO, lse, delta); dq of three; the stand-in for out, being made."""
+    return rows * sizes.held(queries=1 + 2 * 2, outputs=1 + 3 + 2, sums=1 + 2 * 2 + 2, gradients=1)
+
+
 def _inner(group: Group) -> int:
     """Ranks in a row; a group that is no grid, of one rank, is one row."""
     return group.size if group.inner is None else group.inner.size
@@ -139,13 +160,15 @@ def _one_row(case: AttentionCase) -> int:
 STRATEGIES = {
     "burst": Strategy(
         "burst",
-        define_operator("burst", forward, backward),
+        define_operator("burst", forward, backward, tail=True),
         "zigzag",
         lambda case: None,
         volume,
+        peak,
         frozenset({"backward", "travel", "inner"}),
         inner=_one_row,
         two_way=True,
+        tail=True,
         sends=sends,
     )
 }

@@ -25,8 +25,7 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     output, so nothing overflows. Rows are scaled by their largest number before they are squared, which would
     vanish for small gradients; a row of zeros has delta 0 and stand-in 0.
     """
-    wide = dout.to(delta.dtype)
-    largest = wide.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(delta.dtype).tiny)
-    unit = wide / largest
+    largest = dout.abs().amax(-1, keepdim=True).to(delta.dtype).clamp_(min=torch.finfo(delta.dtype).tiny)
+    unit = dout / largest
     square = (unit * unit).sum(-1, keepdim=True).clamp_(min=1.0)
-    return (unit * (delta.unsqueeze(-1) / largest / square)).to(dout.dtype)
+    return unit.mul_(delta.unsqueeze(-1) / largest / square).to(dout.dtype)

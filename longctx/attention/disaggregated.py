@@ -30,7 +30,7 @@ from longctx.attention.assignment import assigned
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import exchange
 from longctx.planner import Widths
 from longctx.sequence import Rows, SequencePlan
@@ -243,6 +243,30 @@ def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
+    """At most: everything that a pass makes, as if nothing were freed before its end, on the rank with most of it."""
+    found = [_alive(planner, plan, rank, sizes) for rank in range(plan.world)]
+    return Peak(max(forward for forward, _ in found), max(backward for _, backward in found))
+
+
+def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
+    one, own = replace(sizes, batch=1), plan.shard * len(plan.documents)
+    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
+    there, back = dispatches(plan, planner, widths)
+    sent, served = _rows_sent(there, plan.world, rank), there.served(rank)
+    queries, keys = len(served.query_places.positions), len(served.key_places.positions)
+    # Sent, received, in order, computed; then what goes home and what comes from there.
+    forward = (sent.queries + 2 * queries) * one.held(queries=1) + (sent.keys + 2 * keys) * one.held(keys=1)
+    forward += (2 * queries + sent.queries) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
+    sent, served = _rows_sent(back, plan.world, rank), back.served(rank)
+    queries, keys = len(served.query_places.positions), len(served.key_places.positions)
+    backward = (sent.queries + 2 * queries) * one.held(queries=2, sums=2) + (sent.keys + 2 * keys) * one.held(keys=1)
+    backward += (2 * queries + sent.queries) * one.held(outputs=1) + (2 * keys + sent.keys) * one.held(gradients=1)
+    # Stand-ins of outputs and what they are made of; delta, and the gradients of this rank.
+    backward += queries * one.held(1, outputs=3, sums=3) + own * one.held(3, outputs=3, sums=2, keys=1, gradients=1)
+    return forward, backward
+
+
 def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
     """Of the forward pass; of a batch that has not been planned, for heads of the planner's default widths."""
     return dispatches(plan, planner, Widths())[0].served(rank).cells
@@ -286,6 +310,7 @@ STRATEGIES = {
         "contiguous",
         lambda case: None,
         partial(volume, planner),
+        partial(peak, planner),
         frozenset({"travel"}),
         work=partial(work, planner),
     )

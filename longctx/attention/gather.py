@@ -23,9 +23,9 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import Pending, exchange
-from longctx.sequence import SequencePlan
+from longctx.sequence import Rows, SequencePlan
 
 GROUPS = 4  # of key/value heads: so many times less memory for gathered keys, and all but the first arrive hidden
 ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D]
@@ -41,6 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         partial = Partial(q[:, :, own])
         call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, partial)
         out[:, :, own], lse[:, :, own] = partial.out, partial.lse
+        del keys, partial  # or they would be here when those of the next heads are put in order
     return out, lse
 
 
@@ -57,9 +58,12 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
             dout[:, :, own], q[:, :, own], keys[0], keys[1], out[:, :, own], lse[:, :, own], tiles, call.scale,
             (dq[:, :, own], shares[0], shares[1]),
         )  # fmt: skip
+        del keys
         if before:
             before.add_to(dk, dv, call)
+            before = None
         before = send_home(shares, heads, k.dtype, call)
+        del shares
     if before:
         before.add_to(dk, dv, call)
     return dq, dk, dv
@@ -91,6 +95,7 @@ def gather_groups(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[tuple
         keys = in_order(arrived, k, v, heads, call)
         del arrived  # or its buffers would last as long as the computing
         yield heads, keys
+        del keys
 
 
 def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Pending:
@@ -98,9 +103,12 @@ def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Pending:
     plan, me = call.plan, call.group.rank
     keys, values = k[:, :, heads.keys], v[:, :, heads.keys]
     sends, receives = [], []
+    packed: dict[Rows, Tensor] = {}  # ranks that see the same rows are sent one buffer
     for other in others(call):
         rows = plan.reads(other, me)
-        sends.append((other, torch.stack((rows.take(keys), rows.take(values)))))
+        if rows not in packed:
+            packed[rows] = torch.stack((rows.take(keys), rows.take(values)))
+        sends.append((other, packed[rows]))
         shape = (2, k.shape[0], len(plan.reads(me, other)), *keys.shape[2:])
         receives.append((other, k.new_empty(shape)))
     return exchange(call.group, sends, receives)
@@ -178,6 +186,19 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
-attend = define_operator("gather", forward, backward)
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of each group of heads: its keys in order, what they came in, and what the next group's come in; backward their
+    gradients, and those of the group before on their way home."""
+    rows, world = plan.shard, plan.world
+    part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1, keys=3 * world * part),
+        rows * sizes.held(1, 1, 1, keys=2 * world * part, gradients=1 + (3 * world - 1) * part),
+    )
 
-STRATEGIES = {"gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}))}
+
+attend = define_operator("gather", forward, backward, tail=True)
+
+STRATEGIES = {
+    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, peak, frozenset({"travel"}), tail=True)
+}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
 from longctx.errors import ConfigError
 from longctx.sequence import SequencePlan
 
@@ -43,6 +43,15 @@ def _volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return Volume(0, 0, 0, 0)
 
 
-attend = define_operator("local", forward, backward)
+def _peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Out as it is summed and as it is returned, lse; backward the gradients likewise."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(queries=1, outputs=1, sums=1),
+        rows * sizes.held(queries=2, outputs=1, sums=1, keys=1, gradients=1),
+    )
 
-STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume)}
+
+attend = define_operator("local", forward, backward, tail=True)
+
+STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume, _peak, tail=True)}

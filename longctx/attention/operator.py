@@ -8,7 +8,7 @@ runs nor communicates twice, and the compiler sees one node.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +75,9 @@ class Attend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+# Of a strategy's operator: what completes its (out, lse), of which only the tail was kept (``tail_of``).
+COMPLETIONS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+
 # What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
@@ -82,8 +85,12 @@ CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto",
 CONTEXT_SIZE = 6
 
 
-def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
+def define_operator(name: str, forward: Forward, backward: Backward, tail: bool = False) -> Attend:
+    """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd.
+
+    ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
+    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``).
+    """
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         call = call_of(q, k, *context)
@@ -139,9 +146,39 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Attend:
         return (*grads, *(None,) * CONTEXT_SIZE)
 
     forward_op.register_autograd(differentiate, setup_context=remember)
+    if tail:
+        COMPLETIONS[forward_op._opoverload] = _define_completion(name, forward)
     IMPLEMENTATIONS[forward_op._opoverload] = run_forward
     IMPLEMENTATIONS[backward_op._opoverload] = run_backward
     return forward_op
+
+
+def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
+    """q, k, v ``[B, T/SP, H/TP, D]`` and the kept tails of out and lse to the whole of both."""
+
+    def complete(
+        q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *context: Any
+    ) -> tuple[Tensor, Tensor]:
+        call = call_of(q, k, *context)
+        head = q[:, : call.plan.head.queries(call.group.rank)]
+        out, lse = forward(head, k, v, replace(call, plan=call.plan.head))
+        return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
+
+    schema = f"(Tensor q, Tensor k, Tensor v, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor, Tensor)"
+    operator = torch.library.custom_op(f"longctx::{name}_completion", complete, mutates_args=(), schema=schema)
+    IMPLEMENTATIONS[operator._opoverload] = complete
+
+    @operator.register_fake
+    def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+    return operator
+
+
+def tail_of(out: Tensor, lse: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Copies of the rows that ``SequencePlan.head`` leaves: the later half of the local queries, and padding."""
+    first = plan_of(plan).head.queries(group_named(group).rank)
+    return out[:, first:].clone(), lse[:, first:].clone()
 
 
 def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:

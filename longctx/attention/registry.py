@@ -20,7 +20,8 @@ class AttentionCase:
     """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
 
     ``inner``: neighbours that make one row of the group seen as a grid; None leaves it to the strategy.
-    ``documents``: whether a sequence may hold several documents that do not see each other.
+    ``documents``: whether a sequence may hold several documents that do not see each other. ``tail``: whether
+    recompute keeps the later half of its outputs alone.
     """
 
     world: int
@@ -32,6 +33,7 @@ class AttentionCase:
     options: Options = DEFAULT
     documents: bool = False
     kernel: str = "auto"
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Sizes:
     def query_gradients(self) -> int:
         """Bytes of one token's dq, or of a partial out, as they are summed."""
         return self.batch * self.heads * self.head_dim * self.wide
+
+    def held(self, queries: int = 0, outputs: int = 0, sums: int = 0, keys: float = 0, gradients: float = 0) -> int:
+        """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
+        keys with values, and gradients of both."""
+        wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
+        return int(queries * self.queries + wide + 2 * keys * self.keys)
 
     @property
     def lse(self) -> int:
@@ -105,14 +113,26 @@ def total(sent: Iterable[Sent]) -> Volume:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes of tensors alive at one time on a rank beside q, k, v and dout, results included, kernels' workspace apart.
+
+    Exact without a mask, in 16-bit dtypes, for equal shards, h <= 2k and many ranks; with a mask at most a third more.
+    """
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
 class Strategy:
-    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``work(plan, rank, inner)`` the
-    (query, key) cells that a rank computes, in all its heads.
+    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``peak(plan, sizes)`` that of memory,
+    ``work(plan, rank, inner)`` the (query, key) cells that a rank computes, in all its heads.
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
-    second channel between its ranks (``Group.back``). ``sends``: the terms of ``volume`` by receiver, from strategies
-    that publish them: what crosses between nodes follows from these.
+    second channel between its ranks (``Group.back``). ``tail``: it can compute the earlier half of each rank's queries
+    alone, which sends ``volume(plan.head, rank, sizes).forward``. ``sends``: the terms of ``volume`` by receiver, from
+    strategies that publish them: what crosses between nodes follows from these.
     """
 
     name: str
@@ -120,10 +140,12 @@ class Strategy:
     layout: str  # what it prefers
     refuses: Callable[[AttentionCase], str | None]
     volume: Callable[[SequencePlan, int, Sizes], Volume]
+    peak: Callable[[SequencePlan, Sizes], Peak]
     takes: frozenset[str] = frozenset()
     inner: Callable[[AttentionCase], int] | None = None
     two_way: bool = False
     work: Callable[[SequencePlan, int, int], float] = work_at_home
+    tail: bool = False
     sends: Callable[[SequencePlan, int, Sizes], list[Sent]] | None = None
 
 
@@ -192,6 +214,11 @@ def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
             return f"attention.{name}={value}: it has no such choice; leave it at {default or 'null'}"
         if valid and value not in valid:
             return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
+    if case.tail and not strategy.tail:
+        return (
+            "train.recompute_keep=[attention_tail]: it computes all of a rank's queries or none; use "
+            "train.recompute_keep=[attention], or attention=burst"
+        )
     if case.inner is not None and (case.inner < 1 or case.world % case.inner):
         nearest = min(divisors(case.world), key=lambda n: abs(n - (case.inner or 1)))
         return (

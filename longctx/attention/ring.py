@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sent, Sizes, Strategy, Volume, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
 from longctx.attention.travel import Homeward, travel, zeros
 from longctx.sequence import Rotation, SequencePlan
 
@@ -41,6 +41,7 @@ def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: Call, rotation: Rotation) -
     for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
         tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
         call.kernel.forward(q, block[0], block[1], tiles, call.scale, partial)
+        del block  # or it would still be here when the next but one is posted
     return partial.out, partial.lse
 
 
@@ -55,6 +56,7 @@ def pass_keys_backward(dout: Tensor, saved: Saved, call: Call, rotation: Rotatio
         dk, dv = homeward.room(hop, rows)
         call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
+        del block, dk, dv
     dk, dv = homeward.finish()
     return dq, dk, dv
 
@@ -83,17 +85,26 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return total(sends(plan, rank, sizes))
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """The block at hand and the one that comes; backward also their gradients: at hand, leaving and coming."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1, keys=2),
+        rows * sizes.held(queries=1, outputs=1, sums=1, keys=2, gradients=1 + 3),
+    )
+
+
 def _refuses_striped(case: AttentionCase) -> str | None:
     if case.layout != "striped":
         return f"layout {case.layout!r}: it is the ring over the striped layout; use attention.layout=striped, or ring"
     return None
 
 
-attend = define_operator("ring", forward, backward)
+attend = define_operator("ring", forward, backward, tail=True)
 
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, _TAKES, sends=sends),
-    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, _TAKES, sends=sends),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, peak, _TAKES, tail=True, sends=sends),
+    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, peak, _TAKES, tail=True, sends=sends),
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume
 from longctx.comm import Pending, exchange
 from longctx.sequence import SequencePlan
 
@@ -55,20 +55,20 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
     queries, upstream = _grouped(q[:, mine].to(dtype), k), _grouped(dout[:, mine].to(dtype), k)
     weights = _softmax(score_rows(q, k, call), _grouped(lse[:, mine], k).permute(0, 2, 3, 1))
 
-    d_weights, homeward = torch.empty_like(weights), Homeward(dv[:, mine], call)
+    d_weights, values_home = torch.empty_like(weights), Homeward(dv[:, mine], call)
     for hop, columns, values in ring(v, call):
         d_weights[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", upstream, values.to(dtype))
-        homeward.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], upstream))
-    homeward.finish()
+        values_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], upstream))
 
     row_sums = (weights * d_weights).sum(dim=-1, keepdim=True)
     d_scores = weights.mul_(d_weights.sub_(row_sums)).mul_(call.scale)
 
-    d_queries, homeward = torch.zeros_like(queries), Homeward(dk[:, mine], call)
+    d_queries, keys_home = torch.zeros_like(queries), Homeward(dk[:, mine], call)
     for hop, columns, keys in ring(k, call):
         d_queries += torch.einsum("bhgqk,bkhd->bqhgd", d_scores[..., columns], keys.to(dtype))
-        homeward.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
-    homeward.finish()
+        keys_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
+    values_home.finish()
+    keys_home.finish()
     dq[:, mine] = d_queries.flatten(2, 3)
     return dq, dk, dv
 
@@ -171,6 +171,16 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Whole rows of scores and those of one block; backward weights, their gradients and the product of both."""
+    rows = plan.shard
+    scores = rows * plan.length * sizes.lse
+    return Peak(
+        scores + scores // plan.world + rows * sizes.held(outputs=3, sums=2),
+        3 * scores + rows * sizes.held(queries=2, outputs=3, sums=2, gradients=2),
+    )
+
+
 def _refuses(case: AttentionCase) -> str | None:
     if case.mask.window is not None:
         return (
@@ -195,4 +205,4 @@ def work(plan: SequencePlan, rank: int, inner: int) -> float:
     return len(plan.documents) * len(plan.positions(rank)) * plan.length
 
 
-STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume, work=work)}
+STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume, peak, work=work)}

@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.attention.burst import pass_queries_backward
+from longctx.attention.burst import pass_queries_backward, queries_peak
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume, work_at_keys
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume, work_at_keys
 from longctx.attention.travel import narrowed, send_home, tally, travel
 from longctx.comm import Pending
 from longctx.sequence import Rows, SequencePlan
@@ -36,8 +36,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     plan, rotation, me = call.plan, call.plan.query_rotation, call.group.rank
     partial = Partial(q)
     returning: Return | None = None
-    block = (rotation.carried(me, 0).take(q).contiguous().unsqueeze(0),)  # [1, B, rows, H/TP, D]
-    for hop, rows, [[queries]] in travel(block, rotation, call.group):
+    own = rotation.carried(me, 0)
+    # Blocks are [1, B, rows, H/TP, D].
+    for hop, rows, [[queries]] in travel((own.take(q).contiguous().unsqueeze(0),), rotation, call.group):
         owner, holder = rotation.owner(me, hop), rotation.holder(me, hop)
         tiles = plan.visiting_tiles(owner, me, rows)
         share = Partial(queries) if hop else partial
@@ -90,6 +91,12 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """The local (out, lse); two blocks of queries; (out, lse) at hand and coming, of the hop before both ways."""
+    rows = plan.shard
+    return Peak(rows * sizes.held(queries=2, outputs=1 + 4, sums=1 + 4 + 2), queries_peak(rows, sizes))
+
+
 STRATEGIES = {
     "token_ring": Strategy(
         "token_ring",
@@ -97,6 +104,7 @@ STRATEGIES = {
         "zigzag",
         lambda case: None,
         volume,
+        peak,
         frozenset({"travel"}),
         two_way=True,
         work=work_at_keys,

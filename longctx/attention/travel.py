@@ -38,6 +38,8 @@ def travel(block: Block, rotation: Rotation, group: Group) -> Iterator[tuple[int
         arriving = moving or crossing
         assert arriving is not None, "a lap starts with a crossing"
         block = tuple(arriving.wait())
+        crossing = crossing if moving else None
+        del moving, arriving  # or what they sent would be here for another hop
         rows = rotation.carried(rotation.owner(group.rank, hop + 1), hop + 1)
 
 
@@ -84,8 +86,9 @@ class Homeward:
         self._riding: Pending | None = None
         self._shares = home[0].new_empty(0)
         self._arriving: deque[tuple[Rows, Pending]] = deque()
-        # Summed, a row comes home once a lap; of straight shares a block's worth may come each hop.
-        self._most = rotation.lap if dtype is None else 1
+        # Summed on a double ring, a row comes home once a lap and has the next one for it. Of straight shares, and to
+        # where a causal ring ends, a block's worth may come each hop, and each is memory while it is under way.
+        self._most = rotation.lap if dtype is None and rotation.lap < rotation.world else 1
 
     def room(self, hop: int, rows: Rows) -> Block:
         """Where the rank adds its share of the gradients of the block at hand, ``[B, rows, H/TP, D]`` each: its own

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import Sizes, Strategy, Volume, work_at_keys
+from longctx.attention.registry import Peak, Sizes, Strategy, Volume, work_at_keys
 from longctx.comm import Pending, exchange
 from longctx.sequence import Rows, SequencePlan, TileSet
 
@@ -41,10 +41,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     for step, (queries,), tiles in visits((q,), call):
         partial = Partial(queries) if step else own
         call.kernel.forward(queries, k, v, tiles, call.scale, partial)
-        before = returning
-        returning = send_home((partial.out, partial.lse), step, call) if step else None
-        if before:
-            own.merge_packed(before[0], *before[1].wait())
+        del queries  # or it would still be here when the next but one is posted
+        following = send_home((partial.out, partial.lse), step, call) if step else None
+        if returning:
+            own.merge_packed(returning[0], *returning[1].wait())
+        returning = following
     if returning:
         own.merge_packed(returning[0], *returning[1].wait())
     return own.out, own.lse
@@ -61,10 +62,11 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
         share = torch.zeros_like(queries, dtype=dtype) if step else dq
         grads = (share, dk, dv)
         call.kernel.backward(upstream, queries, k, v, outputs, sums, tiles, call.scale, grads)
-        before = returning
-        returning = send_home((share.to(travel),), step, call) if step else None
-        if before:
-            before[0].add_to(dq, before[1].wait()[0])
+        del queries, upstream, outputs, sums
+        following = send_home((share.to(travel),), step, call) if step else None
+        if returning:
+            returning[0].add_to(dq, returning[1].wait()[0])
+        returning = following
     if returning:
         returning[0].add_to(dq, returning[1].wait()[0])
     return dq, dk, dv
@@ -136,8 +138,27 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     )
 
 
-attend = define_operator("tree", forward, backward)
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """As token ring forward; backward out, lse and the gradients, two visitors' tensors, and dq of four."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(queries=2, outputs=1 + 4, sums=1 + 4 + 2),
+        rows * sizes.held(queries=1 + 2 * 3, outputs=1 + 4, sums=1 + 2, gradients=1),
+    )
+
+
+attend = define_operator("tree", forward, backward, tail=True)
 
 STRATEGIES = {
-    "tree": Strategy("tree", attend, "zigzag", lambda case: None, volume, frozenset({"travel"}), work=work_at_keys)
+    "tree": Strategy(
+        "tree",
+        attend,
+        "zigzag",
+        lambda case: None,
+        volume,
+        peak,
+        frozenset({"travel"}),
+        tail=True,
+        work=work_at_keys,
+    )
 }

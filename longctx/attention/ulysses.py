@@ -14,7 +14,7 @@ group is one row of a grid (``longctx.attention.swap``).
 from __future__ import annotations
 
 from longctx.attention import local
-from longctx.attention.registry import AttentionCase, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume, divisors, total
 from longctx.attention.swap import swap_sends, swapped, work_in_rows
 from longctx.sequence import SequencePlan
 
@@ -33,6 +33,15 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return total(swap_sends(plan, rank, sizes))
 
 
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """q, k, v as parts, as they arrive and in order, the rank's own part as it lies; or q, k, v beside out on its way
+    back to tokens. Backward the gradients of the heads, as they are summed, beside all of these that was saved."""
+    rows, world = plan.shard, plan.world
+    entering = sizes.held(queries=3, keys=3) - sizes.held(queries=2, keys=2) // world
+    leaving = sizes.held(queries=5, sums=1, keys=1) - sizes.held(queries=2) // world
+    return Peak(rows * max(entering, leaving), rows * sizes.held(queries=5, outputs=1, sums=1, keys=2, gradients=1))
+
+
 STRATEGIES = {
     "ulysses": Strategy(
         "ulysses",
@@ -40,6 +49,7 @@ STRATEGIES = {
         "contiguous",
         _refuses,
         volume,
+        peak,
         inner=lambda case: case.world,
         work=work_in_rows,
         sends=swap_sends,

@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
-from longctx.attention.registry import AttentionCase, Sent, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, divisors, total
 from longctx.attention.swap import HeadSplit, swap_sends, swapped, work_in_rows
 from longctx.sequence import SequencePlan
 
@@ -33,6 +33,15 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     return total(sends(plan, rank, sizes))
+
+
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """q, k and v of the row's tokens, and the ring over them; backward also out twice, and dout."""
+    rows = plan.shard
+    return Peak(
+        rows * sizes.held(queries=1, outputs=1, sums=1, keys=1 + 2),
+        rows * sizes.held(queries=4, outputs=1, sums=1, keys=1 + 2, gradients=1 + 3),
+    )
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -57,6 +66,7 @@ STRATEGIES = {
         "zigzag",
         _refuses,
         volume,
+        peak,
         frozenset({"inner", "travel"}),
         _row,
         work=work_in_rows,

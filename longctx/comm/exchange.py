@@ -44,6 +44,8 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
     carries messages the other way. After a send that word would wait behind all of it, and two ranks that swap blocks
     would use one direction after the other.
     """
+    # An empty part of a buffer would keep all of it.
+    sends = [message for message in sends if message[1].numel()]
     posted = [(dist.irecv, message) for message in receives] + [(dist.isend, message) for message in sends]
     operations = [
         dist.P2POp(call, tensor, group=group.process_group, group_peer=peer)

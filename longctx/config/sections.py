@@ -226,7 +226,9 @@ class TrainConfig:
     global_batch: int = 4  # sequences per optimizer step, the same data for every mesh
     micro_batch: int = 1  # sequences per forward pass of one data-parallel group
     recompute: str = "none"  # none, selective (keeps attention, products, collectives) or full (keeps attention)
-    recompute_keep: tuple[str, ...] | None = None  # what full keeps instead; []: nothing, attention is run again
+    recompute_keep: tuple[str, ...] | None = (
+        None  # what full keeps instead; []: nothing, attention is run again; attention_tail: half of it
+    )
     mlp_chunk: int | None = None  # tokens whose MLP intermediates exist at one time; null: all
     loss_chunk: int = 1024  # tokens whose logits exist at one time
     offload: bool = False  # what recompute keeps waits for the backward pass in host memory
@@ -251,12 +253,19 @@ class TrainConfig:
                 f"train.recompute_keep=[{','.join(self.recompute_keep)}] says what train.recompute=full keeps, got "
                 f"train.recompute={self.recompute}; set train.recompute=full, or train.recompute_keep=null"
             )
+        if {"attention", "attention_tail"} <= set(self.recompute_keep or ()):
+            raise ConfigError(
+                "train.recompute_keep names attention, which keeps all of its outputs, and attention_tail, which keeps "
+                "half of them; leave one out"
+            )
         if self.offload and self.recompute == "none":
             raise ConfigError(
                 "train.offload=true moves what recompute keeps, and train.recompute=none recomputes nothing; "
                 "nearest valid: train.recompute=selective"
             )
-        for name, value in (("mlp_chunk", self.mlp_chunk), ("offload", self.offload or None)):
+        tail = "[attention_tail]" if "attention_tail" in (self.recompute_keep or ()) else None
+        levers = (("mlp_chunk", self.mlp_chunk), ("offload", self.offload or None), ("recompute_keep", tail))
+        for name, value in levers:
             if self.compile and value is not None:
                 raise ConfigError(
                     f"train.{name}={str(value).lower()} does not go into the one graph of a block that "

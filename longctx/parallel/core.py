@@ -39,6 +39,7 @@ def attention_case(config: Config) -> AttentionCase:
         kernel=config.attention.kernel,
         inner=config.attention.inner,
         options=Options(config.attention.backward, config.attention.travel),
+        tail="attention_tail" in (config.train.recompute_keep or ()),
     )
 
 

@@ -1,12 +1,16 @@
 """Recomputing a block's activations in the backward pass instead of keeping them.
 
 What is kept is a list of names. As long as `attention` is one of them, the outputs (out, lse) of every operator
-of ours are kept, and recompute neither runs attention nor sends its traffic again; without it, it does both. What
-tensor parallelism sends inside a block is repeated unless `collectives` are kept.
+of ours are kept, and recompute neither runs attention nor sends its traffic again; without it, it does both. Of an
+`attention_tail` the later half of each rank's rows is kept: recompute runs the earlier half, whose queries see half of
+the keys under a balanced layout, so for half of the memory a quarter of the causal work is done twice (BurstEngine,
+Sun et al. 2025, "sequence-level selective checkpointing", there for the striped layout). What tensor parallelism sends
+inside a block is repeated unless `collectives` are kept.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,6 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,6 +30,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from longctx.attention.operator import COMPLETIONS, tail_of
 from longctx.model import Decoder
 from longctx.parallel.tiled_mlp import in_tile
 
@@ -38,6 +48,7 @@ MATRIX_PRODUCTS = (
 KEPT = {"full": ("attention",), "selective": ("attention", "products", "collectives")}
 KINDS: dict[str, Callable[[Any], bool]] = {
     "attention": lambda operator: operator.namespace == ATTENTION_NAMESPACE,
+    "attention_tail": lambda operator: operator.namespace == ATTENTION_NAMESPACE,
     "products": lambda operator: operator in MATRIX_PRODUCTS,
     "collectives": lambda operator: operator.namespace == COLLECTIVES_NAMESPACE,
 }
@@ -46,6 +57,11 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 def keeps(kept: tuple[str, ...], operator: Any) -> bool:
     """Is what ``operator`` returned kept? Of a tile of the MLP nothing is: its backward runs it anyway."""
     return not in_tile() and any(KINDS[name](operator) for name in kept)
+
+
+def halves(kept: tuple[str, ...], operator: Any) -> bool:
+    """Is of what ``operator`` returned only the tail kept?"""
+    return "attention_tail" in kept and operator in COMPLETIONS
 
 
 def names_kept(mode: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -67,6 +83,8 @@ def contexts_of(kept: tuple[str, ...]) -> Contexts:
     """What a block is run under in the forward pass and when it is recomputed."""
     if not kept:
         return noop_context_fn
+    if "attention_tail" in kept:
+        return partial(own_contexts, kept, _detached, _detached)
 
     def policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if keeps(kept, operator) else CheckpointPolicy.PREFER_RECOMPUTE
@@ -77,3 +95,67 @@ def contexts_of(kept: tuple[str, ...]) -> Contexts:
 def checkpointed(forward: Callable[..., Tensor], contexts: Contexts) -> Callable[..., Tensor]:
     """``forward`` that keeps what ``contexts`` say; blocks draw no random numbers, so no state of theirs."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+Store = dict[Any, deque[Any]]  # results of each operator, in the order of its calls
+
+
+def own_contexts(
+    kept: tuple[str, ...], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """In place of torch's contexts, which hold what operators return themselves: whole, and where no hook for saved
+    tensors sees it. Between ``pack`` and ``unpack`` it is whatever ``pack`` makes of a tensor."""
+    store: Store = defaultdict(deque)
+    return Keeping(kept, store, pack), Returning(kept, store, unpack)
+
+
+class Keeping(TorchDispatchMode):
+    """The forward pass: packs what operators returned that ``keeps`` names, or the tail of it."""
+
+    def __init__(self, kept: tuple[str, ...], store: Store, pack: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._kept, self._store, self._pack = kept, store, pack
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _distributed(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if keeps(self._kept, func) and not _fake(types):
+            stays = func.namespace == COLLECTIVES_NAMESPACE
+            kept = tail_of(*result, *args[3:5]) if halves(self._kept, func) else result
+            self._store[func].append(tree_map(_detached if stays else self._packed, kept))
+        return result
+
+    def _packed(self, leaf: Any) -> Any:
+        return self._pack(leaf.detach()) if isinstance(leaf, Tensor) else leaf
+
+
+class Returning(TorchDispatchMode):
+    """The recompute: gives back what ``Keeping`` packed in place of running the operator; of a tail, computes the
+    other half."""
+
+    def __init__(self, kept: tuple[str, ...], store: Store, unpack: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._kept, self._store, self._unpack = kept, store, unpack
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _distributed(types):
+            return NotImplemented
+        if keeps(self._kept, func) and not _fake(types):
+            kept = tree_map(self._unpack, self._store[func].popleft())
+            return COMPLETIONS[func](*args[:3], *kept, *args[3:]) if halves(self._kept, func) else kept
+        return func(*args, **(kwargs or {}))
+
+
+def _distributed(types: Any) -> bool:
+    """DTensors take apart what they are asked, and the mode sees the parts."""
+    return any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types)
+
+
+def _fake(types: Any) -> bool:
+    """What DTensors ask once to learn of shapes is not part of the block's work."""
+    return any(issubclass(kind, FakeTensor) for kind in types)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -133,6 +133,7 @@ class SequencePlan:
         self._gathered: dict[int, Gathered] = {}
         self._row_places: dict[tuple[int, int], Places] = {}
         self._rotations: dict[tuple[str, int], Rotation] = {}
+        self._head: SequencePlan | None = None
         self._halos: dict[tuple[int, int, torch.device], Halo] = {}
         self.id = next(_ids)
         self.handle: Tensor = torch.tensor(self.id, dtype=torch.int64)
@@ -141,6 +142,10 @@ class SequencePlan:
     def positions(self, rank: int) -> Int64:
         """Global positions of a rank's valid local tokens, int64 ``[n_rank]``, ascending."""
         return self._positions[rank]
+
+    def queries(self, rank: int) -> int:
+        """Of a rank's valid local tokens, how many ask: the first so many."""
+        return len(self._positions[rank])
 
     def tiles(self, q_rank: int, k_rank: int) -> tuple[TileSet, ...]:
         """What queries of ``q_rank`` owe the keys of ``k_rank``, in local rows of both."""
@@ -238,6 +243,13 @@ class SequencePlan:
         return self._halves[number]
 
     @property
+    def head(self) -> SequencePlan:
+        """The plan of the earlier half of each rank's queries, over all keys; it lives as long as this one."""
+        if self._head is None:
+            self._head = _Head(self.documents, self.mask, self.layout, self.length, self.world, self.shard)
+        return self._head
+
+    @property
     def rotation(self) -> Rotation:
         """How key/value blocks travel around the ring of all ranks."""
         return self.key_rotation_in(self.world)
@@ -273,8 +285,16 @@ class SequencePlan:
 
     def _key_ranges(self, rank: int, row: int) -> tuple[Int64, Int64]:
         if (rank, row) not in self._ranges:
-            self._ranges[rank, row] = self.mask.key_range(self._positions[rank], self.documents[row])
+            asking = self._positions[rank][: self.queries(rank)]
+            self._ranges[rank, row] = self.mask.key_range(asking, self.documents[row])
         return self._ranges[rank, row]
+
+
+class _Head(SequencePlan):
+    """A plan of which the earlier half of each rank's tokens asks; keys are those of all of them."""
+
+    def queries(self, rank: int) -> int:
+        return super().queries(rank) // 2
 
 
 def _taken(positions: Int64, rows: Rows) -> Int64:

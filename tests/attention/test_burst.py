@@ -11,24 +11,12 @@ from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes, inner_of
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    HEADS,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import HEADS, assert_no_order_matters, kernels, spans, traced
 from tests.equivalence import attention_cases
 from tests.equivalence.attention_cases import Case
 from tests.equivalence.attention_rank import assert_exact, compute
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 GRIDS = ((4, 2), (8, 4), (8, 2), (2, 2), (3, 1), (4, 4), (8, 1), (1, 1), (3, 3), (2, 1))  # ranks, of which in a row
 SIDES = ("queries", "keys", "auto")
@@ -157,17 +145,6 @@ def test_a_crossing_copy_is_under_way_for_a_whole_lap(side):
         for post, wait, event in crossings:
             hidden = [at for at in kernels(events) if post < at < wait]
             assert len(hidden) == inner, f"{event} is awaited after {len(hidden)} kernels of a lap of {inner}"
-
-
-@pytest.mark.parametrize("side", ["keys", "queries"])
-@pytest.mark.parametrize("inner", [1, 2, 4])
-def test_whatever_travels_is_hidden_by_computing(side, inner):
-    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, 4)
-    for events in traced("burst", plan, (4, 2), inner, Options(side)):
-        last = kernels(events)[-1]
-        for post, wait, event in spans(events):
-            hidden = any(post < at < wait for at in kernels(events))
-            assert hidden or post > last, f"{event} could have been hidden and was waited for"
 
 
 def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel():

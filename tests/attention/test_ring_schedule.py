@@ -8,7 +8,6 @@ from longctx.attention import StrategyAttention
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, DeadlockError, Event, Fault, MismatchError, RankFailed
 from longctx.verify import VerifyCase, judge, run_rank
-from tests.attention.schedule import FLASH, places, spans
 
 WORLD = 4
 LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}
@@ -21,48 +20,6 @@ def attend(plan: SequencePlan, dtype: torch.dtype) -> list[torch.Tensor]:
     )
     out = StrategyAttention("ring", dist.group.WORLD)(q, k, v, plan.handle)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.detach())]
-
-
-def traced(mask: Mask, layout) -> list[list[Event]]:
-    """In bf16, where blocks of keys travel as bfloat16 and gradients as float32."""
-    plan = SequencePlan([Documents.single(64)], mask, layout, 64, WORLD)
-    cluster = Cluster(WORLD, trace_compute=True)
-    cluster.run(attend, plan, torch.bfloat16)
-    return cluster.trace
-
-
-def kernels(events: list[Event]) -> list[int]:
-    return places(events, FLASH, f"{FLASH}_backward")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_of_keys_are_in_flight_while_the_one_at_hand_computes(layout):
-    for events in traced(Mask(causal=False), LAYOUTS[layout]):
-        transfers = spans(events, "bfloat16")
-        assert len(transfers) == 2 * 2 * (WORLD - 1)  # sent and received, forward and backward
-        for post, wait in transfers:
-            assert any(post < at < wait for at in kernels(events)), "nothing is computed while a block travels"
-        opened = [post for post, _ in transfers]
-        assert all(min(opened) < at for at in kernels(events)), "the first block leaves before the first kernel"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_travel_while_the_next_block_computes(layout):
-    for events in traced(Mask(causal=False), LAYOUTS[layout]):
-        last_kernel = kernels(events)[-1]
-        transfers = spans(events, "float32")
-        assert len(transfers) == 2 * (WORLD - 1)
-        for post, wait in transfers:
-            hidden = any(post < at < wait for at in kernels(events))
-            assert hidden or post > last_kernel, "a gradient that could have been hidden was waited for"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_causal_transfers_are_posted_before_the_kernels_of_their_hop(layout):
-    """Under a causal mask a rank may owe a block nothing; what it does owe comes between post and wait."""
-    for rank, events in enumerate(traced(Mask(), LAYOUTS[layout])):
-        hidden = [any(post < at < wait for at in kernels(events)) for post, wait in spans(events, "bfloat16")]
-        assert all(hidden) or layout == "contiguous", f"rank {rank}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,20 +13,9 @@ from longctx.errors import ConfigError
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase, judge, run_rank
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import assert_no_order_matters, spans, traced
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 # Query and key/value heads: fewer of the latter than ranks, and shares of ranks that do not fall on their edges.
 HEADS = ((8, 8), (8, 2), (24, 8), (24, 3), (6, 3), (12, 4), (6, 1))
@@ -132,17 +121,6 @@ def test_an_explicit_layout_with_an_idle_rank(strategy):
 def test_no_order_of_hand_overs_matters(strategy):
     plan = plan_of(PACKINGS["mixed"], MASKS["causal"], LAYOUTS["zigzag"], 96, 4)
     assert_no_order_matters(strategy, plan, {"ulysses": 4, "usp": 2, "gather": 1}[strategy])
-
-
-def test_the_next_heads_are_on_their_way_while_those_at_hand_compute():
-    """Gather: but for the first group of heads, every transfer is posted before a kernel and awaited after one."""
-    plan = plan_of([(64,)], Mask(False), LAYOUTS["zigzag"], 64, 4)
-    for events in traced("gather", plan, (8, 8)):
-        computing = kernels(events)
-        hidden = [any(post < at < wait for at in computing) for post, wait, _ in spans(events)]
-        # Keys of the first of four groups, forward and backward, and gradients of the last: each of 3 ranks, both ways.
-        assert hidden.count(False) == 3 * 2 * 3
-        assert hidden.count(True) == (2 * 3 + 3) * 2 * 3
 
 
 def test_all_that_ulysses_sends_is_in_flight_at_once():

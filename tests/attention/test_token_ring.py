@@ -6,24 +6,12 @@ import torch
 from longctx.attention.operator import Options
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster, Event
-from tests.attention.travelling import (
-    BYTES,
-    DIM,
-    HEADS,
-    LAYOUTS,
-    MASKS,
-    PACKINGS,
-    assert_no_order_matters,
-    assert_volume,
-    kernels,
-    plan_of,
-    spans,
-    traced,
-)
+from tests.attention.travelling import HEADS, assert_no_order_matters, spans, traced
 from tests.equivalence import attention_cases
 from tests.equivalence.attention_cases import Case
 from tests.equivalence.attention_rank import assert_exact, compute
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 WORLDS = (3, 4, 2, 8, 1)
 TRAVELS = ("wide", "narrow")
@@ -113,17 +101,6 @@ def test_queries_and_returns_go_opposite_ways_on_channels_of_their_own():
         assert sent == [peer for peer in home for _ in ("out", "lse")] + home
         travelling = [event for event in messages if event.operation == "send" and not returns(event)]
         assert {event.peers for event in travelling} == {((rank + turn) % world,)}
-
-
-def test_each_transfer_has_one_hop_of_computing_to_hide_behind_but_for_the_last_returns():
-    world = 4
-    plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
-    for events in traced("token_ring", plan, (4, 2)):
-        last = {kernels(events, direction)[-1] for direction in ("forward", "backward")}
-        for post, wait, event in spans(events):
-            behind = [at for at in kernels(events) if post < at < wait]
-            exposed = returns(event) and max(at for at in kernels(events) if at < post) in last
-            assert len(behind) == (0 if exposed else 1), event
 
 
 def test_no_order_of_hand_overs_changes_a_bit():

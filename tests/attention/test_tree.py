@@ -12,7 +12,6 @@ from longctx.attention.partial import Partial
 from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, Fault
 from longctx.verify import VerifyCase, judge, run_rank
-from tests.attention.schedule import FLASH, hidden, places, spans
 from tests.equivalence.attention_cases import LAYOUTS as CASE_LAYOUTS
 from tests.equivalence.attention_cases import MASKS, Case, all_cases
 from tests.equivalence.attention_rank import assert_exact, compute
@@ -105,35 +104,6 @@ def test_no_order_of_hand_overs_changes_a_bit(layout, dtype):
     for seed in (0, 1, 2):
         for mine, right in zip(Cluster(WORLD, seed=seed).run(attend, plan, dtype), expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
-
-
-def traced(mask: Mask, layout: str) -> list:
-    """In bf16, where visitors travel as bfloat16 and what is computed for them as float32."""
-    plan = SequencePlan([Documents.single(64)], mask, LAYOUTS[layout], 64, WORLD)
-    cluster = Cluster(WORLD, trace_compute=True)
-    cluster.run(attend, plan, torch.bfloat16)
-    return cluster.trace
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_visitors_are_in_flight_while_those_before_are_computed(layout):
-    for events in traced(Mask(causal=False), layout):
-        computing = places(events, FLASH, f"{FLASH}_backward")
-        transfers = spans(events, "bfloat16")
-        assert len(transfers) == 2 * (1 + 3) * (WORLD - 1)  # sent and received; q, then q, dout and out
-        assert all(hidden(span, computing) for span in transfers)
-        assert min(transfers)[0] < computing[0], "the first visitors leave before the first kernel"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_travel_while_the_next_visitors_are_computed(layout):
-    for events in traced(Mask(causal=False), layout):
-        passes = [places(events, FLASH), places(events, f"{FLASH}_backward")]
-        transfers = spans(events, "float32")
-        assert len(transfers) == 2 * (2 + 1 + 1) * (WORLD - 1)  # out and lse; lse, then dq
-        exposed = [span for span in transfers if not hidden(span, passes[0] + passes[1])]
-        last = [span for span in exposed if any(span[0] > computing[-1] for computing in passes)]
-        assert exposed == last and len(exposed) == 2 * (2 + 1), "only the last step's results are waited for"
 
 
 def test_a_corrupted_message_is_noticed():

@@ -51,6 +51,12 @@ def test_the_reference_is_what_the_code_says():
     assert written == reference(), "run `make docs`"
 
 
+def test_the_page_of_volumes_is_what_the_formulas_say():
+    from longctx.launcher.volume_page import page
+
+    assert (ROOT / "docs/volume.md").read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
 def test_ci_runs_the_tests_by_make():
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert script.startswith("#!/usr/bin/env bash")

@@ -4,56 +4,36 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 
-from longctx.attention import StrategyAttention, get_strategy
+from longctx.attention import get_strategy
 from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes, Volume
-from longctx.comm import group_of
-from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, Striped, Zigzag
+from longctx.sequence import Contiguous, Explicit, Mask, SequencePlan
 from longctx.sim import Cluster
-from tests.attention.travelling import assert_volume
 from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
+from tests.volume.measure import BYTES, DIM, FORWARD, LAYOUTS, assert_volume, closed, measured, plan_of
 from tests.volume.ring_count import count
 
-DIM = 4
-BYTES = {torch.float64: (8, 8), torch.float32: (4, 4), torch.bfloat16: (2, 4)}  # of a number, of its gradient
-LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(), "striped4": Striped(4)}
 
-
-def plan_of(packing, mask: Mask, layout: Layout, length: int, world: int) -> SequencePlan:
-    return SequencePlan([Documents.from_lengths(row) for row in packing], mask, layout, length, world)
-
-
-def measured(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype):
-    """Bytes by rank in forward and in backward: of the ledger, and as counted in comm."""
-    batch = len(plan.documents)
-
-    def run(with_backward: bool) -> int:
-        q, k, v = (
-            torch.randn(batch, plan.shard, n, DIM).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
-        )
-        out = StrategyAttention("ring", dist.group.WORLD)(q, k, v, plan.handle)
-        if with_backward:
-            out.backward(torch.randn_like(out))
-        return group_of(dist.group.WORLD).traffic.bytes
-
-    cluster, ranks = Cluster(plan.world, trace=False), range(plan.world)
-    counted = cluster.run(run, False)
-    forward = [cluster.ledger.sent(rank) for rank in ranks]
-    assert counted == forward
+def measured_by_pass(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Bytes by rank in forward and in backward; none goes another way than the ring's."""
+    cluster = Cluster(plan.world)
+    found = measured("ring", plan, (heads, kv_heads), dtype, cluster=cluster)
     turn = plan.rotation.direction
-    assert set(cluster.ledger.by_edge()) <= {(rank, (rank + turn) % plan.world) for rank in ranks}
-    counted = cluster.run(run, True)
-    both = [cluster.ledger.sent(rank) for rank in ranks]
-    assert counted == both
-    return forward, [total - part for total, part in zip(both, forward, strict=True)]
+    forward = [
+        (rank, event.peers[0])
+        for rank, events in enumerate(cluster.trace)
+        for event in events
+        if (event.phase, event.operation, event.step) == ("post", "send", FORWARD)
+    ]
+    assert set(forward) <= {(rank, (rank + turn) % plan.world) for rank in range(plan.world)}
+    return [one.forward for one in found], [one.backward for one in found]
 
 
 def check(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    forward, backward = measured(plan, heads, kv_heads, dtype)
+    forward, backward = measured_by_pass(plan, heads, kv_heads, dtype)
     rows, (size, gradient_size) = count(plan), BYTES[dtype]
     numbers = len(plan.documents) * kv_heads * DIM
     assert forward == [2 * keys * numbers * size for keys in rows.keys]
@@ -61,11 +41,8 @@ def check(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch.dtype) -> 
         2 * (keys * size + gradients * gradient_size) * numbers
         for keys, gradients in zip(rows.keys, rows.gradients, strict=True)
     ]
-    volume = get_strategy("ring").volume
-    sizes = Sizes(len(plan.documents), heads, kv_heads, DIM, size, gradient_size)
-    closed = [volume(plan, rank, sizes) for rank in range(plan.world)]
-    assert forward == [one.forward for one in closed]
-    assert backward == [one.backward for one in closed]
+    volumes = closed("ring", plan, (heads, kv_heads), dtype)
+    assert (forward, backward) == ([one.forward for one in volumes], [one.backward for one in volumes])
 
 
 def by_rank(layout: str, world: int) -> tuple[list[Fraction], list[Fraction]]:
@@ -95,7 +72,7 @@ def by_rank(layout: str, world: int) -> tuple[list[Fraction], list[Fraction]]:
 def test_one_causal_document_costs_what_the_paper_says(layout, share, world, heads, kv_heads, dtype):
     shard = 8
     plan = plan_of([(shard * world,)], Mask(), LAYOUTS[layout], shard * world, world)
-    forward, backward = measured(plan, heads, kv_heads, dtype)
+    forward, backward = measured_by_pass(plan, heads, kv_heads, dtype)
     size, gradient_size = BYTES[dtype]
     keys, gradients = (2 * shard * kv_heads * DIM * one for one in (size, gradient_size))
     passed, returned = by_rank(layout, world)
@@ -151,13 +128,13 @@ def test_long_blocks_are_narrowed_by_the_documented_rule(example):
 
 def test_documents_that_end_on_shard_edges_send_nothing():
     plan = plan_of([(48, 48, 48, 48)], Mask(False), Contiguous(), 192, 4)
-    assert measured(plan, 2, 2, torch.float32) == ([0] * 4, [0] * 4)
+    assert measured_by_pass(plan, 2, 2, torch.float32) == ([0] * 4, [0] * 4)
 
 
 def test_a_window_costs_its_own_width_under_the_contiguous_layout():
     """Each block goes one hop and carries the window - 1 last rows; with no future, not even that for the last."""
     plan = plan_of([(192,)], Mask(window=9), Contiguous(), 192, 4)
-    forward, _ = measured(plan, 2, 2, torch.float32)
+    forward, _ = measured_by_pass(plan, 2, 2, torch.float32)
     assert forward == [2 * 8 * 2 * DIM * 4] * 3 + [0]
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from longctx.attention.operator import Options
-from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
-from tests.volume.measure import BYTES, DIM, closed, measured
+from longctx.sequence import Documents, Mask, SequencePlan
+from tests.volume.measure import BYTES, DIM, LAYOUTS, closed, measured
 from tests.volume.ring_count import visible
 
-LAYOUTS = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(), "striped4": Striped(4)}
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (4, 1)}
 MASKS = {"causal": Mask(), "full": Mask(False), "window": Mask(window=9), "window full": Mask(False, 9)}
 NARROW = Options(travel="narrow")
@@ -33,8 +32,8 @@ def visits(plan: SequencePlan) -> np.ndarray:
 
 
 def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: Options) -> None:
-    found = measured("tree", plan, HEADS[heads], dtype, options)
-    assert found == closed("tree", plan, HEADS[heads], dtype, options)
+    found = measured("tree", plan, HEADS[heads], dtype, options=options)
+    assert found == closed("tree", plan, HEADS[heads], dtype, options=options)
     (size, wide), batch, counts = BYTES[dtype], len(plan.documents), visits(plan)
     numbers = batch * HEADS[heads][0]
     for rank, volume in enumerate(found):

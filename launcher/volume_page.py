@@ -1,0 +1,151 @@
+"""docs/volume.md: what each strategy sends, computed by the closed forms that the tests hold to the ledger of sim.
+
+``make docs`` and ``make matrix`` write it: ``python -m longctx.launcher.volume_page docs/volume.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longctx.attention import AttentionCase, Options, Strategy, get_strategy, inner_of, refusal
+from longctx.attention.operator import DEFAULT
+from longctx.attention.registry import Sizes, Volume, divisors
+from longctx.sequence import LAYOUTS, Documents, Mask, SequencePlan, make_layout, make_plan
+
+WORLDS = (2, 3, 4, 8)
+HEADS = ((32, 8), (32, 32))
+HEAD_DIM = 128
+ELEMENT, WIDE = 2, 4  # bytes: bfloat16, and float32 to sum in
+SHARD = 1024  # tokens of a rank
+CAUSAL = Mask()
+REFUSED = "–"
+
+PAGE = """# What each strategy sends
+
+Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume`); do not edit.
+`make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`: every
+strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal and
+full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
+
+One layer, one causal document of {shard} tokens a rank, heads of {dim} channels, {q_heads} of them of queries and
+{few} or {many} of keys and values, bfloat16. **KiB per local token** that a rank sends; where ranks differ, their mean
+and the busiest; {refused} where it refuses, because ranks do not divide {q_heads} heads. Messages are those of the
+busiest rank, forward + backward, with {few} key/value heads. `a×b` are `b` rows of `attention.inner=a` ranks; `keys`
+and `queries` stand for `attention.backward`, `narrow` for `attention.travel`.
+
+{tables}
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of each table: a strategy with options that change what it sends."""
+
+    strategy: str
+    options: Options = DEFAULT
+    rows: bool = False  # ranks as several rows of several ranks
+
+    def inner(self, world: int) -> int | None:
+        """Ranks in a row: the largest divisor below the world; None where it is left to the strategy."""
+        return max(n for n in divisors(world) if n < world) if self.rows else None
+
+    def name(self, world: int) -> str:
+        words = [f"`{self.strategy}`"]
+        words += [f"{self.inner(world)}×{world // (self.inner(world) or 1)}"] if self.rows else []
+        words += [f"{self.options.backward}"] if self.options.backward != "auto" else []
+        words += ["narrow"] if self.options.travel == "narrow" else []
+        return ", ".join(words)
+
+
+NARROW = Options(travel="narrow")
+CHOICES = (
+    Choice("ring"),
+    Choice("ring", NARROW),
+    Choice("burst", Options("queries")),
+    Choice("burst", Options("queries", "narrow")),
+    Choice("burst", Options("keys"), rows=True),
+    Choice("token_ring"),
+    Choice("token_ring", NARROW),
+    Choice("tree"),
+    Choice("tree", NARROW),
+    Choice("gather"),
+    Choice("gather", NARROW),
+    Choice("usp", rows=True),
+    Choice("ulysses"),
+    Choice("rsa"),
+)
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    (q_heads, few), (_, many) = HEADS
+    tables = "\n\n".join("\n".join(table(world)) for world in WORLDS)
+    return PAGE.format(shard=SHARD, dim=HEAD_DIM, q_heads=q_heads, few=few, many=many, refused=REFUSED, tables=tables)
+
+
+def table(world: int) -> Iterator[str]:
+    """Its lines; layouts that cost the same share one."""
+    columns = [f"{heads}/{kv_heads} {way}" for heads, kv_heads in HEADS for way in ("forward", "backward")]
+    yield f"## {world} ranks\n"
+    yield f"| strategy | layout | {' | '.join(columns)} | messages |"
+    yield f"|---|---|{'---|' * len(columns)}---|"
+    for choice in CHOICES:
+        if choice.rows and choice.inner(world) == 1:
+            continue
+        by_cells: dict[tuple[str, ...], list[str]] = {}
+        for layout in LAYOUTS:
+            by_cells.setdefault(cells(choice, layout, world), []).append(layout)
+        for found, layouts in by_cells.items():
+            named = "all" if len(layouts) == len(LAYOUTS) else ", ".join(layouts)
+            yield f"| {choice.name(world)} | {named} | {' | '.join(found)} |"
+
+
+def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
+    """Forward and backward for each of ``HEADS``, and messages; or that it is refused."""
+    plan, strategy = plan_of(layout, world), get_strategy(choice.strategy)
+    found: list[str] = []
+    messages = ""
+    for heads, kv_heads in HEADS:
+        case = AttentionCase(world, heads, kv_heads, layout, CAUSAL, choice.inner(world), choice.options)
+        if refusal(strategy, case):
+            found += [REFUSED, REFUSED]
+            continue
+        volumes = by_rank(strategy, case, plan)
+        found += [_mean_and_most([one.forward for one in volumes]), _mean_and_most([one.backward for one in volumes])]
+        most = [max(column) for column in zip(*((v.messages_forward, v.messages_backward) for v in volumes))]
+        messages = messages or " + ".join(map(str, most))
+    return (*found, messages)
+
+
+def by_rank(strategy: Strategy, case: AttentionCase, plan: SequencePlan) -> list[Volume]:
+    sizes = Sizes(1, case.heads, case.kv_heads, HEAD_DIM, ELEMENT, WIDE, inner_of(strategy, case), case.options)
+    return [strategy.volume(plan, rank, sizes) for rank in range(case.world)]
+
+
+def plan_of(layout: str, world: int) -> SequencePlan:
+    return make_plan((Documents.single(world * SHARD),), CAUSAL, make_layout(layout), world * SHARD, world)
+
+
+def _mean_and_most(numbers: list[int]) -> str:
+    mean, most = (_kib(number) for number in (sum(numbers) / len(numbers), max(numbers)))
+    return mean if mean == most else f"{mean}, {most}"
+
+
+def _kib(number: float) -> str:
+    return f"{number / 1024 / SHARD:.1f}".removesuffix(".0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page to the given file."""
+    parser = argparse.ArgumentParser(prog="python -m longctx.launcher.volume_page", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.parse_args(argv).file.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
