@@ -31,10 +31,14 @@ from longctx.sequence import Documents
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
-    q, k, v = F.elu(x["q"]) + 1, F.elu(x["k"]) + 1, x["v"]
+    return normalised(F.elu(x["q"]) + 1, F.elu(x["k"]) + 1, x["v"], core, plan)
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor, core: LinearCore, plan: Tensor) -> Tensor:
+    """``[B, T/SP, H/TP, V]``: values weighted by products of features q and k, whose sums are positive."""
     extended = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     y, z = core.attend(q, k, extended, plan).split([v.shape[-1], 1], -1)
-    return y / z.masked_fill(z == 0, 1)  # 0 on padding alone, as features are positive
+    return y / z.masked_fill(z == 0, 1)  # 0 on padding alone
 
 
 def recurrence(x: Inputs, documents: Sequence[Documents]) -> Tensor:
