@@ -103,7 +103,14 @@ def scores(q: Tensor, k: Tensor, decay: Tensor | None, chunks: Chunks) -> Tensor
 
 def pairwise(decay: Tensor, same: Tensor) -> Tensor:
     """e^{G_i - G_j} of a decay by head ``[B, N, H, C, 1]``, 0 where i does not see j: ``[B, N, H, C, C]``."""
-    return (decay - decay.mT).masked_fill(~same, -torch.inf).exp()
+    return _raised(decay - decay.mT, same)
+
+
+def _raised(distance: Tensor, same: Tensor) -> Tensor:
+    """e^distance ``[..., C, C]``, 0 where i does not see j, and 1 on the diagonal by definition: what a token reads of
+    itself has no part in the gradient of decays, where it would only cancel to a rounding error."""
+    itself = torch.eye(same.shape[-1], dtype=torch.bool, device=same.device)
+    return distance.masked_fill(~same, -torch.inf).masked_fill(itself, 0).exp()
 
 
 def _scores_by_channel(q: Tensor, k: Tensor, decay: Tensor, same: Tensor) -> Tensor:
@@ -113,9 +120,9 @@ def _scores_by_channel(q: Tensor, k: Tensor, decay: Tensor, same: Tensor) -> Ten
     for start in range(0, q.shape[-2], SUBCHUNK):
         own = slice(start, min(start + SUBCHUNK, q.shape[-2]))
         queries, sums = q[..., own, :], decay[..., own, :]
-        distance = sums.unsqueeze(-2) - decay[..., own, :].unsqueeze(-3)  # [B, N, H, c, c, K]
-        weight = distance.masked_fill(~same[..., own, own].unsqueeze(-1), -torch.inf).exp()
-        near = (queries.unsqueeze(-2) * k[..., own, :].unsqueeze(-3) * weight).sum(-1)
+        by_channel = sums.mT.unsqueeze(-1) - sums.mT.unsqueeze(-2)  # [B, N, H, K, c, c]
+        weight = _raised(by_channel, same[..., own, own].unsqueeze(-3))
+        near = torch.einsum("...ik,...jk,...kij->...ij", queries, k[..., own, :], weight)
         parts = [near, near.new_zeros(*near.shape[:-1], q.shape[-2] - own.stop)]
         if start:
             border = decay[..., start - 1 : start, :]
