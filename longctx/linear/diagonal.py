@@ -103,7 +103,14 @@ def scores(q: Tensor, k: Tensor, decay: Tensor | None, chunks: Chunks) -> Tensor
 
 def pairwise(decay: Tensor, same: Tensor) -> Tensor:
     """e^{G_i - G_j} of a decay by head ``[B, N, H, C, 1]``, 0 where i does not see j: ``[B, N, H, C, C]``."""
-    return (decay - decay.mT).masked_fill(~same, -torch.inf).exp()
+    return _raised(decay.unsqueeze(-2) - decay.unsqueeze(-3), same).squeeze(-1)
+
+
+def _raised(distance: Tensor, same: Tensor) -> Tensor:
+    """e^distance ``[..., C, C, K]``, 0 where i does not see j, and 1 for i = j by definition: what a token reads of
+    itself has no part in the gradient of decays, where it would only cancel to a rounding error."""
+    itself = torch.eye(same.shape[-1], dtype=torch.bool, device=same.device)
+    return distance.masked_fill(~same.unsqueeze(-1), -torch.inf).masked_fill(itself.unsqueeze(-1), 0).exp()
 
 
 def _scores_by_channel(q: Tensor, k: Tensor, decay: Tensor, same: Tensor) -> Tensor:
@@ -113,8 +120,7 @@ def _scores_by_channel(q: Tensor, k: Tensor, decay: Tensor, same: Tensor) -> Ten
     for start in range(0, q.shape[-2], SUBCHUNK):
         own = slice(start, min(start + SUBCHUNK, q.shape[-2]))
         queries, sums = q[..., own, :], decay[..., own, :]
-        distance = sums.unsqueeze(-2) - decay[..., own, :].unsqueeze(-3)  # [B, N, H, c, c, K]
-        weight = distance.masked_fill(~same[..., own, own].unsqueeze(-1), -torch.inf).exp()
+        weight = _raised(sums.unsqueeze(-2) - sums.unsqueeze(-3), same[..., own, own])  # [B, N, H, c, c, K]
         near = (queries.unsqueeze(-2) * k[..., own, :].unsqueeze(-3) * weight).sum(-1)
         parts = [near, near.new_zeros(*near.shape[:-1], q.shape[-2] - own.stop)]
         if start:

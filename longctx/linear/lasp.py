@@ -71,6 +71,7 @@ def _steps(summary: Summary, call: Call, direction: int, received: Tensor) -> It
             transition = summary.transitions[:, element]
             passed = applied(transition if direction > 0 else transition.mT, state) + summary.states[:, element]
             sent.append(exchange(call.group, [(chain.segments[place + direction].rank, passed.contiguous())], []))
+    yield
     for message in sent:
         message.wait()
 

@@ -110,7 +110,7 @@ def width(summary: Summary, call: Call) -> int:
 
 
 def unpacked(message: Tensor, summary: Summary, call: Call) -> Summary:
-    """What another rank packed of segments like those of ``summary``; known transitions stay out (None-sized)."""
+    """What another rank packed of segments like those of ``summary``; without transitions where all ranks know them."""
     message = message.transpose(0, 1)
     shape, states = summary.states.shape[-2:], summary.states.shape[-2] * summary.states.shape[-1]
     transitions = message[..., states:]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.attention.partial import accumulation_dtype
 from longctx.errors import ConfigError
 from longctx.linear import LinearAttention, LinearCase, Widths, get_linear, get_mixer, refusal
 from longctx.linear.reference import RecurrentCore
@@ -43,17 +44,19 @@ def refused(case: VerifyCase) -> str | None:
 
 
 def inputs(case: VerifyCase) -> dict[str, Tensor]:
-    """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]``, of heads ``[H, ...]``."""
+    """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]`` in the case's dtype, of
+    heads ``[H, ...]`` in the accumulation dtype, as shares of gradients that add up over ranks should be."""
     mixer, widths = get_mixer(case.mixer or ""), Widths(case.head_dim, case.head_dim)
     generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
+    wide = accumulation_dtype(dtype)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     tokens = {**mixer.tokens(widths), "dout": widths.value}
-    by_token = {name: draw(case.batch, case.seq, case.heads, channels) for name, channels in tokens.items()}
-    learned = {name: draw(case.heads, *shape) for name, shape in mixer.parameters(widths).items()}
-    fixed = {name: value.to(dtype) for name, value in mixer.constants(case.heads, 0, 2).items()}
+    by_token = {name: draw(case.batch, case.seq, case.heads, channels).to(dtype) for name, channels in tokens.items()}
+    learned = {name: draw(case.heads, *shape).to(wide) for name, shape in mixer.parameters(widths).items()}
+    fixed = {name: value.to(wide) for name, value in mixer.constants(case.heads, 0, 2).items()}
     return {**by_token, **learned, **fixed}
 
 

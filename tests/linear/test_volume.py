@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx.attention import StrategyAttention
 from longctx.attention.registry import Volume
 from longctx.comm import group_of
 from longctx.linear import LinearAttention, get_linear, get_mixer
@@ -126,3 +127,30 @@ def test_the_non_causal_form_reduces_what_crosses(world, packing):
     assert found == closed("lasp2", "none", plan, 3)
     if packing == ((8,) * 8,) * 2 and world in (1, 2, 8):
         assert found == [Volume(0, 0, 0, 0)] * world
+
+
+def test_above_p_k_tokens_a_rank_states_are_less_than_ulysses_swaps():
+    """From the ledger, on 8 ranks, in fp32 where ``P K`` tokens of a rank (K = V) is the crossing of an all-gather."""
+    world, heads, width = 8, 8, 4
+
+    def sent(attend, tokens: int) -> int:
+        plan = plan_of("contiguous", world, ((world * tokens,),), world * tokens)
+
+        def run() -> None:
+            q, k, v = (torch.randn(1, tokens, heads, width).requires_grad_() for _ in range(3))
+            attend(q, k, v, plan.handle).sum().backward()
+
+        cluster = Cluster(world, trace=False)
+        cluster.run(run)
+        return sum(cluster.ledger.sent(rank) for rank in range(world))
+
+    def lasp2(*tensors):
+        return LinearAttention("lasp2", dist.group.WORLD, 16).attend(*tensors)
+
+    def ulysses(*tensors):
+        return StrategyAttention("ulysses", dist.group.WORLD)(*tensors)
+
+    above, below = world * width, 1
+    assert sent(lasp2, above) == sent(lasp2, below) < sent(ulysses, above)
+    assert sent(lasp2, below) > sent(ulysses, below)
+    assert sent(ulysses, above) == above * sent(ulysses, below)

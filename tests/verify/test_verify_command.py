@@ -13,6 +13,8 @@ from longctx.attention.registry import MODULES
 from longctx.kernels.dense import Dense
 from longctx.launcher import cli, verify_command
 from longctx.launcher.verify_command import matrix, table
+from longctx.linear import MIXERS, LinearAttention, Widths, get_mixer
+from longctx.linear import MODULES as LINEAR
 from longctx.verify import Verdict, VerifyCase, judge, refused
 from longctx.verify.case import TOLERANCE
 from tests.equivalence.attention_definition import attention
@@ -163,6 +165,52 @@ def test_the_dump_can_be_checked_by_anyone(capsys, tmp_path, words):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "lasp2", "--mixer", "retnet", "--layout", "zigzag", "--world", "3", "--documents", "3,27,1"],
+        ["--strategy", "lasp", "--mixer", "gla", "--layout", "striped", "--layout-block", "4", "--chunk", "4"],
+        ["--strategy", "headwise", "--mixer", "simple_gla", "--world", "8", "--batch", "2"],
+        ["--strategy", "lasp2", "--mixer", "gated_deltanet", "--world", "2"],
+        ["--strategy", "lasp2", "--non-causal", "--world", "4", "--documents", "9,1,21"],
+    ],
+)
+def test_an_exact_mixer_passes_with_every_field(capsys, dtype, words):
+    status, verdict = verify_json(capsys, "--seq", "31", "--heads", "2", "--head-dim", "8", "--dtype", dtype, *words)
+    assert status == 0 and verdict["passed"] is True and list(verdict) == FIELDS
+    mixer = get_mixer(verdict["mixer"])
+    assert verdict["mixer"] == (words[3] if "--mixer" in words else "basic")
+    names = [*mixer.tokens(Widths(8, 8)), *mixer.parameters(Widths(8, 8)), *mixer.constants(2, 0, 2)]
+    assert list(verdict["errors"]) == ["out", *(f"d{name}" for name in names)]
+    assert all(0 <= error < TOLERANCE[dtype][1] for error in verdict["errors"].values())
+    assert sum(verdict["bytes_forward"]) > 0 and sum(verdict["bytes_backward"]) > 0
+
+
+def test_a_mixer_s_dump_holds_its_gates_and_weights(capsys, tmp_path):
+    file = tmp_path / "tensors.safetensors"
+    words = ["--mixer", "gated_deltanet", "--seq", "12", "--heads", "2", "--head-dim", "4", "--world", "3"]
+    status, _ = verify_json(capsys, *words, "--dump", str(file))
+    tensors = load_file(file)
+    shapes = {
+        "q": (1, 12, 2, 4), "k": (1, 12, 2, 4), "v": (1, 12, 2, 4), "a": (1, 12, 2, 1), "b": (1, 12, 2, 1),
+        "A_log": (2,), "dt_bias": (2,), "q_conv": (2, 4, 4), "k_conv": (2, 4, 4), "v_conv": (2, 4, 4),
+    }  # fmt: skip
+    whole = {"out": (1, 12, 2, 4), "dout": (1, 12, 2, 4), **shapes, **{f"d{name}": shapes[name] for name in shapes}}
+    assert status == 0 and {name: tuple(tensor.shape) for name, tensor in tensors.items()} == whole
+
+
+def test_a_wrong_mixer_is_caught(capsys, monkeypatch):
+    right = LinearAttention.attend
+
+    def wrong(self, q, k, v, plan, log_decay=None, beta=None):
+        return right(self, q, k, v, plan, 1.001 * log_decay, beta)
+
+    monkeypatch.setattr(LinearAttention, "attend", wrong)
+    status, verdict = verify_json(capsys, "--mixer", "gla", "--seq", "31", "--heads", "2", "--head-dim", "4")
+    assert status == 70 and verdict["passed"] is False and verdict["refused"] is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("half", ["forward", "backward"])
 def test_a_kernel_with_a_wrong_scale_is_caught(capsys, monkeypatch, dtype, half):
     """In every dtype: a kernel must not be excused by its own error on one device."""
@@ -218,6 +266,18 @@ def test_gloo_gives_the_numbers_of_sim(capsys):
 
 
 @pytest.mark.gloo
+def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys):
+    words = ["--mixer", "gated_deltanet", "--seq", "31", "--heads", "3", "--head-dim", "4", "--world", "2"]
+    for strategy in LINEAR:
+        case = [*words, "--strategy", strategy, "--documents", "9,1,21", "--layout", "zigzag"]
+        _, simulated = verify_json(capsys, *case)
+        status, real = verify_json(capsys, *case, "--backend", "gloo")
+        assert status == 0 and real["backend"] == "gloo" and real["passed"]
+        for field in ("errors", "bytes_forward", "bytes_backward"):
+            assert real[field] == simulated[field]
+
+
+@pytest.mark.gloo
 def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
     words = [*SMALL, "--world", "2", "--backend", "gloo"]
     monkeypatch.setattr(verify_command, "asdict", lambda case: {**vars(case), "kernel": "flash_cuda"})
@@ -250,6 +310,11 @@ def test_the_matrix_as_json_is_a_list_of_the_same_objects(capsys, monkeypatch):
 
 def test_the_matrix_holds_every_axis():
     cases = list(matrix(40, "float64", "sim"))
+    linear = [case for case in cases if case.mixer]
+    assert len(linear) == len(set(linear)) == len(LINEAR) * len(MIXERS) * 3 * 3 * 5
+    assert {case.world for case in linear} == {1, 2, 3, 4, 8}
+    assert any(1 in case.documents for case in linear)
+    cases = [case for case in cases if not case.mixer]
     assert len(cases) == len(set(cases)) == len(MODULES) * 3 * 5 * 3 * 5
     assert {case.world for case in cases} == {1, 2, 3, 4, 8}
     assert {(case.heads // case.kv_heads, case.kv_heads) for case in cases} == {(1, 4), (4, 2), (4, 1)}

@@ -39,7 +39,7 @@ def normalised(q: Tensor, k: Tensor, v: Tensor, core: LinearCore, plan: Tensor) 
     """Means of the values, weighted by products of positive features q, k ``[B, T/SP, H/TP, any]``."""
     extended = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     y, z = core.attend(q, k, extended, plan).split([v.shape[-1], 1], -1)
-    return y / z.masked_fill(z == 0, 1)  # 0 on padding alone, as features are positive
+    return y / z.masked_fill(z == 0, 1)  # 0 on padding alone
 
 
 def recurrence(x: Inputs, documents: Sequence[Documents]) -> Tensor:

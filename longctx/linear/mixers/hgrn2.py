@@ -20,6 +20,8 @@ from longctx.linear.mixer import Inputs, LinearCore, Mixer, Widths, no_parameter
 from longctx.linear.reference import decayed_sums
 from longctx.sequence import Documents
 
+LEAST = -80.0  # of a gate: all is forgotten long before, and fp32 knows no smaller sigmoid
+
 
 def tokens(widths: Widths) -> dict[str, int]:
     return {"q": widths.key, "f": widths.key, "v": widths.value}
@@ -32,10 +34,12 @@ def bounds(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
     wide = accumulation_dtype(x["f"].dtype)
-    floor, gate = x["floor"].to(wide).unsqueeze(-1), x["f"].to(wide)
-    # Neither is taken from the other: near f = 1 and f = 0 the difference would keep no digit.
+    floor = x["floor"].to(wide).unsqueeze(-1)
+    gate = x["f"].to(wide).clamp(min=LEAST)
     written = (1 - floor) * torch.sigmoid(-gate)
-    log_decay = torch.logaddexp(floor.log(), torch.log1p(-floor) + F.logsigmoid(gate))
+    # Each by what it is near to: where little is forgotten, 1 - f keeps the digits, otherwise f does.
+    little = torch.log1p(-written.clamp(max=0.5))
+    log_decay = torch.where(written < 0.5, little, (floor + (1 - floor) * torch.sigmoid(gate)).log())
     return core.attend(F.silu(x["q"]), written.to(x["q"].dtype), x["v"], plan, log_decay=log_decay)
 
 
