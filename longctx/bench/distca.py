@@ -3,6 +3,7 @@
 Ranks with a deficit take, largest first, the item of an overloaded rank with the fewest bytes per work, until their
 need is below ``tolerance`` of the mean. An item is a band of a document's head rows and the mirrored band of tail rows:
 such a pair of rows costs ``length + 1`` cells. Bytes are estimated by the whole document's KV, known or not.
+The description leaves open which pairs of an item go; here it is the inner ones, whose prefix is shorter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from longctx.planner import Home, Runs, Widths
+from longctx.planner.plan import ranges
 
 
 def distca(home: Home, tolerance: float = 0.1, widths: Widths | None = None) -> Runs:
@@ -35,20 +37,20 @@ def distca(home: Home, tolerance: float = 0.1, widths: Widths | None = None) -> 
                 break
             volume = q_width * cells / cost + kv_width * cost
             best = int(np.argmin(np.where(usable, volume / np.maximum(cells, 1), np.inf)))
-            doc, size, first, _, source = alive[best].tolist()
+            doc, size, _, last, source = alive[best].tolist()
             count = int(cells[best] // (size + 1))
             if count == 0:
                 break
-            moved.append((doc, size, first, first + count, source, rank))
+            moved.append((doc, size, last - count, last, source, rank))
             load[source] -= count * (size + 1)
             load[rank] += count * (size + 1)
             need -= count * (size + 1)
-            alive[best, 2] += count
+            alive[best, 3] -= count
             if alive[best, 2] == alive[best, 3]:
                 alive = np.delete(alive, best, axis=0)
     stay = [(*row, row[4]) for row in (alive[np.argsort(alive[:, 0], kind="stable")]).tolist()]
     stay += [(*row, row[4]) for row in items[~np.isin(owner, donors)].tolist()]
-    return _runs(moved + stay)
+    return _runs(moved + stay, home)
 
 
 def _items(home: Home) -> np.ndarray:
@@ -62,11 +64,18 @@ def _items(home: Home) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 
-def _runs(items: list[tuple[int, int, int, int, int, int]]) -> Runs:
+def _runs(items: list[tuple[int, int, int, int, int, int]], home: Home) -> Runs:
+    """Both bands of every item, cut where mirrored rows live elsewhere: home pieces are a row off after odd budgets."""
     rows = []
-    for doc, length, first, last, home, server in items:
-        rows.append((doc, first, last, home, server))
+    for number, length, first, last, _, to in items:
+        rows.append((number, first, last, to))
         low, high = max(last, length - last), length - first
         if low < high:
-            rows.append((doc, low, high, home, server))
-    return Runs.of_rows(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+            rows.append((number, low, high, to))
+    doc, start, stop, server = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    key, _, lives_from, lives_to, rank, _ = home.table
+    at = np.searchsorted(key, doc * home.stride + start, "right") - 1
+    count = np.searchsorted(key, doc * home.stride + stop) - at
+    run, span = np.repeat(np.arange(len(doc)), count), ranges(at, count)
+    begin, end = np.maximum(start[run], lives_from[span]), np.minimum(stop[run], lives_to[span])
+    return Runs.of_rows(doc[run], begin, end, rank[span], server[run])

@@ -5,8 +5,9 @@
 
 from longctx.planner.cost import CostReport, Topology, Widths
 from longctx.planner.home import Home, contiguous, streamed, zigzag
+from longctx.planner.legality import check
 from longctx.planner.options import Options
-from longctx.planner.plan import Exchange, Plan, RankPlan, Runs, Tasks, Transfers, check
+from longctx.planner.plan import Exchange, Plan, RankPlan, Runs, Tasks, Transfers
 from longctx.planner.planning import PLANNERS, make_plan, plan
 from longctx.planner.slices import MaskSlices, Slice, Span, causal, full, prefix_lm, shared_prefix, window
 

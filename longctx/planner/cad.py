@@ -16,8 +16,10 @@ from longctx.planner.cost import Topology, Widths
 from longctx.planner.home import Home
 from longctx.planner.options import Options
 from longctx.planner.placement import Placement, Run, cut
-from longctx.planner.plan import Runs
+from longctx.planner.plan import Plan, Runs, Tasks
 from longctx.planner.slices import Int64, MaskSlices
+
+FEW = 64  # servers
 
 
 def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
@@ -33,8 +35,15 @@ def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> R
     for run in shipped.values():
         load[run.home] -= run.area
         spare[run.home] -= run.stop - run.start
-    placement = Placement(home, mask, limit - load, spare.tolist(), options)
-    return _merged(home, shipped, placement.place(list(shipped.values())))
+    # Sharing pays among many servers and may cost among few: there both ways are made, and the fewest bytes win.
+    ways = max(1, int(2 * options.egress - 1))
+    tried = []
+    for each in {ways, 1} if home.ranks <= FEW else {ways}:
+        placement = Placement(home, mask, limit - load, spare.tolist(), options, each)
+        tried.append(_merged(home, shipped, placement.place(list(shipped.values()))))
+    if len(tried) == 1:
+        return tried[0]
+    return min(tried, key=lambda runs: Plan("cad", home, mask, Tasks.of_runs(mask, runs), options.widths).cost.moved)
 
 
 def least_egress(home: Home, mask: MaskSlices, limit: int) -> Int64:

@@ -62,9 +62,15 @@ class Placement:
     share and multiplies the band's query rows, which the ``spare`` egress of their homes allows.
     """
 
-    def __init__(self, home: Home, mask: MaskSlices, room: Int64, spare: list[int], options: Options) -> None:
-        """``room``: cells that each server may take, ``[W]``. ``spare``: query rows that each rank may send twice."""
+    def __init__(
+        self, home: Home, mask: MaskSlices, room: Int64, spare: list[int], options: Options, ways: int
+    ) -> None:
+        """``room``: cells that each server may take, ``[W]``. ``spare``: query rows that each rank may send again.
+
+        ``ways``: servers that may share a band's keys, 1 for none.
+        """
         self.home, self.mask, self.options, self.spare = home, mask, options, spare
+        self.ways = min(ways, home.ranks) if mask.causal else 1
         self.free = room.tolist()
         self.rooms = sorted((cells, rank) for rank, cells in enumerate(self.free))
         self.placed: list[tuple[Run, int, int, int]] = []
@@ -142,9 +148,8 @@ class Placement:
 
     def _share(self, left: list[Run]) -> int:
         """The last rows of ``left`` to several servers with the largest rooms, by keys; their cells, 0 without gain."""
-        ways = min(int(2 * self.options.egress - 1), len(self.rooms))
-        last = left[-1]
-        if not self.mask.causal or ways < 2:
+        ways, last = self.ways, left[-1]
+        if ways < 2:
             return 0
         servers, widths = self.rooms[-ways:], self.options.widths
         room = servers[0][0]  # of the smallest of them, so that each takes the same share

@@ -1,5 +1,6 @@
 """Who may import whom. A new part of the package states its arrows here first."""
 
+import ast
 from graphlib import CycleError, TopologicalSorter
 
 from tests.architecture.source_tree import imports, modules, names
@@ -63,6 +64,23 @@ def test_imports_follow_the_arrows():
             if unit not in allowed:
                 wrong.append(f"{module.where}:{one.line} imports {one.target}; {module.unit} may use {sorted(allowed)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_planner_is_free_of_torch():
+    """It runs where no accelerator and no torch is, and on the host while devices compute."""
+    wrong = [
+        f"{module.where}:{node.lineno}"
+        for module in modules()
+        if module.unit == "planner"
+        for node in ast.walk(module.tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [getattr(node, "module", None) or ""]
+        )
+        if name.split(".")[0] == "torch"
+    ]
+    assert not wrong, wrong
 
 
 def test_some_neighbours_are_known_only_by_their_promises():

@@ -4,19 +4,27 @@ import random
 from itertools import pairwise
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention import get_strategy
+from longctx.attention import contract, get_strategy
 from longctx.attention.disaggregated import assign, dispatches
+from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
+from longctx.comm import group_of
 from longctx.planner import Widths
+from longctx.sequence import SequencePlan
 from longctx.sequence.tasks import Task
-from longctx.sim import Cluster
+from longctx.sim import Cluster, Event, mark_step
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
+from tests.attention import marking_kernel
+from tests.attention.travelling import spans
+from tests.volume.measure import BACKWARD, FORWARD
 
+WORKSPACE = 1 << 16  # bytes of the local kernel's own tensors, in sizes of these tests
 FINEST = 2  # tokens; smaller pieces are not cut again
 
 
@@ -51,6 +59,8 @@ def check(case: VerifyCase, forward=None, backward=None):
     verdict, _ = judge(case, results)
     assert verdict.passed, verdict.errors
     sizes = Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, 8, 8, options=case.options)
+    peak = get_strategy(case.strategy).peak(plan, sizes)
+    assert verdict.peak_extra_bytes <= max(peak.forward, peak.backward) + WORKSPACE
     for rank in range(case.world):
         volume = get_strategy(case.strategy).volume(plan, rank, sizes)
         sent = verdict.bytes_forward[rank], verdict.bytes_backward[rank]
@@ -141,3 +151,60 @@ def test_a_long_document_among_short_ones_is_balanced():
     cells = [there.served(rank).cells for rank in range(8)]
     assert sum(cells) == sum(plan.work(rank) for rank in range(8))
     assert plan.balance() > 5 and max(cells) * 8 <= 1.15 * sum(cells)
+
+
+@pytest.fixture
+def marking(monkeypatch):
+    monkeypatch.setitem(contract.KERNELS, "marking", f"{marking_kernel.__name__}:Marking")
+
+
+def hidden_behind(events: list[Event], step: int) -> list[list[int]]:
+    """Of every message that is sent in a pass, which calls of the kernel lie between its post and its wait."""
+    mark = {FORWARD: marking_kernel.FORWARD, BACKWARD: marking_kernel.BACKWARD}[step]
+    calls = [place for place, event in enumerate(events) if (event.operation, event.step) == (mark, step)]
+    return [
+        [number for number, at in enumerate(calls) if post < at < wait]
+        for post, wait, event in spans(events)
+        if event.step == step and event.operation == "send"
+    ]
+
+
+def run_in_turn(plans: list[SequencePlan]) -> None:
+    """Two nano-batches; each serves with two calls of the kernel, what is all its own and what has arrived."""
+    attention = PingPongAttention(group_of(dist.group.WORLD), "marking")
+    inputs = [[torch.randn(1, plans[0].shard, n, 4).double().requires_grad_() for n in (2, 1, 1)] for _ in plans]
+    mark_step(FORWARD)
+    runs = [attention.start(*q, plan.handle) for q, plan in zip(inputs, plans, strict=True)]
+    runs = [attention.serve(run) for run in runs]
+    total = sum(attention.finish(run).square().sum() for run in runs)
+    mark_step(BACKWARD)
+    total.backward()
+
+
+@pytest.mark.parametrize("step", [FORWARD, BACKWARD])
+def test_in_turn_only_the_last_results_on_their_way_home_are_exposed(marking, step):
+    plans = [case_of(2, [40]).plan() for _ in range(2)]
+    cluster = Cluster(2, trace_compute=True)
+    cluster.run(run_in_turn, plans)
+    for events in cluster.trace:
+        found = hidden_behind(events, step)
+        assert len(found) > 4
+        # Tokens of both leave before anything is computed; what the first found goes home while the second computes.
+        assert {min(behind) for behind in found if behind} <= {0, 2}
+        exposed = [number for number, behind in enumerate(found) if not behind]
+        assert all(number >= len(found) - 3 for number in exposed), found
+
+
+def test_alone_tokens_travel_while_what_is_all_mine_is_computed(marking):
+    case = case_of(2, [40], kernel="marking")
+    plan, cluster = case.plan(), Cluster(2, trace_compute=True)
+
+    def run() -> None:
+        mark_step(FORWARD)
+        run_rank(case, dist.group.WORLD)
+
+    cluster.run(run)
+    assert plan.world == 2
+    for events in cluster.trace:
+        found = hidden_behind(events, FORWARD)
+        assert [] in found and [0] in found, "tokens hide behind the first call, results behind nothing"

@@ -209,7 +209,8 @@ def kinds_of(row: Row, event: Event) -> list[Transfer]:
 
 
 def test_every_strategy_is_there():
-    assert {row.strategy for row in SCHEDULE} == set(MODULES) - {"local"}
+    # Those whose messages are as a planner has assigned them have their schedule in test_disaggregated.
+    assert {row.strategy for row in SCHEDULE} == set(MODULES) - {"local", "disaggregated", "zeppelin"}
 
 
 @pytest.mark.parametrize("row", SCHEDULE, ids=str)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context, link"),
+        (["nonsense"], 78, "attention, trainer, context, link, planning"),
         (["linear"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
@@ -57,6 +57,10 @@ ROOT = Path(__file__).parents[2]
         (["context", "--start", "1000"], 78, "multiple of 128"),
         (["context", "--start", "128"], 78, "multiple of 512 for ulysses"),
         (["context", "--start", "512,512"], 78, "2 numbers; give 1 or 3"),
+        (["planning", "--servers", "8,x"], 78, "--servers '8,x' must be whole numbers"),
+        (["planning", "--contexts", "0"], 78, "--contexts '0' must be whole numbers above 0"),
+        (["planning", "--draws", "0"], 78, "must be at least 1"),
+        (["planning", "--lengths", "/nowhere.json"], 65, "JSON list of document lengths"),
     ],
 )
 def test_refusals(words, code, said, capsys):
@@ -167,3 +171,21 @@ def test_the_trainer_and_the_bare_loop_take_the_same_steps():
     assert told["pairs"] == 2
     assert set(told["rows"]) == {"wall", "cpu"}
     assert told["largest_loss_difference"] < 1e-5 * 6
+
+
+def test_planning_balances_with_fewer_bytes_than_the_greedy(capsys):
+    words = ["--servers", "16", "--contexts", "131072,1048576", "--draws", "1", "--timed", "1", "--json"]
+    assert main(["bench", "planning", *words]) == 0
+    rows = {row["planner"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {row["context"] for row in rows.values()} == {131072}, "1M tokens do not fit 16 servers"
+    assert rows["cad"]["imbalance"] <= 1.02 and rows["cad"]["egress_over_least"] <= 1.5
+    assert rows["cad"]["gigabytes"] < 0.8 * rows["distca 0.02"]["gigabytes"]
+
+
+def test_planning_on_the_clock_shows_both_ablations(capsys):
+    assert main(["bench", "planning", "--clock", "--contexts", "131072", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 1 < row["wlb_over_cad_gather_hidden"] < row["wlb_over_cad"] < row["fixed_over_cad"]
+    assert row["wlb_over_cad_idle_not_serving"] < row["wlb_over_cad"]
+    assert main(["bench", "planning", "--clock", "--contexts", "131072"]) == 0
+    assert "gather hidden" in capsys.readouterr().out

@@ -63,12 +63,14 @@ def test_replay_of_a_plan():
 
 def test_balance_shows_on_the_clock():
     lengths = np.array([8192, *[256] * 96])
-    hardware = Hardware(flops=1e12)
+    hardware = Hardware(flops=1e12, tile=1)
     times = {
-        name: replay_plan(make_plan(name, causal(lengths), Topology(4), Options(), streamed(lengths, 4)), hardware)
+        name: replay_plan(
+            make_plan(name, causal(lengths), Topology(4), Options(block=8), streamed(lengths, 4)), hardware
+        )
         for name in ("local", "cad")
     }
-    assert times["cad"].compute.max() < 1.03 * times["cad"].compute.mean()
+    assert times["cad"].compute.max() <= 1.02 * times["cad"].compute.mean()
     assert times["cad"].seconds < times["local"].seconds
 
 

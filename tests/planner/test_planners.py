@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.bench.distca import distca
 from longctx.errors import ConfigError
 from longctx.planner import (
     PLANNERS,
@@ -193,6 +194,25 @@ def test_least_egress_is_the_greedy_over_rows(lengths, servers):
                 break
             left, rows = left - most, rows + 1
         assert found == rows
+
+
+def test_another_home_lowers_the_least_egress():
+    """Zigzag over all ranks leaves nothing to ship; contiguous shards leave more on one rank than mirrored pieces."""
+    lengths, servers = long_documents(16), 16
+    mask = causal(lengths)
+    limit = int(mask.area(np.arange(len(lengths)), np.zeros_like(lengths), np.array(lengths)).sum() * 1.02 / servers)
+    worst = [least_egress(make(lengths, servers), mask, limit).max() for make in (zigzag, streamed, contiguous)]
+    assert worst[0] == 0 < worst[1] < worst[2]
+
+
+def test_distca_balances_to_its_tolerance_with_more_bytes():
+    lengths, servers = long_documents(16), 16
+    home, mask = streamed(lengths, servers), causal(lengths)
+    theirs = Plan("distca", home, mask, Tasks.of_runs(mask, distca(home, 0.02)), Widths())
+    check(theirs)
+    ours = make_plan("cad", mask, Topology(servers), Options(block=32), home)
+    assert ours.cost.imbalance <= 1.02
+    assert ours.cost.moved < 0.8 * theirs.cost.moved
 
 
 def test_bytes_count_each_token_once_per_server():

@@ -72,4 +72,4 @@ def test_what_leaves_a_node_is_levelled_over_its_ranks():
     moves = remap(np.array([40, 20, 6, 0, 0, 0]), Topology(6, per_node=3))
     across = moves.source // 3 != moves.dest // 3
     leaving = np.bincount(moves.source[across], weights=moves.count[across], minlength=6)
-    assert leaving[:3].tolist() == [24, 9, 0] or leaving.max() <= 25
+    assert leaving[:3].tolist() == [24, 9, 0]

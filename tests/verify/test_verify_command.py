@@ -122,7 +122,6 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--kernel", "flsh"], 78, "'flsh' is unknown; valid kernels: auto, flash_cuda, flash_cpu, dense"),
         (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
         (["--strategy", "rign"], 78, "did you mean ring?"),
-        (["--strategy", "zeppelin"], 69, "--strategy=zeppelin is not built yet; available: local, ring, striped"),
         (["--mixer", "retnett"], 78, "did you mean retnet?"),
         (["--mixer", "retnet", "--strategy", "ring"], 78, "is for linear strategies, not for ring; valid strategies"),
         (["--chunk", "32"], 78, "--chunk 32 is for linear strategies; ring has no chunks"),

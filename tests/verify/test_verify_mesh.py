@@ -185,7 +185,7 @@ def test_the_shrunken_run_keeps_what_decides_correctness():
         assert getattr(tiny, section) == getattr(config, section)
     for name in ("heads", "kv_heads", "qk_norm", "tie_embeddings", "rope_theta"):
         assert getattr(tiny.model, name) == getattr(config.model, name)
-    assert replace(tiny.attention, layout_block=64, window=4096) == config.attention
+    assert replace(tiny.attention, layout_block=64, window=4096, chunk=64) == config.attention
     assert 1 < tiny.attention.window < tiny.data.seq_len < 200
     assert (tiny.train.recompute, tiny.train.micro_batch, tiny.train.global_batch) == ("selective", 2, 8)
     assert tiny.train.loss_chunk < tiny.data.seq_len // 4 * tiny.train.micro_batch
