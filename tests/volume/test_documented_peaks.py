@@ -125,3 +125,14 @@ def test_what_the_table_has_no_row_for_is_a_bound_too(strategy):
 def test_with_a_mask_it_is_at_most_a_third_more(row, layout, causal, lengths):
     for measured, formula in ratios(row, layout, Mask(causal), lengths, (8, 8)):
         assert measured <= formula * 4 / 3 + 100
+
+
+@pytest.mark.parametrize("strategy", ["disaggregated", "zeppelin"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_planner_has_assigned_has_a_bound(strategy, layout):
+    for lengths in ((ROWS * WORLD,), (300, 1, 1, 150, 60)):
+        plan = plan_of([lengths], Mask(), LAYOUTS[layout], ROWS * WORLD, WORLD)
+        ranks = Cluster(WORLD, trace=False).run(peaks, strategy, plan, (16, 8), 1, DEFAULT)
+        peak = get_strategy(strategy).peak(plan, Sizes(1, 16, 8, DIM, 2, 4))
+        assert max(forward for forward, _ in ranks) <= peak.forward
+        assert 0.4 * peak.backward <= max(both for _, both in ranks) <= peak.backward
