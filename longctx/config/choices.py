@@ -34,6 +34,8 @@ MIXERS = (
     "moba",
     "rat",
 )
+# Fields of the model -> mixers that read them.
+SIZED_MIXERS = {"mixer_block": ("moba", "rat"), "mixer_top_k": ("moba",)}
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKWARD_SIDES = ("auto", "keys", "queries")

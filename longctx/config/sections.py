@@ -33,6 +33,8 @@ class ModelConfig:
     init_std: float = 0.06  # falls with the width: 0.02 suits 2,048 and more
     pattern: str = "S"  # kinds of layers, repeated: S softmax attention, L linear attention
     mixer: str | None = None  # what linear layers compute
+    mixer_block: int | None = None  # tokens of a block of moba, of a chunk of rat; null: the paper's
+    mixer_top_k: int | None = None  # blocks that a query of moba reads, its own among them; null: the paper's
 
     @property
     def kinds(self) -> str:
@@ -71,6 +73,14 @@ class ModelConfig:
             )
         if self.mixer is not None:
             one_of("model.mixer", self.mixer, choices.MIXERS)
+        for name in ("mixer_block", "mixer_top_k"):
+            value = getattr(self, name)
+            at_least(f"model.{name}", value, 1)
+            if value is not None and self.mixer not in choices.SIZED_MIXERS[name]:
+                raise ConfigError(
+                    f"model.{name}={value} is read by model.mixer={' or '.join(choices.SIZED_MIXERS[name])}, got "
+                    f"model.mixer={as_word(self.mixer)}; nearest valid: model.{name}=null"
+                )
         if (self.mixer is not None) != ("L" in self.pattern):
             told, near = (
                 ("has linear layers, which need one", choices.MIXERS[0])

@@ -51,6 +51,11 @@ class Session:
             raise ConfigError("generation needs the whole model on each rank; this is a part of a pipeline: set pp=1")
         if type(model.vocabulary) is not Vocabulary:
             raise ConfigError("generation does not run on a model whose tensors are split: set tp=1")
+        if "L" in model.config.pattern:
+            raise ConfigError(
+                f"generation keeps keys and values, and model.pattern={model.config.pattern} has linear layers, which "
+                "have a state instead; it runs on models of softmax layers (model.pattern=S)"
+            )
         self._model = model
         self._ranks = ranks
         self._group = group_of(ranks.group)

@@ -99,10 +99,23 @@ MIXERS = {
 }
 
 
-def get_mixer(name: str) -> Mixer:
+# Mixers that come in sizes -> which they take; their modules hold `sized(block, top_k)`.
+SIZED = {"moba": ("block", "top_k"), "rat": ("block",)}
+
+
+def get_mixer(name: str, block: int | None = None, top_k: int | None = None) -> Mixer:
+    """``block``: tokens of a block of moba, of a chunk of rat; ``top_k``: blocks that a query of moba reads. None
+    takes the paper's."""
     if name not in MIXERS:
         raise ConfigError(f"mixer {name!r} is unknown; valid mixers: {', '.join(MIXERS)}")
-    mixer: Mixer = importlib.import_module(MIXERS[name]).MIXER
+    module = importlib.import_module(MIXERS[name])
+    for size, value in (("block", block), ("top_k", top_k)):
+        if value is not None and size not in SIZED.get(name, ()):
+            readers = ", ".join(mixer for mixer, sizes in SIZED.items() if size in sizes)
+            raise ConfigError(
+                f"model.mixer_{size}={value} is not read by mixer={name}; leave it at null, or set {readers}"
+            )
+    mixer: Mixer = module.MIXER if block is None and top_k is None else module.sized(block, top_k)
     return mixer
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longctx.config import ModelConfig
-from longctx.linear import Widths, get_mixer
+from longctx.linear import Widths
+from longctx.model.linear_block import mixer_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LayerFlops:
         pair = 4.0 * width
         if model.mixer is None:
             return cls(softmax, pair)
-        mixer, widths = get_mixer(model.mixer), Widths(model.head_dim, model.head_dim)
+        mixer, widths = mixer_of(model), Widths(model.head_dim, model.head_dim)
         projected = model.heads * sum(mixer.tokens(widths).values())
         # Besides what the mixer reads: the gate of its output, and the projection behind it.
         linear = 2.0 * model.dim * (projected + 2 * width + mlp)

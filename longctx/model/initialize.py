@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from longctx.linear import get_mixer
 from longctx.model.decoder import Decoder
+from longctx.model.linear_block import mixer_of
 
 # These write into the residual stream, which sums 2 * layers of them.
 OUTPUT_PROJECTIONS = ("attention_out", "mlp_out")
@@ -28,8 +28,7 @@ def initialize(model: Decoder, seed: int) -> None:
             owner, own_name = name.split(".")[-2:]
             drawn = torch.empty(parameter.shape)
             if owner == LEARNED:
-                assert config.mixer is not None, "linear layers have a mixer"
-                get_mixer(config.mixer).initial(own_name, drawn, _generator(seed, name))
+                mixer_of(config).initial(own_name, drawn, _generator(seed, name))
             elif parameter.ndim < 2:
                 drawn.fill_(1.0)
             else:

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
-from longctx.linear import Inputs, LinearCore, Widths, get_mixer
+from longctx.linear import Inputs, LinearCore, Mixer, Widths, get_mixer
 from longctx.model.block import Block
 from longctx.model.rotary import Rotation
+
+
+def mixer_of(config: ModelConfig) -> Mixer:
+    """Of the model's linear layers."""
+    assert config.mixer is not None, "a pattern with linear layers has a mixer"
+    return get_mixer(config.mixer, config.mixer_block, config.mixer_top_k)
 
 
 class LinearBlock(Block):
@@ -23,9 +29,8 @@ class LinearBlock(Block):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config)
-        assert config.mixer is not None, "a pattern with linear layers has a mixer"
         self.attention: LinearCore | None
-        self.mixer = get_mixer(config.mixer)
+        self.mixer = mixer_of(config)
         widths = Widths(config.head_dim, config.head_dim)
         self._channels = self.mixer.tokens(widths)
         self.projections = nn.ModuleDict(

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from longctx.config import Config
+from longctx.config.choices import SIZED_MIXERS
 from longctx.config.pipeline import nearest_microbatches
 from longctx.sequence import IGNORE, Batch, Documents
 
@@ -43,6 +44,8 @@ def shrink(config: Config) -> Config:
         "hidden_dim": hidden,
         "init_std": DIM**-0.5,
         "pattern": pattern,
+        # Several blocks of those mixers that compute by blocks.
+        "mixer_block": LARGEST_BLOCK if config.model.mixer in SIZED_MIXERS["mixer_block"] else None,
     }
     window = attention.window
     if window is not None:

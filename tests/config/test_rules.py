@@ -281,3 +281,29 @@ def test_a_pattern_is_repeated_over_the_layers():
 def test_layers_of_a_kind_take_what_is_theirs(pattern, mixer, attention, told):
     with pytest.raises(ConfigError, match=told):
         layered(pattern, mixer, **attention)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"mixer": "retnet", "mixer_block": 4}, r"mixer_block=4 is read by model\.mixer=moba or rat.*mixer_block=null"),
+        ({"mixer": "rat", "mixer_top_k": 2}, r"mixer_top_k=2 is read by model\.mixer=moba.*mixer_top_k=null"),
+        ({"mixer": "moba", "mixer_block": 0}, r"model\.mixer_block=0 must be at least 1"),
+    ],
+)
+def test_sizes_of_mixers_are_for_those_that_come_in_sizes(model, told):
+    with pytest.raises(ConfigError, match=told):
+        Config.from_dict({"model": {"pattern": "LS", **model}})
+
+
+@pytest.mark.parametrize(
+    ("attention", "train", "told"),
+    [
+        ({"strategy": "ring"}, {"micro_batch": 2}, "takes attention.strategy=disaggregated apart, got ring"),
+        ({"strategy": "disaggregated"}, {"micro_batch": 3}, "must be even; nearest valid: 2 or 4"),
+        ({"strategy": "disaggregated"}, {"micro_batch": 2, "compile": True}, "set train.compile=false"),
+    ],
+)
+def test_taking_turns_wants_two_halves(attention, train, told):
+    with pytest.raises(ConfigError, match=told):
+        Config.from_dict({"attention": {"ping_pong": True, **attention}, "train": {"global_batch": 12, **train}})

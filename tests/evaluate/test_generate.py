@@ -1,6 +1,7 @@
 """Generation over ranks against a decoder on one device that forgets everything and starts afresh at each token."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from longctx.attention import StrategyAttention, dense_attention
 from longctx.attention.cache import KeyValueShard, SequenceCache
 from longctx.attention.core import Started
 from longctx.attention.registry import Sizes
-from longctx.attention.tree_decoding import reduce, volume
+from longctx.attention.tree_decoding import CachedAttention, reduce, volume
 from longctx.comm import Group, broadcast, group_of
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError
@@ -19,7 +20,7 @@ from longctx.evaluate.generate import choose
 from longctx.launcher import build
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, Part, initialize
-from longctx.sequence import Contiguous, Documents, Mask, Striped, Zigzag
+from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
 from tests.train.small_run import small_config
 
@@ -184,6 +185,38 @@ def test_decoding_sends_the_same_however_long_the_sequence_is(world, dtype, wide
         assert exact - 3 * MODEL.layers <= closed <= exact
 
 
+def decoded(length: int) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor]:
+    """One new token over a cache of so many on four ranks: its attention, bytes and messages by rank, and dense's."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(1, length + 1, n, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    plan = SequencePlan((Documents.single(length),), Mask(), Zigzag(), length, 4)
+
+    def run() -> tuple[torch.Tensor, int, int]:
+        group = group_of(dist.group.WORLD)
+        cache = SequenceCache(group, Mask(), 1)
+        cache.expect_prompt(plan)
+        mine = torch.from_numpy(plan.positions(group.rank))
+        cache.shards[0].append(k[:, mine], v[:, mine])
+        cache.expect(1, 1)
+        attention = CachedAttention(StrategyAttention("ring", dist.group.WORLD), cache, 0)
+        before, messages = group.traffic.bytes, group.traffic.messages
+        out = attention.finish(attention.start(q[:, -1:], k[:, -1:], v[:, -1:], plan.handle))
+        return out, group.traffic.bytes - before, group.traffic.messages - messages
+
+    found = Cluster(4).run(run)
+    scores = torch.einsum("hd,khd->hk", q[0, -1], k[0].repeat_interleave(2, 1)) / 4
+    expected = torch.einsum("hk,khd->hd", scores.softmax(-1), v[0].repeat_interleave(2, 1))
+    assert all(torch.equal(one[0], found[0][0]) for one in found)
+    return found[0][0][0, 0], [(sent, messages) for _, sent, messages in found], expected
+
+
+def test_a_token_costs_the_same_over_a_thousand_and_a_hundred_thousand():
+    (short, little, dense), (long, much, dense_long) = decoded(1_000), decoded(100_000)
+    assert little == much and little[0][1] == 3
+    assert (short - dense).norm() <= 1e-10 * dense.norm()
+    assert (long - dense_long).norm() <= 1e-10 * dense_long.norm()
+
+
 def test_ranks_without_keys_take_part_with_zeros():
     """Random partials of four ranks, two of which have seen nothing, or not for one query."""
     generator = torch.Generator().manual_seed(0)
@@ -281,6 +314,10 @@ def test_nothing_new_is_nothing():
         (lambda: generate(model_of(), prompt(1), -1), "max_new_tokens -1 must be at least 0"),
         (lambda: generate(model_of(), prompt(1), 1, Ranks(mask=Mask(False))), "needs a causal mask"),
         (lambda: Session(model_of().cut(Part(range(1), last=False)), Ranks()), "needs the whole model"),
+        (
+            lambda: Session(model_of(replace(MODEL, pattern="LS", mixer="retnet")), Ranks()),
+            "model.pattern=LS has linear",
+        ),
         (lambda: Sampling(temperature=-0.5), "temperature -0.5 must be at least 0"),
         (lambda: Sampling(temperature=float("nan")), "temperature nan must be at least 0"),
         (lambda: Sampling(top_k=0), "top_k 0 must be at least 1"),

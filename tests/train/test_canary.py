@@ -11,6 +11,8 @@ from longctx.attention import StrategyAttention
 from longctx.config import simulated_world_size
 from longctx.engines import pipeline as pipeline_engine
 from longctx.errors import NumericsError
+from longctx.linear import operator as linear_operator
+from longctx.linear import short_convolution
 from longctx.mesh import build_mesh
 from longctx.parallel import apply, tensor
 from longctx.parallel.pipeline import Pipeline
@@ -41,6 +43,17 @@ RIGHT = [
     {"parallel": {"pp": 2, "sp": 2}, "train": {"micro_batch": 1}},
     {"parallel": {"pp": 2, "pp_schedule": "zbv"}, "model": {"layers": 4}, "train": {"dtype": "bfloat16"}},
     {"parallel": {"sp": 2}, "train": {"recompute": "full", "mlp_chunk": 4096, "offload": True}},
+    {"parallel": {"sp": 2}, "attention": {"strategy": "disaggregated", "ping_pong": True}, "train": {"micro_batch": 2}},
+    {
+        "parallel": {"sp": 2, "tp": 2},
+        "model": {"pattern": "LS", "mixer": "gated_deltanet"},
+        "train": {"dtype": "float32"},
+    },
+    {
+        "parallel": {"sp": 3},
+        "model": {"pattern": "L", "mixer": "moba", "mixer_block": 512, "mixer_top_k": 2},
+        "attention": {"strategy": "lasp2"},
+    },
 ]
 
 
@@ -128,6 +141,35 @@ def test_planted_mistakes_are_caught(tmp_path, monkeypatch, mistake, dtype):
     error = failure.value.__cause__
     assert isinstance(error, NumericsError) and error.exit_code == 70
     assert "canary: " in str(error) and "tolerance" in str(error)
+
+
+def lost_states(patch):
+    right = linear_operator.forward
+
+    def forward(core, tensors, chunks, call, strategy):
+        nothing = replace(strategy, enter=lambda summary, call: lambda: torch.zeros_like(summary.states))
+        return right(core, tensors, chunks, call, nothing)
+
+    patch.setattr(linear_operator, "forward", forward)
+
+
+def lost_halos(patch):
+    right = short_convolution._extended
+
+    def extended(x, halo, *others):
+        whole = right(x, halo, *others)
+        whole[:, x.shape[1] :] = 0
+        return whole
+
+    patch.setattr(short_convolution, "_extended", extended)
+
+
+@pytest.mark.parametrize("mistake", [lost_states, lost_halos])
+def test_planted_mistakes_of_linear_layers_are_caught(tmp_path, monkeypatch, mistake):
+    mistake(monkeypatch)
+    model = {"pattern": "LS", "mixer": "gated_deltanet"}
+    with pytest.raises(RankFailed, match="canary: "):
+        run(small_config(tmp_path, parallel={"sp": 2}, model=model, train={"dtype": "float32"}))
 
 
 def test_one_plan_for_all_microbatches_of_a_pipeline_is_caught(tmp_path, monkeypatch):

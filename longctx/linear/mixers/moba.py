@@ -344,6 +344,11 @@ def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
     raise AssertionError(f"moba has no parameter {name}")
 
 
+def sized(block: int | None, top_k: int | None) -> Mixer:
+    """None: the paper's size."""
+    return moba(**{name: value for name, value in (("block", block), ("top_k", top_k)) if value is not None})
+
+
 MIXER = moba()
 
 

@@ -309,6 +309,11 @@ def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
     raise AssertionError(f"rat has no parameter {name}")
 
 
+def sized(block: int | None, _: int | None) -> Mixer:
+    """None: the paper's size."""
+    return rat() if block is None else rat(block)
+
+
 MIXER = rat()
 
 
