@@ -159,7 +159,7 @@ class Arriving:
         self._me = call.group.rank
         self._served = dispatch.served(self._me)
         sends, receives = [], []
-        for other in others(call):
+        for other in call.group.others:
             theirs = dispatch.served(other)
             for block, leaving, coming in (
                 (of_queries, theirs.queries[self._me], self._served.queries[other]),
@@ -209,7 +209,7 @@ class Returning:
         self._own = [_picked(places, self._me, part, part.dtype) for part in block]
         dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
         sends, receives = [], []
-        for other in others(call):
+        for other in call.group.others:
             for part, dtype in zip(block, dtypes, strict=True):
                 sends.append((other, _picked(places, other, part, dtype)))
                 receives.append((other, part.new_empty(1, len(asked[other]), *part.shape[2:], dtype=dtype)))
@@ -222,10 +222,6 @@ class Returning:
         blocks.insert(self._me, self._own)
         for rows, block in zip(self._asked, blocks, strict=True):
             yield rows, tuple(block)
-
-
-def others(call: Call) -> list[int]:
-    return [rank for rank in range(call.group.size) if rank != call.group.rank]
 
 
 def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:

@@ -104,7 +104,7 @@ def gather(k: Tensor, v: Tensor, heads: Heads, call: Call) -> Pending:
     keys, values = k[:, :, heads.keys], v[:, :, heads.keys]
     sends, receives = [], []
     packed: dict[Rows, Tensor] = {}  # ranks that see the same rows are sent one buffer
-    for other in others(call):
+    for other in call.group.others:
         rows = plan.reads(other, me)
         if rows not in packed:
             packed[rows] = torch.stack((rows.take(keys), rows.take(values)))
@@ -121,7 +121,7 @@ def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: Call) -
     whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
     for part, own in zip(whole, (keys, v[:, :, heads.keys]), strict=True):
         places.put(me, gathered.rows[me].take(own), part)
-    for other, block in zip(others(call), arrived.wait(), strict=True):
+    for other, block in zip(call.group.others, arrived.wait(), strict=True):
         places.put(other, block, whole, ROWS)
     return whole
 
@@ -149,7 +149,7 @@ def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: Call) -> R
     plan, me = call.plan, call.group.rank
     travel = dtype if call.options.travel == "narrow" else shares.dtype
     sends, receives = [], []
-    for other in others(call):
+    for other in call.group.others:
         sends.append((other, _picked(shares, other, call).to(travel)))
         shape = (*shares.shape[:ROWS], len(plan.reads(other, me)), *shares.shape[ROWS + 1 :])
         receives.append((other, shares.new_empty(shape, dtype=travel)))
@@ -162,10 +162,6 @@ def _picked(shares: Tensor, owner: int, call: Call) -> Tensor:
     part = shares.new_empty(*shares.shape[:ROWS], places.counts[owner], *shares.shape[ROWS + 1 :])
     places.pick(owner, shares, part, ROWS)
     return part
-
-
-def others(call: Call) -> list[int]:
-    return [rank for rank in range(call.group.size) if rank != call.group.rank]
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:

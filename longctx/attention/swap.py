@@ -80,10 +80,6 @@ class Row:
         """Tokens of this rank that are no padding."""
         return self.places.counts[self.group.rank]
 
-    @property
-    def others(self) -> list[int]:
-        return [rank for rank in range(self.group.size) if rank != self.group.rank]
-
     def room(self, like: Tensor, heads: int) -> Tensor:
         """For all tokens of the row, ``[B, T/SP·u, heads, D]``; padding, where there is any, is 0."""
         shape = (like.shape[0], self.tokens, heads, like.shape[3])
@@ -94,8 +90,8 @@ class Row:
         first = next(iter(parts.values()), None)
         if first is None:
             return exchange(self.group, [], [])
-        shapes = [(first.shape[0], tokens[rank], heads[rank], first.shape[3]) for rank in self.others]
-        receives = [(rank, first.new_empty(shape)) for rank, shape in zip(self.others, shapes, strict=True)]
+        shapes = [(first.shape[0], tokens[rank], heads[rank], first.shape[3]) for rank in self.group.others]
+        receives = [(rank, first.new_empty(shape)) for rank, shape in zip(self.group.others, shapes, strict=True)]
         return exchange(self.group, list(parts.items()), receives)
 
 
@@ -157,12 +153,12 @@ def _gather_tokens(row: Row, parts: list[list[Tensor]]) -> list[Tensor]:
     padding is 0. Its own part it puts there while the others travel."""
     own = parts[row.group.rank]
     widths = [piece.shape[2] for piece in own]
-    packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.others}
+    packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.group.others}
     arriving = row.swap(packed, [sum(widths)] * row.group.size, row.places.counts)
     wholes = [row.room(piece, width) for piece, width in zip(own, widths, strict=True)]
     for whole, piece in zip(wholes, own, strict=True):
         row.places.put(row.group.rank, piece, whole)
-    for rank, part in zip(row.others, arriving.wait(), strict=True):
+    for rank, part in zip(row.group.others, arriving.wait(), strict=True):
         for whole, piece in zip(wholes, part.split(widths, dim=2), strict=True):
             row.places.put(rank, piece, whole)
     return wholes
@@ -174,11 +170,11 @@ def _scatter_tokens(row: Row, wholes: tuple[Tensor, ...], rooms: list[list[Tenso
     Its own part it puts there first, while the others travel; they are added where rooms overlap (``sums``).
     """
     me, widths = row.group.rank, [[room.shape[2] for room in some] for some in rooms]
-    packed = {rank: _picked(wholes, row.places, rank) for rank in row.others}
+    packed = {rank: _picked(wholes, row.places, rank) for rank in row.group.others}
     arriving = row.swap(packed, [sum(some) for some in widths], [row.valid] * row.group.size)
     for whole, room in zip(wholes, rooms[me], strict=True):
         row.places.pick(me, whole, room)
-    for rank, part in zip(row.others, arriving.wait(), strict=True):
+    for rank, part in zip(row.group.others, arriving.wait(), strict=True):
         for room, piece in zip(rooms[rank], part.split(widths[rank], dim=2), strict=True):
             if sums:
                 room.add_(piece)

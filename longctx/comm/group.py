@@ -57,6 +57,11 @@ class Group:
         return _SEPARATOR.join([own, *(_ABSENT if group is None else group.name for group in others)])
 
     @property
+    def others(self) -> list[int]:
+        """Every rank but this one."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    @property
     def traffic(self) -> Traffic:
         """Of all axes together."""
         if self.process_group is None:

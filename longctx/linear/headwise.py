@@ -116,7 +116,7 @@ def to_owners(states: Tensor, summary: Summary, received: Places, call: Call) ->
 
 def _swap(group: Group, parts: Sequence[Tensor], buffers: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """All-to-all: ``parts[r]`` to rank r; awaited, what each rank sent, own part included."""
-    others = [rank for rank in range(group.size) if rank != group.rank]
+    others = group.others
     posted = exchange(
         group,
         [(rank, parts[rank].contiguous()) for rank in others],

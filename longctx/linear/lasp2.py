@@ -62,7 +62,7 @@ def gather(
     summary: Summary, call: Call, sent: Callable[[int, int], tuple[int, ...]]
 ) -> Callable[[], tuple[Stretch, Summary]]:
     """Posts the exchange; awaited, everything that ``sent(sender, receiver)`` brings here beside what is here."""
-    chain, me, others = call.chain, call.group.rank, [r for r in range(call.group.size) if r != call.group.rank]
+    chain, me, others = call.chain, call.group.rank, call.group.others
     own, coming = chain.own(me), {other: sent(other, me) for other in others}
     like, batch, heads = summary.states, *summary.states.shape[0:3:2]
     buffers = [like.new_empty(len(coming[other]), batch, heads, width(summary, call)) for other in others]
