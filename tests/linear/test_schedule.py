@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.attention.schedule import places
 
 from longctx.linear import LinearAttention
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Zigzag
@@ -27,6 +26,10 @@ def traced(strategy: str, layout: str, with_backward: bool) -> list[list[Event]]
     cluster = Cluster(WORLD, trace_compute=True)
     cluster.run(attend, plan, strategy, with_backward)
     return cluster.trace
+
+
+def places(events: list[Event], *operations: str) -> list[int]:
+    return [place for place, event in enumerate(events) if event.operation in operations]
 
 
 def transfers(events: list[Event]) -> list[tuple[int, int]]:
