@@ -25,6 +25,7 @@ from longctx.launcher import parity_page, verify_mesh
 from longctx.launcher.processes import join_gloo, run_gloo
 from longctx.linear import MIXERS, get_linear
 from longctx.linear import MODULES as LINEAR
+from longctx.linear.mixer import SIZED
 from longctx.sequence import LAYOUTS
 from longctx.sim import Cluster
 from longctx.verify import RankResult, Verdict, VerifyCase, judge, refusal_of, refused, run_rank
@@ -39,7 +40,7 @@ CASE = {
     "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
     "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
     "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
-    "chunk": 64,
+    "chunk": 64, "mixer_block": None, "mixer_top_k": None,
 }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout-block", type=int, help="tokens per stripe of the striped layout; default: 1")
     parser.add_argument("--mixer", help=f"of a linear strategy, one of {', '.join(MIXERS)}; default there: basic")
     parser.add_argument("--chunk", type=int, help="tokens that a linear layer computes at once; default: 64")
+    parser.add_argument("--mixer-block", type=int, help="tokens of a block of moba, of a chunk of rat")
+    parser.add_argument("--mixer-top-k", type=int, help="blocks that a query of moba reads, its own among them")
     parser.add_argument("--world", type=int, help="ranks that share the sequence; default: 4")
     parser.add_argument("--backend", choices=("sim", "gloo"), help="default: sim")
     parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
@@ -147,8 +150,13 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
                 f"--mixer {arguments.mixer} is for linear strategies, not for {arguments.strategy}; "
                 f"valid strategies: {', '.join(LINEAR)}"
             )
-    elif arguments.chunk != CASE["chunk"]:
-        raise ConfigError(f"--chunk {arguments.chunk} is for linear strategies; {arguments.strategy} has no chunks")
+    for name in ("chunk", "mixer_block", "mixer_top_k"):
+        value = getattr(arguments, name)
+        if arguments.mixer is None and value != CASE[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} is for linear strategies, and {arguments.strategy} does not read "
+                "it; leave it out"
+            )
     try:
         documents = tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
     except ValueError:
@@ -177,6 +185,8 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         travel=arguments.travel,
         mixer=arguments.mixer,
         chunk=arguments.chunk,
+        mixer_block=arguments.mixer_block,
+        mixer_top_k=arguments.mixer_top_k,
     )
 
 
@@ -244,6 +254,7 @@ def _run_all(arguments: argparse.Namespace) -> int:
 
 
 CHUNK = 16  # of linear layers in the matrix
+SMALL_BLOCK = 4  # there, of mixers that compute by blocks: several to a document, so that queries choose
 
 
 def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
@@ -291,7 +302,9 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
             dtype=dtype,
             layout_block=CHUNK if layout == "striped" else 1,
             mixer=mixer,
-            chunk=CHUNK,
+            chunk=VerifyCase.chunk if mixer in SIZED else CHUNK,
+            mixer_block=SMALL_BLOCK if mixer in SIZED else None,
+            mixer_top_k=2 if "top_k" in SIZED.get(mixer, ()) else None,
             **mask,  # type: ignore[arg-type]
         )
 

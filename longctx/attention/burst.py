@@ -32,7 +32,7 @@ from torch import Tensor
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
 from longctx.attention.ring import pass_keys, pass_keys_backward
 from longctx.attention.travel import Block, Homeward, travel, zeros
 from longctx.comm import Group
@@ -127,10 +127,6 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     ]
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    return total(sends(plan, rank, sizes))
-
-
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     """As the ring, or ``queries_peak``; a double ring has a copy that crosses, and a lap's gradients on their way."""
     rows, double = plan.shard, int(sizes.inner < plan.world)
@@ -163,7 +159,7 @@ STRATEGIES = {
         define_operator("burst", forward, backward, tail=True),
         "zigzag",
         lambda case: None,
-        volume,
+        summed(sends),
         peak,
         frozenset({"backward", "travel", "inner"}),
         inner=_one_row,

@@ -85,6 +85,13 @@ CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto",
 CONTEXT_SIZE = 6
 
 
+def register(name: str, run: Callable[..., Any], schema: str) -> Any:
+    """The operator ``longctx::<name>``, which tools that look inside know too. It changes none of its arguments."""
+    operator = torch.library.custom_op(f"longctx::{name}", run, mutates_args=(), schema=schema)
+    IMPLEMENTATIONS[operator._opoverload] = run
+    return operator
+
+
 def define_operator(name: str, forward: Forward, backward: Backward, tail: bool = False) -> Attend:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd.
 
@@ -110,18 +117,11 @@ def define_operator(name: str, forward: Forward, backward: Backward, tail: bool 
         dq, dk, dv = backward(dout, (q, k, v, out, lse), call_of(q, k, *context))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    forward_op = torch.library.custom_op(
-        f"longctx::{name}",
-        run_forward,
-        mutates_args=(),
-        schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}) -> (Tensor, Tensor)",
-    )
-    backward_op = torch.library.custom_op(
-        f"longctx::{name}_backward",
+    forward_op = register(name, run_forward, f"(Tensor q, Tensor k, Tensor v, {CONTEXT}) -> (Tensor, Tensor)")
+    backward_op = register(
+        f"{name}_backward",
         run_backward,
-        mutates_args=(),
-        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {CONTEXT})"
-        " -> (Tensor, Tensor, Tensor)",
+        f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {CONTEXT}) -> (Tensor, Tensor, Tensor)",
     )
 
     @forward_op.register_fake
@@ -148,9 +148,8 @@ def define_operator(name: str, forward: Forward, backward: Backward, tail: bool 
     forward_op.register_autograd(differentiate, setup_context=remember)
     if tail:
         COMPLETIONS[forward_op._opoverload] = _define_completion(name, forward)
-    IMPLEMENTATIONS[forward_op._opoverload] = run_forward
-    IMPLEMENTATIONS[backward_op._opoverload] = run_backward
-    return forward_op
+    attend: Attend = forward_op
+    return attend
 
 
 def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -165,14 +164,14 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
         return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
 
     schema = f"(Tensor q, Tensor k, Tensor v, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor, Tensor)"
-    operator = torch.library.custom_op(f"longctx::{name}_completion", complete, mutates_args=(), schema=schema)
-    IMPLEMENTATIONS[operator._opoverload] = complete
+    operator = register(f"{name}_completion", complete, schema)
 
     @operator.register_fake
     def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
-    return operator
+    completion: Callable[..., tuple[Tensor, Tensor]] = operator
+    return completion
 
 
 def tail_of(out: Tensor, lse: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,13 @@ length of its tensor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun
-from longctx.attention.operator import CONTEXT, CONTEXT_SIZE, DEFAULT, IMPLEMENTATIONS, Options, call_of, require_fit
+from longctx.attention.operator import CONTEXT, CONTEXT_SIZE, DEFAULT, Options, call_of, register, require_fit
 from longctx.comm import Group
 
 TICKETS = 1 << 10  # lengths that are given out in turn: many more than runs are under way at a time
@@ -75,6 +73,7 @@ def run_start(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> Tensor:
     call = call_of(q, k, *context)
     require_fit(q, call.plan, call.group)
     number = next(_numbers) % TICKETS + 1
+    assert number not in _forward_runs, f"run {number} is still under way: more than {TICKETS} are"
     _forward_runs[number] = ForwardRun(q, k, v, call, PLANNERS["disaggregated"])
     return ticket_of(number, q)
 
@@ -90,6 +89,7 @@ def run_finish(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -
 
 
 def run_finish_backward(number: int, dout: Tensor, *saved_and_context: Any) -> Tensor:
+    assert number not in _backward_runs, f"run {number} is still under way: more than {TICKETS} are"
     q, k, v, out, lse, *context = saved_and_context
     _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call_of(q, k, *context), PLANNERS["disaggregated"])
     return ticket_of(number, q)
@@ -105,23 +105,19 @@ def run_start_backward(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _define(name: str, run: Callable[..., Any], schema: str) -> Any:
-    operator = torch.library.custom_op(f"longctx::ping_pong_{name}", run, mutates_args=(), schema=schema)
-    IMPLEMENTATIONS[operator._opoverload] = run
-    return operator
-
-
 _QKV = "Tensor q, Tensor k, Tensor v"
-_start = _define("start", run_start, f"({_QKV}, {CONTEXT}) -> Tensor")
-_serve = _define("serve", run_serve, "(Tensor ticket) -> Tensor")
-_finish = _define("finish", run_finish, f"(Tensor ticket, {_QKV}, {CONTEXT}) -> (Tensor, Tensor)")
-_finish_backward = _define(
-    "finish_backward",
+_start = register("ping_pong_start", run_start, f"({_QKV}, {CONTEXT}) -> Tensor")
+_serve = register("ping_pong_serve", run_serve, "(Tensor ticket) -> Tensor")
+_finish = register("ping_pong_finish", run_finish, f"(Tensor ticket, {_QKV}, {CONTEXT}) -> (Tensor, Tensor)")
+_finish_backward = register(
+    "ping_pong_finish_backward",
     run_finish_backward,
     f"(int number, Tensor dout, {_QKV}, Tensor out, Tensor lse, {CONTEXT}) -> Tensor",
 )
-_serve_backward = _define("serve_backward", run_serve_backward, "(Tensor ticket) -> Tensor")
-_start_backward = _define("start_backward", run_start_backward, f"(Tensor ticket, {_QKV}) -> (Tensor, Tensor, Tensor)")
+_serve_backward = register("ping_pong_serve_backward", run_serve_backward, "(Tensor ticket) -> Tensor")
+_start_backward = register(
+    "ping_pong_start_backward", run_start_backward, f"(Tensor ticket, {_QKV}) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,7 @@ refuse by this declaration before any work.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 from longctx.attention.operator import DEFAULT, Attend, Options
@@ -108,8 +108,9 @@ def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
 Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver's rank in the sequence group
 
 
-def total(sent: Iterable[Sent]) -> Volume:
-    return sum((cost for _, cost in sent), Volume(0, 0, 0, 0))
+def summed(sends: Callable[[SequencePlan, int, Sizes], list[Sent]]) -> Callable[[SequencePlan, int, Sizes], Volume]:
+    """The volume of a strategy that publishes what it sends to whom."""
+    return lambda plan, rank, sizes: sum((cost for _, cost in sends(plan, rank, sizes)), Volume(0, 0, 0, 0))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
-from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
 from longctx.attention.travel import Homeward, travel, zeros
 from longctx.sequence import Rotation, SequencePlan
 
@@ -81,10 +81,6 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     ]
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    return total(sends(plan, rank, sizes))
-
-
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     """The block at hand and the one that comes; backward also their gradients: at hand, leaving and coming."""
     rows = plan.shard
@@ -105,6 +101,8 @@ attend = define_operator("ring", forward, backward, tail=True)
 _TAKES = frozenset({"travel"})
 
 STRATEGIES = {
-    "ring": Strategy("ring", attend, "zigzag", lambda case: None, volume, peak, _TAKES, tail=True, sends=sends),
-    "striped": Strategy("striped", attend, "striped", _refuses_striped, volume, peak, _TAKES, tail=True, sends=sends),
+    "ring": Strategy("ring", attend, "zigzag", lambda case: None, summed(sends), peak, _TAKES, tail=True, sends=sends),
+    "striped": Strategy(
+        "striped", attend, "striped", _refuses_striped, summed(sends), peak, _TAKES, tail=True, sends=sends
+    ),
 }

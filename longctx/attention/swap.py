@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import IMPLEMENTATIONS, Attend, require_fit
+from longctx.attention.operator import Attend, register, require_fit
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.registry import Sent, Sizes, Volume
 from longctx.comm import Group, Pending, exchange, group_named, outer_name
@@ -237,23 +237,17 @@ def _run_joined(plan: Tensor, group: str) -> Tensor:
     return plan_of(plan).joined(_inner(group).size).handle.clone()
 
 
-def _define(name: str, run: Any, schema: str) -> Any:
-    operator = torch.library.custom_op(f"longctx::{name}", run, mutates_args=(), schema=schema)
-    IMPLEMENTATIONS[operator._opoverload] = run
-    return operator
-
-
-_to_heads = _define(
+_to_heads = register(
     "to_heads", _run_to_heads, f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)"
 )
-_to_heads_backward = _define(
+_to_heads_backward = register(
     "to_heads_backward",
     _run_to_heads_backward,
     f"(Tensor dq, Tensor dk, Tensor dv, {_CONTEXT}, int kv_heads) -> (Tensor, Tensor, Tensor)",
 )
-_to_tokens = _define("to_tokens", _run_to_tokens, f"(Tensor out, {_CONTEXT}) -> Tensor")
-_to_tokens_backward = _define("to_tokens_backward", _run_to_tokens_backward, f"(Tensor dout, {_CONTEXT}) -> Tensor")
-_joined = _define("joined_plan", _run_joined, f"({_CONTEXT}) -> Tensor")
+_to_tokens = register("to_tokens", _run_to_tokens, f"(Tensor out, {_CONTEXT}) -> Tensor")
+_to_tokens_backward = register("to_tokens_backward", _run_to_tokens_backward, f"(Tensor dout, {_CONTEXT}) -> Tensor")
+_joined = register("joined_plan", _run_joined, f"({_CONTEXT}) -> Tensor")
 
 
 OPERATORS = tuple(made._opoverload for made in (_to_heads, _to_heads_backward, _to_tokens, _to_tokens_backward))

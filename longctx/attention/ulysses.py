@@ -14,7 +14,7 @@ group is one row of a grid (``longctx.attention.swap``).
 from __future__ import annotations
 
 from longctx.attention import local
-from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors, summed
 from longctx.attention.swap import swap_sends, swapped, work_in_rows
 from longctx.sequence import SequencePlan
 
@@ -27,10 +27,6 @@ def _refuses(case: AttentionCase) -> str | None:
         f"{case.world} ranks of a sequence must divide the {case.heads} query heads of a rank; nearest valid: "
         f"parallel.sp={nearest}, or attention=usp with attention.inner={nearest}, or attention=gather"
     )
-
-
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    return total(swap_sends(plan, rank, sizes))
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
@@ -48,7 +44,7 @@ STRATEGIES = {
         swapped(local.attend),
         "contiguous",
         _refuses,
-        volume,
+        summed(swap_sends),
         peak,
         inner=lambda case: case.world,
         work=work_in_rows,

@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
-from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, divisors, total
+from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
 from longctx.attention.swap import HeadSplit, swap_sends, swapped, work_in_rows
 from longctx.sequence import SequencePlan
 
@@ -29,10 +29,6 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
     across = [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
     return [*swap_sends(plan, rank, sizes), *across]
-
-
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    return total(sends(plan, rank, sizes))
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
@@ -65,7 +61,7 @@ STRATEGIES = {
         swapped(ring.attend),
         "zigzag",
         _refuses,
-        volume,
+        summed(sends),
         peak,
         frozenset({"inner", "travel"}),
         _row,

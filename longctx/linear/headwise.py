@@ -23,7 +23,7 @@ from longctx.comm import Group, exchange
 from longctx.linear.affine import affine_exscan, affine_exscan_adjoint
 from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
 from longctx.linear.segments import Chain, chain_of
-from longctx.linear.states import Arriving, Call, Stretch, Summary, packed, stretch_of, unpacked, width
+from longctx.linear.states import Arriving, Call, Stretch, Summary, packed, rows_of, stretch_of, unpacked, width
 from longctx.sequence import SequencePlan
 
 Places = Callable[[Chain, int], list[int]]  # which segments of a rank take part
@@ -86,7 +86,7 @@ def to_heads(summary: Summary, sent: Places, call: Call) -> Callable[[], Summary
     def arrive() -> Summary:
         chained = mine.new_zeros(len(chain), own.stop - own.start, numbers)
         for places, part in zip(coming, posted(), strict=True):
-            chained[places] = part
+            rows_of(places).put(chained, part, 0)
         whole = unpacked(chained.unsqueeze(1), summary, call)
         if call.decay is None:
             return whole
@@ -105,12 +105,12 @@ def to_owners(states: Tensor, summary: Summary, received: Places, call: Call) ->
     shares = [share(count, rank, call.group.size) for rank in ranks]
     arrived = _swap(
         call.group,
-        [states[0, received(chain, rank)] for rank in ranks],
+        [rows_of(received(chain, rank)).take(states[0], 0) for rank in ranks],
         [states.new_empty(len(places), own.stop - own.start, *states.shape[3:]) for own in shares],
     )()
     if places:
         found = torch.cat(arrived, 1).unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
-        like[:, [call.own.index(place) for place in places]] = found
+        rows_of([call.own.index(place) for place in places]).put(like, found)
     return like
 
 

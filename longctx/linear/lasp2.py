@@ -39,7 +39,7 @@ def enter(summary: Summary, call: Call) -> Arriving:
     def scan() -> Tensor:
         stretch, chained = arriving()
         entering, _ = affine_exscan(stretch.onward * chained.transitions, stretch.onward * chained.states)
-        return entering[:, stretch.index(chain.own(me))]
+        return stretch.rows(chain.own(me)).take(entering).clone()  # or all states of the chain would be kept
 
     return scan
 
@@ -53,7 +53,7 @@ def leave(summary: Summary, call: Call) -> Arriving:
         stretch, chained = arriving()
         gradients = stretch.joined * chained.states
         leaving, _ = affine_exscan_adjoint(stretch.joined * chained.transitions, gradients)
-        return leaving[:, stretch.index(chain.own(me))]
+        return stretch.rows(chain.own(me)).take(leaving)
 
     return scan
 
@@ -90,7 +90,7 @@ def _in_order(stretch: Stretch, parts: Sequence[tuple[Sequence[int], Tensor]]) -
     first = parts[0][1]
     whole = first.new_empty(first.shape[0], len(stretch.places), *first.shape[2:])
     for places, part in parts:
-        whole[:, stretch.index(places)] = part
+        stretch.rows(places).put(whole, part)
     return whole
 
 
@@ -110,8 +110,8 @@ def _refuses(case: LinearCase) -> str | None:
     transition = get_mixer(case.mixer).transition
     if not case.causal and transition != "none":
         return (
-            f"queries that see later tokens need a state that keeps everything, and mixer={case.mixer} has a "
-            f"{transition} transition; nearest valid: mixer=basic"
+            f"queries that see later tokens need a state that keeps everything, and that of mixer={case.mixer} decays; "
+            "nearest valid: mixer=basic"
         )
     return None
 

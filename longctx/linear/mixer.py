@@ -59,6 +59,9 @@ class LinearCore(Protocol):
 Inputs = Mapping[str, Tensor]  # of tokens [B, T/SP, H/TP, c], and of heads [H/TP, ...], by name
 
 
+FETCHES = "fetches"  # tokens, in place of states
+
+
 @dataclass(frozen=True)
 class Mixer:
     """``tokens``: inputs of a token, name to channels a head. ``parameters``: what is learned of each head, name to
@@ -68,7 +71,7 @@ class Mixer:
     ``mix(inputs, core, plan)`` gives ``[B, T/SP, H/TP, V]``. ``recurrence(inputs, documents)`` is its oracle, token by
     token over whole sequences ``[B, S, H, c]``. ``normed``: its output wants a norm by head. ``flops(widths, chunk)``:
     of a token and head in the core's forward pass. ``transition``: what its state does from token to token: ``none``,
-    ``constant``, ``scalar``, ``diagonal``, ``dense``; ``other`` for what is no scan.
+    ``constant``, ``scalar``, ``diagonal``, ``dense``; ``FETCHES`` for what has no state.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Mixer:
     recurrence: Callable[[Inputs, Sequence[Documents]], Tensor]
     normed: bool
     flops: Callable[[Widths, int], float]
-    transition: str = "other"
+    transition: str = FETCHES
 
 
 # Name of the mixer -> module that holds its `MIXER`.

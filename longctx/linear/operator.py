@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import IMPLEMENTATIONS
+from longctx.attention.operator import register
 from longctx.attention.partial import accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
@@ -110,17 +110,13 @@ def define_operator(name: str, core: Core) -> Any:
         dq, dk, dv, *dgates = (grad.to(tensor.dtype) for grad, tensor in zip(found, tensors, strict=True))
         return dq, dk, dv, dgates
 
-    forward_op = torch.library.custom_op(
-        f"longctx::{name}",
-        run_forward,
-        mutates_args=(),
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor[] gates, {_CONTEXT}) -> (Tensor, Tensor)",
+    forward_op = register(
+        name, run_forward, f"(Tensor q, Tensor k, Tensor v, Tensor[] gates, {_CONTEXT}) -> (Tensor, Tensor)"
     )
-    backward_op = torch.library.custom_op(
-        f"longctx::{name}_backward",
+    backward_op = register(
+        f"{name}_backward",
         run_backward,
-        mutates_args=(),
-        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor entered, {_CONTEXT})"
+        f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor entered, {_CONTEXT})"
         " -> (Tensor, Tensor, Tensor, Tensor[])",
     )
 
@@ -150,8 +146,6 @@ def define_operator(name: str, core: Core) -> Any:
         return (*grads, *(None,) * _CONTEXT_SIZE)
 
     forward_op.register_autograd(differentiate, setup_context=remember)
-    IMPLEMENTATIONS[forward_op._opoverload] = run_forward
-    IMPLEMENTATIONS[backward_op._opoverload] = run_backward
     return forward_op
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from longctx.attention.registry import Volume
 from longctx.errors import ConfigError
-from longctx.linear.mixer import get_mixer
+from longctx.linear.mixer import FETCHES, get_mixer
 from longctx.linear.states import Arriving, Call, Summary
 from longctx.sequence import LAYOUTS, SequencePlan
 
@@ -69,6 +69,8 @@ class LinearStrategy:
     volume: Callable[[SequencePlan, int, LinearSizes], Volume]
 
 
+DEFAULT = "lasp2"
+
 # Name of the strategy -> module that registers it; each module holds `STRATEGIES`.
 MODULES = {
     "lasp2": "longctx.linear.lasp2",
@@ -90,14 +92,33 @@ def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
         return f"attention.chunk={case.chunk} must be at least 1 token; 64 is the default"
     if case.layout not in (*LAYOUTS, "explicit"):
         return f"layout {case.layout!r} is unknown; valid layouts: {', '.join(LAYOUTS)}"
+    mixer = get_mixer(case.mixer)
+    if mixer.transition == FETCHES:
+        return _refused_without_states(strategy, case)
     if case.layout == "striped" and case.world > 1 and case.layout_block < case.chunk:
         return (
             f"attention.layout_block={case.layout_block} of the striped layout is smaller than "
             f"attention.chunk={case.chunk}: a state would travel for every block; nearest valid: "
             f"attention.layout_block={case.chunk}"
         )
-    get_mixer(case.mixer)
     return strategy.refuses(case)
+
+
+def _refused_without_states(strategy: LinearStrategy, case: LinearCase) -> str | None:
+    """Of mixers that fetch tokens themselves: they read neither strategy nor chunk."""
+    if strategy.name != DEFAULT:
+        return (
+            f"model.mixer={case.mixer} fetches tokens and has no states that a strategy could move; nearest valid: "
+            f"{DEFAULT}, which stands for none"
+        )
+    if case.chunk != LinearCase.chunk:
+        return (
+            f"attention.chunk={case.chunk}: model.mixer={case.mixer} computes by blocks of its own; nearest valid: "
+            f"attention.chunk={LinearCase.chunk}, the default"
+        )
+    if not case.causal:
+        return f"model.mixer={case.mixer} is causal by its definition; nearest valid: mixer=basic"
+    return None
 
 
 def causal_only(case: LinearCase) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import IMPLEMENTATIONS
+from longctx.attention.operator import register
 from longctx.attention.partial import accumulation_dtype
 from longctx.comm import Group, exchange, group_named
 from longctx.sequence import Halo, SequencePlan, plan_of
@@ -83,17 +83,15 @@ def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]
     return forward, plan.halo(rank, reach).length
 
 
-_convolve = torch.library.custom_op(
-    "longctx::short_convolution",
+_convolve = register(
+    "short_convolution",
     run_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor plan, str group) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor plan, str group) -> Tensor",
 )
-_convolve_backward = torch.library.custom_op(
-    "longctx::short_convolution_backward",
+_convolve_backward = register(
+    "short_convolution_backward",
     run_backward,
-    mutates_args=(),
-    schema="(Tensor dout, Tensor x, Tensor weight, Tensor plan, str group) -> (Tensor, Tensor)",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor plan, str group) -> (Tensor, Tensor)",
 )
 
 
@@ -118,5 +116,3 @@ def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _convolve.register_autograd(_differentiate, setup_context=_remember)
-IMPLEMENTATIONS[_convolve._opoverload] = run_forward
-IMPLEMENTATIONS[_convolve_backward._opoverload] = run_backward

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longctx.comm import Group
 from longctx.linear.segments import Chain, chain_of
-from longctx.sequence import SequencePlan
+from longctx.sequence import Rows, SequencePlan
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,15 @@ class Stretch:
         """Transitions that follow from the log decay of a token ``[H]``: ``[B, n, H, 1, 1]``."""
         return (decay[:, None, None] * self.tokens).exp() * self.keep
 
-    def index(self, places: Sequence[int]) -> list[int]:
-        return [self.places.index(place) for place in places]
+    def rows(self, places: Sequence[int]) -> Rows:
+        """Where these ascending places are in tensors of the stretch."""
+        return rows_of([self.places.index(place) for place in places])
+
+
+def rows_of(elements: Sequence[int]) -> Rows:
+    """Ascending elements as intervals: a list as an index would be copied to the device while the host waits."""
+    assert all(one < other for one, other in pairwise(elements)), "elements ascend"
+    return Rows.union((element, element + 1) for element in elements)
 
 
 _Key = tuple[tuple[int, ...], torch.device]
@@ -100,7 +108,8 @@ def stretch_of(plan: SequencePlan, places: Sequence[int], device: torch.device) 
 def packed(summary: Summary, elements: Sequence[int], call: Call) -> Tensor:
     """Some of the segments as one message ``[n, B, H, K V + |A|]``; without A where every rank knows it."""
     parts = [summary.states] if call.decay is not None else [summary.states, summary.transitions]
-    return torch.cat([part[:, list(elements)].flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
+    rows = rows_of(elements)
+    return torch.cat([rows.take(part).flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
 
 
 def width(summary: Summary, call: Call) -> int:

@@ -6,6 +6,7 @@ layer loop may put other work between ``start`` and ``finish``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from longctx.config import ModelConfig
 from longctx.model.rotary import Rotation, rotate
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Pre-norm mixing of tokens, which a subclass says, and SwiGLU.
 
     ``attention``: what computes the core of the mixing, set from outside before the first forward pass.
@@ -35,9 +36,9 @@ class Block(nn.Module):
         self.up = nn.Linear(dim, config.hidden_dim, bias=False)
         self.mlp_out = nn.Linear(config.hidden_dim, dim, bias=False)
 
+    @abstractmethod
     def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         """x ``[B, T/SP, dim]`` to what its tokens read of one another, ``[B, T/SP, H/TP, D]``."""
-        raise NotImplementedError
 
     def post(self, o: Tensor, x: Tensor) -> Tensor:
         """What tokens read, o ``[B, T/SP, H/TP, D]``, and the block's input x ``[B, T/SP, dim]`` to its output."""

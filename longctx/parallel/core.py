@@ -7,11 +7,9 @@ from collections.abc import Callable
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.comm import group_of
-from longctx.config import AttentionConfig, Config
-from longctx.errors import ConfigError
+from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
-from longctx.model.linear_block import mixer_of
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
 
@@ -102,18 +100,3 @@ def require_cores(config: Config) -> None:
         require(get_strategy(config.attention.strategy), attention_case(config))
     if "L" in config.model.pattern:
         require_linear(get_linear(config.linear_strategy), linear_case(config))
-        _require_scan(config)
-
-
-def _require_scan(config: Config) -> None:
-    """Refuses options of scans where linear layers fetch tokens instead (MoBA, RAT)."""
-    attention, model = config.attention, config.model
-    if mixer_of(model).transition != "other":
-        return
-    for name, default in (("linear", None), ("chunk", AttentionConfig.chunk)):
-        value = getattr(attention, name)
-        if value != default:
-            raise ConfigError(
-                f"attention.{name}={value} is for mixers with a state, and model.mixer={model.mixer} fetches tokens; "
-                f"nearest valid: attention.{name}={'null' if default is None else default}"
-            )

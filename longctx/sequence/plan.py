@@ -59,8 +59,7 @@ class Places:
         if runs is None:
             whole.index_copy_(dim, self._indices(rank, whole.device), part)
             return
-        for (start, stop), offset in zip(runs.intervals, runs.offsets, strict=True):
-            whole.narrow(dim, start, stop - start).copy_(part.narrow(dim, offset, stop - start))
+        runs.put(whole, part, dim)
 
     def pick(self, rank: int, whole: Tensor, part: Tensor, dim: int = 1) -> None:
         """Reads the rank's tokens from their places in ``whole`` into ``part``, whose strides and dtype may differ."""

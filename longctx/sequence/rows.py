@@ -72,6 +72,11 @@ class Rows:
             return parts[0]
         return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
 
+    def put(self, tensor: Tensor, packed: Tensor, dim: int = 1) -> None:
+        """Writes ``packed`` to these rows of ``tensor``."""
+        for (start, stop), offset in zip(self.intervals, self.offsets, strict=True):
+            tensor.narrow(dim, start, stop - start).copy_(packed.narrow(dim, offset, stop - start))
+
     def add_to(self, tensor: Tensor, packed: Tensor, dim: int = 1) -> None:
         """Adds ``packed`` to these rows of ``tensor``, in place."""
         for (start, stop), offset in zip(self.intervals, self.offsets, strict=True):

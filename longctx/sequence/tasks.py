@@ -30,6 +30,9 @@ class Task:
     server: int
 
 
+Asked = tuple[Int64, Int64, Int64]  # of a task: numbers of its queries, and of the first and last key of each
+
+
 @dataclass(frozen=True)
 class Served:
     """What one rank computes. Tokens of all batch rows are numbered in one line, ``[B * T/SP]`` at home.
@@ -40,12 +43,22 @@ class Served:
     ``key_places`` say where.
     """
 
-    here: tuple[TileSet, ...]
-    rest: tuple[TileSet, ...]
     queries: tuple[Rows, ...]
     keys: tuple[Rows, ...]
     query_places: Places
     key_places: Places
+    tokens: tuple[Int64, Int64]  # the rank's own: numbers, and places in its line
+    asked: tuple[list[Asked], list[Asked]]  # of ``here`` and ``rest``
+
+    # Only the rank itself asks for its tiles; others want to know no more than which rows to expect.
+    @cached_property
+    def here(self) -> tuple[TileSet, ...]:
+        own, line = self.tokens
+        return _tiles(self.asked[0], own, line, own, line)
+
+    @cached_property
+    def rest(self) -> tuple[TileSet, ...]:
+        return _tiles(self.asked[1], self.query_places.positions, None, self.key_places.positions, None)
 
     @property
     def cells(self) -> int:
@@ -80,7 +93,10 @@ class Dispatch:
 
     def _serve(self, server: int) -> Served:
         own = self._numbers[server]
-        here, rest, queries, keys = [], [], [], []
+        here: list[Asked] = []
+        rest: list[Asked] = []
+        queries: list[Int64] = []
+        keys: list[Int64] = []
         for task in self._tasks[server]:
             asked = np.arange(task.q_start, task.q_stop)
             start, stop = self._plan.mask.key_range(asked, self._plan.documents[task.row])
@@ -96,12 +112,12 @@ class Dispatch:
         asked_of, read_of = self._by_home(queries), self._by_home(keys)
         query_places, key_places = (Places([part for part, _ in found]) for found in (asked_of, read_of))
         return Served(
-            here=_tiles(here, own, self._lines[server], own, self._lines[server]),
-            rest=_tiles(rest, query_places.positions, None, key_places.positions, None),
             queries=tuple(rows for _, rows in asked_of),
             keys=tuple(rows for _, rows in read_of),
             query_places=query_places,
             key_places=key_places,
+            tokens=(own, self._lines[server]),
+            asked=(here, rest),
         )
 
     def _by_home(self, numbers: list[Int64]) -> list[tuple[Int64, Rows]]:
@@ -128,7 +144,7 @@ def _rows(ascending: Int64) -> Rows:
 
 
 def _tiles(
-    asked: list[tuple[Int64, Int64, Int64]],
+    asked: list[Asked],
     queries: Int64,
     query_line: Int64 | None,
     keys: Int64,

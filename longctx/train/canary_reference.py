@@ -23,7 +23,7 @@ from longctx.model import Decoder, LinearBlock, initialize
 from longctx.parallel.core import mask_of
 from longctx.parallel.data import master_dtype
 from longctx.sequence import IGNORE, Batch, Documents, Mask
-from longctx.train.canary_sample import SEED
+from longctx.train.canary_sample import seed_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DenseAttention:
 def dense_model(config: Config, device: torch.device) -> Decoder:
     """The run's initial weights, rounded as the run has them and then taken to fp64."""
     model = Decoder(config.model).to(master_dtype(config.train.dtype))
-    initialize(model, SEED)
+    initialize(model, seed_of(config))
     return model.to(device).double()
 
 

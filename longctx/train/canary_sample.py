@@ -24,6 +24,11 @@ SHORTEST = 19  # tokens of a sequence
 LARGEST_BLOCK = 4  # of the striped layout, and chunk: the run's own would put a short sequence on one rank, or in one
 
 
+def seed_of(config: Config) -> int:
+    """Of weights and sequences."""
+    return SEED + config.train.seed
+
+
 def shrink(config: Config) -> Config:
     """The same run with one layer per pipeline stage (and of each kind), a few tokens per rank, and a window in the
     same proportion.
@@ -36,6 +41,7 @@ def shrink(config: Config) -> Config:
     length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
     # Tensor parallelism wants equal parts of both.
     vocabulary, hidden = (-(-size // config.parallel.tp) * config.parallel.tp for size in (VOCABULARY, 2 * DIM))
+    by_blocks = config.model.mixer in SIZED_MIXERS["mixer_block"]
     pattern = "".join(dict.fromkeys(config.model.pattern))  # each kind once
     sizes = {
         "vocab_size": vocabulary,
@@ -45,21 +51,23 @@ def shrink(config: Config) -> Config:
         "init_std": DIM**-0.5,
         "pattern": pattern,
         # Several blocks of those mixers that compute by blocks.
-        "mixer_block": LARGEST_BLOCK if config.model.mixer in SIZED_MIXERS["mixer_block"] else None,
+        "mixer_block": LARGEST_BLOCK if by_blocks else None,
     }
     window = attention.window
     if window is not None:
         # A window of one token would leave nothing to attend to.
         window = min(window, max(2, round(window * length / config.data.seq_len)))
+    scans = config.model.mixer is not None and not by_blocks
+    chunk = min(attention.chunk, LARGEST_BLOCK) if scans else attention.chunk
     # More tiles than one on every rank, and a last one that is shorter.
-    chunk = None if config.train.mlp_chunk is None else 3
+    tile = None if config.train.mlp_chunk is None else 3
     return replace(
         config,
         model=replace(config.model, **sizes),
-        attention=replace(attention, layout_block=block, window=window, chunk=min(attention.chunk, LARGEST_BLOCK)),
+        attention=replace(attention, layout_block=block, window=window, chunk=chunk),
         data=replace(config.data, seq_len=length),
         train=replace(
-            config.train, compile=False, loss_chunk=5, mlp_chunk=chunk, micro_batch=min(2, config.train.micro_batch)
+            config.train, compile=False, loss_chunk=5, mlp_chunk=tile, micro_batch=min(2, config.train.micro_batch)
         ),
     )
 
@@ -92,7 +100,8 @@ def _sequence(config: Config, number: int, step: int) -> Batch:
     """Sequence ``number`` modulo ``DISTINCT``: unequal valid tokens, on some rank perhaps none."""
     kind = number % DISTINCT
     length, world = config.data.seq_len, config.parallel.sp
-    generator = torch.Generator().manual_seed(SEED + DISTINCT * step + kind)
+    seed = seed_of(config) + DISTINCT * step + kind
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (1, length + 1), generator=generator)
     documents = _documents(kind, length, world) if config.attention.document_mask else Documents.single(length)
     labels = tokens[:, 1:].clone()

@@ -17,7 +17,7 @@ from longctx.parallel import parallelize
 from longctx.parallel.data import master_dtype, whole
 from longctx.parallel.pipeline import Pipeline
 from longctx.train.border import Border
-from longctx.train.canary_sample import SEED
+from longctx.train.canary_sample import seed_of
 from longctx.train.optimizer import build_optimizer
 from longctx.train.step import TrainStep
 
@@ -36,7 +36,7 @@ class TinyRun:
     def of(cls, config: Config, mesh: Mesh, device: torch.device) -> TinyRun:
         """``config``: shrunk, and resolved for the world of ``mesh``. Every rank calls it."""
         decoder = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
-        initialize(decoder, SEED)
+        initialize(decoder, seed_of(config))
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         model = parallelize(decoder.to(device), config, mesh)
         engine = engine_of(model, build_optimizer(model, config.optim), config, mesh)

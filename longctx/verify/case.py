@@ -44,6 +44,8 @@ class VerifyCase:
     travel: str = "wide"
     mixer: str | None = None  # of a linear strategy; None for softmax attention
     chunk: int = 64
+    mixer_block: int | None = None  # of mixers that come in sizes; None: the paper's
+    mixer_top_k: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block", "chunk"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.attention.partial import accumulation_dtype
 from longctx.errors import ConfigError
-from longctx.linear import LinearAttention, LinearCase, Widths, get_linear, get_mixer, refusal
+from longctx.linear import LinearAttention, LinearCase, Mixer, Widths, get_linear, get_mixer, refusal
 from longctx.linear.reference import RecurrentCore
 from longctx.verify.case import DTYPES, VerifyCase
 
@@ -32,9 +32,10 @@ def refused(case: VerifyCase) -> str | None:
             f"linear layers have as many key/value heads as query heads; nearest valid: --kv-heads {case.heads} for "
             f"--heads {case.heads}"
         )
-    assert case.mixer is not None, "the command names one"
     try:
-        asked = LinearCase(case.world, case.heads, case.mixer, case.layout, case.layout_block, case.chunk, case.causal)
+        asked = LinearCase(
+            case.world, case.heads, mixer_of(case).name, case.layout, case.layout_block, case.chunk, case.causal
+        )
         reason = refusal(get_linear(case.strategy), asked)
         if reason is None:
             case.make_layout()
@@ -43,10 +44,15 @@ def refused(case: VerifyCase) -> str | None:
     return reason
 
 
+def mixer_of(case: VerifyCase) -> Mixer:
+    assert case.mixer is not None, "the command names one"
+    return get_mixer(case.mixer, case.mixer_block, case.mixer_top_k)
+
+
 def inputs(case: VerifyCase) -> dict[str, Tensor]:
     """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]`` in the case's dtype, of
     heads ``[H, ...]`` in the accumulation dtype, as shares of gradients that add up over ranks should be."""
-    mixer, widths = get_mixer(case.mixer or ""), Widths(case.head_dim, case.head_dim)
+    mixer, widths = mixer_of(case), Widths(case.head_dim, case.head_dim)
     generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
     wide = accumulation_dtype(dtype)
 
@@ -63,18 +69,18 @@ def inputs(case: VerifyCase) -> dict[str, Tensor]:
 def by_head(case: VerifyCase) -> frozenset[str]:
     """Inputs that every rank holds whole; their gradients are shares that add up over ranks."""
     widths = Widths(case.head_dim, case.head_dim)
-    mixer = get_mixer(case.mixer or "")
+    mixer = mixer_of(case)
     return frozenset(mixer.parameters(widths)) | frozenset(mixer.constants(case.heads, 0, 2))
 
 
 def computed(case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor) -> Tensor:
     """The output of this rank's tokens ``[B, T/SP, H, D]``."""
-    return get_mixer(case.mixer or "").mix(local, LinearAttention(case.strategy, group, case.chunk), plan)
+    return mixer_of(case).mix(local, LinearAttention(case.strategy, group, case.chunk), plan)
 
 
 def reference(case: VerifyCase, whole: Mapping[str, Tensor]) -> Tensor:
     """The output of all tokens ``[B, S, H, D]``, token by token; of queries that see later tokens, from the sums."""
-    mixer = get_mixer(case.mixer or "")
+    mixer = mixer_of(case)
     if case.causal:
         return mixer.recurrence(whole, case.packing)
     return mixer.mix(whole, RecurrentCore(case.packing, causal=False), torch.zeros(()))

@@ -104,7 +104,7 @@ def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[st
     for name in truth:
         parts = [result.tensors[name] for result in results]
         whole[name] = torch.stack(parts).sum(0) if name in added else unshard(parts, plan)
-    errors = _errors(case, plan, whole, truth)
+    errors = tensor_errors(case, plan, whole, truth)
     limits = _limits(case, truth)
     padding = any(
         bool(result.tensors[name][:, len(plan.positions(rank)) :].any())
@@ -135,7 +135,7 @@ def refused(case: VerifyCase, reason: str) -> Verdict:
     )
 
 
-def _errors(
+def tensor_errors(
     case: VerifyCase, plan: SequencePlan, whole: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> dict[str, float]:
     """Worst rank's error norm over (norm of the whole reference + 1e-3 of the upstream gradient's)."""
@@ -167,5 +167,5 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor]) -> dict[str, float]:
         travel="wide",
     )
     single = run_rank(alone, None).tensors
-    errors = _errors(alone, alone.plan(), single, truth)
+    errors = tensor_errors(alone, alone.plan(), single, truth)
     return {name: min(max(least, ROUNDING_FACTOR * error), most) for name, error in errors.items()}

@@ -129,6 +129,9 @@ def test_configuration_and_code_know_the_same_names():
     from longctx.attention.contract import KERNELS
     from longctx.attention.registry import MODULES
     from longctx.data import SOURCES
+    from longctx.linear import MIXERS, get_mixer
+    from longctx.linear import MODULES as LINEAR
+    from longctx.linear.mixer import FETCHES, SIZED
     from longctx.parallel.recompute import KEPT, KINDS
     from longctx.sequence import LAYOUTS
 
@@ -139,6 +142,11 @@ def test_configuration_and_code_know_the_same_names():
     assert set(choices.KEEPABLE) == set(KINDS)
     assert set(choices.RECOMPUTE) == {"none", *KEPT}
     assert not set(choices.STRATEGIES) & set(choices.LINEAR_STRATEGIES)
+    assert set(choices.LINEAR_STRATEGIES) == set(LINEAR) and set(choices.MIXERS) == set(MIXERS)
+    assert {name.removeprefix("mixer_"): set(read_by) for name, read_by in choices.SIZED_MIXERS.items()} == {
+        size: {mixer for mixer, sizes in SIZED.items() if size in sizes} for size in ("block", "top_k")
+    }
+    assert {name for name in MIXERS if get_mixer(name).transition == FETCHES} == set(SIZED)
 
 
 BLOCKED = (

@@ -13,7 +13,7 @@ from longctx.sequence import unshard
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase, run_rank
 from longctx.verify.case import ROUNDING_FACTOR
-from longctx.verify.run import _errors, reference
+from longctx.verify.run import reference, tensor_errors
 from tests.equivalence.pairwise import pairwise
 
 TENSORS = ("out", "dq", "dk", "dv")
@@ -36,7 +36,7 @@ def errors_of(case: VerifyCase) -> dict[str, float]:
     """Relative, of the worst rank, against float64 on the same rounded inputs."""
     ranks = Cluster(case.world, trace=False).run(lambda: run_rank(case, dist.group.WORLD))
     whole = {name: unshard([rank.tensors[name] for rank in ranks], case.plan()) for name in TENSORS}
-    return _errors(case, case.plan(), whole, reference(case))
+    return tensor_errors(case, case.plan(), whole, reference(case))
 
 
 @cache

@@ -124,7 +124,13 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--strategy", "rign"], 78, "did you mean ring?"),
         (["--mixer", "retnett"], 78, "did you mean retnet?"),
         (["--mixer", "retnet", "--strategy", "ring"], 78, "is for linear strategies, not for ring; valid strategies"),
-        (["--chunk", "32"], 78, "--chunk 32 is for linear strategies; ring has no chunks"),
+        (["--chunk", "32"], 78, "--chunk 32 is for linear strategies, and ring does not read it"),
+        (["--mixer-block", "8"], 78, "--mixer-block 8 is for linear strategies"),
+        (["--mixer", "rat", "--mixer-top-k", "2"], 78, "model.mixer_top_k=2 is not read by mixer=rat"),
+        (["--mixer", "moba", "--strategy", "lasp"], 78, "fetches tokens and has no states"),
+        (["--mixer", "moba", "--chunk", "8"], 78, "computes by blocks of its own; nearest valid: attention.chunk=64"),
+        (["--mixer", "moba", "--non-causal"], 78, "model.mixer=moba is causal by its definition"),
+        (["--mixer", "lightning", "--non-causal"], 78, "that of mixer=lightning decays"),
         (["--mixer", "gla", "--chunk", "0"], 78, "--chunk 0 must be at least 1"),
         (["--dump", "nowhere/at/all.safetensors"], 74, "must be a file in a folder that exists"),
         (["--all", "--table", "."], 74, "must be a file in a folder that exists"),
@@ -283,6 +289,26 @@ def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
     status, out, err = verify(capsys, *words)
     assert (status, out) == (70, "")
     assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)
+
+
+def test_mixers_that_fetch_are_verified_where_queries_choose(capsys):
+    sizes = {"moba": ["--mixer-block", "4", "--mixer-top-k", "2"], "rat": ["--mixer-block", "4"]}
+    for mixer, words in sizes.items():
+        status, _, err = verify(
+            capsys,
+            "--mixer",
+            mixer,
+            *words,
+            "--seq",
+            "41",
+            "--layout",
+            "striped",
+            "--layout-block",
+            "3",
+            "--heads",
+            "2",
+        )
+        assert (status, err) == (0, "")
 
 
 def test_the_matrix_passes_on_a_short_sequence(capsys, tmp_path, monkeypatch):

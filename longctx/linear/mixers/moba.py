@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from longctx.attention.contract import kernel_for
-from longctx.attention.operator import IMPLEMENTATIONS, require_fit
+from longctx.attention.operator import register, require_fit
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.comm import Group, exchange, group_named
 from longctx.errors import ConfigError
@@ -247,17 +247,15 @@ def first_keys(delivery: Delivery, call: Call) -> Tensor:
 
 
 _CONTEXT = "Tensor plan, str group, int block"
-_attend = torch.library.custom_op(
-    "longctx::moba",
+_attend = register(
+    "moba",
     run_forward,
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}, int top_k) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}, int top_k) -> (Tensor, Tensor, Tensor)",
 )
-_attend_backward = torch.library.custom_op(
-    "longctx::moba_backward",
+_attend_backward = register(
+    "moba_backward",
     run_backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -290,8 +288,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 _attend.register_autograd(_differentiate, setup_context=_remember)
-IMPLEMENTATIONS[_attend._opoverload] = run_forward
-IMPLEMENTATIONS[_attend_backward._opoverload] = run_backward
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], block: int, top_k: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor
 
 from longctx.attention.contract import kernel_for
-from longctx.attention.operator import IMPLEMENTATIONS, require_fit
+from longctx.attention.operator import register, require_fit
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
@@ -209,17 +209,15 @@ def volume(plan: SequencePlan, rank: int, chunk: int, batch_row: tuple[int, int,
 
 
 _CONTEXT = "Tensor plan, str group, int chunk"
-_attend = torch.library.custom_op(
-    "longctx::rat",
+_attend = register(
+    "rat",
     run_forward,
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor gate, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor gate, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
 )
-_attend_backward = torch.library.custom_op(
-    "longctx::rat_backward",
+_attend_backward = register(
+    "rat_backward",
     run_backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -254,8 +252,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 _attend.register_autograd(_differentiate, setup_context=_remember)
-IMPLEMENTATIONS[_attend._opoverload] = run_forward
-IMPLEMENTATIONS[_attend_backward._opoverload] = run_backward
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int) -> Tensor:
