@@ -26,14 +26,17 @@ a number and w an accumulator, times what each side's masks leave to be sent (``
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
+from longctx.attention.alive import alive_on_way, blocks_alive
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
-from longctx.attention.ring import pass_keys, pass_keys_backward
+from longctx.attention.ring import keys_peak, pass_keys, pass_keys_backward
 from longctx.attention.travel import Block, Homeward, travel, zeros
 from longctx.comm import Group
 from longctx.sequence import Rotation, Rows, SequencePlan
@@ -128,19 +131,28 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """As the ring, or ``queries_peak``; a double ring has a copy that crosses, and a lap's gradients on their way."""
-    rows, double = plan.shard, int(sizes.inner < plan.world)
-    forward = rows * sizes.held(outputs=1, sums=1, keys=2 + double)
-    if side_of(plan, sizes) == "queries":
-        crossing = rows * sizes.held(queries=2, outputs=2, sums=2) * double
-        return Peak(forward, queries_peak(rows, sizes) + crossing)
-    backward = sizes.held(queries=1, outputs=1, sums=1, keys=2 + double, gradients=4 + 2 * double)
-    return Peak(forward, rows * backward)
+    """As the ring around the same route; backward of the side that travels."""
+    keys = keys_peak(plan, plan.key_rotation_in(sizes.inner), sizes)
+    if side_of(plan, sizes) == "keys":
+        return keys
+    straight = sizes.options.travel == "narrow"
+    return Peak(keys.forward, queries_peak(plan, plan.query_rotation_in(sizes.inner), sizes, straight))
 
 
-def queries_peak(rows: int, sizes: Sizes) -> int:
-    """Out and lse; dq, dk and dv; two blocks of (Q, dO, lse, delta); dq of three; the stand-in for out, being made."""
-    return rows * sizes.held(queries=1 + 2 * 2, outputs=1 + 3 + 2, sums=1 + 2 * 2 + 2, gradients=1)
+def queries_peak(plan: SequencePlan, rotation: Rotation, sizes: Sizes, straight: bool) -> int:
+    """Backward, on the rank with most: out and lse; dq, dk and dv; blocks of (Q, dO, lse, delta), their dq, and the
+    stand-in for out. ``straight``: as ``pass_queries_backward`` is told, in whatever dtype."""
+    rows, block, wide = plan.shard, sizes.held(queries=2, sums=2), sizes.held(outputs=1)
+    home = sizes.held(queries=1) if sizes.options.travel == "narrow" else wide
+    most = rows * max(sizes.held(outputs=3, sums=1), sizes.held(queries=1, keys=1))  # delta; results in their dtype
+    for rank in range(rotation.world):
+        blocks = blocks_alive(rotation, rank)
+        for hop, moments in enumerate(alive_on_way(rotation, rank, straight, sizes)):
+            here = len(rotation.carried(rotation.owner(rank, hop), hop))
+            stand_in = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1))
+            for (on_way, going), beside in zip(astuple(moments), stand_in, strict=True):
+                most = max(most, blocks[hop] * block + on_way * wide + going * home + beside)
+    return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most
 
 
 def _inner(group: Group) -> int:

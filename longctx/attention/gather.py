@@ -183,13 +183,30 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of each group of heads: its keys in order, what they came in, and what the next group's come in; backward their
-    gradients, and those of the group before on their way home."""
+    """Of the rank with most. Of each group of heads its keys in order, what they came in and what was sent, these two
+    for the next group too, or a partial; backward their gradients, and those of the group before on their way home."""
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
+    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
+    for rank in range(world):
+        others = [other for other in range(world) if other != rank]
+        own, seen = len(plan.reads(rank, rank)), [len(plan.reads(rank, other)) for other in others]
+        sent = sum(len(reads) for reads in {plan.reads(other, rank) for other in others})
+        asked, here = sum(len(plan.reads(other, rank)) for other in others), sum(seen) + own
+        keys, picked = here + sum(seen) + sent, max([own, *seen])
+        partial = int(rows * sizes.held(outputs=1, sums=1) * part)
+        forward = max(
+            forward, sizes.held(keys=(keys + sum(seen) + sent) * part), sizes.held(keys=keys * part) + partial
+        )
+        summed, home = here + own, sum(seen) + asked
+        if not plan.gathered(rank).places.in_runs:
+            summed += picked
+        if sizes.options.travel == "narrow":
+            keys, summed, home = keys + home, summed + picked, 0
+        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + home) * part))
     return Peak(
-        rows * sizes.held(outputs=1, sums=1, keys=3 * world * part),
-        rows * sizes.held(1, 1, 1, keys=2 * world * part, gradients=1 + (3 * world - 1) * part),
+        rows * sizes.held(outputs=1, sums=1) + forward,
+        rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward,
     )
 
 

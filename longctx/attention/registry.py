@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from longctx.attention.operator import DEFAULT, Attend, Options
 from longctx.errors import ConfigError
@@ -92,7 +92,12 @@ class Volume:
     messages_backward: int
 
     def __add__(self, other: Volume) -> Volume:
-        return Volume(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Volume(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.messages_forward + other.messages_forward,
+            self.messages_backward + other.messages_backward,
+        )
 
 
 def work_at_home(plan: SequencePlan, rank: int, inner: int) -> float:

@@ -16,9 +16,12 @@ in the accumulation dtype, go home from there (``longctx.sequence.rotation``).
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
+from longctx.attention.alive import alive_on_way, blocks_alive
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
@@ -82,12 +85,24 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """The block at hand and the one that comes; backward also their gradients: at hand, leaving and coming."""
-    rows = plan.shard
-    return Peak(
-        rows * sizes.held(outputs=1, sums=1, keys=2),
-        rows * sizes.held(queries=1, outputs=1, sums=1, keys=2, gradients=1 + 3),
-    )
+    """As ``keys_peak``, around the plan's ring."""
+    return keys_peak(plan, plan.rotation, sizes)
+
+
+def keys_peak(plan: SequencePlan, rotation: Rotation, sizes: Sizes) -> Peak:
+    """Beside results the blocks at hand and on their way; backward also their gradients. Of the rank with most."""
+    rows, straight = plan.shard, sizes.options.travel == "narrow"
+    block, wide = sizes.held(keys=1), sizes.held(gradients=1)
+    home = block if straight else wide
+    forward, backward = rows * sizes.held(queries=1, outputs=1, sums=1), rows * sizes.held(queries=1, keys=1)
+    for rank in range(rotation.world):
+        blocks = blocks_alive(rotation, rank)
+        gradients = alive_on_way(rotation, rank, straight, sizes)
+        forward = max(forward, rows * sizes.held(outputs=1, sums=1) + max(blocks) * block)
+        for here, moments in zip(blocks, gradients, strict=True):
+            most = max(on_way * wide + going * home for on_way, going in astuple(moments))
+            backward = max(backward, here * block + most)
+    return Peak(forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
 
 
 def _refuses_striped(case: AttentionCase) -> str | None:

@@ -357,3 +357,13 @@ def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
         if other != me and theirs:
             sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, 1, 1)))
     return sent
+
+
+def swaps_peak(plan: SequencePlan, sizes: Sizes) -> int:
+    """Bytes in a forward pass: q, k, v as parts, as they arrive and in order, the rank's own part as it lies; or they
+    beside out on its way back to tokens, of which a part may be picked by index."""
+    rows, inner = plan.shard, sizes.inner
+    by_index = not all(plan.row_places(inner, row).in_runs for row in range(plan.world // inner))
+    entering = sizes.held(queries=3, keys=3) - sizes.held(queries=2, keys=2) // inner
+    leaving = sizes.held(queries=5, sums=1, keys=1) - sizes.held(queries=2 - by_index) // inner
+    return rows * max(entering, leaving)

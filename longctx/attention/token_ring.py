@@ -17,9 +17,12 @@ are in use. The last hop's returns are exposed. Outputs and dq return in the acc
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
+from longctx.attention.alive import alive_on_way, blocks_alive
 from longctx.attention.burst import pass_queries_backward, queries_peak
 from longctx.attention.operator import Call, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
@@ -92,9 +95,19 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """The local (out, lse); two blocks of queries; (out, lse) at hand and coming, of the hop before both ways."""
-    rows = plan.shard
-    return Peak(rows * sizes.held(queries=2, outputs=1 + 4, sums=1 + 4 + 2), queries_peak(rows, sizes))
+    """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
+    at hand, leaving and coming."""
+    rows, rotation, narrow = plan.shard, plan.query_rotation, sizes.options.travel == "narrow"
+    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if narrow else sizes.held(outputs=1, sums=1)
+    merging = rows * sizes.held(outputs=int(narrow), sums=2) if plan.world > 1 else 0
+    forward = rows * sizes.held(queries=1)
+    for rank in range(plan.world):
+        for blocks, moments in zip(
+            blocks_alive(rotation, rank), alive_on_way(rotation, rank, True, sizes), strict=True
+        ):
+            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
+    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
 
 
 STRATEGIES = {

@@ -139,12 +139,25 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """As token ring forward; backward out, lse and the gradients, two visitors' tensors, and dq of four."""
-    rows = plan.shard
-    return Peak(
-        rows * sizes.held(queries=2, outputs=1 + 4, sums=1 + 4 + 2),
-        rows * sizes.held(queries=1 + 2 * 3, outputs=1 + 4, sums=1 + 2, gradients=1),
-    )
+    """Of the rank with most: results; visitors at hand and coming, copies of own tokens that visit a rank in part; what
+    is computed of visitors, and what has been on its way home from the step before."""
+    rows, world, narrow = plan.shard, plan.world, sizes.options.travel == "narrow"
+    partial, dq = sizes.held(outputs=1, sums=1), sizes.held(outputs=1)
+    home = sizes.held(queries=1) if narrow else dq
+    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
+    for rank in range(world):
+        guests = [0, *(len(plan.sees((rank - step) % world, rank)) for step in range(1, world)), 0]
+        visits = [0, *(len(plan.sees(rank, (rank + step) % world)) for step in range(1, world)), 0]
+        for step in range(world):
+            copied = visits[step + 1] if visits[step + 1] < rows else 0
+            visitors = guests[step] + guests[step + 1] + copied
+            before = guests[step - 1] + visits[step - 1] if step else 0
+            returning = guests[step] + visits[step] + before
+            merging = 2 * visits[step - 1] * sizes.lse if step else 0
+            forward = max(forward, visitors * sizes.held(queries=1) + returning * partial + merging)
+            shares = returning * home + guests[step] * dq if narrow else returning * dq
+            backward = max(backward, visitors * sizes.held(queries=3, sums=1) + shares)
+    return Peak(rows * partial + forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
 
 
 attend = define_operator("tree", forward, backward, tail=True)

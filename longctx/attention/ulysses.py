@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from longctx.attention import local
 from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import swap_sends, swapped, work_in_rows
+from longctx.attention.swap import swap_sends, swapped, swaps_peak, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -30,12 +30,11 @@ def _refuses(case: AttentionCase) -> str | None:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """q, k, v as parts, as they arrive and in order, the rank's own part as it lies; or q, k, v beside out on its way
-    back to tokens. Backward the gradients of the heads, as they are summed, beside all of these that was saved."""
-    rows, world = plan.shard, plan.world
-    entering = sizes.held(queries=3, keys=3) - sizes.held(queries=2, keys=2) // world
-    leaving = sizes.held(queries=5, sums=1, keys=1) - sizes.held(queries=2) // world
-    return Peak(rows * max(entering, leaving), rows * sizes.held(queries=5, outputs=1, sums=1, keys=2, gradients=1))
+    """Of both swaps; backward the gradients of the heads, as they are summed, beside all that was saved."""
+    return Peak(
+        swaps_peak(plan, sizes),
+        plan.shard * sizes.held(queries=5, outputs=1, sums=1, keys=2, gradients=1),
+    )
 
 
 STRATEGIES = {

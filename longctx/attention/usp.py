@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from longctx.attention import ring
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import HeadSplit, swap_sends, swapped, work_in_rows
+from longctx.attention.swap import HeadSplit, swap_sends, swapped, swaps_peak, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -32,11 +32,14 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """q, k and v of the row's tokens, and the ring over them; backward also out twice, and dout."""
-    rows = plan.shard
+    """Of both swaps, or q, k and v of the row's tokens beside the ring over them; backward also out twice, and dout."""
+    inner = sizes.inner
+    own = [HeadSplit(sizes.heads, sizes.kv_heads, inner).local_keys(column) for column in range(inner)]
+    split = replace(sizes, heads=sizes.heads // inner, kv_heads=max(own), inner=1)
+    around, row = ring.peak(plan.joined(inner), split), plan.joined(inner).shard
     return Peak(
-        rows * sizes.held(queries=1, outputs=1, sums=1, keys=1 + 2),
-        rows * sizes.held(queries=4, outputs=1, sums=1, keys=1 + 2, gradients=1 + 3),
+        max(swaps_peak(plan, sizes), around.forward + row * split.held(queries=1, keys=1)),
+        around.backward + row * split.held(queries=3, keys=1),
     )
 
 

@@ -53,6 +53,11 @@ class Places:
         self._runs = [_runs(places) for places in self._by_rank]
         self._on: dict[torch.device, tuple[Tensor, ...]] = {}
 
+    @property
+    def in_runs(self) -> bool:
+        """Whether whole runs are copied, of any rank, which takes no memory; by index it takes a copy."""
+        return None not in self._runs
+
     def put(self, rank: int, part: Tensor, whole: Tensor, dim: int = 1) -> None:
         """Writes ``part``, the rank's tokens in order along ``dim``, to their places in ``whole``."""
         runs = self._runs[rank]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,46 @@ def choices(strategy: str, case: AttentionCase) -> Iterator[tuple[int, Options]]
             yield inner or (1 if found.inner is None else case.world), options
 
 
+class Nothing:
+    """A local kernel that computes nothing and needs no memory: what is sent does not depend on numbers."""
+
+    name = "nothing"
+
+    def refuses(self, problem: Any) -> None:
+        return None
+
+    def forward(self, *_: Any) -> None: ...
+
+    def backward(self, *_: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer to send. ``heads``: of queries, of keys and values."""
+
+    strategy: str
+    plan: SequencePlan
+    heads: tuple[int, int]
+    dtype: torch.dtype
+    inner: int = 1
+    options: Options = DEFAULT
+    kernel: str = "auto"
+
+    @property
+    def name(self) -> str:
+        mask, rows = self.plan.mask, [list(row.lengths) for row in self.plan.documents]
+        return f"{self.strategy} {self.plan.layout} {mask} {rows} heads {self.heads} {self.inner} {self.options}"
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.plan, self.heads, self.dtype, self.inner, self.options)
+
+    def closed(self) -> list[Volume]:
+        """What the strategy says that it sends, by rank."""
+        volume = get_strategy(self.strategy).volume
+        return [volume(self.plan, rank, self.sizes) for rank in range(self.plan.world)]
+
+
 def attend(
     strategy: str,
     plan: SequencePlan,
@@ -61,20 +103,28 @@ def attend(
     options: Options = DEFAULT,
 ) -> tuple[list[torch.Tensor], Volume]:
     """The calling rank's (out, dq, dk, dv), and what it counted as sent."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    q_heads, kv_heads = heads
+    return attend_case(Case(strategy, plan, heads, dtype, inner, options))
+
+
+def attend_case(case: Case, before: int = 0) -> tuple[list[torch.Tensor], Volume]:
+    """The same, after so many steps of other cases."""
+    plan, generator = case.plan, torch.Generator().manual_seed(dist.get_rank())
+    q_heads, kv_heads = case.heads
     q, k, v, dout = (
-        torch.randn(len(plan.documents), plan.shard, n, DIM, generator=generator).to(dtype).requires_grad_()
+        torch.randn(len(plan.documents), plan.shard, n, DIM, generator=generator).to(case.dtype).requires_grad_()
         for n in (q_heads, kv_heads, kv_heads, q_heads)
     )
-    attention = StrategyAttention(strategy, dist.group.WORLD, inner=inner, options=options)
+    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel, inner=case.inner, options=case.options)
     traffic = group_of(dist.group.WORLD).traffic
-    mark_step(FORWARD)
+    start = traffic.bytes, traffic.messages
+    mark_step(before + FORWARD)
     out = attention(q, k, v, plan.handle)
-    forward = traffic.bytes, traffic.messages
-    mark_step(BACKWARD)
+    between = traffic.bytes, traffic.messages
+    mark_step(before + BACKWARD)
     grads = torch.autograd.grad(out, (q, k, v), dout.detach())
-    sent = Volume(forward[0], traffic.bytes - forward[0], forward[1], traffic.messages - forward[1])
+    sent = Volume(
+        between[0] - start[0], traffic.bytes - between[0], between[1] - start[1], traffic.messages - between[1]
+    )
     return [out.detach(), *grads], sent
 
 
@@ -88,14 +138,34 @@ def measured(
     cluster: Cluster | None = None,
 ) -> list[Volume]:
     """By rank. What comm counts, what the trace of sim shows step by step, and its ledger are one."""
-    cluster = cluster or Cluster(plan.world)
-    counted = [sent for _, sent in cluster.run(attend, strategy, plan, heads, dtype, inner, options)]
-    for rank, sent in enumerate(counted):
-        posts = [event for event in cluster.trace[rank] if (event.phase, event.operation) == ("post", "send")]
-        steps = [[event.bytes for event in posts if event.step == step] for step in (FORWARD, BACKWARD)]
-        assert sent == Volume(*map(sum, steps), *map(len, steps)), f"rank {rank}"
-        assert sent.forward + sent.backward == cluster.ledger.sent(rank), f"rank {rank}"
-    return counted
+    return measured_together([Case(strategy, plan, heads, dtype, inner, options)], cluster)[0]
+
+
+def measured_together(cases: Sequence[Case], cluster: Cluster | None = None) -> list[list[Volume]]:
+    """``measured`` of each case, in one run of a cluster: starting one costs more than a layer does."""
+    cluster = cluster or Cluster(cases[0].plan.world)
+    ledger = cluster.ledger
+
+    def send_all() -> list[tuple[Volume, int]]:
+        sent = []
+        for number, case in enumerate(cases):
+            carried = ledger.sent(dist.get_rank())
+            counted = attend_case(case, BACKWARD * number)[1]
+            sent.append((counted, ledger.sent(dist.get_rank()) - carried))
+        return sent
+
+    by_rank = cluster.run(send_all)
+    for rank, sent in enumerate(by_rank):
+        posts: dict[int, list[int]] = {}
+        for event in cluster.trace[rank]:
+            if (event.phase, event.operation) == ("post", "send"):
+                posts.setdefault(event.step, []).append(event.bytes)
+        for number, (counted, carried) in enumerate(sent):
+            steps = [posts.get(BACKWARD * number + step, []) for step in (FORWARD, BACKWARD)]
+            assert counted == Volume(*map(sum, steps), *map(len, steps)), f"rank {rank}: {cases[number].name}"
+            assert counted.forward + counted.backward == carried, f"rank {rank}: {cases[number].name}"
+        assert sum(carried for _, carried in sent) == ledger.sent(rank), f"rank {rank}"
+    return [[counted for counted, _ in of_case] for of_case in zip(*by_rank, strict=True)]
 
 
 def sizes_of(
@@ -113,8 +183,7 @@ def closed(
     options: Options = DEFAULT,
 ) -> list[Volume]:
     """What the strategy says that it sends, by rank."""
-    sizes = sizes_of(plan, heads, dtype, inner, options)
-    return [get_strategy(strategy).volume(plan, rank, sizes) for rank in range(plan.world)]
+    return Case(strategy, plan, heads, dtype, inner, options).closed()
 
 
 def assert_volume(

@@ -14,28 +14,15 @@ from longctx.attention.registry import Sizes
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
-from tests.volume.measure import LAYOUTS, plan_of
+from tests.volume.measure import LAYOUTS, Nothing, plan_of
 from tests.volume.test_documented_forms import PAGE, ROW, value
 
 WORLD, ROWS, DIM = 8, 64, 8
 
 
-class Nothing:
-    """A local kernel that computes nothing and needs no memory."""
-
-    name = "nothing"
-
-    def refuses(self, problem: Any) -> None:
-        return None
-
-    def forward(self, *_: Any) -> None: ...
-
-    def backward(self, *_: Any) -> None: ...
-
-
 @pytest.fixture(autouse=True)
 def nothing(monkeypatch):
-    monkeypatch.setitem(contract.KERNELS, "nothing", f"{__name__}:Nothing")
+    monkeypatch.setitem(contract.KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
 
 
 def peaks(
