@@ -1,8 +1,8 @@
 """``longctx bench link``: flat ring, double ring and USP over two nodes with a slow link between them.
 
 Nodes are network namespaces of this machine with two ranks each. Bytes on the link must be what the strategies'
-closed forms say, exchange-only time what these bytes take at the link's rate, and the order of the three that of
-their bytes. Before that every strategy computes over the same link, and is compared with the dense reference.
+closed forms say, exchange-only time what these bytes take at the link's rate in the order in which they need each
+other, and the order of the three that of these times. Before that every strategy computes over the same link, and is compared with the dense reference.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from longctx.bench.link import LATE, UNEXPLAINED, Passed, PassRow, as_predicted, judged, measure
+from longctx.bench.dependence import chained_seconds
+from longctx.bench.link import LATE, PASSES, UNEXPLAINED, Exchange, Passed, PassRow, as_predicted, judged, measure
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.bench_attention import require_exact
 from longctx.launcher.machine import described, load
 from longctx.launcher.namespaces import Namespaces, link_counters
 from longctx.launcher.processes import Workers, join_gloo, run_gloo
 from longctx.launcher.verify_command import load_result, save_result
+from longctx.sim import Cluster, mark_step
 from longctx.verify import VerifyCase, judge, run_rank
 
 NODES, RANKS = 2, 4
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
     rows = [
-        judged(case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank])
+        judged(case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank], predicted(case, arguments.rate_mbit))
         for number, case in enumerate(cases)
     ]
     if arguments.json:
@@ -100,6 +102,24 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
     ]
 
 
+def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
+    """Seconds of each pass at the links' rate, from the messages of the same exchange on ``sim``."""
+    cluster = Cluster(case.world)
+
+    def exchange() -> None:
+        both = Exchange(case)
+        for number, run in enumerate((both.forward, both.backward)):
+            mark_step(1 + number)
+            run()
+
+    cluster.run(exchange)
+    steps = [
+        [[event for event in trace if event.step == 1 + number] for trace in cluster.trace]
+        for number in range(len(PASSES))
+    ]
+    return [chained_seconds(traces, case.world // NODES, rate_mbit * 1e6 / 8) for traces in steps]
+
+
 def gate_of(case: VerifyCase) -> VerifyCase:
     """The same, shorter and in float64: what the ranks compute over the link before they are timed."""
     return replace(case, seq=min(case.seq, GATE_TOKENS), dtype="float64")
@@ -133,7 +153,7 @@ def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
 
 
 def late(rows: list[list[PassRow]]) -> list[str]:
-    """Passes that took longer than their bytes at the link's rate, and what the method allows beside."""
+    """Passes that took longer than their messages at the links' rate, and what the method allows beside."""
     return [
         f"{route} {row.name} {row.ratio:.2f}"
         for route, passes in zip(ROUTES, rows, strict=True)
@@ -143,9 +163,9 @@ def late(rows: list[list[PassRow]]) -> list[str]:
 
 
 def in_order(rows: list[list[PassRow]]) -> bool:
-    """Whether both passes together rank the routes as their bytes do."""
-    predicted = [sum(row.predicted for row in passes) for passes in rows]
-    return as_predicted(predicted, [sum(row.seconds.median for row in passes) for passes in rows])
+    """Whether both passes together rank the routes as they were predicted."""
+    times = [sum(row.predicted for row in passes) for passes in rows]
+    return as_predicted(times, [sum(row.seconds.median for row in passes) for passes in rows])
 
 
 def told(arguments: argparse.Namespace, rows: list[list[PassRow]], errors: list[dict[str, float]]) -> dict[str, object]:
@@ -173,8 +193,8 @@ def table(arguments: argparse.Namespace, rows: list[list[PassRow]]) -> str:
         f"{arguments.link_repeats} interleaved repeats, median (min-max); load {load()}",
         "",
         "| route | pass | bytes from node 0 / 1, by formula | counted by ranks | link's counter beyond it and headers "
-        "| time, s | bytes / rate, s | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| time, s | bytes / rate, s | in their order, s | ratio to it |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for route, passes in zip(ROUTES, rows, strict=True):
         for row in passes:
@@ -182,13 +202,15 @@ def table(arguments: argparse.Namespace, rows: list[list[PassRow]]) -> str:
             lines.append(
                 f"| {route} | {row.name} | {' / '.join(f'{node.formula:,}' for node in row.nodes)} | {counted} "
                 f"| {' / '.join(f'{node.unexplained:+.2%}' for node in row.nodes)} "
-                f"| {row.seconds.median:.3f} ({row.seconds.low:.3f}-{row.seconds.high:.3f}) | {row.predicted:.3f} "
-                f"| {row.ratio:.3f} |"
+                f"| {row.seconds.median:.3f} ({row.seconds.low:.3f}-{row.seconds.high:.3f}) | {row.busy:.3f} "
+                f"| {row.predicted:.3f} | {row.ratio:.3f} |"
             )
-        both, predicted = sum(row.seconds.median for row in passes), sum(row.predicted for row in passes)
-        lines.append(f"| {route} | both | | | | {both:.3f} | {predicted:.3f} | {both / predicted:.3f} |")
+        both, busy, chained = (
+            sum(times) for times in zip(*((row.seconds.median, row.busy, row.predicted) for row in passes), strict=True)
+        )
+        lines.append(f"| {route} | both | | | | {both:.3f} | {busy:.3f} | {chained:.3f} | {both / chained:.3f} |")
     slow = f"**no**: {', '.join(late(rows))}" if late(rows) else "yes"
-    lines += ["", f"time within {LATE - 1:.0%} of bytes / rate: {slow}"]
+    lines += ["", f"time within {LATE - 1:.0%} of bytes / rate in their order: {slow}"]
     return "\n".join([*lines, f"order of the three as predicted: {'yes' if in_order(rows) else '**no**'}"])
 
 

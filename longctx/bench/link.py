@@ -1,7 +1,8 @@
 """What strategies send over the links between nodes: by closed form, as counted, and how long it takes.
 
 Exchange-only: the strategy runs as it is, with a kernel that computes nothing. The same messages leave in the same
-order, each when what it carries has arrived; casts and sums of what came home are still done.
+order, each when what it carries has arrived; casts and sums of what came home are still done. Its time is compared with
+that of the same messages on links of the given rate (``longctx.bench.dependence``), and told beside bytes over rate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from longctx.verify.run import attention_of
 PASSES = ("forward", "backward")
 HEADERS = 14 + 20 + 32  # bytes of a packet before its payload: Ethernet, IPv4, TCP with timestamps
 UNEXPLAINED = 0.01  # of the formula: what a link's counter may show beyond headers; Gloo's preambles, barriers
-LATE = 1.15  # exchange-only time over bytes / rate
+LATE = 1.15  # exchange-only time over what was predicted
 EQUAL = 0.05  # predictions closer than this are in no order
 
 Edge = tuple[int, int]  # from node, to node
@@ -110,12 +111,10 @@ class Passed:
 def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]]) -> list[list[list[Passed]]]:
     """By case and repeat: the forward and the backward pass of this rank, exchange-only; cases are interleaved.
 
-    ``counters``: bytes and packets that this node has sent through its link. Worker processes alone call this: it
-    makes the silent kernel known.
+    ``counters``: bytes and packets that this node has sent through its link.
     """
-    KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
     found: list[list[list[Passed]]] = [[] for _ in cases]
-    exchanges = [_Exchange(case) for case in cases]
+    exchanges = [Exchange(case) for case in cases]
     for repeat, number in itertools.product(range(repeats + 1), range(len(cases))):
         passed = [_measured(run, counters) for run in (exchanges[number].forward, exchanges[number].backward)]
         if repeat:  # the first round opens connections and warms up
@@ -123,10 +122,11 @@ def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[
     return found
 
 
-class _Exchange:
-    """Both passes of one case on this rank."""
+class Exchange:
+    """Both passes of one case on this rank, with a kernel that computes nothing."""
 
     def __init__(self, case: VerifyCase) -> None:
+        KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
         self._plan, (q, k, v, dout) = local_inputs(case)
         self._inputs = tuple(tensor.requires_grad_() for tensor in (q, k, v))
         self._dout = dout
@@ -174,12 +174,14 @@ class NodeSent:
 
 @dataclass(frozen=True)
 class PassRow:
-    """One pass of one case. ``predicted``: seconds that its bytes take at the links' rate."""
+    """One pass of one case. ``busy``: seconds that its bytes take at the links' rate, if the busiest is never idle;
+    ``predicted``: that they take in the order in which they need each other, which is no less."""
 
     name: str
     edges_equal: bool  # counted = formula on every edge between nodes, in every repeat
     nodes: tuple[NodeSent, ...]
     seconds: Timing
+    busy: float
     predicted: float
 
     @property
@@ -187,8 +189,10 @@ class PassRow:
         return self.seconds.median / self.predicted if self.predicted else 1.0
 
 
-def judged(case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[Passed]]]) -> list[PassRow]:
-    """The case's passes, from what every rank saw: ``ranks[rank][repeat][pass]``."""
+def judged(
+    case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[Passed]]], predicted: Sequence[float]
+) -> list[PassRow]:
+    """The case's passes, from what every rank saw: ``ranks[rank][repeat][pass]``, and what was predicted of each."""
     closed, per_node = crossing(case, nodes), case.world // nodes
     rows = []
     for number, name in enumerate(PASSES):
@@ -204,7 +208,8 @@ def judged(case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[P
         )
         equal = all(one == formula for one in counted)
         seconds = Timing.of([max(passed.seconds for passed in repeat) for repeat in repeats])
-        rows.append(PassRow(name, equal, sent, seconds, busiest(formula) * 8 / (rate_mbit * 1e6)))
+        busy = busiest(formula) * 8 / (rate_mbit * 1e6)
+        rows.append(PassRow(name, equal, sent, seconds, busy, predicted[number]))
     return rows
 
 

@@ -179,7 +179,7 @@ def test_measuring_counts_each_pass_of_each_repeat(silent_kernel):
     cases = [case_of("ring", None), case_of("burst", 2), case_of("usp", 2, causal=True)]
     ranks = Cluster(4, trace=False).run(lambda: measure(cases, 2, lambda: (0, 0)))
     for number, case in enumerate(cases):
-        rows = judged(case, 2, 200, [rank[number] for rank in ranks])
+        rows = judged(case, 2, 200, [rank[number] for rank in ranks], (1.0, 1.0))
         assert [row.name for row in rows] == list(PASSES)
         assert all(row.edges_equal and node.counted == node.formula for row in rows for node in row.nodes)
 
@@ -204,16 +204,17 @@ def seen(case: VerifyCase, seconds: float, beyond: int = 0, stray: int = 0) -> l
 
 def test_the_verdict_compares_links_and_counts_with_the_closed_form():
     case = case_of("burst", 2, causal=True)
-    right = judged(case, 2, 1, seen(case, 1.0))
+    right = judged(case, 2, 1, seen(case, 1.0), (2.0, 4.0))
     assert all(row.edges_equal and node.unexplained == 0 for row in right for node in row.nodes)
-    for row, name in zip(right, PASSES, strict=True):
+    for row, name, chained in zip(right, PASSES, (2.0, 4.0), strict=True):
         most = max(getattr(cost, name) for cost in crossing(case, 2).values())
-        assert row.predicted == pytest.approx(most * 8 / 1e6) and row.ratio == pytest.approx(1 / row.predicted)
-    more = judged(case, 2, 1, seen(case, 1.0, beyond=100))
+        assert row.busy == pytest.approx(most * 8 / 1e6)
+        assert row.predicted == chained and row.ratio == pytest.approx(1 / chained)
+    more = judged(case, 2, 1, seen(case, 1.0, beyond=100), (2.0, 4.0))
     assert all(node.unexplained == pytest.approx(100 / node.formula) for row in more for node in row.nodes)
-    less = judged(case, 2, 1, seen(case, 1.0, beyond=-100))
+    less = judged(case, 2, 1, seen(case, 1.0, beyond=-100), (2.0, 4.0))
     assert all(node.unexplained == pytest.approx(-100 / node.formula) for row in less for node in row.nodes)
-    assert not any(row.edges_equal for row in judged(case, 2, 1, seen(case, 1.0, stray=1)))
+    assert not any(row.edges_equal for row in judged(case, 2, 1, seen(case, 1.0, stray=1), (2.0, 4.0)))
 
 
 @pytest.mark.parametrize(
