@@ -1,4 +1,5 @@
-"""docs/volume.md: what each strategy sends, computed by the closed forms that the tests hold to the ledger of sim.
+"""docs/volume.md: what each strategy sends and keeps, by the closed forms that tests hold to the ledger of sim and to
+live tensors.
 
 ``make docs`` and ``make matrix`` write it: ``python -m longctx.launcher.volume_page docs/volume.md``.
 """
@@ -23,10 +24,14 @@ ELEMENT, WIDE = 2, 4  # bytes: bfloat16, and float32 to sum in
 SHARD = 1024  # tokens of a rank
 CAUSAL = Mask()
 REFUSED = "–"
+WITHIN = 512  # bytes: single numbers and indices, which closed forms of memory leave out
+# How many times what is alive the closed form of a strategy's peak memory may be; those of all others are just that.
+ABOVE = {"gather": 1.1, "token_ring": 1.5, "tree": 1.3, "rsa": 1.2, "disaggregated": 2.5, "zeppelin": 2.5}
 
-PAGE = """# What each strategy sends
+PAGE = """# What each strategy sends, and keeps
 
-Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume`); do not edit.
+Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume` and
+`peak`); do not edit.
 `make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`: every
 strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal and
 full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
@@ -36,6 +41,11 @@ One layer, one causal document of {shard} tokens a rank, heads of {dim} channels
 and the busiest; {refused} where it refuses, because ranks do not divide {q_heads} heads. Messages are those of the
 busiest rank, forward + backward, with {few} key/value heads. `a×b` are `b` rows of `attention.inner=a` ranks; `keys`
 and `queries` stand for `attention.backward`, `narrow` for `attention.travel`.
+
+**Peak** is memory, in the same unit: bytes of tensors alive at one time beside q, k, v and dout on the rank with most,
+results included, the local kernel's own workspace apart. `make matrix` holds `peak` to what is alive on `sim`, for the
+same strategies, choices, layouts and masks as bytes: as much, to within {small} bytes; where a strategy's form is a bound,
+at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
 
 {tables}
 """
@@ -77,6 +87,8 @@ CHOICES = (
     Choice("usp", rows=True),
     Choice("ulysses"),
     Choice("rsa"),
+    Choice("disaggregated"),
+    Choice("zeppelin"),
 )
 
 
@@ -84,15 +96,20 @@ def page() -> str:
     """The whole page as Markdown."""
     (q_heads, few), (_, many) = HEADS
     tables = "\n\n".join("\n".join(table(world)) for world in WORLDS)
-    return PAGE.format(shard=SHARD, dim=HEAD_DIM, q_heads=q_heads, few=few, many=many, refused=REFUSED, tables=tables)
+    above = ", ".join(f"`{name}` 1/{most}" for name, most in ABOVE.items())
+    heads = {"q_heads": q_heads, "few": few, "many": many}
+    return PAGE.format(
+        shard=SHARD, dim=HEAD_DIM, refused=REFUSED, tables=tables, above=above, small=WITHIN, **heads
+    )
 
 
 def table(world: int) -> Iterator[str]:
     """Its lines; layouts that cost the same share one."""
     columns = [f"{heads}/{kv_heads} {way}" for heads, kv_heads in HEADS for way in ("forward", "backward")]
+    named = [*columns, "messages", *(f"peak {column}" for column in columns)]
     yield f"## {world} ranks\n"
-    yield f"| strategy | layout | {' | '.join(columns)} | messages |"
-    yield f"|---|---|{'---|' * len(columns)}---|"
+    yield f"| strategy | layout | {' | '.join(named)} |"
+    yield f"|---|---|{'---|' * len(named)}"
     for choice in CHOICES:
         if choice.rows and choice.inner(world) == 1:
             continue
@@ -105,25 +122,32 @@ def table(world: int) -> Iterator[str]:
 
 
 def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
-    """Forward and backward for each of ``HEADS``, and messages; or that it is refused."""
+    """Forward and backward for each of ``HEADS``, messages, and peak memory for each; or that it is refused."""
     plan, strategy = plan_of(layout, world), get_strategy(choice.strategy)
     found: list[str] = []
+    peaks: list[str] = []
     messages = ""
     for heads, kv_heads in HEADS:
         case = AttentionCase(world, heads, kv_heads, layout, CAUSAL, choice.inner(world), choice.options)
         if refusal(strategy, case):
             found += [REFUSED, REFUSED]
+            peaks += [REFUSED, REFUSED]
             continue
+        peak = strategy.peak(plan, sizes_of(strategy, case))
+        peaks += [_kib(peak.forward), _kib(peak.backward)]
         volumes = by_rank(strategy, case, plan)
         found += [_mean_and_most([one.forward for one in volumes]), _mean_and_most([one.backward for one in volumes])]
         most = [max(column) for column in zip(*((v.messages_forward, v.messages_backward) for v in volumes))]
         messages = messages or " + ".join(map(str, most))
-    return (*found, messages)
+    return (*found, messages, *peaks)
 
 
 def by_rank(strategy: Strategy, case: AttentionCase, plan: SequencePlan) -> list[Volume]:
-    sizes = Sizes(1, case.heads, case.kv_heads, HEAD_DIM, ELEMENT, WIDE, inner_of(strategy, case), case.options)
-    return [strategy.volume(plan, rank, sizes) for rank in range(case.world)]
+    return [strategy.volume(plan, rank, sizes_of(strategy, case)) for rank in range(case.world)]
+
+
+def sizes_of(strategy: Strategy, case: AttentionCase) -> Sizes:
+    return Sizes(1, case.heads, case.kv_heads, HEAD_DIM, ELEMENT, WIDE, inner_of(strategy, case), case.options)
 
 
 def plan_of(layout: str, world: int) -> SequencePlan:

@@ -172,12 +172,13 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Whole rows of scores and those of one block; backward weights, their gradients and the product of both."""
+    """Whole rows of scores, those of one block, and what is hidden of them; backward weights, their gradients and the
+    product of both."""
     rows = plan.shard
-    scores = rows * plan.length * sizes.lse
+    scores, mask = rows * plan.length * sizes.lse, sizes.batch * rows * plan.length
     return Peak(
-        scores + scores // plan.world + rows * sizes.held(outputs=3, sums=2),
-        3 * scores + rows * sizes.held(queries=2, outputs=3, sums=2, gradients=2),
+        scores + scores // plan.world + mask + rows * sizes.held(outputs=3, sums=2),
+        3 * scores + rows * sizes.held(queries=2, outputs=4, sums=2, gradients=2),
     )
 
 

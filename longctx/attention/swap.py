@@ -8,7 +8,7 @@ documents and windows are whatever that plan says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -359,10 +359,16 @@ def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     return sent
 
 
+def in_rows(sizes: Sizes) -> Sizes:
+    """The same with as many key/value heads as the ranks of a row hold together, which may share them."""
+    split = HeadSplit(sizes.heads, sizes.kv_heads, sizes.inner)
+    return replace(sizes, kv_heads=sizes.inner * max(split.local_keys(rank) for rank in range(sizes.inner)))
+
+
 def swaps_peak(plan: SequencePlan, sizes: Sizes) -> int:
     """Bytes in a forward pass: q, k, v as parts, as they arrive and in order, the rank's own part as it lies; or they
     beside out on its way back to tokens, of which a part may be picked by index."""
-    rows, inner = plan.shard, sizes.inner
+    rows, inner, sizes = plan.shard, sizes.inner, in_rows(sizes)
     by_index = not all(plan.row_places(inner, row).in_runs for row in range(plan.world // inner))
     entering = sizes.held(queries=3, keys=3) - sizes.held(queries=2, keys=2) // inner
     leaving = sizes.held(queries=5, sums=1, keys=1) - sizes.held(queries=2 - by_index) // inner

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from longctx.attention import local
 from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import swap_sends, swapped, swaps_peak, work_in_rows
+from longctx.attention.swap import in_rows, swap_sends, swapped, swaps_peak, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -33,7 +33,7 @@ def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Of both swaps; backward the gradients of the heads, as they are summed, beside all that was saved."""
     return Peak(
         swaps_peak(plan, sizes),
-        plan.shard * sizes.held(queries=5, outputs=1, sums=1, keys=2, gradients=1),
+        plan.shard * in_rows(sizes).held(queries=5, outputs=1, sums=1, keys=2, gradients=1),
     )
 
 

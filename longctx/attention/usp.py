@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from longctx.attention import ring
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import HeadSplit, swap_sends, swapped, swaps_peak, work_in_rows
+from longctx.attention.swap import HeadSplit, in_rows, swap_sends, swapped, swaps_peak, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -34,8 +34,7 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Of both swaps, or q, k and v of the row's tokens beside the ring over them; backward also out twice, and dout."""
     inner = sizes.inner
-    own = [HeadSplit(sizes.heads, sizes.kv_heads, inner).local_keys(column) for column in range(inner)]
-    split = replace(sizes, heads=sizes.heads // inner, kv_heads=max(own), inner=1)
+    split = replace(sizes, heads=sizes.heads // inner, kv_heads=in_rows(sizes).kv_heads // inner, inner=1)
     around, row = ring.peak(plan.joined(inner), split), plan.joined(inner).shard
     return Peak(
         max(swaps_peak(plan, sizes), around.forward + row * split.held(queries=1, keys=1)),

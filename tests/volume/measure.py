@@ -81,7 +81,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        mask, rows = self.plan.mask, [list(row.lengths) for row in self.plan.documents]
+        mask, rows = self.plan.mask, [row.lengths.tolist() for row in self.plan.documents]
         return f"{self.strategy} {self.plan.layout} {mask} {rows} heads {self.heads} {self.inner} {self.options}"
 
     @property
