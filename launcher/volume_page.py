@@ -58,6 +58,7 @@ class Choice:
     strategy: str
     options: Options = DEFAULT
     rows: bool = False  # ranks as several rows of several ranks
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
 
     def inner(self, world: int) -> int | None:
         """Ranks in a row: the largest divisor below the world; None where it is left to the strategy."""
@@ -87,8 +88,9 @@ CHOICES = (
     Choice("usp", rows=True),
     Choice("ulysses"),
     Choice("rsa"),
-    Choice("disaggregated"),
-    Choice("zeppelin"),
+    # Over single tokens of other layouts, planning alone takes seconds.
+    Choice("disaggregated", layouts=("contiguous",)),
+    Choice("zeppelin", layouts=("contiguous",)),
 )
 
 
@@ -114,7 +116,7 @@ def table(world: int) -> Iterator[str]:
         if choice.rows and choice.inner(world) == 1:
             continue
         by_cells: dict[tuple[str, ...], list[str]] = {}
-        for layout in LAYOUTS:
+        for layout in choice.layouts:
             by_cells.setdefault(cells(choice, layout, world), []).append(layout)
         for found, layouts in by_cells.items():
             named = "all" if len(layouts) == len(LAYOUTS) else ", ".join(layouts)
