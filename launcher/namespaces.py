@@ -126,8 +126,8 @@ class Namespaces:
 
     def _remove(self) -> None:
         if self._late_switch is not None:
-            self._late_switch.kill()
-            self._late_switch.communicate()
+            with self._late_switch as process:
+                process.kill()
             self._late_switch = None
         while self._made:
             # Its devices go with a namespace, and with each of them the other end.
