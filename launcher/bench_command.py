@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared = parser.add_argument_group(f"bench {' and '.join(SHARE_OPTIONS)}")
     for option, (kind, purpose) in SHARED.items():
-        shared.add_argument(f"--{option}", type=kind, help=purpose)
+        defaults = ", ".join(f"{_module(name).DEFAULTS[option]} ({name})" for name in SHARE_OPTIONS)
+        shared.add_argument(f"--{option}", type=kind, help=f"{purpose}; default: {defaults}")
     for name in BENCHES:
         _module(name).add_arguments(parser.add_argument_group(f"bench {name}"))
 
