@@ -2,13 +2,14 @@
 
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
-from longctx.comm.group import Group, Traffic, grid_of, group_named, group_of, two_way
+from longctx.comm.group import Group, Moment, Traffic, grid_of, group_named, group_of, two_way
 
 __all__ = [
     "MAX",
     "SUM",
     "Group",
     "Message",
+    "Moment",
     "Pending",
     "PendingReduction",
     "Traffic",
