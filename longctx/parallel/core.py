@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
+from longctx.attention.across_stages import Empty, StageAttention
+from longctx.attention.disaggregated import PLANNERS
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
+from longctx.parallel.data import compute_dtype
+from longctx.parallel.stages import parts_of
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
+
+CPU = torch.device("cpu")
 
 
 def layout_of(config: Config) -> Layout:
@@ -55,15 +63,36 @@ def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
     return lambda plan, rank: strategy.work(plan, rank, inner)
 
 
-def core_attention(config: Config, mesh: Mesh) -> StrategyAttention | None:
-    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point."""
+def core_attention(
+    config: Config, mesh: Mesh, device: torch.device = CPU
+) -> StrategyAttention | StageAttention | None:
+    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
+
+    ``device``: of q, k and v, which ranks that only serve have none of.
+    """
     if "S" not in config.model.pattern:
         return None
+    if config.attention.servers == "pipeline":
+        return stage_attention(config, mesh, device)
     attention, case = config.attention, attention_case(config)
     inner = inner_of(get_strategy(attention.strategy), case)
     return StrategyAttention(
         attention.strategy, mesh.sequence_group, attention.kernel, inner=inner, options=case.options
     )
+
+
+def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAttention:
+    """The same where the stages of a pipeline serve one another."""
+    attention, dtype = config.attention, compute_dtype(config.train.dtype)
+    empty = Empty(*config.local_heads, config.model.head_dim, dtype, device)
+    stage, planner = mesh.pipeline.get_local_rank(), PLANNERS[attention.strategy]
+    options = attention_case(config).options
+    return StageAttention(mesh.servers(), softmax_layers(config), stage, empty, planner, attention.kernel, options)
+
+
+def softmax_layers(config: Config) -> list[int]:
+    """Of every stage."""
+    return [sum(config.model.kinds[layer] == "S" for layer in part.layers) for part in parts_of(config)]
 
 
 def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:
