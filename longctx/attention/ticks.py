@@ -1,4 +1,4 @@
-"""Ticks of a pipeline whose stages are all in the same phase, and one plan over all of them for each exchange of a tick.
+"""Ticks of a pipeline whose stages are all in one phase, and one plan over all of them for each exchange of a tick.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), section on
 pipeline parallelism. M microbatches on P stages take M + P - 1 forward ticks and then as many backward:

@@ -136,7 +136,7 @@ class Config:
             )
 
     def _check_servers(self) -> None:
-        """Stages that serve one another have an executor of tasks, a pipeline in step, and exchanges that happen once."""
+        """Stages that serve one another take tasks, go through their ticks in step, and exchange once a layer."""
         attention, parallel, train = self.attention, self.parallel, self.train
         kept = train.recompute_keep
         rules = (
@@ -148,8 +148,8 @@ class Config:
             (parallel.pp > 1, f"parallel.pp={parallel.pp} has no other stages", "parallel.pp=2"),
             (
                 parallel.pp_schedule == "gpipe",
-                f"parallel.pp_schedule={parallel.pp_schedule} has stages in the forward and in the backward pass at one "
-                "time, and all must be in the same",
+                f"parallel.pp_schedule={parallel.pp_schedule} has stages in both passes at one time, where all must be "
+                "in one",
                 "parallel.pp_schedule=gpipe",
             ),
             (

@@ -106,7 +106,7 @@ class AttentionConfig:
     backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
     travel: str = "wide"  # gradients are summed on their way in fp32; narrow: straight home in train.dtype
     ping_pong: bool = False  # two halves of a micro-batch take turns: one exchanges while the other computes
-    servers: str = "sequence"  # who serves whom when disaggregated: ranks of one sp group, or with their pipeline's others
+    servers: str = "sequence"  # of tasks: ranks of one sp group, or (pipeline) of all stages
     linear: str | None = None  # who moves the states of linear layers; null: strategy, if it is one of theirs, or lasp2
     chunk: int = 64  # tokens that linear layers compute at once
 

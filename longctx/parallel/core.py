@@ -63,9 +63,7 @@ def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
     return lambda plan, rank: strategy.work(plan, rank, inner)
 
 
-def core_attention(
-    config: Config, mesh: Mesh, device: torch.device = CPU
-) -> StrategyAttention | StageAttention | None:
+def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> StrategyAttention | StageAttention | None:
     """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
 
     ``device``: of q, k and v, which ranks that only serve have none of.
