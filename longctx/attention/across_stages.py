@@ -28,7 +28,7 @@ from longctx.attention.disaggregated import BackwardRun, ForwardRun, widths_of
 from longctx.attention.operator import DEFAULT, Call, Options, Saved, define_operator, require_rows
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ticks import Phase, Ticks, ticks_of
-from longctx.comm import Group, group_of
+from longctx.comm import Group
 from longctx.planner import Widths
 from longctx.sequence import SequencePlan
 from longctx.sequence.tasks import Dispatch
@@ -114,13 +114,13 @@ class Empty:
 class StageAttention:
     """Core attention on the ranks of all stages that share sequences, which serve one another tick by tick.
 
-    ``group``: those ranks, stage by stage. ``layers``: softmax layers of every stage; ``stage``: this rank's.
-    ``empty``: heads of one rank, dtype and device of q. ``planner``: who assigns tasks (``longctx.planner``).
+    ``group``: those ranks, stage by stage, on a channel that carries nothing else. ``layers``: softmax layers of every
+    stage; ``stage``: this rank's. ``empty``: what it brings where it only serves. ``planner``: who assigns tasks.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Group,
         layers: Sequence[int],
         stage: int,
         empty: Empty,
@@ -129,7 +129,7 @@ class StageAttention:
         options: Options = DEFAULT,
     ) -> None:
         self.layers, self.stage = tuple(layers), stage
-        self._group, self._empty, self._planner = group_of(group), empty, planner
+        self._group, self._empty, self._planner = group, empty, planner
         self._kernel, self._options = kernel, options
         self._ticks: Ticks | None = None
 

@@ -73,7 +73,7 @@ class Ticks:
         self._dispatches[self.held(phase, tick, call)] = dispatch
 
     def work(self, rank: int, phase: Phase = Phase.FORWARD) -> int:
-        """(query, key) cells that a rank computes in a phase of the step, in all layers."""
+        """(query, key) cells that a rank computes in a phase of the step, for all layers."""
         return sum(dispatch.served(rank).cells for dispatch in self._all(phase))
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,7 +10,8 @@ from longctx.attention import AttentionCase, Options, StrategyAttention, get_str
 from longctx.attention.across_stages import Empty, StageAttention
 from longctx.attention.disaggregated import PLANNERS
 from longctx.attention.ping_pong import PingPongAttention
-from longctx.comm import group_of
+from longctx.attention.ticks import ticks_of
+from longctx.comm import channel_of, group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
@@ -51,16 +52,23 @@ def attention_case(config: Config) -> AttentionCase:
     )
 
 
-def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
-    """What attention costs a rank of the sequence group for a batch: (query, key) cells in all its heads, or where no
-    layer has such, tokens."""
+def work_of(config: Config) -> Callable[[Sequence[SequencePlan], int, int], float]:
+    """What attention costs a rank for a step's batches, by its stage and its place in the sequence group: (query, key)
+    cells in all its heads, of one layer, or where no layer has such, tokens. Where stages serve one another, of all
+    layers."""
     if "S" not in config.model.pattern:
-        return lambda plan, rank: len(plan.positions(rank)) * len(plan.documents)
+        return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
+    if config.attention.servers == "pipeline":
+        layers, planner, widths = softmax_layers(config), PLANNERS[strategy.name], empty_of(config, CPU).widths
+        sp = config.parallel.sp
+        return lambda plans, stage, rank: ticks_of(plans, layers, planner, widths).work(stage * sp + rank)
     inner = inner_of(strategy, attention_case(config))
     if config.attention.ping_pong:
-        return lambda plan, rank: sum(strategy.work(plan.half(number), rank, inner) for number in (0, 1))
-    return lambda plan, rank: strategy.work(plan, rank, inner)
+        return lambda plans, stage, rank: sum(
+            strategy.work(plan.half(number), rank, inner) for plan in plans for number in (0, 1)
+        )
+    return lambda plans, stage, rank: sum(strategy.work(plan, rank, inner) for plan in plans)
 
 
 def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> StrategyAttention | StageAttention | None:
@@ -81,11 +89,17 @@ def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> St
 
 def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAttention:
     """The same where the stages of a pipeline serve one another."""
-    attention, dtype = config.attention, compute_dtype(config.train.dtype)
-    empty = Empty(*config.local_heads, config.model.head_dim, dtype, device)
+    attention, empty = config.attention, empty_of(config, device)
     stage, planner = mesh.pipeline.get_local_rank(), PLANNERS[attention.strategy]
     options = attention_case(config).options
-    return StageAttention(mesh.servers(), softmax_layers(config), stage, empty, planner, attention.kernel, options)
+    # Where a sequence is whole on one rank these are the ranks of a pipeline, whose stages hand on hidden states.
+    group = channel_of(mesh.servers(), mesh.sequence_group)
+    return StageAttention(group, softmax_layers(config), stage, empty, planner, attention.kernel, options)
+
+
+def empty_of(config: Config, device: torch.device) -> Empty:
+    """What a rank without tokens brings to an exchange."""
+    return Empty(*config.local_heads, config.model.head_dim, compute_dtype(config.train.dtype), device)
 
 
 def softmax_layers(config: Config) -> list[int]:

@@ -68,11 +68,11 @@ class Problem:
 
 def run_rank(problem: Problem) -> tuple[dict[Layer, dict[str, torch.Tensor]], tuple[int, int]]:
     """What a rank finds of each layer of its stage, and the bytes that it sends forward and backward."""
-    group = dist.group.WORLD
+    group = group_of(dist.group.WORLD)
     stage, shard = divmod(dist.get_rank(), problem.shards)
     options = Options(travel=problem.travel)
     attention = StageAttention(group, problem.layers, stage, EMPTY, problem.planner, "dense", options)
-    ticks, traffic, found = attention.open(problem.plans), group_of(group).traffic, {}
+    ticks, traffic, found = attention.open(problem.plans), group.traffic, {}
     for number in range(ticks.count):
         with attention.tick(Phase.FORWARD, number):
             microbatch = ticks.microbatch(Phase.FORWARD, number, stage)
@@ -229,20 +229,20 @@ def test_plans_are_let_go_after_their_step():
 
 
 def skip_a_layer(problem: Problem) -> None:
-    attention = StageAttention(dist.group.WORLD, problem.layers, dist.get_rank(), EMPTY, "cad")
+    attention = StageAttention(group_of(dist.group.WORLD), problem.layers, dist.get_rank(), EMPTY, "cad")
     attention.open(problem.plans)
     with attention.tick(Phase.FORWARD, 0):
         pass
 
 
 def attend_outside_of_a_tick(problem: Problem) -> None:
-    attention = StageAttention(dist.group.WORLD, problem.layers, dist.get_rank(), EMPTY, "cad")
+    attention = StageAttention(group_of(dist.group.WORLD), problem.layers, dist.get_rank(), EMPTY, "cad")
     q, k, v, _ = problem.case((0, 0, 0)).inputs()
     attention.start(q, k, v, problem.plans[0].handle)
 
 
 def attend_once_too_often(problem: Problem) -> None:
-    attention = StageAttention(dist.group.WORLD, problem.layers, dist.get_rank(), EMPTY, "cad")
+    attention = StageAttention(group_of(dist.group.WORLD), problem.layers, dist.get_rank(), EMPTY, "cad")
     attention.open(problem.plans)
     q, k, v, _ = problem.case((0, 0, 0)).inputs()
     with attention.tick(Phase.FORWARD, 0):

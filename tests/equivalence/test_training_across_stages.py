@@ -76,3 +76,33 @@ def test_recompute_sends_nothing_twice(alone, tmp_path, train_options):
     found, recomputed = train_on_sim(config_of(tmp_path / "recomputed", case, 2, **train_options))
     assert largest_difference(found, alone(case, 2)) <= 1e-9
     assert [recomputed.ledger.sent(rank) for rank in range(2)] == [plain.ledger.sent(rank) for rank in range(2)]
+
+
+def told(config):
+    """What a rank's run tells of its first step, and the plans of that step's microbatches."""
+    mesh = build_mesh(config.parallel, "cpu")
+    meter = Meter(mesh, CPU, work=work_of(config), every_stage=True)
+    trainer = build.build_trainer(config, False, corpus(), meter)
+    trainer.sink.close({})
+    trainer.sink = recorder = Recorder()
+    batches = trainer.state.loader.step(0)
+    trainer.run()
+    return recorder.records[0], [trainer.border(batch).plan for batch in batches]
+
+
+def test_a_step_tells_what_all_stages_served_and_sent(tmp_path):
+    config = config_of(tmp_path, "tp 2 x pp 2", 1)
+    ranks = Cluster(4).run(told, config)
+    record, plans = ranks[0]
+    assert all(other["work_by_rank"] == record["work_by_rank"] for other, _ in ranks)
+    heads, kv_heads = config.local_heads
+    layers, sizes = softmax_layers(config), Sizes(1, heads, kv_heads, config.model.head_dim, 8, 8)
+    ticks = ticks_of(plans, layers, "cad", Widths(heads, kv_heads, config.model.head_dim, 8))
+    volumes = [ticks.volume(rank, sizes) for rank in range(2)]
+    assert record["bytes_by_rank"] == [volume.forward + volume.backward for volume in volumes]
+    assert record["comm_bytes"] == 2 * sum(record["bytes_by_rank"])  # of both ranks that split tensors
+    work = record["work_by_rank"]
+    assert work == [ticks.work(rank) for rank in range(2)]
+    assert sum(work) == sum(layers) * sum(plan.work(0) for plan in plans)
+    # Two layers are on one stage and one on the other, and still both compute as much.
+    assert sorted(layers) == [1, 2] and record["balance"] == max(work) / sum(work) * 2 <= 1.1
