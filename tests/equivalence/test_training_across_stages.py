@@ -2,8 +2,16 @@
 
 import pytest
 
+from longctx.attention.registry import Sizes
+from longctx.attention.ticks import ticks_of
+from longctx.launcher import build
+from longctx.mesh import build_mesh
+from longctx.parallel.core import softmax_layers, work_of
+from longctx.planner import Widths
+from longctx.sim import Cluster
+from longctx.train.meter import Meter
 from tests.equivalence.test_training_parity import largest_difference
-from tests.train.small_run import small_config, train_on_sim
+from tests.train.small_run import CPU, Recorder, corpus, small_config, train_on_sim
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 FEW, MANY = 4, 20
