@@ -312,7 +312,7 @@ def test_taking_turns_wants_two_halves(attention, train, told):
 SERVED = {
     "attention": {"strategy": "disaggregated", "servers": "pipeline"},
     "parallel": {"pp": 2, "pp_schedule": "gpipe"},
-    "train": {"recompute": "full"},
+    "train": {"micro_batch": 2, "recompute": "full"},
 }
 
 
