@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
+from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ping_pong import PingPongAttention
+from longctx.attention.registry import Sizes
 from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
+from longctx.parallel.data import compute_dtype
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
 
@@ -53,6 +56,25 @@ def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
     if config.attention.ping_pong:
         return lambda plan, rank: sum(strategy.work(plan.half(number), rank, inner) for number in (0, 1))
     return lambda plan, rank: strategy.work(plan, rank, inner)
+
+
+def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
+    """Makes, of the plans of a step's micro-batches, what its softmax layers would plan at first use."""
+    if "S" not in config.model.pattern:
+        return lambda plans: None
+    case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
+    element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
+    # Asked for here, as process groups belong to a thread under simulation.
+    rank, inner = mesh.sequence_rank, inner_of(strategy, case)
+
+    def prepare(plans: list[SequencePlan]) -> None:
+        if config.attention.ping_pong:
+            plans = [plan.half(number) for plan in plans for number in (0, 1)]
+        for plan in plans:
+            widths = (case.heads, case.kv_heads, config.model.head_dim, element, wide)
+            strategy.prepare(plan, rank, Sizes(len(plan.documents), *widths, inner, case.options))
+
+    return prepare
 
 
 def core_attention(config: Config, mesh: Mesh) -> StrategyAttention | None:

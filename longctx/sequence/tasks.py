@@ -79,6 +79,12 @@ class Dispatch:
             self._served[server] = self._serve(server)
         return self._served[server]
 
+    def ready(self, rank: int) -> None:
+        """Works out all that ``rank`` asks for in a pass: its own tiles, and the rows that it exchanges with others."""
+        for server in range(self._plan.world):
+            self.served(server)
+        _ = self.served(rank).cells  # of its tiles
+
     @cached_property
     def _numbers(self) -> list[Int64]:
         """Of each rank's valid tokens: batch row times length, plus position; ascending."""
