@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from longctx.sequence.documents import Int64
-from longctx.sequence.plan import Places, SequencePlan
+from longctx.sequence.homes import Homes
+from longctx.sequence.plan import Places
 from longctx.sequence.rows import Rows
 from longctx.sequence.tiles import Tile, TileSet, key_intervals, tiles_of
 
@@ -66,11 +67,12 @@ class Served:
 
 
 class Dispatch:
-    """Who serves what of one batch, for one pass."""
+    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass."""
 
-    def __init__(self, plan: SequencePlan, tasks: tuple[Task, ...]) -> None:
-        self._plan = plan
-        self._tasks = [[task for task in tasks if task.server == rank] for rank in range(plan.world)]
+    def __init__(self, homes: Homes, tasks: tuple[Task, ...]) -> None:
+        self.world = homes.world
+        self._homes = homes
+        self._tasks = [[task for task in tasks if task.server == rank] for rank in range(homes.world)]
         self._served: dict[int, Served] = {}
 
     def served(self, server: int) -> Served:
@@ -81,34 +83,22 @@ class Dispatch:
 
     def ready(self, rank: int) -> None:
         """Works out all that ``rank`` asks for in a pass: its own tiles, and the rows that it exchanges with others."""
-        for server in range(self._plan.world):
+        for server in range(self.world):
             self.served(server)
         _ = self.served(rank).cells  # of its tiles
 
-    @cached_property
-    def _numbers(self) -> list[Int64]:
-        """Of each rank's valid tokens: batch row times length, plus position; ascending."""
-        rows = np.arange(len(self._plan.documents))[:, None] * self._plan.length
-        return [(rows + self._plan.positions(rank)).ravel() for rank in range(self._plan.world)]
-
-    @cached_property
-    def _lines(self) -> list[Int64]:
-        """Where those lie in their rank's line of physical tokens."""
-        rows = np.arange(len(self._plan.documents))[:, None] * self._plan.shard
-        return [(rows + np.arange(len(self._plan.positions(rank)))).ravel() for rank in range(self._plan.world)]
-
     def _serve(self, server: int) -> Served:
-        own = self._numbers[server]
+        own = self._homes.numbers[server]
         here: list[Asked] = []
         rest: list[Asked] = []
         queries: list[Int64] = []
         keys: list[Int64] = []
         for task in self._tasks[server]:
             asked = np.arange(task.q_start, task.q_stop)
-            start, stop = self._plan.mask.key_range(asked, self._plan.documents[task.row])
+            start, stop = self._homes.mask.key_range(asked, self._homes.documents[task.row])
             start, stop = np.maximum(start, task.k_start), np.minimum(stop, task.k_stop)
             seeing = np.flatnonzero(stop > start)
-            first = task.row * self._plan.length
+            first = task.row * self._homes.length
             number, start, stop = (part[seeing] + first for part in (asked, start, stop))
             resident = np.isin(number, own) & (_held(own, start, stop) == stop - start)
             here.append((number[resident], start[resident], stop[resident]))
@@ -122,7 +112,7 @@ class Dispatch:
             keys=tuple(rows for _, rows in read_of),
             query_places=query_places,
             key_places=key_places,
-            tokens=(own, self._lines[server]),
+            tokens=(own, self._homes.lines[server]),
             asked=(here, rest),
         )
 
@@ -130,7 +120,7 @@ class Dispatch:
         """Of the tokens with these numbers, those of each home, and their rows of its line."""
         wanted = np.unique(np.concatenate(numbers)) if numbers else np.zeros(0, dtype=np.int64)
         found = []
-        for own, line in zip(self._numbers, self._lines, strict=True):
+        for own, line in zip(self._homes.numbers, self._homes.lines, strict=True):
             held = np.isin(own, wanted, assume_unique=True)
             found.append((own[held], _rows(line[held])))
         return found
