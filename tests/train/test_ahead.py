@@ -10,7 +10,7 @@ from longctx.data import Loader, Packing
 from longctx.errors import DataError
 from longctx.launcher import build
 from longctx.mesh import build_mesh
-from longctx.sequence import Contiguous, Mask, tasks
+from longctx.sequence import Contiguous, Mask, tasks, wanted
 from longctx.sim import Cluster
 from longctx.train.ahead import Ahead
 from longctx.train.border import Border
@@ -97,11 +97,11 @@ def test_nothing_is_planned_inside_a_step(tmp_path, monkeypatch):
 
     spied(disaggregated, "assigned")
     spied(tasks, "_tiles")
-    spied(tasks.Dispatch, "_serve")
+    spied(wanted.Wanted, "_part")
     train_on_sim(shared(tmp_path))
     # Three steps of two micro-batches of two halves, planned by one of the two ranks that share the process.
     assert [name for name, _ in seen].count("assigned") == 3 * 2 * 2
-    assert {name for name, _ in seen} == {"assigned", "_tiles", "_serve"}
+    assert {name for name, _ in seen} == {"assigned", "_tiles", "_part"}
     assert all(thread.startswith("ahead") for _, thread in seen), "planned while a layer waited"
     assert not threads_ahead()
 
