@@ -7,6 +7,7 @@ import numpy as np
 from longctx.planner import Home, MaskSlices, Options, Topology, Widths, causal, full, plan, window
 from longctx.sequence import Homes, Mask
 from longctx.sequence.documents import Int64
+from longctx.sequence.homes import touched
 from longctx.sequence.tasks import Task
 
 BLOCK = 128  # rows that a cut counts by; a kernel's tile
@@ -39,18 +40,9 @@ def _mask(mask: Mask, lengths: Int64) -> MaskSlices:
 
 def _home(homes: Homes, lengths: Int64) -> Home:
     """Where the layout has the tokens: runs of every rank, in the order of its memory."""
-    before = np.cumsum([0, *(len(row) for row in homes.documents)])
-    parts = []
-    for rank, numbers in enumerate(homes.numbers):
-        for number, (row, first) in enumerate(zip(homes.documents, before.tolist(), strict=False)):
-            held = numbers[slice(*np.searchsorted(numbers, number * homes.length + np.array([0, row.length])))]
-            if not len(held):
-                continue
-            held = held - number * homes.length
-            doc = np.searchsorted(row.cu_seqlens, held, side="right") - 1
-            breaks = np.flatnonzero((np.diff(held) != 1) | (np.diff(doc) != 0)) + 1
-            opens, closes = np.append(0, breaks), np.append(breaks, len(held)) - 1
-            start = held[opens] - row.cu_seqlens[doc[opens]]
-            parts.append((np.full_like(start, rank), first + doc[opens], start, start + closes - opens + 1))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Home(lengths, homes.world, columns)
+    (begin, end), runs = homes.bounds, homes.runs
+    run, doc = touched(begin, end, runs.start, runs.stop)
+    start, stop = np.maximum(runs.start[run], begin[doc]), np.minimum(runs.stop[run], end[doc])
+    order = np.argsort(runs.rank[run], kind="stable")  # a rank's numbers ascend with its memory
+    columns = (runs.rank[run], doc, start - begin[doc], stop - begin[doc])
+    return Home(lengths, homes.world, [column[order] for column in columns])

@@ -61,6 +61,13 @@ def dispatches(plan: SequencePlan, planner: str, widths: Widths) -> Dispatches:
     return _dispatches[plan][planner]
 
 
+def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
+    """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
+    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
+    for dispatch in dispatches(plan, planner, widths):
+        dispatch.ready(rank)
+
+
 def widths_of(q: Tensor, k: Tensor) -> Widths:
     return Widths(q.shape[2], k.shape[2], q.shape[3], q.element_size())
 
@@ -316,6 +323,7 @@ STRATEGIES = {
         partial(peak, planner),
         frozenset({"travel"}),
         work=partial(work, planner),
+        prepare=partial(prepare, planner),
     )
     for name, planner in PLANNERS.items()
 }

@@ -72,6 +72,12 @@ class Ticks:
         """Serves it so, in place of what the planner would say."""
         self._dispatches[self.held(phase, tick, call)] = dispatch
 
+    def ready(self, rank: int) -> None:
+        """Plans all exchanges, and works out all that ``rank`` will ask for in them."""
+        for phase in Phase:
+            for dispatch in self._all(phase):
+                dispatch.ready(rank)
+
     def work(self, rank: int, phase: Phase = Phase.FORWARD) -> int:
         """(query, key) cells that a rank computes in a phase of the step, for all layers."""
         return sum(dispatch.served(rank).cells for dispatch in self._all(phase))

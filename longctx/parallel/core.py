@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
-from longctx.attention.across_stages import Empty, StageAttention
-from longctx.attention.disaggregated import PLANNERS
+from longctx.attention.across_stages import StageAttention
+from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ping_pong import PingPongAttention
-from longctx.attention.ticks import ticks_of
-from longctx.comm import channel_of, group_of
+from longctx.attention.registry import Sizes
+from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
+from longctx.parallel.across_stages import CPU, prepare_ticks, stage_attention, ticks_by
 from longctx.parallel.data import compute_dtype
-from longctx.parallel.stages import parts_of
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
-
-CPU = torch.device("cpu")
 
 
 def layout_of(config: Config) -> Layout:
@@ -60,15 +58,35 @@ def work_of(config: Config) -> Callable[[Sequence[SequencePlan], int, int], floa
         return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
     if config.attention.servers == "pipeline":
-        layers, planner, widths = softmax_layers(config), PLANNERS[strategy.name], empty_of(config, CPU).widths
-        sp = config.parallel.sp
-        return lambda plans, stage, rank: ticks_of(plans, layers, planner, widths).work(stage * sp + rank)
+        ticks, sp = ticks_by(config), config.parallel.sp
+        return lambda plans, stage, rank: ticks(plans).work(stage * sp + rank)
     inner = inner_of(strategy, attention_case(config))
     if config.attention.ping_pong:
         return lambda plans, stage, rank: sum(
             strategy.work(plan.half(number), rank, inner) for plan in plans for number in (0, 1)
         )
     return lambda plans, stage, rank: sum(strategy.work(plan, rank, inner) for plan in plans)
+
+
+def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
+    """Makes, of the plans of a step's micro-batches, what its softmax layers would plan at first use."""
+    if "S" not in config.model.pattern:
+        return lambda plans: None
+    if config.attention.servers == "pipeline":
+        return prepare_ticks(config, mesh)
+    case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
+    element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
+    # Asked for here, as process groups belong to a thread under simulation.
+    rank, inner = mesh.sequence_rank, inner_of(strategy, case)
+
+    def prepare(plans: list[SequencePlan]) -> None:
+        if config.attention.ping_pong:
+            plans = [plan.half(number) for plan in plans for number in (0, 1)]
+        for plan in plans:
+            widths = (case.heads, case.kv_heads, config.model.head_dim, element, wide)
+            strategy.prepare(plan, rank, Sizes(len(plan.documents), *widths, inner, case.options))
+
+    return prepare
 
 
 def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> StrategyAttention | StageAttention | None:
@@ -85,26 +103,6 @@ def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> St
     return StrategyAttention(
         attention.strategy, mesh.sequence_group, attention.kernel, inner=inner, options=case.options
     )
-
-
-def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAttention:
-    """The same where the stages of a pipeline serve one another."""
-    attention, empty = config.attention, empty_of(config, device)
-    stage, planner = mesh.pipeline.get_local_rank(), PLANNERS[attention.strategy]
-    options = attention_case(config).options
-    # Where a sequence is whole on one rank these are the ranks of a pipeline, whose stages hand on hidden states.
-    group = channel_of(mesh.servers(), mesh.sequence_group)
-    return StageAttention(group, softmax_layers(config), stage, empty, planner, attention.kernel, options)
-
-
-def empty_of(config: Config, device: torch.device) -> Empty:
-    """What a rank without tokens brings to an exchange."""
-    return Empty(*config.local_heads, config.model.head_dim, compute_dtype(config.train.dtype), device)
-
-
-def softmax_layers(config: Config) -> list[int]:
-    """Of every stage."""
-    return [sum(config.model.kinds[layer] == "S" for layer in part.layers) for part in parts_of(config)]
 
 
 def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:

@@ -1,6 +1,6 @@
 """Documents, masks, layouts, tiles and the batch border; see ``plan`` for how they meet."""
 
-from longctx.sequence.batch import IGNORE, Batch, LocalBatch, shard, unshard
+from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents
 from longctx.sequence.halo import Halo
 from longctx.sequence.homes import Homes
@@ -31,6 +31,7 @@ __all__ = [
     "Tile",
     "TileSet",
     "Zigzag",
+    "cut",
     "make_layout",
     "make_plan",
     "plan_of",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +35,16 @@ class Homes:
     def world(self) -> int:
         return len(self.numbers)
 
+    @cached_property
+    def runs(self) -> Runs:
+        return Runs(self.numbers, self.lines)
+
+    @cached_property
+    def bounds(self) -> tuple[Int64, Int64]:
+        """First numbers, and last + 1, of the documents of all rows, ascending."""
+        edges = [row.cu_seqlens + number * self.length for number, row in enumerate(self.documents)]
+        return np.concatenate([row[:-1] for row in edges]), np.concatenate([row[1:] for row in edges])
+
     @classmethod
     def of(cls, plan: SequencePlan) -> Homes:
         """The ranks that share the sequences of one batch."""
@@ -60,3 +71,40 @@ class Homes:
                 assert (plan.mask, plan.length, plan.shard) == (one.mask, one.length, one.shard), "plans of one run"
                 documents += plan.documents
         return cls(tuple(documents), one.mask, one.length, one.shard, tuple(numbers), tuple(lines))
+
+
+class Runs:
+    """Tokens that lie side by side on one rank: ``start``, ``stop`` (numbers), ``rank``, ``line`` (place of the first),
+    int64 ``[N]`` in order of their numbers."""
+
+    def __init__(self, numbers: Sequence[Int64], lines: Sequence[Int64]) -> None:
+        columns = [_runs(rank, *held) for rank, held in enumerate(zip(numbers, lines, strict=True))]
+        start = np.concatenate([column[0] for column in columns])
+        order = np.argsort(start, kind="stable")
+        self.start = start[order]
+        self.stop, self.rank, self.line = (
+            np.concatenate([column[place] for column in columns])[order] for place in (1, 2, 3)
+        )
+
+    def at(self, number: Int64) -> Int64:
+        """Which run holds each of these tokens."""
+        return np.asarray(np.searchsorted(self.start, number, "right") - 1)
+
+
+def ranges(first: Int64, count: Int64) -> Int64:
+    """``first[i], first[i] + 1, ..`` of ``count[i]`` numbers each, one after another."""
+    before = np.cumsum(count) - count
+    return np.asarray(np.repeat(first - before, count) + np.arange(int(count.sum()), dtype=np.int64))
+
+
+def touched(start: Int64, stop: Int64, first: Int64, last: Int64) -> tuple[Int64, Int64]:
+    """(which of the intervals ``[first, last)``, which of ``[start, stop)``, disjoint and ascending) that meet."""
+    begin = np.searchsorted(stop, first, "right")
+    count = np.maximum(np.searchsorted(start, last) - begin, 0)
+    return np.repeat(np.arange(len(first)), count), ranges(begin, count)
+
+
+def _runs(rank: int, number: Int64, line: Int64) -> tuple[Int64, Int64, Int64, Int64]:
+    breaks = np.flatnonzero((np.diff(number) != 1) | (np.diff(line) != 1)) + 1
+    opens, closes = np.append(0, breaks)[: len(number)], np.append(breaks, len(number))[: len(number)] - 1
+    return number[opens], number[closes] + 1, np.full_like(opens, rank), line[opens]

@@ -2,13 +2,16 @@
 
 import pytest
 
+from longctx.attention import ticks
+from longctx.attention.assignment import assigned
 from longctx.attention.registry import Sizes
-from longctx.attention.ticks import ticks_of
 from longctx.launcher import build
 from longctx.mesh import build_mesh
-from longctx.parallel.core import softmax_layers, work_of
+from longctx.parallel.across_stages import softmax_layers
+from longctx.parallel.core import work_of
 from longctx.planner import Widths
 from longctx.sim import Cluster
+from longctx.train.border import Border
 from longctx.train.meter import Meter
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import CPU, Recorder, corpus, small_config, train_on_sim
@@ -93,9 +96,9 @@ def told(config):
     trainer = build.build_trainer(config, False, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
-    batches = trainer.state.loader.step(0)
+    border, batches = Border.of(config, mesh, CPU), trainer.state.loader.step(0)
     trainer.run()
-    return recorder.records[0], [trainer.border(batch).plan for batch in batches]
+    return recorder.records[0], [border.plan(batch) for batch in batches]
 
 
 def test_a_step_tells_what_all_stages_served_and_sent(tmp_path):
@@ -105,12 +108,20 @@ def test_a_step_tells_what_all_stages_served_and_sent(tmp_path):
     assert all(other["work_by_rank"] == record["work_by_rank"] for other, _ in ranks)
     heads, kv_heads = config.local_heads
     layers, sizes = softmax_layers(config), Sizes(1, heads, kv_heads, config.model.head_dim, 8, 8)
-    ticks = ticks_of(plans, layers, "cad", Widths(heads, kv_heads, config.model.head_dim, 8))
-    volumes = [ticks.volume(rank, sizes) for rank in range(2)]
+    step = ticks.ticks_of(plans, layers, "cad", Widths(heads, kv_heads, config.model.head_dim, 8))
+    volumes = [step.volume(rank, sizes) for rank in range(2)]
     assert record["bytes_by_rank"] == [volume.forward + volume.backward for volume in volumes]
     assert record["comm_bytes"] == 2 * sum(record["bytes_by_rank"])  # of both ranks that split tensors
     work = record["work_by_rank"]
-    assert work == [ticks.work(rank) for rank in range(2)]
+    assert work == [step.work(rank) for rank in range(2)]
     assert sum(work) == sum(layers) * sum(plan.work(0) for plan in plans)
     # Two layers are on one stage and one on the other, and still both compute as much.
     assert sorted(layers) == [1, 2] and record["balance"] == max(work) / sum(work) * 2 <= 1.1
+
+
+def test_every_exchange_is_planned_once_a_step(tmp_path, monkeypatch):
+    """Of five forward ticks and five backward, with two microbatches in turned order in the middle ones."""
+    planned = []
+    monkeypatch.setattr(ticks, "assigned", lambda *asked: planned.append(asked) or assigned(*asked))
+    train_on_sim(config_of(tmp_path, "pp 2", 2))
+    assert len(planned) == 2 * 10
