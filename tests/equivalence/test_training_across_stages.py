@@ -23,9 +23,10 @@ CASES = {
     "pp 2": ({"pp": 2}, 2, 4, {}),
     "pp 2, one microbatch": ({"pp": 2}, 3, 1, {}),
     "pp 2 x sp 2": ({"pp": 2, "sp": 2}, 3, 2, {}),
+    "pp 2 x sp 2, two rows": ({"pp": 2, "sp": 2}, 3, 4, {"train": {"micro_batch": 2}}),
     "pp 3": ({"pp": 3}, 5, 4, {}),
     "pp 3, fewer microbatches": ({"pp": 3}, 4, 2, {}),
-    "tp 2 x pp 2": ({"tp": 2, "pp": 2}, 3, 4, {}),
+    "tp 2 x pp 2": ({"tp": 2, "pp": 2}, 3, 2, {}),
     "dp 2 x pp 2": ({"dp_shard": 2, "pp": 2}, 2, 4, {}),
     "zeppelin": ({"pp": 2, "sp": 2}, 3, 2, {"attention": {"strategy": "zeppelin", "layout": "zigzag"}}),
     "linear layers": (
@@ -44,7 +45,8 @@ def config_of(directory, case, steps, **train):
         model={"layers": layers, **more.get("model", {})},
         parallel={**mesh, "pp_schedule": "gpipe"},
         attention={"strategy": "disaggregated", "layout": None, "servers": "pipeline", **more.get("attention", {})},
-        train={"steps": steps, "global_batch": sequences, **train},
+        train={"steps": steps, "global_batch": sequences, **more.get("train", {}), **train},
+        comm={"shuffle_seed": steps},  # of the order in which ranks take turns
     )
 
 

@@ -48,6 +48,7 @@ RIGHT = [
         "parallel": {"pp": 2, "sp": 2, "pp_schedule": "gpipe"},
         "model": {"layers": 3},
         "attention": {"strategy": "disaggregated", "layout": None, "servers": "pipeline"},
+        "train": {"dtype": "bfloat16", "recompute": "selective", "offload": True},
     },
     {
         "parallel": {"sp": 2, "tp": 2},
