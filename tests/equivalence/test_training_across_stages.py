@@ -1,5 +1,7 @@
 """A pipeline whose stages serve one another's attention trains the same run as one rank."""
 
+from dataclasses import replace
+
 import pytest
 
 from longctx.attention import ticks
@@ -89,6 +91,12 @@ def test_recompute_sends_nothing_twice(alone, tmp_path, train_options):
     found, recomputed = train_on_sim(config_of(tmp_path / "recomputed", case, 2, **train_options))
     assert largest_difference(found, alone(case, 2)) <= 1e-9
     assert [recomputed.ledger.sent(rank) for rank in range(2)] == [plain.ledger.sent(rank) for rank in range(2)]
+
+
+def test_no_bit_depends_on_the_order_of_turns(tmp_path):
+    plain = config_of(tmp_path, "pp 2 x sp 2", 2)
+    turned = replace(plain, comm=replace(plain.comm, shuffle_seed=None))
+    assert train_on_sim(turned)[0] == train_on_sim(plain)[0]
 
 
 def told(config):
