@@ -85,11 +85,6 @@ def group_named(name: str) -> Group:
     return replace(group, inner=inner, outer=outer, back=back)
 
 
-def outer_name(name: str) -> str:
-    """The name of a grid's outer axis, from the grid's own: for code that is traced, which can only read strings."""
-    return name.split(_SEPARATOR)[2]
-
-
 def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
     """The group as a grid of ``size / inner`` rows of ``inner`` neighbours; all its ranks call it at one point.
 
