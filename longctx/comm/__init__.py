@@ -2,7 +2,7 @@
 
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
-from longctx.comm.group import Group, Moment, Traffic, grid_of, group_named, group_of, two_way
+from longctx.comm.group import Group, Moment, Traffic, channel_of, grid_of, group_named, group_of, two_way
 
 __all__ = [
     "MAX",
@@ -15,6 +15,7 @@ __all__ = [
     "Traffic",
     "all_reduce",
     "broadcast",
+    "channel_of",
     "exchange",
     "grid_of",
     "group_named",

@@ -136,6 +136,15 @@ def two_way(group: Group) -> Group:
     return replace(group, back=group_of(_backs[group.process_group]))
 
 
+def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
+    """A channel of its own between these ranks, for what must not wait for other messages of theirs; what is sent
+    counts into the traffic of ``counted``. All of the ranks call it at one point. Made once per group."""
+    if ranks not in _channels:
+        _channels[ranks] = _subgroup(dist.get_process_group_ranks(ranks), group_of(counted))
+    return group_of(_channels[ranks])
+
+
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
