@@ -12,6 +12,7 @@ from math import sqrt
 
 import numpy as np
 
+from longctx.planner.bands import ORDERS, Bands
 from longctx.planner.cost import Topology, Widths
 from longctx.planner.home import Home
 from longctx.planner.options import Options
@@ -19,7 +20,8 @@ from longctx.planner.placement import Placement, Run, cut
 from longctx.planner.plan import Plan, Runs, Tasks
 from longctx.planner.slices import Int64, MaskSlices
 
-FEW = 64  # servers
+FEW = 64  # servers, up to which several ways are tried
+FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the square of the servers
 
 
 def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
@@ -31,7 +33,7 @@ def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> R
     first = _threshold(home, mask, load, limit)
     cap = int(options.egress * _least(home, mask, load, limit, first).max())
     shipped = _shipped(home, mask, load - limit, first, cap, options)
-    spare = np.full(home.ranks, cap, dtype=np.int64)
+    whole, spare = load.copy(), np.full(home.ranks, cap, dtype=np.int64)
     for run in shipped.values():
         load[run.home] -= run.area
         spare[run.home] -= run.stop - run.start
@@ -40,7 +42,11 @@ def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> R
     tried = []
     for each in {ways, 1} if home.ranks <= FEW else {ways}:
         placement = Placement(home, mask, limit - load, spare.tolist(), options, each)
-        tried.append(_merged(home, shipped, placement.place(list(shipped.values()))))
+        tried.append(_merged(home, placement.place(list(shipped.values()))))
+    if mask.causal and home.ranks <= FEWEST:
+        bands = Bands(home, whole, limit, cap, options)
+        found = (bands.place(order) for order in ORDERS)
+        tried += [_merged(home, [(*one, 0, home.stride) for one in placed]) for placed in found if placed]
     if len(tried) == 1:
         return tried[0]
     return min(tried, key=lambda runs: Plan("cad", home, mask, Tasks.of_runs(mask, runs), options.widths).cost.moved)
@@ -152,15 +158,23 @@ def _best_end(need: int, length: int, widths: Widths, block: int) -> int:
     return min(length, end)
 
 
-def _merged(home: Home, shipped: dict[int, Run], placed: list[tuple[Run, int, int, int]]) -> Runs:
-    """What spans keep, and what was placed."""
+def _merged(home: Home, placed: list[tuple[Run, int, int, int]]) -> Runs:
+    """What was placed (run, server, first key, last key), and what spans keep."""
     rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    table = table[np.lexsort((table[:, 1], table[:, 0]))].T
+    doc, start, stop = table[:3]
+    span = home.by_position[np.searchsorted(home.table[0], doc * home.stride + start, "right") - 1]
+    first = np.append(True, np.diff(span) != 0)
+    # Rows before each placed run, since the one before; and after the last of each span.
+    before = np.where(first, home.start[span], np.append(0, stop[:-1]))
+    low, high = np.append(before, stop[np.append(first[1:], True)]), np.append(start, home.stop[span[first]])
+    of = np.append(span, span[first])
+    gaps = np.flatnonzero(low < high)
     whole = np.ones(len(home.doc), dtype=bool)
-    whole[list(shipped)] = False
-    for number, run in shipped.items():
-        edges = ((int(home.start[number]), run.start), (run.stop, int(home.stop[number])))
-        rows += [(run.doc, low, high, run.home, run.home, 0, home.stride) for low, high in edges if low < high]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+    whole[span] = False
     stay = Runs.at_home(home)
-    kept = (stay.doc, stay.start, stay.stop, stay.home, stay.server, stay.first_key, stay.last_key)
-    return Runs(*(np.concatenate([column[whole], more]) for column, more in zip(kept, table, strict=True)))
+    kept = Runs.of_rows(home.doc[of[gaps]], low[gaps], high[gaps], home.rank[of[gaps]], home.rank[of[gaps]])
+    names = ("doc", "start", "stop", "home", "server", "first_key", "last_key")
+    parts = ((getattr(stay, name)[whole], getattr(kept, name)) for name in names)
+    return Runs(*(np.concatenate([*both, more]) for both, more in zip(parts, table, strict=True)))

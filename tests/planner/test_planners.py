@@ -1,10 +1,11 @@
 """Every planner's plan is a legal partition, balanced and within its byte bounds, and holds what an executor needs."""
 
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longctx.bench.distca import distca
@@ -31,7 +32,9 @@ from longctx.planner import (
     window,
     zigzag,
 )
-from longctx.planner.cad import least_egress
+from longctx.planner.bands import ORDERS, Bands
+from longctx.planner.cad import _merged, least_egress
+from longctx.planner.lengths import draw_rows, synthetic
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -174,6 +177,52 @@ def test_cad_keeps_its_bounds(servers, seed):
     spans = {(d, a) for d, a in zip(made.home.doc.tolist(), made.home.start.tolist(), strict=True)}
     for doc, low, high in zip(made.tasks.doc[moved].tolist(), start[moved].tolist(), stop[moved].tolist(), strict=True):
         assert (high - low) % options.block == 0 or (doc, low) in spans, "a moved run is whole blocks or begins a span"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=12),
+    st.integers(2, 9),
+    st.sampled_from([streamed, contiguous]),
+    st.sampled_from([1, 16, 128]),
+    st.sampled_from([1.0, 1.5]),
+)
+def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths, servers, layout, block, egress):
+    home, mask = layout(lengths, servers), causal(lengths)
+    load = np.bincount(home.rank, weights=mask.area(home.doc, home.start, home.stop), minlength=servers).astype(int)
+    limit = int(load.sum() * 1.02 / servers)
+    assume(load.max() > limit)
+    cap = int(egress * least_egress(home, mask, limit).max())
+    bands = Bands(home, load, limit, cap, Options(block=block))
+    begins = set(zip(home.doc.tolist(), home.start.tolist(), strict=True))
+    for order in ORDERS:
+        placed = bands.place(order)
+        if placed is None:
+            continue
+        made = Plan("bands", home, mask, _tasks(mask, home, placed), Widths())
+        check(made)
+        assert made.cost.work.max() <= limit and made.cost.q_sent.max() <= cap
+        for run, server in placed:
+            assert server != run.home
+            assert (run.stop - run.start) % block == 0 or (run.doc, run.start) in begins
+
+
+def _tasks(mask, home, placed):
+    return Tasks.of_runs(mask, _merged(home, [(*each, 0, home.stride) for each in placed]))
+
+
+def test_bands_are_taken_where_they_move_less(monkeypatch):
+    """Rows of 128K on eight servers; without bands the remains of every room cost a prefix each."""
+    saved = []
+    for seed in range(4):
+        mask = causal(np.concatenate(draw_rows(synthetic(0), 131072, 2, np.random.default_rng(seed))))
+        ours = make_plan("cad", mask, Topology(8), Options())
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["longctx.planner.cad"], "FEWEST", 0)
+            without = make_plan("cad", mask, Topology(8), Options())
+        assert ours.cost.imbalance <= 1.02 and ours.cost.moved <= without.cost.moved
+        saved.append(1 - ours.cost.moved / without.cost.moved)
+    assert max(saved) > 0.15 and sum(saved) / len(saved) > 0.05
 
 
 @settings(max_examples=30, deadline=None)
