@@ -33,8 +33,9 @@ from longctx.planner import (
     zigzag,
 )
 from longctx.planner.bands import ORDERS, Bands
-from longctx.planner.cad import _merged, least_egress
+from longctx.planner.cad import _at_homes, _merged, least_egress
 from longctx.planner.lengths import draw_rows, synthetic
+from longctx.planner.seats import seated
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -193,7 +194,7 @@ def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths
     limit = int(load.sum() * 1.02 / servers)
     assume(load.max() > limit)
     cap = int(egress * least_egress(home, mask, limit).max())
-    bands = Bands(home, load, limit, cap, Options(block=block))
+    bands = Bands(home, load, limit, np.full(servers, cap), Options(block=block))
     begins = set(zip(home.doc.tolist(), home.start.tolist(), strict=True))
     for order in ORDERS:
         placed = bands.place(order)
@@ -209,6 +210,41 @@ def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths
 
 def _tasks(mask, home, placed):
     return Tasks.of_runs(mask, _merged(home, [(*each, 0, home.stride) for each in placed]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(1, 7), st.integers(0, 200))
+def test_seats_are_those_of_tokens_that_read_less_there(lengths, servers, cap):
+    """For every rank that sends its ends away, the keys that it is spared outweigh the queries and what they bring."""
+    mask, widths = causal(lengths), Widths()
+    for home in (streamed(lengths, servers), contiguous(lengths, servers), zigzag(lengths, servers)):
+        limit = int(mask.area(home.doc, home.start, home.stop).sum())
+        seats = seated(home, widths, cap, limit)
+        runs = _at_homes(Runs.at_home(seats), home)
+        made = Plan("seats", home, mask, Tasks.of_runs(mask, runs), widths)
+        check(made)
+        assert made.cost.q_sent.max() <= cap
+        before = make_plan("local", mask, Topology(servers), Options(), home).cost
+        assert made.cost.moved < before.moved or seats is home
+
+
+def test_ends_behind_ends_go_to_one_seat():
+    """0 .. 400 on three ranks as heads and tails; of the outer two the last rows are few."""
+    spans = [[Span(0, 0, 2), Span(0, 399, 400)], [Span(0, 2, 40), Span(0, 390, 399)], [Span(0, 40, 390)]]
+    home = Home.of([400], spans)
+    seats = seated(home, Widths(), 20, 10**6)
+    assert [seats.spans(rank) for rank in range(3)] == [
+        spans[0][:1],
+        spans[1][:1],
+        [Span(0, 40, 390), Span(0, 390, 399), Span(0, 399, 400)],
+    ]
+    only_short = seated(home, Widths(), 5, 10**6)
+    assert only_short.spans(0) == spans[0][:1] and only_short.spans(1) == [
+        Span(0, 2, 40),
+        Span(0, 390, 399),
+        Span(0, 399, 400),
+    ]
+    assert seated(home, Widths(), 0, 10**6) is home and seated(home, Widths(), 20, 400) is home
 
 
 def test_bands_are_taken_where_they_move_less(monkeypatch):
