@@ -44,7 +44,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     # A request to stop unwinds like Ctrl-C, so that neither workers nor namespaces outlive it.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     with (
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
     rows = [
-        judged(case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank], predicted(case, arguments.rate_mbit))
+        judged(
+            case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank], predicted(case, arguments.rate_mbit)
+        )
         for number, case in enumerate(cases)
     ]
     if arguments.json:
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second request must not interrupt the unwinding
     sys.exit(128 + signal.SIGTERM)
 

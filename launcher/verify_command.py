@@ -268,6 +268,7 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
         {"documents": packed},
         {"window": window},
         {"documents": packed, "window": window},
+        {"causal": False, "documents": packed, "window": window},
     )
     heads = ((4, 4), (8, 2), (4, 1))
     for strategy, layout, mask, (q_heads, kv_heads), world in itertools.product(

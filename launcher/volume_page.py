@@ -30,11 +30,10 @@ ABOVE = {"gather": 1.1, "token_ring": 1.5, "tree": 1.3, "rsa": 1.2, "disaggregat
 
 PAGE = """# What each strategy sends, and keeps
 
-Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume` and
-`peak`); do not edit.
-`make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`: every
-strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal and
-full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
+Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume` and `peak`);
+do not edit. `make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`:
+every strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal
+and full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
 
 One layer, one causal document of {shard} tokens a rank, heads of {dim} channels, {q_heads} of them of queries and
 {few} or {many} of keys and values, bfloat16. **KiB per local token** that a rank sends; where ranks differ, their mean
@@ -44,8 +43,8 @@ and `queries` stand for `attention.backward`, `narrow` for `attention.travel`.
 
 **Peak** is memory, in the same unit: bytes of tensors alive at one time beside q, k, v and dout on the rank with most,
 results included, the local kernel's own workspace apart. `make matrix` holds `peak` to what is alive on `sim`, for the
-same strategies, choices, layouts and masks as bytes: as much, to within {small} bytes; where a strategy's form is a bound,
-at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
+same strategies, choices and layouts, with every packing and every mask: as much, to within {small} bytes; where a form
+is a bound, at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
 
 {tables}
 """
@@ -100,9 +99,7 @@ def page() -> str:
     tables = "\n\n".join("\n".join(table(world)) for world in WORLDS)
     above = ", ".join(f"`{name}` 1/{most}" for name, most in ABOVE.items())
     heads = {"q_heads": q_heads, "few": few, "many": many}
-    return PAGE.format(
-        shard=SHARD, dim=HEAD_DIM, refused=REFUSED, tables=tables, above=above, small=WITHIN, **heads
-    )
+    return PAGE.format(shard=SHARD, dim=HEAD_DIM, refused=REFUSED, tables=tables, above=above, small=WITHIN, **heads)
 
 
 def table(world: int) -> Iterator[str]:

@@ -70,7 +70,7 @@ def pass_queries_backward(
     dout: Tensor, saved: Saved, call: Call, rotation: Rotation, straight: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
-    q, k, v, *_ = saved
+    q, k, v, out, _ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
     homeward = Homeward((zeros(q, dtype),), rotation, call.group, straight)
@@ -79,10 +79,11 @@ def pass_queries_backward(
     ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
         [dq] = homeward.room(hop, rows)
-        given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
+        outputs = stand_in(upstream, delta) if hop else rows.take(out)
+        given = (upstream, queries, k, v, outputs, block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
-        del queries, upstream, block_lse, delta, given, dq
+        del queries, upstream, block_lse, delta, outputs, given, dq
     [dq] = homeward.finish()
     return dq, dk, dv
 
@@ -149,7 +150,7 @@ def queries_peak(plan: SequencePlan, rotation: Rotation, sizes: Sizes, straight:
         blocks = blocks_alive(rotation, rank)
         for hop, moments in enumerate(alive_on_way(rotation, rank, straight, sizes)):
             here = len(rotation.carried(rotation.owner(rank, hop), hop))
-            stand_in = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1))
+            stand_in = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)) if hop else (0, 0, 0)
             for (on_way, going), beside in zip(astuple(moments), stand_in, strict=True):
                 most = max(most, blocks[hop] * block + on_way * wide + going * home + beside)
     return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most

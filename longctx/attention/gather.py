@@ -33,16 +33,13 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    dtype = accumulation_dtype(q.dtype)
-    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+    whole = Partial(q)
     tiles = call.plan.gathered(call.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, call):
         own = heads.queries
-        partial = Partial(q[:, :, own])
-        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, partial)
-        out[:, :, own], lse[:, :, own] = partial.out, partial.lse
-        del keys, partial  # or they would be here when those of the next heads are put in order
-    return out, lse
+        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, whole.of_heads(own))
+        del keys  # or they would be here when those of the next heads are put in order
+    return whole.out, whole.lse
 
 
 def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +181,7 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Of the rank with most. Of each group of heads its keys in order, what they came in and what was sent, these two
-    for the next group too, or a partial; backward their gradients, and those of the group before on their way home."""
+    for the next group too; backward their gradients, and those of the group before on their way home."""
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
     forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
@@ -194,10 +191,7 @@ def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
         sent = sum(len(reads) for reads in {plan.reads(other, rank) for other in others})
         asked, here = sum(len(plan.reads(other, rank)) for other in others), sum(seen) + own
         keys, picked = here + sum(seen) + sent, max([own, *seen])
-        partial = int(rows * sizes.held(outputs=1, sums=1) * part)
-        forward = max(
-            forward, sizes.held(keys=(keys + sum(seen) + sent) * part), sizes.held(keys=keys * part) + partial
-        )
+        forward = max(forward, sizes.held(keys=(keys + sum(seen) + sent) * part))
         summed, home = here + own, sum(seen) + asked
         if not plan.gathered(rank).places.in_runs:
             summed += picked

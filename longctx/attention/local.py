@@ -52,6 +52,11 @@ def _peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     )
 
 
+def alive(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """What each pass makes: results as they are summed."""
+    return Peak(plan.shard * sizes.held(outputs=1, sums=1), plan.shard * sizes.held(outputs=1, gradients=1))
+
+
 attend = define_operator("local", forward, backward, tail=True)
 
 STRATEGIES = {"local": Strategy("local", attend, "contiguous", _refuses, _volume, _peak, tail=True)}

@@ -85,24 +85,37 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """As ``keys_peak``, around the plan's ring."""
+    """Of keys around the plan's ring."""
     return keys_peak(plan, plan.rotation, sizes)
 
 
 def keys_peak(plan: SequencePlan, rotation: Rotation, sizes: Sizes) -> Peak:
-    """Beside results the blocks at hand and on their way; backward also their gradients. Of the rank with most."""
+    """Of the passes, or results in their own dtype beside those in which they were summed; backward what was saved."""
+    rows, passes = plan.shard, keys_alive(plan, rotation, sizes)
+    return Peak(
+        max(passes.forward, rows * sizes.held(queries=1, outputs=1, sums=1)),
+        rows * sizes.held(queries=1, sums=1)
+        + max(passes.backward, rows * sizes.held(queries=1, outputs=1, keys=1, gradients=1)),
+    )
+
+
+def keys_alive(plan: SequencePlan, rotation: Rotation, sizes: Sizes) -> Peak:
+    """What each pass makes: results as they are summed, blocks at hand and on their way, and their gradients. Of the
+    rank with most."""
     rows, straight = plan.shard, sizes.options.travel == "narrow"
     block, wide = sizes.held(keys=1), sizes.held(gradients=1)
     home = block if straight else wide
-    forward, backward = rows * sizes.held(queries=1, outputs=1, sums=1), rows * sizes.held(queries=1, keys=1)
+    forward = backward = 0
     for rank in range(rotation.world):
         blocks = blocks_alive(rotation, rank)
-        gradients = alive_on_way(rotation, rank, straight, sizes)
-        forward = max(forward, rows * sizes.held(outputs=1, sums=1) + max(blocks) * block)
-        for here, moments in zip(blocks, gradients, strict=True):
+        forward = max(forward, max(blocks) * block)
+        for here, moments in zip(blocks, alive_on_way(rotation, rank, straight, sizes), strict=True):
             most = max(on_way * wide + going * home for on_way, going in astuple(moments))
             backward = max(backward, here * block + most)
-    return Peak(forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1) + forward,
+        rows * sizes.held(outputs=1, gradients=1) + backward,
+    )
 
 
 def _refuses_striped(case: AttentionCase) -> str | None:

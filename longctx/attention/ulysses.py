@@ -8,14 +8,16 @@ Models" (2023).
     all-to-all: out of all tokens and my heads      ->  of my tokens and all heads
 
 Ranks share key/value heads where there are fewer of those than ranks; the adjoint sums what they return. The whole
-group is one row of a grid (``longctx.attention.swap``).
+group is one row of a grid (``longctx.attention.in_rows``), which brings heads group by group, so that swaps hide.
 """
 
 from __future__ import annotations
 
 from longctx.attention import local
+from longctx.attention.alive_in_rows import peak_in_rows
+from longctx.attention.in_rows import swapped
 from longctx.attention.registry import AttentionCase, Peak, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import in_rows, swap_sends, swapped, swaps_peak, work_in_rows
+from longctx.attention.swap import swap_sends, work_in_rows
 from longctx.sequence import SequencePlan
 
 
@@ -30,17 +32,14 @@ def _refuses(case: AttentionCase) -> str | None:
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of both swaps; backward the gradients of the heads, as they are summed, beside all that was saved."""
-    return Peak(
-        swaps_peak(plan, sizes),
-        plan.shard * in_rows(sizes).held(queries=5, outputs=1, sums=1, keys=2, gradients=1),
-    )
+    """Of swaps around whole sequences."""
+    return peak_in_rows(plan, sizes, local.alive)
 
 
 STRATEGIES = {
     "ulysses": Strategy(
         "ulysses",
-        swapped(local.attend),
+        swapped("ulysses", local.forward, local.backward),
         "contiguous",
         _refuses,
         summed(swap_sends),

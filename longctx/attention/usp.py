@@ -16,30 +16,29 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
+from longctx.attention.alive_in_rows import peak_in_rows
+from longctx.attention.in_rows import swapped
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import HeadSplit, in_rows, swap_sends, swapped, swaps_peak, work_in_rows
+from longctx.attention.swap import HeadGroups, swap_sends, work_in_rows
 from longctx.sequence import SequencePlan
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """What the row's exchanges send, and the ring of the column with this rank's share of the heads."""
     inner = sizes.inner
-    split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
     row, column = divmod(rank, inner)
-    own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
-    across = [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
+    across = []
+    for group in range(groups.count):
+        keys = groups.split.local_keys(groups.part(column, group))
+        own = replace(sizes, heads=groups.split.queries, kv_heads=keys, inner=1)
+        across += [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
     return [*swap_sends(plan, rank, sizes), *across]
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of both swaps, or q, k and v of the row's tokens beside the ring over them; backward also out twice, and dout."""
-    inner = sizes.inner
-    split = replace(sizes, heads=sizes.heads // inner, kv_heads=in_rows(sizes).kv_heads // inner, inner=1)
-    around, row = ring.peak(plan.joined(inner), split), plan.joined(inner).shard
-    return Peak(
-        max(swaps_peak(plan, sizes), around.forward + row * split.held(queries=1, keys=1)),
-        around.backward + row * split.held(queries=3, keys=1),
-    )
+    """Of swaps around the ring of rows."""
+    return peak_in_rows(plan, sizes, lambda rows, own: ring.keys_alive(rows, rows.rotation, own))
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -60,7 +59,7 @@ def _row(case: AttentionCase) -> int:
 STRATEGIES = {
     "usp": Strategy(
         "usp",
-        swapped(ring.attend),
+        swapped("usp", ring.forward, ring.backward),
         "zigzag",
         _refuses,
         summed(sends),

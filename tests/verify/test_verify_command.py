@@ -340,7 +340,7 @@ def test_the_matrix_holds_every_axis():
     assert {case.world for case in linear} == {1, 2, 3, 4, 8}
     assert any(1 in case.documents for case in linear)
     cases = [case for case in cases if not case.mixer]
-    assert len(cases) == len(set(cases)) == len(MODULES) * 3 * 5 * 3 * 5
+    assert len(cases) == len(set(cases)) == len(MODULES) * 3 * 6 * 3 * 5
     assert {case.world for case in cases} == {1, 2, 3, 4, 8}
     assert {(case.heads // case.kv_heads, case.kv_heads) for case in cases} == {(1, 4), (4, 2), (4, 1)}
     assert {bool(case.window) for case in cases} == {case.causal for case in cases} == {True, False}
