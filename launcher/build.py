@@ -25,10 +25,11 @@ from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.core import require_cores, work_of
+from longctx.parallel.core import prepare_of, require_cores, work_of
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.sim import Cluster, RankFailed
+from longctx.train.ahead import Ahead
 from longctx.train.border import Border
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
@@ -144,7 +145,7 @@ def rank_main(
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
     peak = peak_flops(device, compute_dtype(config.train.dtype))
-    meter = Meter(mesh, device, memory, stop, peak, work_of(config))
+    meter = Meter(mesh, device, memory, stop, peak, work_of(config), config.attention.servers == "pipeline")
     build_trainer(config, resume, corpus, meter).run()
 
 
@@ -163,7 +164,8 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
     memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
-    return Trainer(config, state, step, Border.of(config, mesh, device), meter, checkpointer, sink, memory)
+    ahead = Ahead(loader, Border.of(config, mesh, device), prepare_of(config, mesh))
+    return Trainer(config, state, step, ahead, meter, checkpointer, sink, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:

@@ -33,7 +33,7 @@ from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import exchange
 from longctx.planner import Widths
-from longctx.sequence import Rows, SequencePlan
+from longctx.sequence import Homes, Rows, SequencePlan
 from longctx.sequence.plan import Places
 from longctx.sequence.tasks import Dispatch, Task
 
@@ -48,27 +48,35 @@ def assign(
 ) -> None:
     """Serves the batch of this plan so, in place of what ``planner`` would say; every visible cell is in exactly one
     task of each pass."""
-    there = Dispatch(plan, tuple(forward))
-    back = there if backward is None else Dispatch(plan, tuple(backward))
+    homes = Homes.of(plan)
+    there = Dispatch(homes, tuple(forward))
+    back = there if backward is None else Dispatch(homes, tuple(backward))
     _dispatches.setdefault(plan, {})[planner] = there, back
 
 
 def dispatches(plan: SequencePlan, planner: str, widths: Widths) -> Dispatches:
     """Planned at first use, for heads of these ``widths``; all ranks come to the same."""
     if planner not in _dispatches.setdefault(plan, {}):
-        assign(plan, assigned(plan, planner, widths), planner=planner)
+        assign(plan, assigned(Homes.of(plan), planner, widths), planner=planner)
     return _dispatches[plan][planner]
 
 
-def _widths(q: Tensor, k: Tensor) -> Widths:
+def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
+    """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
+    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
+    for dispatch in dispatches(plan, planner, widths):
+        dispatch.ready(rank)
+
+
+def widths_of(q: Tensor, k: Tensor) -> Widths:
     return Widths(q.shape[2], k.shape[2], q.shape[3], q.element_size())
 
 
 class ForwardRun:
     """Attention of the local queries under way: posted when made, computed by ``serve``, complete after ``finish``."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, planner: str) -> None:
-        self._dispatch, self._call = dispatches(call.plan, planner, _widths(q, k))[0], call
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, dispatch: Dispatch) -> None:
+        self._dispatch, self._call = dispatch, call
         self._served, self._shape = self._dispatch.served(call.group.rank), q.shape
         self._line = in_line(q), in_line(k), in_line(v)
         self._arriving = Arriving(self._dispatch, self._line[:1], self._line[1:], call)
@@ -94,8 +102,8 @@ class ForwardRun:
 class BackwardRun:
     """Gradients under way, likewise; given the global lse and delta, the shares of tasks just add up."""
 
-    def __init__(self, dout: Tensor, saved: Saved, call: Call, planner: str) -> None:
-        self._dispatch, self._call = dispatches(call.plan, planner, _widths(saved[0], saved[1]))[1], call
+    def __init__(self, dout: Tensor, saved: Saved, call: Call, dispatch: Dispatch) -> None:
+        self._dispatch, self._call = dispatch, call
         self._served, self._shapes = self._dispatch.served(call.group.rank), [tensor.shape for tensor in saved[:3]]
         self._saved, self._dout = [in_line(tensor) for tensor in saved], in_line(dout)
         q, k, v, out, lse = self._saved
@@ -134,12 +142,12 @@ def planned_by(planner: str) -> tuple[Forward, Backward]:
     """Both passes of attention whose tasks ``planner`` assigns."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        run = ForwardRun(q, k, v, call, planner)
+        run = ForwardRun(q, k, v, call, dispatches(call.plan, planner, widths_of(q, k))[0])
         run.serve()
         return run.finish()
 
     def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        run = BackwardRun(dout, saved, call, planner)
+        run = BackwardRun(dout, saved, call, dispatches(call.plan, planner, widths_of(*saved[:2]))[1])
         run.serve()
         return run.finish()
 
@@ -226,16 +234,22 @@ class Returning:
 
 def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Rows to servers and results home; a pass sends what its own dispatch says."""
-    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
     widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
-    there, back = (_rows_sent(dispatch, plan.world, rank) for dispatch in dispatches(plan, planner, widths))
+    there, back = (volume_of(dispatch, rank, sizes) for dispatch in dispatches(plan, planner, widths))
+    return Volume(there.forward, back.backward, there.messages_forward, back.messages_backward)
+
+
+def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass."""
+    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
+    sent = rows_sent(dispatch, rank)
     narrow = sizes.options.travel == "narrow"
     dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
     return Volume(
-        there.queries * one.queries + there.keys * 2 * one.keys + there.asked * (one.query_gradients + one.lse),
-        back.queries * 2 * (one.queries + one.lse) + back.keys * 2 * one.keys + back.asked * dq + back.read * 2 * dk,
-        there.servers + 2 * there.key_servers + 2 * there.homes,
-        4 * back.servers + 2 * back.key_servers + back.homes + 2 * back.key_homes,
+        sent.queries * one.queries + sent.keys * 2 * one.keys + sent.asked * (one.query_gradients + one.lse),
+        sent.queries * 2 * (one.queries + one.lse) + sent.keys * 2 * one.keys + sent.asked * dq + sent.read * 2 * dk,
+        sent.servers + 2 * sent.key_servers + 2 * sent.homes,
+        4 * sent.servers + 2 * sent.key_servers + sent.homes + 2 * sent.key_homes,
     )
 
 
@@ -249,12 +263,12 @@ def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[i
     one, own = replace(sizes, batch=1), plan.shard * len(plan.documents)
     widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
     there, back = dispatches(plan, planner, widths)
-    sent, served = _rows_sent(there, plan.world, rank), there.served(rank)
+    sent, served = rows_sent(there, rank), there.served(rank)
     queries, keys = len(served.query_places.positions), len(served.key_places.positions)
     # Sent, received, in order, computed; then what goes home and what comes from there.
     forward = (sent.queries + 2 * queries) * one.held(queries=1) + (sent.keys + 2 * keys) * one.held(keys=1)
     forward += (2 * queries + sent.queries) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
-    sent, served = _rows_sent(back, plan.world, rank), back.served(rank)
+    sent, served = rows_sent(back, rank), back.served(rank)
     queries, keys = len(served.query_places.positions), len(served.key_places.positions)
     backward = (sent.queries + 2 * queries) * one.held(queries=2, sums=2) + (sent.keys + 2 * keys) * one.held(keys=1)
     backward += (2 * queries + sent.queries) * one.held(outputs=1) + (2 * keys + sent.keys) * one.held(gradients=1)
@@ -283,8 +297,8 @@ class RowsSent:
     key_homes: int
 
 
-def _rows_sent(dispatch: Dispatch, world: int, rank: int) -> RowsSent:
-    ranks = [other for other in range(world) if other != rank]
+def rows_sent(dispatch: Dispatch, rank: int) -> RowsSent:
+    ranks = [other for other in range(dispatch.world) if other != rank]
     away = [dispatch.served(other) for other in ranks]
     mine = dispatch.served(rank)
     counts = [
@@ -309,6 +323,7 @@ STRATEGIES = {
         partial(peak, planner),
         frozenset({"travel"}),
         work=partial(work, planner),
+        prepare=partial(prepare, planner),
     )
     for name, planner in PLANNERS.items()
 }

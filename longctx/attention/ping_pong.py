@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun
+from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun, dispatches, widths_of
 from longctx.attention.operator import CONTEXT, CONTEXT_SIZE, DEFAULT, Options, call_of, register, require_fit
 from longctx.comm import Group
 
@@ -72,9 +72,10 @@ def ticket_of(number: int, like: Tensor) -> Tensor:
 def run_start(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> Tensor:
     call = call_of(q, k, *context)
     require_fit(q, call.plan, call.group)
+    there, _ = dispatches(call.plan, PLANNERS["disaggregated"], widths_of(q, k))
     number = next(_numbers) % TICKETS + 1
     assert number not in _forward_runs, f"run {number} is still under way: more than {TICKETS} are"
-    _forward_runs[number] = ForwardRun(q, k, v, call, PLANNERS["disaggregated"])
+    _forward_runs[number] = ForwardRun(q, k, v, call, there)
     return ticket_of(number, q)
 
 
@@ -91,7 +92,9 @@ def run_finish(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -
 def run_finish_backward(number: int, dout: Tensor, *saved_and_context: Any) -> Tensor:
     assert number not in _backward_runs, f"run {number} is still under way: more than {TICKETS} are"
     q, k, v, out, lse, *context = saved_and_context
-    _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call_of(q, k, *context), PLANNERS["disaggregated"])
+    call = call_of(q, k, *context)
+    _, back = dispatches(call.plan, PLANNERS["disaggregated"], widths_of(q, k))
+    _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call, back)
     return ticket_of(number, q)
 
 

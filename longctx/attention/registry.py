@@ -70,11 +70,13 @@ class Sizes:
         """Bytes of one token's dq, or of a partial out, as they are summed."""
         return self.batch * self.heads * self.head_dim * self.wide
 
-    def held(self, queries: int = 0, outputs: int = 0, sums: int = 0, keys: float = 0, gradients: float = 0) -> int:
+    def held(
+        self, queries: float = 0, outputs: float = 0, sums: float = 0, keys: float = 0, gradients: float = 0
+    ) -> int:
         """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
         keys with values, and gradients of both."""
         wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
-        return int(queries * self.queries + wide + 2 * keys * self.keys)
+        return round(queries * self.queries + wide + 2 * keys * self.keys)
 
     @property
     def lse(self) -> int:
@@ -105,6 +107,10 @@ def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
     return sum(tiles.cells for owner in range(plan.world) for tiles in plan.tiles(owner, rank))
 
 
+def nothing_ahead(plan: SequencePlan, rank: int, sizes: Sizes) -> None:
+    """Where plans follow from the layout alone."""
+
+
 Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver's rank in the sequence group
 
 
@@ -127,7 +133,8 @@ class Peak:
 @dataclass(frozen=True)
 class Strategy:
     """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``peak(plan, sizes)`` that of memory,
-    ``work(plan, rank, inner)`` the (query, key) cells that a rank computes, in all its heads.
+    ``work(plan, rank, inner)`` the (query, key) cells that a rank computes, in all its heads. ``prepare(plan, rank,
+    sizes)`` makes on the host, ahead of time, what a strategy of tasks would otherwise plan at its first use.
 
     ``takes``: which of ``Options`` and ``inner`` it reads; others are refused. ``inner``: for strategies that see
     their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
@@ -148,6 +155,7 @@ class Strategy:
     work: Callable[[SequencePlan, int, int], float] = work_at_home
     tail: bool = False
     sends: Callable[[SequencePlan, int, Sizes], list[Sent]] | None = None
+    prepare: Callable[[SequencePlan, int, Sizes], None] = nothing_ahead
 
 
 # Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).

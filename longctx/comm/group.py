@@ -103,11 +103,6 @@ def group_named(name: str) -> Group:
     return replace(group, inner=inner, outer=outer, back=back)
 
 
-def outer_name(name: str) -> str:
-    """The name of a grid's outer axis, from the grid's own: for code that is traced, which can only read strings."""
-    return name.split(_SEPARATOR)[2]
-
-
 def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
     """The group as a grid of ``size / inner`` rows of ``inner`` neighbours; all its ranks call it at one point.
 
@@ -141,6 +136,15 @@ def two_way(group: Group) -> Group:
     return replace(group, back=group_of(_backs[group.process_group]))
 
 
+def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
+    """A channel of its own between these ranks, for what must not wait for other messages of theirs; what is sent
+    counts into the traffic of ``counted``. All of the ranks call it at one point. Made once per group."""
+    if ranks not in _channels:
+        _channels[ranks] = _subgroup(dist.get_process_group_ranks(ranks), group_of(counted))
+    return group_of(_channels[ranks])
+
+
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()

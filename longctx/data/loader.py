@@ -58,8 +58,12 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         batches = self.batches(self.next_sample)
-        self.next_sample += self.global_batch
+        self.advance()
         return batches
+
+    def advance(self) -> None:
+        """The next step's batches have been used, whoever read them."""
+        self.next_sample += self.global_batch
 
     def step(self, number: int) -> list[Batch]:
         """Micro-batches of step ``number`` (from 0) of a run that never changed its global batch."""

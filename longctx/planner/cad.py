@@ -8,18 +8,22 @@ the worst rank's query egress is bounded against the least that its home layout 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
 
+from longctx.planner.bands import ORDERS, Bands
 from longctx.planner.cost import Topology, Widths
 from longctx.planner.home import Home
 from longctx.planner.options import Options
 from longctx.planner.placement import Placement, Run, cut
 from longctx.planner.plan import Plan, Runs, Tasks
+from longctx.planner.seats import seated
 from longctx.planner.slices import Int64, MaskSlices
 
-FEW = 64  # servers
+FEW = 64  # servers, up to which several ways are tried
+FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the square of the servers
 
 
 def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:
@@ -28,22 +32,53 @@ def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> R
     limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
     if load.max(initial=0) <= limit:
         return Runs.at_home(home)
-    first = _threshold(home, mask, load, limit)
-    cap = int(options.egress * _least(home, mask, load, limit, first).max())
-    shipped = _shipped(home, mask, load - limit, first, cap, options)
-    spare = np.full(home.ranks, cap, dtype=np.int64)
-    for run in shipped.values():
-        load[run.home] -= run.area
-        spare[run.home] -= run.stop - run.start
-    # Sharing pays among many servers and may cost among few: there both ways are made, and the fewest bytes win.
-    ways = max(1, int(2 * options.egress - 1))
-    tried = []
-    for each in {ways, 1} if home.ranks <= FEW else {ways}:
-        placement = Placement(home, mask, limit - load, spare.tolist(), options, each)
-        tried.append(_merged(home, shipped, placement.place(list(shipped.values()))))
+    cap = int(options.egress * _least(home, mask, load, limit, _threshold(home, mask, load, limit)).max())
+    seats = seated(home, options.widths, cap, limit) if mask.causal else home
+    # Few servers are worth several ways, of which the fewest bytes win.
+    tried = _ways(seats, home, mask, limit, cap, options)
+    if home.ranks <= FEW and seats is not home:
+        tried += _ways(home, home, mask, limit, cap, options)
     if len(tried) == 1:
         return tried[0]
     return min(tried, key=lambda runs: Plan("cad", home, mask, Tasks.of_runs(mask, runs), options.widths).cost.moved)
+
+
+def _ways(seats: Home, home: Home, mask: MaskSlices, limit: int, cap: int, options: Options) -> list[Runs]:
+    """Tokens of ``home`` shared out from their ``seats``, in as many ways as the number of servers is worth."""
+    load = _load(seats, mask)
+    if load.max(initial=0) <= limit:
+        return [_at_homes(Runs.at_home(seats), home)]
+    spare = cap - _sent(seats, home)
+    first = _threshold(seats, mask, load, limit)
+    shipped = _shipped(seats, mask, load - limit, first, spare, options)
+    left, room = spare.copy(), limit - load
+    for run in shipped.values():
+        room[run.home] += run.area
+        left[run.home] -= run.stop - run.start
+    # Sharing keys pays among many servers and may cost among few.
+    ways = max(1, int(2 * options.egress - 1))
+    placed = []
+    for each in {ways, 1} if home.ranks <= FEW else {ways}:
+        placement = Placement(seats, mask, room, left.tolist(), options, each)
+        placed.append(placement.place(list(shipped.values())))
+    if mask.causal and home.ranks <= FEWEST:
+        bands = Bands(seats, load, limit, spare, options)
+        found = [bands.place(order) for order in ORDERS]
+        placed += [[(*one, 0, seats.stride) for one in bands] for bands in found if bands]
+    return [_at_homes(_merged(seats, one), home) for one in placed]
+
+
+def _sent(seats: Home, home: Home) -> Int64:
+    """Query rows that each rank sends for them to be seated, ``[W]``."""
+    runs = _at_homes(Runs.at_home(seats), home)
+    away = np.where(runs.home == runs.server, 0, runs.stop - runs.start)
+    return np.bincount(runs.home, weights=away, minlength=home.ranks).astype(np.int64)
+
+
+def _at_homes(runs: Runs, home: Home) -> Runs:
+    """The same with the homes that rows really have; seats are whole spans."""
+    at = np.searchsorted(home.table[0], runs.doc * home.stride + runs.start, "right") - 1
+    return replace(runs, home=home.table[4][at])
 
 
 def least_egress(home: Home, mask: MaskSlices, limit: int) -> Int64:
@@ -89,11 +124,13 @@ def _threshold(home: Home, mask: MaskSlices, load: Int64, limit: int) -> Int64:
     return low
 
 
-def _shipped(home: Home, mask: MaskSlices, surplus: Int64, first: Int64, cap: int, options: Options) -> dict[int, Run]:
+def _shipped(
+    home: Home, mask: MaskSlices, surplus: Int64, first: Int64, spare: Int64, options: Options
+) -> dict[int, Run]:
     """What each rank with a surplus gives away, by span.
 
     Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
-    egress ``cap``, the fewest rows instead.
+    ``spare`` egress, the fewest rows instead.
     """
     donors = np.flatnonzero(surplus > 0)
     spans = np.flatnonzero((surplus > 0)[home.rank])
@@ -105,7 +142,7 @@ def _shipped(home: Home, mask: MaskSlices, surplus: Int64, first: Int64, cap: in
     shipped: dict[int, Run] = {}
     for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
         found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
-        if sum(run.stop - run.start for run in found.values()) > cap:
+        if sum(run.stop - run.start for run in found.values()) > spare[donor]:
             found = _fewest_rows(donor, mask, held[low:high], int(first[donor]), options.block)
         shipped |= found
     return shipped
@@ -152,15 +189,23 @@ def _best_end(need: int, length: int, widths: Widths, block: int) -> int:
     return min(length, end)
 
 
-def _merged(home: Home, shipped: dict[int, Run], placed: list[tuple[Run, int, int, int]]) -> Runs:
-    """What spans keep, and what was placed."""
+def _merged(home: Home, placed: list[tuple[Run, int, int, int]]) -> Runs:
+    """What was placed (run, server, first key, last key), and what spans keep."""
     rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    table = table[np.lexsort((table[:, 1], table[:, 0]))].T
+    doc, start, stop = table[:3]
+    span = home.by_position[np.searchsorted(home.table[0], doc * home.stride + start, "right") - 1]
+    first = np.append(True, np.diff(span) != 0)
+    # Rows before each placed run, since the one before; and after the last of each span.
+    before = np.where(first, home.start[span], np.append(0, stop[:-1]))
+    low, high = np.append(before, stop[np.append(first[1:], True)]), np.append(start, home.stop[span[first]])
+    of = np.append(span, span[first])
+    gaps = np.flatnonzero(low < high)
     whole = np.ones(len(home.doc), dtype=bool)
-    whole[list(shipped)] = False
-    for number, run in shipped.items():
-        edges = ((int(home.start[number]), run.start), (run.stop, int(home.stop[number])))
-        rows += [(run.doc, low, high, run.home, run.home, 0, home.stride) for low, high in edges if low < high]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+    whole[span] = False
     stay = Runs.at_home(home)
-    kept = (stay.doc, stay.start, stay.stop, stay.home, stay.server, stay.first_key, stay.last_key)
-    return Runs(*(np.concatenate([column[whole], more]) for column, more in zip(kept, table, strict=True)))
+    kept = Runs.of_rows(home.doc[of[gaps]], low[gaps], high[gaps], home.rank[of[gaps]], home.rank[of[gaps]])
+    names = ("doc", "start", "stop", "home", "server", "first_key", "last_key")
+    parts = ((getattr(stay, name)[whole], getattr(kept, name)) for name in names)
+    return Runs(*(np.concatenate([*both, more]) for both, more in zip(parts, table, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ PLANNERS = {
 }
 
 _cache: OrderedDict[bytes, Plan] = OrderedDict()
+_planning = threading.Lock()  # batches are planned in threads of their own, while others run
 
 
 def plan(
@@ -72,12 +74,13 @@ def plan(
             f"documents and the topology {topology.servers} servers; they must be the same"
         )
     key = _key(planner, mask, topology, options, home)
-    if key not in _cache:
-        _cache[key] = make_plan(planner, mask, topology, options, home)
-        if len(_cache) > KEPT:
-            _cache.popitem(last=False)
-    _cache.move_to_end(key)
-    return _cache[key]
+    with _planning:
+        if key not in _cache:
+            _cache[key] = make_plan(planner, mask, topology, options, home)
+            if len(_cache) > KEPT:
+                _cache.popitem(last=False)
+        _cache.move_to_end(key)
+        return _cache[key]
 
 
 def make_plan(planner: str, mask: MaskSlices, topology: Topology, options: Options, home: Home | None = None) -> Plan:

@@ -1,8 +1,9 @@
 """Documents, masks, layouts, tiles and the batch border; see ``plan`` for how they meet."""
 
-from longctx.sequence.batch import IGNORE, Batch, LocalBatch, shard, unshard
+from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents
 from longctx.sequence.halo import Halo
+from longctx.sequence.homes import Homes
 from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
 from longctx.sequence.plan import Places, SequencePlan, make_plan, plan_of
@@ -18,6 +19,7 @@ __all__ = [
     "Documents",
     "Explicit",
     "Halo",
+    "Homes",
     "Layout",
     "LocalBatch",
     "Mask",
@@ -29,6 +31,7 @@ __all__ = [
     "Tile",
     "TileSet",
     "Zigzag",
+    "cut",
     "make_layout",
     "make_plan",
     "plan_of",

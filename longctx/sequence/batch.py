@@ -65,8 +65,11 @@ def shard(batch: Batch, layout: Layout, mask: Mask, rank: int, world: int, multi
 
     ``multiple``: the shard length is a multiple of it (the tensor-parallel degree).
     """
-    length = batch.tokens.shape[1]
-    plan = make_plan(batch.documents, mask, layout, length, world, multiple)
+    return cut(batch, make_plan(batch.documents, mask, layout, batch.tokens.shape[1], world, multiple), rank)
+
+
+def cut(batch: Batch, plan: SequencePlan, rank: int) -> LocalBatch:
+    """What ``rank`` holds of a batch that has been planned."""
     where = plan.positions(rank)
     positions = np.zeros((len(batch.documents), plan.shard), dtype=np.int64)
     for row, documents in enumerate(batch.documents):

@@ -27,6 +27,11 @@ class Mask:
                 f"attention window {self.window} must be at least 1 (a query sees itself); use null for no window"
             )
 
+    def reach(self, most: int) -> tuple[int, int]:
+        """How many tokens before and after itself a query may see, ``most`` where the band has no end."""
+        back = most if self.window is None else self.window - 1
+        return back, 0 if self.causal else back
+
     def key_range(self, queries: Int64, documents: Documents) -> tuple[Int64, Int64]:
         """Half-open range of global key positions that each global query position sees.
 

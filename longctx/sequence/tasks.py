@@ -7,144 +7,115 @@ task. All else follows from that and from the layout, which says where tokens ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from longctx.sequence.documents import Int64
-from longctx.sequence.plan import Places, SequencePlan
+from longctx.sequence.homes import Homes
+from longctx.sequence.plan import Places
 from longctx.sequence.rows import Rows
-from longctx.sequence.tiles import Tile, TileSet, key_intervals, tiles_of
+from longctx.sequence.tiles import Tile, TileSet, tiles_of
+from longctx.sequence.wanted import Pieces, Task, Wanted
+
+__all__ = ["Dispatch", "Served", "Task"]
 
 
-@dataclass(frozen=True)
-class Task:
-    """Queries at global positions ``[q_start, q_stop)`` of batch row ``row`` against keys ``[k_start, k_stop)``."""
-
-    row: int
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    server: int
-
-
-Asked = tuple[Int64, Int64, Int64]  # of a task: numbers of its queries, and of the first and last key of each
-
-
-@dataclass(frozen=True)
 class Served:
     """What one rank computes. Tokens of all batch rows are numbered in one line, ``[B * T/SP]`` at home.
 
-    ``here``: tiles over the rank's own tokens as they lie, of its queries whose keys are all its own. ``rest``: tiles
-    over two buffers, in order of (batch row, position), of all other queries and their keys. ``queries[home]`` and
-    ``keys[home]``: rows of each home's line that go into them, this rank's own included; ``query_places`` and
-    ``key_places`` say where.
+    ``queries[home]`` and ``keys[home]``: rows of each home's line that go into the two buffers of ``rest``, this rank's
+    own included.
     """
 
-    queries: tuple[Rows, ...]
-    keys: tuple[Rows, ...]
-    query_places: Places
-    key_places: Places
-    tokens: tuple[Int64, Int64]  # the rank's own: numbers, and places in its line
-    asked: tuple[list[Asked], list[Asked]]  # of ``here`` and ``rest``
+    def __init__(self, server: int, dispatch: Dispatch) -> None:
+        self._server, self._dispatch = server, dispatch
+        self.queries = ByHome(server, dispatch.queries)
+        self.keys = ByHome(server, dispatch.keys)
 
-    # Only the rank itself asks for its tiles; others want to know no more than which rows to expect.
+    # Only the rank itself asks for the rest; others want to know no more than which rows to expect.
+    @cached_property
+    def query_places(self) -> Places:
+        """Where the rows of each home lie in the buffer of queries, in order of (batch row, position)."""
+        return Places([self._dispatch.queries.numbers(self._server, home) for home in range(self._dispatch.world)])
+
+    @cached_property
+    def key_places(self) -> Places:
+        """And in that of keys."""
+        return Places([self._dispatch.keys.numbers(self._server, home) for home in range(self._dispatch.world)])
+
     @cached_property
     def here(self) -> tuple[TileSet, ...]:
-        own, line = self.tokens
-        return _tiles(self.asked[0], own, line, own, line)
+        """Tiles over the rank's own tokens as they lie, of its queries whose keys are all its own."""
+        own, line = self._dispatch.homes.numbers[self._server], self._dispatch.homes.lines[self._server]
+        return _tiles(self._pieces.queries(resident=True), own, line, own, line)
 
     @cached_property
     def rest(self) -> tuple[TileSet, ...]:
-        return _tiles(self.asked[1], self.query_places.positions, None, self.key_places.positions, None)
+        """Tiles over two buffers, in order of (batch row, position), of all other queries and their keys."""
+        asked = self._pieces.queries(resident=False)
+        return _tiles(asked, self.query_places.positions, None, self.key_places.positions, None)
 
     @property
     def cells(self) -> int:
         return sum(tiles.cells for tiles in (*self.here, *self.rest))
 
+    @property
+    def _pieces(self) -> Pieces:
+        return self._dispatch.pieces.of_server(self._server)
+
+
+class ByHome:
+    """Rows of the line of each home."""
+
+    def __init__(self, server: int, wanted: Wanted) -> None:
+        self._server, self._wanted = server, wanted
+
+    def __getitem__(self, home: int) -> Rows:
+        return self._wanted.rows(self._server, home)
+
 
 class Dispatch:
-    """Who serves what of one batch, for one pass."""
+    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass."""
 
-    def __init__(self, plan: SequencePlan, tasks: tuple[Task, ...]) -> None:
-        self._plan = plan
-        self._tasks = [[task for task in tasks if task.server == rank] for rank in range(plan.world)]
+    def __init__(self, homes: Homes, tasks: tuple[Task, ...]) -> None:
+        self.world, self.homes, self._tasks = homes.world, homes, tasks
         self._served: dict[int, Served] = {}
 
     def served(self, server: int) -> Served:
         """Worked out at first use; any rank may ask for any other's, whose messages it has to expect."""
         if server not in self._served:
-            self._served[server] = self._serve(server)
+            self._served[server] = Served(server, self)
         return self._served[server]
 
-    @cached_property
-    def _numbers(self) -> list[Int64]:
-        """Of each rank's valid tokens: batch row times length, plus position; ascending."""
-        rows = np.arange(len(self._plan.documents))[:, None] * self._plan.length
-        return [(rows + self._plan.positions(rank)).ravel() for rank in range(self._plan.world)]
+    def ready(self, rank: int) -> None:
+        """Works out all that ``rank`` asks for in a pass: its own tiles, and the rows that it exchanges with others."""
+        own = self.served(rank)
+        for other in range(self.world):
+            served = self.served(other)
+            _ = own.queries[other], own.keys[other], served.queries[rank], served.keys[rank]
+        _ = own.cells  # of its tiles
 
     @cached_property
-    def _lines(self) -> list[Int64]:
-        """Where those lie in their rank's line of physical tokens."""
-        rows = np.arange(len(self._plan.documents))[:, None] * self._plan.shard
-        return [(rows + np.arange(len(self._plan.positions(rank)))).ravel() for rank in range(self._plan.world)]
+    def pieces(self) -> Pieces:
+        return Pieces.of(self.homes, self._tasks)
 
-    def _serve(self, server: int) -> Served:
-        own = self._numbers[server]
-        here: list[Asked] = []
-        rest: list[Asked] = []
-        queries: list[Int64] = []
-        keys: list[Int64] = []
-        for task in self._tasks[server]:
-            asked = np.arange(task.q_start, task.q_stop)
-            start, stop = self._plan.mask.key_range(asked, self._plan.documents[task.row])
-            start, stop = np.maximum(start, task.k_start), np.minimum(stop, task.k_stop)
-            seeing = np.flatnonzero(stop > start)
-            first = task.row * self._plan.length
-            number, start, stop = (part[seeing] + first for part in (asked, start, stop))
-            resident = np.isin(number, own) & (_held(own, start, stop) == stop - start)
-            here.append((number[resident], start[resident], stop[resident]))
-            rest.append((number[~resident], start[~resident], stop[~resident]))
-            queries.append(rest[-1][0])
-            keys += [np.arange(low, high) for low, high in key_intervals(*rest[-1][1:])]
-        asked_of, read_of = self._by_home(queries), self._by_home(keys)
-        query_places, key_places = (Places([part for part, _ in found]) for found in (asked_of, read_of))
-        return Served(
-            queries=tuple(rows for _, rows in asked_of),
-            keys=tuple(rows for _, rows in read_of),
-            query_places=query_places,
-            key_places=key_places,
-            tokens=(own, self._lines[server]),
-            asked=(here, rest),
-        )
+    @cached_property
+    def queries(self) -> Wanted:
+        """Queries that servers ask of homes."""
+        server, queries, _ = self.pieces.away()
+        return Wanted(self.homes.runs, self.world, server, queries)
 
-    def _by_home(self, numbers: list[Int64]) -> list[tuple[Int64, Rows]]:
-        """Of the tokens with these numbers, those of each home, and their rows of its line."""
-        wanted = np.unique(np.concatenate(numbers)) if numbers else np.zeros(0, dtype=np.int64)
-        found = []
-        for own, line in zip(self._numbers, self._lines, strict=True):
-            held = np.isin(own, wanted, assume_unique=True)
-            found.append((own[held], _rows(line[held])))
-        return found
-
-
-def _held(own: Int64, start: Int64, stop: Int64) -> Int64:
-    """How many of the numbers ``[start, stop)`` are among ``own``, which ascend."""
-    return np.searchsorted(own, stop) - np.searchsorted(own, start)
-
-
-def _rows(ascending: Int64) -> Rows:
-    if not len(ascending):
-        return Rows()
-    edges = np.flatnonzero(np.diff(ascending) != 1) + 1
-    starts, stops = ascending[np.append(0, edges)], ascending[np.append(edges, len(ascending)) - 1] + 1
-    return Rows(tuple(zip(starts.tolist(), stops.tolist(), strict=True)))
+    @cached_property
+    def keys(self) -> Wanted:
+        """Keys, with their values, that servers ask of homes."""
+        server, _, keys = self.pieces.away()
+        return Wanted(self.homes.runs, self.world, server, keys)
 
 
 def _tiles(
-    asked: list[Asked],
+    asked: list[tuple[Int64, Int64, Int64]],
     queries: Int64,
     query_line: Int64 | None,
     keys: Int64,

@@ -9,7 +9,7 @@ import torch
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.parallel.core import layout_of, mask_of
-from longctx.sequence import Batch, Layout, LocalBatch, Mask, shard
+from longctx.sequence import Batch, Layout, LocalBatch, Mask, SequencePlan, cut, make_plan
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ class Border:
         multiple = mesh.tensor.size()
         return cls(layout_of(config), mask_of(config), mesh.sequence_rank, mesh.sequence_size, device, multiple)
 
-    def __call__(self, batch: Batch) -> LocalBatch:
-        """``[B, S]`` to ``[B, T/SP]``."""
-        local = shard(batch, self.layout, self.mask, self.rank, self.size, self.multiple)
+    def plan(self, batch: Batch) -> SequencePlan:
+        """Of the whole batch, the same on every rank; host memory alone."""
+        length = batch.tokens.shape[1]
+        return make_plan(batch.documents, self.mask, self.layout, length, self.size, self.multiple)
+
+    def __call__(self, batch: Batch, plan: SequencePlan | None = None) -> LocalBatch:
+        """``[B, S]`` to ``[B, T/SP]``; ``plan``: the batch's, where it has been made before."""
+        local = cut(batch, plan or self.plan(batch), self.rank)
         return replace(
             local,
             tokens=local.tokens.to(self.device, non_blocking=True),

@@ -10,7 +10,7 @@ from typing import Any
 from longctx.config import Config
 from longctx.errors import RequeueError
 from longctx.sequence import LocalBatch
-from longctx.train.border import Border
+from longctx.train.ahead import Ahead
 from longctx.train.checkpoint import Checkpointer, TrainState
 from longctx.train.checkpoint_agreement import this_rank
 from longctx.train.memory import StepMemory
@@ -28,7 +28,7 @@ class Trainer:
     config: Config
     state: TrainState
     train_step: TrainStep
-    border: Border
+    ahead: Ahead
     meter: Meter
     checkpointer: Checkpointer
     sink: MetricsSink
@@ -53,6 +53,7 @@ class Trainer:
         try:
             outcome, last = self._loop()
         finally:
+            self.ahead.close()
             self.sink.close(
                 {
                     "outcome": outcome,
@@ -85,7 +86,7 @@ class Trainer:
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         started = time.perf_counter()
-        batches = [self.border(batch) for batch in next(self.state.loader)]
+        batches = self.ahead.take(more=self.state.step + 1 < self.config.train.steps)
         rate = self.state.scheduler.advance()
         result = self._train(batches, rate, self.state.step + 1)
         self.state.step += 1

@@ -1,10 +1,11 @@
 """Every planner's plan is a legal partition, balanced and within its byte bounds, and holds what an executor needs."""
 
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longctx.bench.distca import distca
@@ -31,7 +32,10 @@ from longctx.planner import (
     window,
     zigzag,
 )
-from longctx.planner.cad import least_egress
+from longctx.planner.bands import ORDERS, Bands
+from longctx.planner.cad import _at_homes, _merged, least_egress
+from longctx.planner.lengths import draw_rows, synthetic
+from longctx.planner.seats import seated
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -174,6 +178,87 @@ def test_cad_keeps_its_bounds(servers, seed):
     spans = {(d, a) for d, a in zip(made.home.doc.tolist(), made.home.start.tolist(), strict=True)}
     for doc, low, high in zip(made.tasks.doc[moved].tolist(), start[moved].tolist(), stop[moved].tolist(), strict=True):
         assert (high - low) % options.block == 0 or (doc, low) in spans, "a moved run is whole blocks or begins a span"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=12),
+    st.integers(2, 9),
+    st.sampled_from([streamed, contiguous]),
+    st.sampled_from([1, 16, 128]),
+    st.sampled_from([1.0, 1.5]),
+)
+def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths, servers, layout, block, egress):
+    home, mask = layout(lengths, servers), causal(lengths)
+    load = np.bincount(home.rank, weights=mask.area(home.doc, home.start, home.stop), minlength=servers).astype(int)
+    limit = int(load.sum() * 1.02 / servers)
+    assume(load.max() > limit)
+    cap = int(egress * least_egress(home, mask, limit).max())
+    bands = Bands(home, load, limit, np.full(servers, cap), Options(block=block))
+    begins = set(zip(home.doc.tolist(), home.start.tolist(), strict=True))
+    for order in ORDERS:
+        placed = bands.place(order)
+        if placed is None:
+            continue
+        made = Plan("bands", home, mask, _tasks(mask, home, placed), Widths())
+        check(made)
+        assert made.cost.work.max() <= limit and made.cost.q_sent.max() <= cap
+        for run, server in placed:
+            assert server != run.home
+            assert (run.stop - run.start) % block == 0 or (run.doc, run.start) in begins
+
+
+def _tasks(mask, home, placed):
+    return Tasks.of_runs(mask, _merged(home, [(*each, 0, home.stride) for each in placed]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(1, 7), st.integers(0, 200))
+def test_seats_are_those_of_tokens_that_read_less_there(lengths, servers, cap):
+    """For every rank that sends its ends away, the keys that it is spared outweigh the queries and what they bring."""
+    mask, widths = causal(lengths), Widths()
+    for home in (streamed(lengths, servers), contiguous(lengths, servers), zigzag(lengths, servers)):
+        limit = int(mask.area(home.doc, home.start, home.stop).sum())
+        seats = seated(home, widths, cap, limit)
+        runs = _at_homes(Runs.at_home(seats), home)
+        made = Plan("seats", home, mask, Tasks.of_runs(mask, runs), widths)
+        check(made)
+        assert made.cost.q_sent.max() <= cap
+        before = make_plan("local", mask, Topology(servers), Options(), home).cost
+        assert made.cost.moved < before.moved or seats is home
+
+
+def test_ends_behind_ends_go_to_one_seat():
+    """0 .. 400 on three ranks as heads and tails; of the outer two the last rows are few."""
+    spans = [[Span(0, 0, 2), Span(0, 399, 400)], [Span(0, 2, 40), Span(0, 390, 399)], [Span(0, 40, 390)]]
+    home = Home.of([400], spans)
+    seats = seated(home, Widths(), 20, 10**6)
+    assert [seats.spans(rank) for rank in range(3)] == [
+        spans[0][:1],
+        spans[1][:1],
+        [Span(0, 40, 390), Span(0, 390, 399), Span(0, 399, 400)],
+    ]
+    only_short = seated(home, Widths(), 5, 10**6)
+    assert only_short.spans(0) == spans[0][:1] and only_short.spans(1) == [
+        Span(0, 2, 40),
+        Span(0, 390, 399),
+        Span(0, 399, 400),
+    ]
+    assert seated(home, Widths(), 0, 10**6) is home and seated(home, Widths(), 20, 400) is home
+
+
+def test_bands_are_taken_where_they_move_less(monkeypatch):
+    """Rows of 128K on eight servers; without bands the remains of every room cost a prefix each."""
+    saved = []
+    for seed in range(4):
+        mask = causal(np.concatenate(draw_rows(synthetic(0), 131072, 2, np.random.default_rng(seed))))
+        ours = make_plan("cad", mask, Topology(8), Options())
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["longctx.planner.cad"], "FEWEST", 0)
+            without = make_plan("cad", mask, Topology(8), Options())
+        assert ours.cost.imbalance <= 1.02 and ours.cost.moved <= without.cost.moved
+        saved.append(1 - ours.cost.moved / without.cost.moved)
+    assert max(saved) > 0.15 and sum(saved) / len(saved) > 0.05
 
 
 @settings(max_examples=30, deadline=None)
