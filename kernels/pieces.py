@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from longctx.sequence import Tile
@@ -18,6 +18,9 @@ class Shape(Enum):
     CAUSAL = "square; query i sees keys j <= i"
     ANTICAUSAL = "square; query i sees keys j >= i"
     BAND = "query i sees keys i <= j < i + width; computed with a mask"
+
+
+SQUARES = (Shape.CAUSAL, Shape.ANTICAUSAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,19 @@ def _band_pieces(tile: Tile) -> Iterator[Piece]:
             yield Piece(Shape.FULL, q, q + n, k + n, k + width)
         if n > 1:
             yield Piece(Shape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
+
+
+def halved(piece: Piece, largest: int) -> Iterator[Piece]:
+    """The piece; a square of more than ``largest`` rows as two halves on its diagonal, likewise, and the full square
+    beside them. For kernels that do not skip what lies behind a diagonal closely."""
+    rows = piece.q_stop - piece.q_start
+    if piece.shape not in SQUARES or rows <= largest:
+        yield piece
+        return
+    q, k = piece.q_start + rows // 2, piece.k_start + rows // 2
+    yield from halved(replace(piece, q_stop=q, k_stop=k), largest)
+    yield from halved(replace(piece, q_start=q, k_start=k), largest)
+    if piece.shape is Shape.CAUSAL:
+        yield Piece(Shape.FULL, q, piece.q_stop, piece.k_start, k)
+    else:
+        yield Piece(Shape.FULL, piece.q_start, q, k, piece.k_stop)

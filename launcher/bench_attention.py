@@ -26,6 +26,7 @@ from longctx.bench.peers import ATTENTION_PEERS
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.machine import described, load
+from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, join_gloo, run_gloo
 from longctx.launcher.verify_command import check
 from longctx.verify import VerifyCase
@@ -35,23 +36,21 @@ STRATEGIES = tuple(name for name in MODULES if name not in ("local", "striped"))
 LAYOUTS_OF = {"ring": ("contiguous", "zigzag", "striped")}  # of others, the one they prefer
 PATIENCE = 3600.0  # seconds
 NO_PEERS = "none"
+DEFAULTS = {"strategies": ",".join(STRATEGIES), "seq": "4096,8192", "repeats": 3}
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--world", type=int, default=2, help="processes; more than cores measure the scheduler")
-    parser.add_argument("--seq", default="4096,8192", help="tokens, comma-separated")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", default="8,2", help="key/value heads, comma-separated: a table for each")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="which of ours, comma-separated")
     parser.add_argument("--peers", default=",".join(ATTENTION_PEERS), help=f"which others, or {NO_PEERS}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 3 is the default")
-    peers = [] if arguments.peers == NO_PEERS else _words(arguments, "peers", ATTENTION_PEERS)
+    peers = [] if arguments.peers == NO_PEERS else words("peers", arguments.peers, ATTENTION_PEERS)
     _check_python(arguments.peer_python)
     cells = cells_of(arguments)
     started = time.monotonic()
@@ -85,7 +84,7 @@ def _check_python(python: str) -> None:
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
     """By key/value heads, then by tokens: every strategy on its layouts."""
-    strategies = _words(arguments, "strategies", [name for name in MODULES if name != "local"])
+    strategies = words("strategies", arguments.strategies, [name for name in MODULES if name != "local"])
     ways = [
         (strategy, layout)
         for strategy in strategies
@@ -106,26 +105,8 @@ def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
             )
             for strategy, layout in ways
         ]
-        for kv_heads, seq in itertools.product(_numbers(arguments, "kv_heads"), _numbers(arguments, "seq"))
+        for kv_heads, seq in itertools.product(numbers("kv-heads", arguments.kv_heads), numbers("seq", arguments.seq))
     ]
-
-
-def _numbers(arguments: argparse.Namespace, name: str) -> list[int]:
-    text, option = getattr(arguments, name), name.replace("_", "-")
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{option} {text!r} must be whole numbers with commas between") from None
-
-
-def _words(arguments: argparse.Namespace, name: str, valid: Iterable[str]) -> list[str]:
-    words: list[str] = getattr(arguments, name).split(",")
-    for word in words:
-        if word not in valid:
-            raise ConfigError(f"--{name} {word!r} is unknown; valid: {', '.join(valid)}")
-    if len(set(words)) < len(words):
-        raise ConfigError(f"--{name} {','.join(words)} names one twice; name each once")
-    return words
 
 
 def require_exact(cases: Iterable[VerifyCase]) -> None:
@@ -185,9 +166,9 @@ def _spread(timing: dict[str, float], scale: float, form: str) -> str:
     return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
 
 
-def worker(words: list[str]) -> None:
+def worker(given: list[str]) -> None:
     """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
+    job, folder, rank, world = json.loads(given[0]), Path(given[1]), int(given[2]), int(given[3])
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= world:
         os.sched_setaffinity(0, {cores[rank]})

@@ -16,8 +16,16 @@ BENCHES = {
     "context": "longctx.launcher.bench_context",
     "link": "longctx.launcher.bench_link",
     "planning": "longctx.launcher.bench_planning",
+    "linear": "longctx.launcher.bench_linear",
 }
-BENCHES_PLANNED = ("linear", "memory", "disaggregation")
+BENCHES_PLANNED = ("memory", "disaggregation")
+# Options of several benchmarks, whose modules say what they are when left out (``DEFAULTS``) -> type and help.
+SHARED: dict[str, tuple[type, str]] = {
+    "strategies": (str, "which of ours, comma-separated"),
+    "seq": (str, "tokens, comma-separated"),
+    "repeats": (int, "how often each is timed"),
+}
+SHARE_OPTIONS = ("attention", "linear")
 TAKE_OVERRIDES = ("trainer", "context")
 HAVE_PEERS = ("attention", "context")
 
@@ -34,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=sys.executable,
         help=f"interpreter in which the peers are installed, for {', '.join(HAVE_PEERS)}",
     )
+    shared = parser.add_argument_group(f"bench {' and '.join(SHARE_OPTIONS)}")
+    for option, (kind, purpose) in SHARED.items():
+        defaults = ", ".join(f"{_module(name).DEFAULTS[option]} ({name})" for name in SHARE_OPTIONS)
+        shared.add_argument(f"--{option}", type=kind, help=f"{purpose}; default: {defaults}")
     for name in BENCHES:
         _module(name).add_arguments(parser.add_argument_group(f"bench {name}"))
 
@@ -49,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.peer_python != sys.executable and name not in HAVE_PEERS:
         raise ConfigError(f"--peer-python belongs to bench {' and '.join(HAVE_PEERS)}, not to {name}")
     _refuse_options_of_others(arguments)
+    _fill_shared(arguments)
     status: int = _module(name).run(arguments)
     return status
 
@@ -60,6 +73,17 @@ def _refuse_options_of_others(arguments: argparse.Namespace) -> None:
         for option, default in vars(parser.parse_args([])).items():
             if name != arguments.bench and getattr(arguments, option) != default:
                 raise ConfigError(f"--{option.replace('_', '-')} belongs to bench {name}, not to {arguments.bench}")
+
+
+def _fill_shared(arguments: argparse.Namespace) -> None:
+    """What the benchmark says of options that were left out; refuses them where it does not read them."""
+    name = arguments.bench
+    for option in SHARED:
+        if name in SHARE_OPTIONS:
+            if getattr(arguments, option) is None:
+                setattr(arguments, option, _module(name).DEFAULTS[option])
+        elif getattr(arguments, option) is not None:
+            raise ConfigError(f"--{option} belongs to bench {' and '.join(SHARE_OPTIONS)}, not to {name}")
 
 
 def _module(name: str) -> ModuleType:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     # A request to stop unwinds like Ctrl-C, so that neither workers nor namespaces outlive it.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     with (
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second request must not interrupt the unwinding
     sys.exit(128 + signal.SIGTERM)
 

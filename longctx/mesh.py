@@ -24,7 +24,7 @@ class Mesh:
     that hold different tokens, over which gradients are summed. ``parameters``: what FSDP2 shards over
     (``shard``), behind an axis of replicas when there are any. ``sequence``: ranks that share sequences.
     ``tensor``: ranks that hold the same tokens and split heads, hidden channels and vocabulary. ``data_rank`` of
-    ``data_size``: which sequences this rank's group takes.
+    ``data_size``: which sequences this rank's group takes. ``axes``: all of them together.
     """
 
     pipeline: DeviceMesh
@@ -34,6 +34,7 @@ class Mesh:
     tensor: DeviceMesh
     data_rank: int
     data_size: int
+    axes: DeviceMesh
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
@@ -64,6 +65,11 @@ class Mesh:
     def sequence_group(self) -> dist.ProcessGroup:
         return self.sequence.get_group()
 
+    def servers(self) -> dist.ProcessGroup:
+        """The ranks of all stages that share sequences, stage by stage; all ranks of the world call it at one point."""
+        joined: DeviceMesh = self.axes["pp", "sp"]._flatten("servers")
+        return joined.get_group()
+
     @property
     def sequence_rank(self) -> int:
         return self.sequence.get_local_rank()
@@ -93,4 +99,5 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
         tensor=root["tp"],
         data_rank=replicas * parallel.dp_shard + sequence["dp_shard"].get_local_rank(),
         data_size=parallel.dp_replicate * parallel.dp_shard,
+        axes=sequence,
     )

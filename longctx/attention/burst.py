@@ -67,7 +67,7 @@ def pass_queries_backward(
     dout: Tensor, saved: Saved, call: Call, rotation: Rotation, straight: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
-    q, k, v, *_ = saved
+    q, k, v, out, _ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
     homeward = Homeward((zeros(q, dtype),), rotation, call.group, straight)
@@ -76,10 +76,11 @@ def pass_queries_backward(
     ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
         [dq] = homeward.room(hop, rows)
-        given = (upstream, queries, k, v, stand_in(upstream, delta), block_lse)
+        outputs = stand_in(upstream, delta) if hop else rows.take(out)
+        given = (upstream, queries, k, v, outputs, block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
         homeward.settle(hop)
-        del queries, upstream, block_lse, delta, given, dq
+        del queries, upstream, block_lse, delta, outputs, given, dq
     [dq] = homeward.finish()
     return dq, dk, dv
 

@@ -234,16 +234,22 @@ class Returning:
 
 def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Rows to servers and results home; a pass sends what its own dispatch says."""
-    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
     widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
-    there, back = (rows_sent(dispatch, rank) for dispatch in dispatches(plan, planner, widths))
+    there, back = (volume_of(dispatch, rank, sizes) for dispatch in dispatches(plan, planner, widths))
+    return Volume(there.forward, back.backward, there.messages_forward, back.messages_backward)
+
+
+def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass."""
+    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
+    sent = rows_sent(dispatch, rank)
     narrow = sizes.options.travel == "narrow"
     dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
     return Volume(
-        there.queries * one.queries + there.keys * 2 * one.keys + there.asked * (one.query_gradients + one.lse),
-        back.queries * 2 * (one.queries + one.lse) + back.keys * 2 * one.keys + back.asked * dq + back.read * 2 * dk,
-        there.servers + 2 * there.key_servers + 2 * there.homes,
-        4 * back.servers + 2 * back.key_servers + back.homes + 2 * back.key_homes,
+        sent.queries * one.queries + sent.keys * 2 * one.keys + sent.asked * (one.query_gradients + one.lse),
+        sent.queries * 2 * (one.queries + one.lse) + sent.keys * 2 * one.keys + sent.asked * dq + sent.read * 2 * dk,
+        sent.servers + 2 * sent.key_servers + 2 * sent.homes,
+        4 * sent.servers + 2 * sent.key_servers + sent.homes + 2 * sent.key_homes,
     )
 
 

@@ -33,16 +33,13 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    dtype = accumulation_dtype(q.dtype)
-    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+    whole = Partial(q)
     tiles = call.plan.gathered(call.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, call):
         own = heads.queries
-        partial = Partial(q[:, :, own])
-        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, partial)
-        out[:, :, own], lse[:, :, own] = partial.out, partial.lse
-        del keys, partial  # or they would be here when those of the next heads are put in order
-    return out, lse
+        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, whole.of_heads(own))
+        del keys  # or they would be here when those of the next heads are put in order
+    return whole.out, whole.lse
 
 
 def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:

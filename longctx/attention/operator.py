@@ -92,16 +92,20 @@ def register(name: str, run: Callable[..., Any], schema: str) -> Any:
     return operator
 
 
-def define_operator(name: str, forward: Forward, backward: Backward, tail: bool = False) -> Attend:
+def define_operator(
+    name: str, forward: Forward, backward: Backward, tail: bool = False, fits: Callable[..., None] | None = None
+) -> Attend:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd.
 
     ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
-    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``).
+    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses queries that
+    a plan is not for; ``require_fit`` by default.
     """
+    require = fits or require_fit
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         call = call_of(q, k, *context)
-        require_fit(q, call.plan, call.group)
+        require(q, call.plan, call.group)
         out, lse = forward(q, k, v, call)
         return out.to(q.dtype), lse
 
@@ -186,6 +190,15 @@ def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
         raise ConfigError(
             f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
             f"[{len(plan.documents)}, {plan.shard}, H, D] on {plan.world} ranks"
+        )
+
+
+def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
+    """Likewise, where several sequence groups in a row make the group of ranks."""
+    if group.size % plan.world or (plan.shard, len(plan.documents)) != (q.shape[1], q.shape[0]):
+        raise ConfigError(
+            f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
+            f"[{len(plan.documents)}, {plan.shard}, H, D] on a part of them of {plan.world}"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,12 @@ class Partial:
         self.out = queries.new_zeros(queries.shape, dtype=dtype)
         self.lse = queries.new_full(queries.shape[:3], -torch.inf, dtype=dtype)
         self._seen = np.zeros(queries.shape[:2], dtype=bool)  # on the host: asking it waits for no device
+
+    def of_heads(self, heads: slice) -> Partial:
+        """Attention of these heads alone, which has seen nothing yet; it writes where this one has them."""
+        part = copy(self)
+        part.out, part.lse, part._seen = self.out[:, :, heads], self.lse[:, :, heads], np.zeros_like(self._seen)
+        return part
 
     def merge(self, batch: slice, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Takes in attention of these queries over further keys.

@@ -70,11 +70,13 @@ class Sizes:
         """Bytes of one token's dq, or of a partial out, as they are summed."""
         return self.batch * self.heads * self.head_dim * self.wide
 
-    def held(self, queries: int = 0, outputs: int = 0, sums: int = 0, keys: float = 0, gradients: float = 0) -> int:
+    def held(
+        self, queries: float = 0, outputs: float = 0, sums: float = 0, keys: float = 0, gradients: float = 0
+    ) -> int:
         """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
         keys with values, and gradients of both."""
         wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
-        return int(queries * self.queries + wide + 2 * keys * self.keys)
+        return round(queries * self.queries + wide + 2 * keys * self.keys)
 
     @property
     def lse(self) -> int:

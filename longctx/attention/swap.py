@@ -1,24 +1,21 @@
 """Swapping axes inside a row of ranks: from some tokens with all heads to all tokens with some heads, and back.
 
-Two operators, ``to_heads`` and ``to_tokens``, and their adjoints. Ulysses and USP put other operators between them.
 Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them, so that layouts,
-documents and windows are whatever that plan says.
+documents and windows are whatever that plan says. ``longctx.attention.in_rows`` computes attention in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import Attend, register, require_fit
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.registry import Sent, Sizes, Volume
-from longctx.comm import Group, Pending, exchange, group_named, outer_name
-from longctx.sequence import Places, SequencePlan, plan_of
+from longctx.comm import Group, Pending, exchange
+from longctx.sequence import Places, SequencePlan
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,47 @@ class HeadSplit:
         return self.keys(rank) if self.copies(rank) is None else self.queries
 
 
+GROUPS = 2  # of a rank's heads: while one computes, the next comes and the one before goes home
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """The heads of each of ``ranks`` in ``count`` groups; ``split``: among ranks and groups alike."""
+
+    ranks: int
+    count: int
+    split: HeadSplit
+
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, ranks: int) -> HeadGroups:
+        """As many groups as there may be without sending a key/value head to one rank twice."""
+
+        def split(count: int) -> HeadSplit:
+            return HeadSplit(heads, kv_heads, ranks * count)
+
+        def once(count: int) -> bool:
+            return heads % (ranks * count) == 0 and all(
+                sum(split(count).keys(rank * count + group) for group in range(count)) == split(1).keys(rank)
+                for rank in range(ranks)
+            )
+
+        count = next(count for count in range(GROUPS, 0, -1) if count == 1 or once(count))
+        return cls(ranks, count, split(count))
+
+    def part(self, rank: int, group: int) -> int:
+        """The number of a rank's group in ``split``."""
+        return rank * self.count + group
+
+    def heads(self, rank: int, group: int) -> slice:
+        """Query heads of a rank's group."""
+        return self.split.query_heads(self.part(rank, group))
+
+    @property
+    def shared(self) -> bool:
+        """Do ranks share key/value heads?"""
+        return sum(map(self.split.keys, range(self.split.ranks))) > self.split.kv_heads
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the grid, seen from one of its ranks: whose tokens lie where among those of the row."""
@@ -95,88 +133,55 @@ class Row:
         return exchange(self.group, list(parts.items()), receives)
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, row: Row, split: HeadSplit) -> tuple[Tensor, Tensor, Tensor]:
-    """q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]`` to ``[B, T/SP·u, H/u, D]`` and the heads that those read.
+class ToHeads:
+    """Heads of the row's tokens on their way to the ranks that compute them, one message per rank.
 
-    One message per rank of the row: its heads of q, k and v side by side.
+    ``parts[rank]``: this rank's tokens in that rank's heads, of one tensor or of several, ``[B, valid, heads, D]``.
     """
-    parts = []
-    for rank in range(split.ranks):
-        keys = split.key_heads(rank)
-        parts.append([q[:, : row.valid, split.query_heads(rank)], k[:, : row.valid, keys], v[:, : row.valid, keys]])
-    queries, key, value = _gather_tokens(row, parts)
-    copies = split.copies(row.group.rank)
-    if copies is not None:
-        key, value = key[:, :, copies], value[:, :, copies]
-    return queries, key, value
+
+    def __init__(self, row: Row, parts: list[list[Tensor]]) -> None:
+        self._row, self._own = row, parts[row.group.rank]
+        self._widths = [piece.shape[2] for piece in self._own]
+        packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.group.others}
+        self._pending = row.swap(packed, [sum(self._widths)] * row.group.size, row.places.counts)
+
+    def wait(self) -> list[Tensor]:
+        """Each tensor of the row's tokens in order of position, ``[B, T/SP·u, heads, D]``; padding is 0."""
+        row = self._row
+        wholes = [row.room(piece, width) for piece, width in zip(self._own, self._widths, strict=True)]
+        for whole, piece in zip(wholes, self._own, strict=True):
+            row.places.put(row.group.rank, piece, whole)
+        for rank, part in zip(row.group.others, self._pending.wait(), strict=True):
+            for whole, piece in zip(wholes, part.split(self._widths, dim=2), strict=True):
+                row.places.put(rank, piece, whole)
+        return wholes
 
 
-def to_heads_adjoint(
-    dq: Tensor, dk: Tensor, dv: Tensor, row: Row, split: HeadSplit, shard: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``to_heads``' outputs to those of its inputs; those of shared key/value heads are summed."""
-    me, dtype = row.group.rank, dq.dtype
-    copies = split.copies(me)
-    if copies is not None:
-        dk, dv = (_sum_copies(grad, copies, split.keys(me)) for grad in (dk, dv))
-    shared = sum(split.keys(rank) for rank in range(split.ranks)) > split.kv_heads
-    wide = accumulation_dtype(dtype) if shared else dtype
-    own_dq = _shard(dq, row, shard, split.heads, dtype, shared)
-    own_dk, own_dv = (_shard(dq, row, shard, split.kv_heads, wide, shared) for _ in range(2))
-    rooms = []
-    for rank in range(split.ranks):
-        keys = split.key_heads(rank)
-        heads = ((own_dq, split.query_heads(rank)), (own_dk, keys), (own_dv, keys))
-        rooms.append([whole[:, : row.valid, some] for whole, some in heads])
-    _scatter_tokens(row, (dq, dk, dv), rooms, shared)
-    return own_dq, own_dk.to(dtype), own_dv.to(dtype)
+class ToTokens:
+    """The way back: tokens of ``wholes``, ``[B, T/SP·u, heads, D]`` each, on their way to the ranks they live on.
 
-
-def to_tokens(out: Tensor, row: Row, shard: int) -> Tensor:
-    """out ``[B, T/SP·u, H/u, D]`` to ``[B, T/SP, H, D]``."""
-    ranks, width = row.group.size, out.shape[2]
-    whole = _shard(out, row, shard, ranks * width, out.dtype)
-    _scatter_tokens(row, (out,), [[part[:, : row.valid]] for part in whole.split(width, dim=2)])
-    return whole
-
-
-def to_tokens_adjoint(dout: Tensor, row: Row) -> Tensor:
-    """dout ``[B, T/SP, H, D]`` to ``[B, T/SP·u, H/u, D]``."""
-    ranks = row.group.size
-    width = dout.shape[2] // ranks
-    parts = [[dout[:, : row.valid, rank * width : (rank + 1) * width]] for rank in range(ranks)]
-    return _gather_tokens(row, parts)[0]
-
-
-def _gather_tokens(row: Row, parts: list[list[Tensor]]) -> list[Tensor]:
-    """Sends heads of this rank's tokens, ``parts[rank]`` side by side, and puts what arrives in order of position;
-    padding is 0. Its own part it puts there while the others travel."""
-    own = parts[row.group.rank]
-    widths = [piece.shape[2] for piece in own]
-    packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.group.others}
-    arriving = row.swap(packed, [sum(widths)] * row.group.size, row.places.counts)
-    wholes = [row.room(piece, width) for piece, width in zip(own, widths, strict=True)]
-    for whole, piece in zip(wholes, own, strict=True):
-        row.places.put(row.group.rank, piece, whole)
-    for rank, part in zip(row.group.others, arriving.wait(), strict=True):
-        for whole, piece in zip(wholes, part.split(widths, dim=2), strict=True):
-            row.places.put(rank, piece, whole)
-    return wholes
-
-
-def _scatter_tokens(row: Row, wholes: tuple[Tensor, ...], rooms: list[list[Tensor]], sums: bool = False) -> None:
-    """Sends each rank its tokens of ``wholes``, side by side; what comes of this rank's tokens goes to ``rooms[rank]``.
-
-    Its own part it puts there first, while the others travel; they are added where rooms overlap (``sums``).
+    What comes of this rank's tokens goes to ``rooms[rank]``, views of whole tensors of all heads. Where rooms overlap
+    it is added (``sums``), this rank's own first and then in the order of ranks.
     """
-    me, widths = row.group.rank, [[room.shape[2] for room in some] for some in rooms]
-    packed = {rank: _picked(wholes, row.places, rank) for rank in row.group.others}
-    arriving = row.swap(packed, [sum(some) for some in widths], [row.valid] * row.group.size)
-    for whole, room in zip(wholes, rooms[me], strict=True):
-        row.places.pick(me, whole, room)
-    for rank, part in zip(row.group.others, arriving.wait(), strict=True):
-        for room, piece in zip(rooms[rank], part.split(widths[rank], dim=2), strict=True):
-            if sums:
+
+    def __init__(self, row: Row, wholes: tuple[Tensor, ...], rooms: list[list[Tensor]], sums: bool = False) -> None:
+        self._row, self._rooms, self._sums = row, rooms, sums
+        me, self._widths = row.group.rank, [[room.shape[2] for room in some] for some in rooms]
+        packed = {rank: _picked(wholes, row.places, rank) for rank in row.group.others}
+        self._pending = row.swap(packed, [sum(some) for some in self._widths], [row.valid] * row.group.size)
+        if sums:
+            self._add(me, _picked(wholes, row.places, me))
+        else:
+            for whole, room in zip(wholes, rooms[me], strict=True):
+                row.places.pick(me, whole, room)
+
+    def wait(self) -> None:
+        for rank, part in zip(self._row.group.others, self._pending.wait(), strict=True):
+            self._add(rank, part)
+
+    def _add(self, rank: int, part: Tensor) -> None:
+        for room, piece in zip(self._rooms[rank], part.split(self._widths[rank], dim=2), strict=True):
+            if self._sums:
                 room.add_(piece)
             else:
                 room.copy_(piece)
@@ -192,146 +197,10 @@ def _picked(wholes: tuple[Tensor, ...], places: Places, rank: int) -> Tensor:
     return packed
 
 
-def _shard(like: Tensor, row: Row, shard: int, heads: int, dtype: torch.dtype, sums: bool = False) -> Tensor:
-    """This rank's tokens, ``[B, T/SP, heads, D]``: zeros where there is padding or where it ``sums``."""
-    shape, full = (like.shape[0], shard, heads, like.shape[3]), row.valid == shard
-    return like.new_empty(shape, dtype=dtype) if full and not sums else like.new_zeros(shape, dtype=dtype)
-
-
-def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
+def sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
     total = grad.new_zeros(*grad.shape[:2], heads, grad.shape[3], dtype=accumulation_dtype(grad.dtype))
     total.index_add_(2, torch.tensor(copies, device=grad.device), grad.to(total.dtype))
     return total.to(grad.dtype)
-
-
-_CONTEXT = "Tensor plan, str group"
-
-
-def _row(plan: Tensor, group: str) -> Row:
-    return Row.of(plan_of(plan), group_named(group))
-
-
-def _run_to_heads(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    require_fit(q, plan_of(plan), group_named(group))
-    row = _row(plan, group)
-    return to_heads(q, k, v, row, HeadSplit(q.shape[2], k.shape[2], row.group.size))
-
-
-def _run_to_heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, group: str, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    row = _row(plan, group)
-    split = HeadSplit(dq.shape[2] * row.group.size, kv_heads, row.group.size)
-    return to_heads_adjoint(dq, dk, dv, row, split, plan_of(plan).shard)
-
-
-def _run_to_tokens(out: Tensor, plan: Tensor, group: str) -> Tensor:
-    return to_tokens(out, _row(plan, group), plan_of(plan).shard)
-
-
-def _run_to_tokens_backward(dout: Tensor, plan: Tensor, group: str) -> Tensor:
-    return to_tokens_adjoint(dout, _row(plan, group))
-
-
-def _run_joined(plan: Tensor, group: str) -> Tensor:
-    return plan_of(plan).joined(_inner(group).size).handle.clone()
-
-
-_to_heads = register(
-    "to_heads", _run_to_heads, f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)"
-)
-_to_heads_backward = register(
-    "to_heads_backward",
-    _run_to_heads_backward,
-    f"(Tensor dq, Tensor dk, Tensor dv, {_CONTEXT}, int kv_heads) -> (Tensor, Tensor, Tensor)",
-)
-_to_tokens = register("to_tokens", _run_to_tokens, f"(Tensor out, {_CONTEXT}) -> Tensor")
-_to_tokens_backward = register("to_tokens_backward", _run_to_tokens_backward, f"(Tensor dout, {_CONTEXT}) -> Tensor")
-_joined = register("joined_plan", _run_joined, f"({_CONTEXT}) -> Tensor")
-
-
-OPERATORS = tuple(made._opoverload for made in (_to_heads, _to_heads_backward, _to_tokens, _to_tokens_backward))
-
-
-def _inner(group: str) -> Group:
-    inner = group_named(group).inner
-    assert inner is not None, "StrategyAttention makes the grid"
-    return inner
-
-
-@_to_heads.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    inner = _inner(group)
-    split = HeadSplit(q.shape[2], k.shape[2], inner.size)
-    shape, dim = (q.shape[0], q.shape[1] * inner.size), q.shape[3]
-    keys = (*shape, split.local_keys(inner.rank), dim)
-    return q.new_empty(*shape, split.queries, dim), k.new_empty(keys), v.new_empty(keys)
-
-
-@_to_heads_backward.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, group: str, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    ranks = _inner(group).size
-    shape, dim = (dq.shape[0], dq.shape[1] // ranks), dq.shape[3]
-    keys = (*shape, kv_heads, dim)
-    return dq.new_empty(*shape, dq.shape[2] * ranks, dim), dk.new_empty(keys), dv.new_empty(keys)
-
-
-@_to_tokens.register_fake
-def _(out: Tensor, plan: Tensor, group: str) -> Tensor:
-    ranks = _inner(group).size
-    return out.new_empty(out.shape[0], out.shape[1] // ranks, out.shape[2] * ranks, out.shape[3])
-
-
-@_to_tokens_backward.register_fake
-def _(dout: Tensor, plan: Tensor, group: str) -> Tensor:
-    ranks = _inner(group).size
-    return dout.new_empty(dout.shape[0], dout.shape[1] * ranks, dout.shape[2] // ranks, dout.shape[3])
-
-
-@_joined.register_fake
-def _(plan: Tensor, group: str) -> Tensor:
-    return plan.new_empty(())
-
-
-def _remember_heads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, k, _, plan, ctx.group = inputs
-    ctx.kv_heads = k.shape[2]
-    ctx.save_for_backward(plan)
-
-
-def _differentiate_heads(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
-    (plan,) = ctx.saved_tensors
-    return (*_to_heads_backward(dq, dk, dv, plan, ctx.group, ctx.kv_heads), None, None)
-
-
-def _remember_tokens(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, plan, ctx.group = inputs
-    ctx.save_for_backward(plan)
-
-
-def _differentiate_tokens(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    (plan,) = ctx.saved_tensors
-    return _to_tokens_backward(dout, plan, ctx.group), None, None
-
-
-_to_heads.register_autograd(_differentiate_heads, setup_context=_remember_heads)
-_to_tokens.register_autograd(_differentiate_tokens, setup_context=_remember_tokens)
-
-
-def swapped(attend: Attend) -> Attend:
-    """``attend`` over the columns of a grid, whose rows swap tokens for heads before and after it.
-
-    The lse that it returns is of the row's tokens and this rank's heads.
-    """
-
-    def attend_in_rows(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any) -> tuple[Tensor, Tensor]:
-        # Compiled code goes through here: groups stay names until an operator asks for them.
-        queries, keys, values = _to_heads(q, k, v, plan, group)
-        row_plan = _joined(plan, group)
-        out, lse = attend(queries, keys, values, row_plan, outer_name(group), *names)
-        return _to_tokens(out, plan, group), lse
-
-    return attend_in_rows
 
 
 def work_in_rows(plan: SequencePlan, rank: int, inner: int) -> float:
@@ -346,14 +215,15 @@ def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """
     inner = sizes.inner
     first, me = rank // inner * inner, rank % inner
-    split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
+    split, messages = HeadSplit(sizes.heads, sizes.kv_heads, inner), groups.count
     head = sizes.batch * sizes.head_dim * sizes.element
     queries, mine, own = split.queries, split.queries + 2 * split.keys(me), len(plan.positions(rank))
     sent = []
     for other in range(inner):
         theirs, together = len(plan.positions(first + other)), split.queries + 2 * split.keys(other)
         if other != me and own:
-            sent.append((first + other, Volume(head * own * together, head * own * queries, 1, 1)))
+            sent.append((first + other, Volume(head * own * together, head * own * queries, messages, messages)))
         if other != me and theirs:
-            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, 1, 1)))
+            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, messages, messages)))
     return sent

@@ -16,27 +16,38 @@ import math
 from dataclasses import replace
 
 from longctx.attention import ring
+from longctx.attention.in_rows import swapped
 from longctx.attention.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
-from longctx.attention.swap import HeadSplit, swap_sends, swapped, work_in_rows
+from longctx.attention.swap import HeadGroups, swap_sends, work_in_rows
 from longctx.sequence import SequencePlan
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """What the row's exchanges send, and the ring of the column with this rank's share of the heads."""
     inner = sizes.inner
-    split = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
     row, column = divmod(rank, inner)
-    own = replace(sizes, heads=split.queries, kv_heads=split.local_keys(column), inner=1)
-    across = [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
+    across = []
+    for group in range(groups.count):
+        keys = groups.split.local_keys(groups.part(column, group))
+        own = replace(sizes, heads=groups.split.queries, kv_heads=keys, inner=1)
+        across += [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
     return [*swap_sends(plan, rank, sizes), *across]
 
 
 def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """q, k and v of the row's tokens, and the ring over them; backward also out twice, and dout."""
-    rows = plan.shard
+    """q, k and v of the row's tokens, and the ring over them, or over one of two groups of their heads beside what
+    comes home of the other; backward also out, and dout."""
+    rows, held = plan.shard, sizes.held
+    if HeadGroups.of(sizes.heads, sizes.kv_heads, sizes.inner).count == 1:
+        return Peak(
+            rows * held(queries=1, outputs=1, sums=1, keys=1 + 2),
+            rows * held(queries=4, outputs=1, sums=1, keys=1 + 2, gradients=1 + 3),
+        )
+    away = 1 - 1 / sizes.inner
     return Peak(
-        rows * sizes.held(queries=1, outputs=1, sums=1, keys=1 + 2),
-        rows * sizes.held(queries=4, outputs=1, sums=1, keys=1 + 2, gradients=1 + 3),
+        rows * held(queries=5 / 2 + away, outputs=1 / 2, sums=1, keys=1 + 1),
+        rows * held(queries=9 / 2 + away, outputs=1 / 2, sums=1, keys=3 + away, gradients=1 / 2 * (1 + 3)),
     )
 
 
@@ -58,7 +69,7 @@ def _row(case: AttentionCase) -> int:
 STRATEGIES = {
     "usp": Strategy(
         "usp",
-        swapped(ring.attend),
+        swapped("usp", ring.forward, ring.backward),
         "zigzag",
         _refuses,
         summed(sends),

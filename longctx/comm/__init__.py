@@ -2,23 +2,24 @@
 
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
-from longctx.comm.group import Group, Traffic, grid_of, group_named, group_of, outer_name, two_way
+from longctx.comm.group import Group, Moment, Traffic, channel_of, grid_of, group_named, group_of, two_way
 
 __all__ = [
     "MAX",
     "SUM",
     "Group",
     "Message",
+    "Moment",
     "Pending",
     "PendingReduction",
     "Traffic",
     "all_reduce",
     "broadcast",
+    "channel_of",
     "exchange",
     "grid_of",
     "group_named",
     "group_of",
-    "outer_name",
     "start_all_reduce",
     "two_way",
 ]

@@ -6,12 +6,14 @@ sides must know its size beforehand (they do: sizes follow from the sequence pla
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.comm.group import Group
+from longctx.comm.group import Group, Moment, Traffic
 
 Message = tuple[int, Tensor]  # (rank within the group, contiguous tensor)
 
@@ -19,19 +21,36 @@ Message = tuple[int, Tensor]  # (rank within the group, contiguous tensor)
 class Pending:
     """Messages in flight. Holds its tensors, so that none is freed or reused before it has left."""
 
-    def __init__(self, works: list[dist.Work], sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def __init__(
+        self, works: list[dist.Work], sends: Sequence[Message], receives: Sequence[Message], traffic: Traffic
+    ) -> None:
         self._works = works
         self._sends = sends
         self._receives = receives
+        self._traffic = traffic
+        self._number = next(_numbers)
         self._awaited = False
 
     def wait(self) -> list[Tensor]:
         """Received tensors, in the order they were asked for; on CUDA the current stream waits, not the host."""
         assert not self._awaited, "a pending exchange is awaited exactly once"
         self._awaited = True
+        started = time.perf_counter()
         for work in self._works:
             work.wait()
+        self.note(started, False)
         return [tensor for _, tensor in self._receives]
+
+    def note(self, started: float, posted: bool) -> None:
+        """A line in the group's diary, if it has one: what began at ``started`` is done."""
+        if self._traffic.diary is None or not self._works:
+            return
+        ends = [tuple(peer for peer, tensor in part if tensor.numel()) for part in (self._sends, self._receives)]
+        sends, receives = ends if posted else ((), ())
+        self._traffic.diary.append(Moment(posted, self._number, started, time.perf_counter(), sends, receives))
+
+
+_numbers = itertools.count()
 
 
 def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -44,6 +63,7 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
     carries messages the other way. After a send that word would wait behind all of it, and two ranks that swap blocks
     would use one direction after the other.
     """
+    started = time.perf_counter()
     # An empty part of a buffer would keep all of it.
     sends = [message for message in sends if message[1].numel()]
     posted = [(dist.irecv, message) for message in receives] + [(dist.isend, message) for message in sends]
@@ -56,4 +76,6 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
         if operation.op is dist.isend:
             group.traffic.add(operation.tensor.numel() * operation.tensor.element_size(), operation.peer)
     works = dist.batch_isend_irecv(operations) if operations else []
-    return Pending(works, sends, receives)
+    pending = Pending(works, sends, receives, group.traffic)
+    pending.note(started, True)
+    return pending

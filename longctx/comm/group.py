@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+
+class Moment(NamedTuple):
+    """An exchange as it was posted, or awaited: ``started`` and ``ended`` in seconds of ``time.perf_counter``.
+
+    ``number`` counts the group's exchanges. ``sends`` and ``receives``: ranks of the group, one for each message; empty
+    when awaited.
+    """
+
+    posted: bool
+    number: int
+    started: float
+    ended: float
+    sends: tuple[int, ...] = ()
+    receives: tuple[int, ...] = ()
 
 
 @dataclass
 class Traffic:
     """What this rank sent through one group: payload bytes and messages, by the conventions of each exchange.
 
-    ``by_receiver``: the bytes apart, by the receiver's global rank.
+    ``by_receiver``: the bytes apart, by the receiver's global rank. ``diary``: exchanges in the rank's own order, where
+    someone has put a list.
     """
 
     bytes: int = 0
     messages: int = 0
     by_receiver: dict[int, int] = field(default_factory=dict)
+    diary: list[Moment] | None = None
 
     def add(self, size: int, receiver: int) -> None:
         self.bytes += size
@@ -85,11 +103,6 @@ def group_named(name: str) -> Group:
     return replace(group, inner=inner, outer=outer, back=back)
 
 
-def outer_name(name: str) -> str:
-    """The name of a grid's outer axis, from the grid's own: for code that is traced, which can only read strings."""
-    return name.split(_SEPARATOR)[2]
-
-
 def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
     """The group as a grid of ``size / inner`` rows of ``inner`` neighbours; all its ranks call it at one point.
 
@@ -123,6 +136,15 @@ def two_way(group: Group) -> Group:
     return replace(group, back=group_of(_backs[group.process_group]))
 
 
+def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
+    """A channel of its own between these ranks, for what must not wait for other messages of theirs; what is sent
+    counts into the traffic of ``counted``. All of the ranks call it at one point. Made once per group."""
+    if ranks not in _channels:
+        _channels[ranks] = _subgroup(dist.get_process_group_ranks(ranks), group_of(counted))
+    return group_of(_channels[ranks])
+
+
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()

@@ -39,6 +39,9 @@ SIZED_MIXERS = {"mixer_block": ("moba", "rat"), "mixer_top_k": ("moba",)}
 KERNELS = ("auto", "flash_cuda", "flash_cpu", "dense")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKWARD_SIDES = ("auto", "keys", "queries")
+SERVERS = ("sequence", "pipeline")
+# Strategies in which any rank computes attention for any other.
+SERVED_STRATEGIES = ("disaggregated", "zeppelin")
 GRADIENT_TRAVEL = ("wide", "narrow")
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 BACKENDS = ("nccl", "gloo", "sim")

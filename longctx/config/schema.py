@@ -107,6 +107,8 @@ class Config:
         self._check_layers()
         if self.attention.ping_pong:
             self._check_ping_pong()
+        if self.attention.servers == "pipeline":
+            self._check_servers()
         if self.parallel.pp > 1:
             self._check_pipeline()
         elif (self.parallel.pp_schedule, self.parallel.pp_virtual) != ("1f1b", None):
@@ -132,6 +134,45 @@ class Config:
                 "attention.ping_pong=true hands runs of attention from operator to operator, which train.compile=true "
                 "might put in another order; set train.compile=false"
             )
+
+    def _check_servers(self) -> None:
+        """Stages that serve one another take tasks, go through their ticks in step, and exchange once a layer."""
+        attention, parallel, train = self.attention, self.parallel, self.train
+        kept = train.recompute_keep
+        rules = (
+            (
+                attention.strategy in choices.SERVED_STRATEGIES,
+                f"attention.strategy={attention.strategy} has no servers",
+                "attention=disaggregated",
+            ),
+            (parallel.pp > 1, f"parallel.pp={parallel.pp} has no other stages", "parallel.pp=2"),
+            (
+                parallel.pp_schedule == "gpipe",
+                f"parallel.pp_schedule={parallel.pp_schedule} has stages in both passes at one time, where all must be "
+                "in one",
+                "parallel.pp_schedule=gpipe",
+            ),
+            (
+                not attention.ping_pong,
+                "attention.ping_pong=true makes two exchanges of a layer, and a tick has one",
+                "attention.ping_pong=false",
+            ),
+            (
+                not train.compile,
+                "train.compile=true might put exchanges in another order than that of the layers",
+                "train.compile=false",
+            ),
+            (
+                kept is None or "attention" in kept,
+                f"train.recompute_keep=[{','.join(kept or ())}] would run attention again in backward ticks",
+                "train.recompute_keep=[attention]",
+            ),
+        )
+        for holds, why, nearest in rules:
+            if not holds:
+                raise ConfigError(
+                    f"attention.servers=pipeline: {why}; nearest valid: {nearest}, or attention.servers=sequence"
+                )
 
     def _check_layers(self) -> None:
         """Strategies fit the kinds of layers that there are, and nothing is set for a kind that there is not."""

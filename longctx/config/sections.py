@@ -106,6 +106,7 @@ class AttentionConfig:
     backward: str = "auto"  # what travels in burst's backward pass: keys, queries, or auto: the smaller
     travel: str = "wide"  # gradients are summed on their way in fp32; narrow: straight home in train.dtype
     ping_pong: bool = False  # two halves of a micro-batch take turns: one exchanges while the other computes
+    servers: str = "sequence"  # of tasks: ranks of one sp group, or (pipeline) of all stages
     linear: str | None = None  # who moves the states of linear layers; null: strategy, if it is one of theirs, or lasp2
     chunk: int = 64  # tokens that linear layers compute at once
 
@@ -120,6 +121,7 @@ class AttentionConfig:
         at_least("attention.inner", self.inner, 1)
         one_of("attention.backward", self.backward, choices.BACKWARD_SIDES)
         one_of("attention.travel", self.travel, choices.GRADIENT_TRAVEL)
+        one_of("attention.servers", self.servers, choices.SERVERS)
         if self.linear is not None:
             one_of("attention.linear", self.linear, choices.LINEAR_STRATEGIES)
         at_least("attention.chunk", self.chunk, 1)

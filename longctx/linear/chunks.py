@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ class Chunks:
     ``runs``: half-open chunk ranges, one for each of the rank's segments. ``segment`` int64 ``[N]``: whose chunk it is.
     ``slots`` int64 ``[n]``: place of each valid local token among the N·C; ``token`` int64 ``[N·C]``: the inverse,
     ``shard`` (one past the last row) for places without a token. ``real`` bool ``[B', N, C]``: tokens of a document.
-    ``same`` bool ``[B', N, C, C]``; ``head``, ``tail`` bool ``[B', N, C]``; ``keep`` bool ``[B', N]``.
+    ``same`` bool ``[B', N, C, C]``; ``head``, ``tail`` bool ``[B', N, C]``; ``keep`` bool ``[B', N]``. ``full``: are
+    the tokens of the chunks the shard's, one after the other, and all of documents?
     """
 
     shard: int
+    full: bool
     runs: tuple[tuple[int, int], ...]
     segment: Tensor
     slots: Tensor
@@ -57,19 +59,51 @@ class Chunks:
 
     def cut(self, tokens: Tensor) -> Tensor:
         """``[B, T/SP, H, ...]`` to ``[B, N, H, C, ...]``; 0 for what is not a token of a document."""
+        if self.full:
+            return tokens.unflatten(1, (self.count, self.width)).transpose(2, 3).contiguous()
         padded = F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, 1))
         chunked = padded.index_select(1, self.token).unflatten(1, (self.count, self.width))
         real = self.real.view(*self.real.shape, *(1,) * (tokens.ndim - 2))
-        return chunked.masked_fill(~real, 0).transpose(2, 3)
+        return chunked.masked_fill(~real, 0).transpose(2, 3).contiguous()
 
     def join(self, chunked: Tensor) -> Tensor:
         """``[B, N, H, C, ...]`` to ``[B, T/SP, H, ...]``; padding is 0."""
-        tokens = chunked.transpose(2, 3).flatten(1, 2).index_select(1, self.slots)
+        tokens = chunked.transpose(2, 3).flatten(1, 2)
+        if self.full:
+            return tokens
+        tokens = tokens.index_select(1, self.slots)
         return F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, self.shard - tokens.shape[1]))
 
     def to(self, device: torch.device) -> Chunks:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Chunks(self.shard, self.runs, **moved)
+        return Chunks(self.shard, self.full, self.runs, **moved)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Chunks that are computed together: ``rows``, the local ones of their tokens, and ``chunks`` among these rows.
+
+    What a piece has of a segment is a *span*; they are the runs of its chunks.
+    """
+
+    rows: slice
+    chunks: Chunks
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece's rows of a tensor of tokens ``[B, T/SP, ...]``; one of heads ``[H]`` is whole."""
+        return tensor if tensor.ndim == 1 else tensor[:, self.rows]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A rank's tokens, piece by piece. ``runs``: half-open ranges of spans, one for each of the rank's segments."""
+
+    parts: tuple[Piece, ...]
+    runs: tuple[tuple[int, int], ...]
+
+    def split(self, spans: Tensor) -> tuple[Tensor, ...]:
+        """``[B, spans, ...]`` by piece."""
+        return spans.split([len(piece.chunks.runs) for piece in self.parts], 1)
 
 
 @dataclass(frozen=True)
@@ -119,7 +153,8 @@ def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shar
     }
     ends = np.cumsum([0, *grid.counts]).tolist()
     runs = tuple(itertools.pairwise(ends))
-    return Chunks(shard, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
+    full = bool(real.all()) and np.array_equal(grid.token.reshape(-1), np.arange(shard))
+    return Chunks(shard, full, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def distinct(documents: Sequence[Documents]) -> Sequence[Documents]:
@@ -127,8 +162,41 @@ def distinct(documents: Sequence[Documents]) -> Sequence[Documents]:
     return documents[:1] if len(set(documents)) == 1 else documents
 
 
+def cut_pieces(segments: Sequence[Segment], documents: Sequence[Documents], chunk: int, tokens: int) -> Pieces:
+    """Pieces of whole chunks, of at most ``tokens`` tokens or one chunk."""
+    most = max(1, tokens // chunk) * chunk
+    parts: list[list[Segment]] = [[]]
+    counts, room = [], most
+    for segment in segments:
+        before, start = sum(map(len, parts)), segment.start
+        while start < segment.stop:
+            if not room:
+                parts.append([])
+                room = most
+            stop = min(segment.stop, start + room)
+            parts[-1].append(replace(segment, start=start, stop=stop, first=segment.first + start - segment.start))
+            room -= -(-(stop - start) // chunk) * chunk
+            start = stop
+        counts.append(sum(map(len, parts)) - before)
+    ends = np.cumsum([0, *counts]).tolist()
+    return Pieces(tuple(_piece(spans, documents, chunk) for spans in parts), tuple(itertools.pairwise(ends)))
+
+
+def _piece(spans: Sequence[Segment], documents: Sequence[Documents], chunk: int) -> Piece:
+    first = spans[0].first if spans else 0
+    rows = slice(first, first + sum(span.tokens for span in spans))
+    shifted = [replace(span, first=span.first - first) for span in spans]
+    return Piece(rows, cut_chunks(shifted, documents, rows.stop - rows.start, chunk))
+
+
+# Tokens of a piece, by kind of device, or all at once. Tensors of a piece stay in a core's cache, more or less, and
+# below what glibc's allocator gives back to the system after every use (32 MiB), page by page.
+PIECE = {"cpu": 2048}
+
 _Key = tuple[int, int, torch.device]
+_PiecesKey = tuple[int, int, int, torch.device]
 _chunks: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Chunks]] = weakref.WeakKeyDictionary()
+_pieces: weakref.WeakKeyDictionary[SequencePlan, dict[_PiecesKey, Pieces]] = weakref.WeakKeyDictionary()
 
 
 def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Chunks:
@@ -136,7 +204,21 @@ def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
     made = _chunks.setdefault(plan, {})
     key = (rank, chunk, device)
     if key not in made:
-        chain: Chain = chain_of(plan)
-        segments = [chain.segments[place] for place in chain.own(rank)]
-        made[key] = cut_chunks(segments, plan.documents, plan.shard, chunk).to(device)
+        made[key] = cut_chunks(_segments(plan, rank), plan.documents, plan.shard, chunk).to(device)
     return made[key]
+
+
+def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Pieces:
+    """As ``chunks_of``."""
+    made, tokens = _pieces.setdefault(plan, {}), PIECE.get(device.type, plan.length)
+    key = (rank, chunk, tokens, device)
+    if key not in made:
+        pieces = cut_pieces(_segments(plan, rank), plan.documents, chunk, tokens)
+        parts = tuple(replace(piece, chunks=piece.chunks.to(device)) for piece in pieces.parts)
+        made[key] = replace(pieces, parts=parts)
+    return made[key]
+
+
+def _segments(plan: SequencePlan, rank: int) -> list[Segment]:
+    chain: Chain = chain_of(plan)
+    return [chain.segments[place] for place in chain.own(rank)]

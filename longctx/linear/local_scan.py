@@ -1,24 +1,29 @@
-"""From chunks to segments and back: what a rank's segments do to a state, and which state enters each chunk."""
+"""From chunks to segments and back: what a rank's segments do to a state, and which state enters each chunk.
+
+In two steps of the same kind: chunks are scanned piece by piece, as if nothing entered the piece's spans, and spans to
+segments, as if nothing entered these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longctx.linear.affine import affine_exscan, applied, transition_gradient
-from longctx.linear.chunks import Chunks
+from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, applied, transition_gradient
+from longctx.linear.chunks import Chunks, Pieces
 from longctx.linear.states import Summary
 
 
 @dataclass(frozen=True)
 class LocalScan:
-    """The scan over a rank's chunks as if nothing entered its segments.
+    """The scan over a piece's chunks as if nothing entered its spans.
 
     ``entering`` ``[B, N, H, K, V + c]``: the state at each chunk and, in the last c columns, what the transitions up
-    to there make of one that enters the segment: a diagonal (c = 1) or a matrix (c = K). ``leaving``
-    ``[B, n, H, K, V + c]``: the same at the end of each segment. ``rows``: 1 where the diagonal is one number.
+    to there make of one that enters the span: a diagonal (c = 1) or a matrix (c = K). ``leaving``
+    ``[B, n, H, K, V + c]``: the same at the end of each span. ``rows``: 1 where the diagonal is one number.
     """
 
     entering: Tensor
@@ -28,15 +33,16 @@ class LocalScan:
 
     @property
     def transitions(self) -> Tensor:
-        """Of the segments, ``[B, n, H, 1 or K, 1 or K]``."""
+        """Of the spans, ``[B, n, H, 1 or K, 1 or K]``."""
         return self.leaving[..., : self.rows, self.values :]
 
     @property
-    def summary(self) -> Summary:
-        return Summary(self.transitions, self.leaving[..., : self.values])
+    def additions(self) -> Tensor:
+        """Of the spans, ``[B, n, H, K, V]``."""
+        return self.leaving[..., : self.values]
 
     def states(self, entered: Tensor, chunks: Chunks) -> Tensor:
-        """The state that enters each chunk ``[B, N, H, K, V]``; ``entered`` ``[B, n, H, K, V]``: the segments."""
+        """The state that enters each chunk ``[B, N, H, K, V]``; ``entered`` ``[B, n, H, K, V]``: the spans."""
         alone, through = self.entering.split([self.values, self.entering.shape[-1] - self.values], -1)
         return alone + applied(through, entered.index_select(1, chunks.segment))
 
@@ -47,7 +53,7 @@ class LocalScan:
         return torch.stack(sums, 1) if sums else back
 
     def gradients(self, dstates: Tensor, entered: Tensor, leaving: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        """Gradients of (``entering``, ``leaving``), from those of the states and of what leaves the segments."""
+        """Gradients of (``entering``, ``leaving``), from those of the states and of what leaves the spans."""
         columns = (*self.entering.shape[:-1], self.entering.shape[-1] - self.values)
         through = transition_gradient(dstates, entered.index_select(1, chunks.segment), torch.Size(columns))
         transitions = transition_gradient(leaving, entered, self.transitions.shape)
@@ -55,15 +61,45 @@ class LocalScan:
         padded[..., : self.rows, :] = transitions
         return torch.cat([dstates, through], -1), torch.cat([leaving, padded], -1)
 
+    def detach(self) -> LocalScan:
+        return LocalScan(self.entering.detach(), self.leaving.detach(), self.values, self.rows)
 
-def scan_chunks(transitions: Tensor, additions: Tensor, chunks: Chunks) -> LocalScan:
+
+class SpanScan:
+    """The scan over all spans of a rank, as if nothing entered its segments."""
+
+    def __init__(self, scans: Sequence[LocalScan], pieces: Pieces) -> None:
+        self._transitions = torch.cat([scan.transitions for scan in scans], 1)
+        self._additions = torch.cat([scan.additions for scan in scans], 1)
+        self._pieces = pieces
+
+    @property
+    def summary(self) -> Summary:
+        """Of the segments."""
+        whole = scan_chunks(self._transitions, self._additions, self._pieces.runs)
+        return Summary(whole.transitions, whole.additions)
+
+    def entering(self, entered: Tensor) -> tuple[Tensor, ...]:
+        """By piece, the states that enter its spans; ``entered`` ``[B, n, H, K, V]``: the segments."""
+        return self._pieces.split(affine_exscan(self._transitions, self._additions, entered, self._pieces.runs)[0])
+
+    def entered_gradient(self, dentering: Tensor) -> Tensor:
+        """Gradient of ``entered``, from those of the states that enter spans by what their chunks read of them."""
+        return affine_exscan_adjoint(self._transitions, dentering, None, self._pieces.runs)[1]
+
+    def leaving_gradients(self, dentering: Tensor, leaving: Tensor) -> tuple[Tensor, ...]:
+        """By piece, gradients of the states that leave its spans; ``leaving`` ``[B, n, H, K, V]``: the segments."""
+        return self._pieces.split(affine_exscan_adjoint(self._transitions, dentering, leaving, self._pieces.runs)[0])
+
+
+def scan_chunks(transitions: Tensor, additions: Tensor, runs: Runs) -> LocalScan:
     """Scans the columns of S and those of the transitions' products together."""
     batch, count, heads, keys, values = additions.shape
     matrix = transitions.shape[-1] > 1
     start = torch.eye(keys, dtype=additions.dtype, device=additions.device) if matrix else additions.new_ones(keys, 1)
     columns = start.shape[1]
     nothing = additions.new_zeros(batch, count, heads, keys, columns)
-    initial = additions.new_zeros(batch, len(chunks.runs), heads, keys, values + columns)
+    initial = additions.new_zeros(batch, len(runs), heads, keys, values + columns)
     initial[..., values:] = start
-    entering, leaving = affine_exscan(transitions, torch.cat([additions, nothing], -1), initial, chunks.runs)
+    entering, leaving = affine_exscan(transitions, torch.cat([additions, nothing], -1), initial, runs)
     return LocalScan(entering, leaving, values, transitions.shape[-2])

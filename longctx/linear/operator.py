@@ -8,6 +8,7 @@ again, in the order in which the exchange hides best, with autograd on the local
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,8 @@ from longctx.comm import group_named
 from longctx.errors import ConfigError
 from longctx.linear import bidirectional, delta, diagonal
 from longctx.linear.autograd import autograd
-from longctx.linear.chunks import Chunks, chunks_of
-from longctx.linear.local_scan import LocalScan, scan_chunks
+from longctx.linear.chunks import Chunks, Piece, Pieces, chunks_of, pieces_of
+from longctx.linear.local_scan import LocalScan, SpanScan, scan_chunks
 from longctx.linear.registry import LinearStrategy, get_linear
 from longctx.linear.states import Call, Summary
 from longctx.sequence import plan_of
@@ -37,17 +38,52 @@ class Core(Protocol):
 
 
 def forward(
-    core: Core, tensors: Sequence[Tensor], chunks: Chunks, call: Call, strategy: LinearStrategy
+    core: Core, tensors: Sequence[Tensor], pieces: Pieces, call: Call, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
     """(out ``[B, T/SP, H/TP, V]``, states that entered the segments ``[B, n, H/TP, K, V]``)."""
-    q, k, v, *gates = tensors
-    written = core.write(q, k, v, gates, chunks)
-    local = scan_chunks(written.transition, written.addition, chunks)
-    arriving = strategy.enter(local.summary, call)
-    reads, out = core.reads(written, chunks), core.intra(written, chunks)
+    written = [_write(core, piece, [piece.of(tensor) for tensor in tensors]) for piece in pieces.parts]
+    scans = [_scan(one, piece) for one, piece in zip(written, pieces.parts, strict=True)]
+    spans = SpanScan(scans, pieces)
+    arriving = strategy.enter(spans.summary, call)
+    parts = [
+        (core.reads(one, piece.chunks), core.intra(one, piece.chunks))
+        for one, piece in zip(written, pieces.parts, strict=True)
+    ]
     entered = arriving()
-    out += reads @ local.states(entered, chunks)
-    return chunks.join(out), entered
+    whole = parts[0][1].new_zeros(tensors[2].shape)
+    for piece, scan, (reads, out), entering in zip(pieces.parts, scans, parts, spans.entering(entered), strict=True):
+        out += reads @ scan.states(entering, piece.chunks)
+        whole[:, piece.rows] = piece.chunks.join(out)
+    return whole, entered
+
+
+@dataclass
+class _Again:
+    """A piece computed once more, with autograd. ``gradients``: of its own rows of the tensors, so far."""
+
+    piece: Piece
+    leaves: list[Tensor]
+    written: Any
+    scan: LocalScan
+    reads: Tensor
+    dout: Tensor
+    gradients: list[Tensor | None]
+
+    @classmethod
+    def of(cls, core: Core, piece: Piece, tensors: Sequence[Tensor], dout: Tensor) -> _Again:
+        with autograd():
+            leaves = [piece.of(tensor).detach().requires_grad_() for tensor in tensors]
+            written = _write(core, piece, leaves)
+            scan, reads = _scan(written, piece), core.reads(written, piece.chunks)
+        wide = piece.chunks.cut(piece.of(dout).to(reads.dtype))
+        return cls(piece, leaves, written, scan, reads, wide, [None] * len(leaves))
+
+    def dstates(self) -> Tensor:
+        return self.reads.detach().mT @ self.dout
+
+    def add(self, outputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], more: bool) -> None:
+        found = torch.autograd.grad(outputs, self.leaves, gradients, retain_graph=more, allow_unused=True)
+        self.gradients = [_sum(both) for both in zip(self.gradients, found, strict=True)]
 
 
 def backward(
@@ -55,33 +91,56 @@ def backward(
     dout: Tensor,
     tensors: Sequence[Tensor],
     entered: Tensor,
-    chunks: Chunks,
+    pieces: Pieces,
     call: Call,
     strategy: LinearStrategy,
 ) -> list[Tensor]:
     """Gradients of the tensors."""
-    with autograd():
-        q, k, v, *gates = leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        written = core.write(q, k, v, gates, chunks)
-        local = scan_chunks(written.transition, written.addition, chunks)
-        reads = core.reads(written, chunks)
-    dout = chunks.cut(dout.to(entered.dtype))
-    dstates = reads.detach().mT @ dout
-    fixed = LocalScan(local.entering.detach(), local.leaving.detach(), local.values, local.rows)
-    arriving = strategy.leave(Summary(fixed.transitions, fixed.entered_gradient(dstates, chunks)), call)
-    with autograd():
-        out = core.intra(written, chunks)
-        dreads = dout @ fixed.states(entered, chunks).mT
-        first = torch.autograd.grad((reads, out), leaves, (dreads, dout), retain_graph=True, allow_unused=True)
-    ends = fixed.gradients(dstates, entered, arriving(), chunks)
-    with autograd():
-        second = torch.autograd.grad((local.entering, local.leaving), leaves, ends, allow_unused=True)
-    return [_sum(parts, tensor) for *parts, tensor in zip(first, second, tensors, strict=True)]
+    again = [_Again.of(core, piece, tensors, dout) for piece in pieces.parts]
+    fixed = [one.scan.detach() for one in again]
+    dstates = [one.dstates() for one in again]
+    dentering = torch.cat(
+        [scan.entered_gradient(grad, one.piece.chunks) for scan, grad, one in zip(fixed, dstates, again, strict=True)],
+        1,
+    )
+    spans = SpanScan(fixed, pieces)
+    arriving = strategy.leave(Summary(spans.summary.transitions, spans.entered_gradient(dentering)), call)
+    entering = spans.entering(entered)
+    for one, scan, states in zip(again, fixed, entering, strict=True):
+        with autograd():
+            out = core.intra(one.written, one.piece.chunks)
+            dreads = one.dout @ scan.states(states, one.piece.chunks).mT
+            one.add((one.reads, out), (dreads, one.dout), more=True)
+    leaving = spans.leaving_gradients(dentering, arriving())
+    for one, scan, dstate, states, left in zip(again, fixed, dstates, entering, leaving, strict=True):
+        ends = scan.gradients(dstate, states, left, one.piece.chunks)
+        with autograd():
+            one.add((one.scan.entering, one.scan.leaving), ends, more=False)
+    return [_joined(tensor, again, number) for number, tensor in enumerate(tensors)]
 
 
-def _sum(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def _write(core: Core, piece: Piece, tensors: Sequence[Tensor]) -> Any:
+    q, k, v, *gates = tensors
+    return core.write(q, k, v, gates, piece.chunks)
+
+
+def _scan(written: Any, piece: Piece) -> LocalScan:
+    return scan_chunks(written.transition, written.addition, piece.chunks.runs)
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
-    return sum(found[1:], found[0]) if found else torch.zeros_like(like)
+    return sum(found[1:], found[0]) if found else None
+
+
+def _joined(tensor: Tensor, again: Sequence[_Again], number: int) -> Tensor:
+    """The gradient of a tensor, from those of the pieces: of their rows, or shares of a tensor of heads."""
+    whole = torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype) if tensor.ndim == 1 else tensor.dtype)
+    for one in again:
+        gradient = one.gradients[number]
+        if gradient is not None:
+            one.piece.of(whole).add_(gradient)
+    return whole
 
 
 _CONTEXT = "Tensor plan, str group, str strategy, int chunk"
@@ -92,21 +151,23 @@ def define_operator(name: str, core: Core) -> Any:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
-        tensors, (chunks, call, strategy) = (q, k, v, *gates), _resolve(q, gates, *context)
+        tensors, (call, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *context), context[-1]
         if call.plan.mask.causal:
-            out, entered = forward(core, tensors, chunks, call, strategy)
+            pieces = pieces_of(call.plan, call.group.rank, chunk, q.device)
+            out, entered = forward(core, tensors, pieces, call, strategy)
         else:
-            out, entered = bidirectional.forward(tensors, chunks, _parts(call, q, context), call)
+            out, entered = bidirectional.forward(tensors, *_whole(call, chunk, q), call)
         return out.to(q.dtype), entered
 
     def run_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], entered: Tensor, *context: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        tensors, (chunks, call, strategy) = (q, k, v, *gates), _resolve(q, gates, *context)
+        tensors, (call, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *context), context[-1]
         if call.plan.mask.causal:
-            found = backward(core, dout, tensors, entered, chunks, call, strategy)
+            pieces = pieces_of(call.plan, call.group.rank, chunk, q.device)
+            found = backward(core, dout, tensors, entered, pieces, call, strategy)
         else:
-            found = bidirectional.backward(dout, tensors, entered, chunks, _parts(call, q, context), call)
+            found = bidirectional.backward(dout, tensors, entered, *_whole(call, chunk, q), call)
         dq, dk, dv, *dgates = (grad.to(tensor.dtype) for grad, tensor in zip(found, tensors, strict=True))
         return dq, dk, dv, dgates
 
@@ -151,7 +212,7 @@ def define_operator(name: str, core: Core) -> Any:
 
 def _resolve(
     q: Tensor, gates: Sequence[Tensor], plan: Tensor, group: str, strategy: str, chunk: int
-) -> tuple[Chunks, Call, LinearStrategy]:
+) -> tuple[Call, LinearStrategy]:
     sequence, ranks = plan_of(plan), group_named(group)
     if (sequence.world, sequence.shard, len(sequence.documents)) != (ranks.size, q.shape[1], q.shape[0]):
         raise ConfigError(
@@ -168,11 +229,13 @@ def _resolve(
         decay = q.new_zeros(q.shape[2], dtype=accumulation_dtype(q.dtype))
     elif len(gates) == 1 and gates[0].ndim == 1:
         decay = gates[0].to(accumulation_dtype(q.dtype))
-    return chunks_of(sequence, ranks.rank, chunk, q.device), Call(sequence, ranks, decay), get_linear(strategy)
+    return Call(sequence, ranks, decay), get_linear(strategy)
 
 
-def _parts(call: Call, q: Tensor, context: Sequence[Any]) -> bidirectional.Parts:
-    return bidirectional.parts_of(call.plan, call.group.rank, context[-1], q.device)
+def _whole(call: Call, chunk: int, q: Tensor) -> tuple[Chunks, bidirectional.Parts]:
+    """What the form without a causal mask reads of the plan."""
+    where = call.plan, call.group.rank, chunk, q.device
+    return chunks_of(*where), bidirectional.parts_of(*where)
 
 
 diagonal_attention = define_operator("linear_diagonal", diagonal)

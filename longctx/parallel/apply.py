@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longctx.attention.across_stages import StageAttention
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
@@ -24,7 +25,10 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     """
     train = config.train
     pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None
-    cores = core_attention(config, mesh), linear_attention(config, mesh)
+    device = next(model.parameters()).device
+    cores = core_attention(config, mesh, device), linear_attention(config, mesh)
+    if pipeline is not None and isinstance(cores[0], StageAttention):
+        pipeline.servers = cores[0]
     for part in [model] if pipeline is None else pipeline.stages:
         split_tensors(part, mesh.tensor)
         part.set_attention(*cores)

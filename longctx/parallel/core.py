@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
+from longctx.attention.across_stages import StageAttention
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
@@ -12,6 +15,7 @@ from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
+from longctx.parallel.across_stages import prepare_ticks, stage_attention, ticks_by
 from longctx.parallel.data import compute_dtype
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
@@ -46,22 +50,30 @@ def attention_case(config: Config) -> AttentionCase:
     )
 
 
-def work_of(config: Config) -> Callable[[SequencePlan, int], float]:
-    """What attention costs a rank of the sequence group for a batch: (query, key) cells in all its heads, or where no
-    layer has such, tokens."""
+def work_of(config: Config) -> Callable[[Sequence[SequencePlan], int, int], float]:
+    """What attention costs a rank for a step's batches, by its stage and its place in the sequence group: (query, key)
+    cells in all its heads, of one layer, or where no layer has such, tokens. Where stages serve one another, of all
+    layers."""
     if "S" not in config.model.pattern:
-        return lambda plan, rank: len(plan.positions(rank)) * len(plan.documents)
+        return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
+    if config.attention.servers == "pipeline":
+        ticks, sp = ticks_by(config), config.parallel.sp
+        return lambda plans, stage, rank: ticks(plans).work(stage * sp + rank)
     inner = inner_of(strategy, attention_case(config))
     if config.attention.ping_pong:
-        return lambda plan, rank: sum(strategy.work(plan.half(number), rank, inner) for number in (0, 1))
-    return lambda plan, rank: strategy.work(plan, rank, inner)
+        return lambda plans, stage, rank: sum(
+            strategy.work(plan.half(number), rank, inner) for plan in plans for number in (0, 1)
+        )
+    return lambda plans, stage, rank: sum(strategy.work(plan, rank, inner) for plan in plans)
 
 
 def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
     """Makes, of the plans of a step's micro-batches, what its softmax layers would plan at first use."""
     if "S" not in config.model.pattern:
         return lambda plans: None
+    if config.attention.servers == "pipeline":
+        return prepare_ticks(config, mesh)
     case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
     element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
     # Asked for here, as process groups belong to a thread under simulation.
@@ -77,10 +89,15 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
     return prepare
 
 
-def core_attention(config: Config, mesh: Mesh) -> StrategyAttention | None:
-    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point."""
+def core_attention(config: Config, mesh: Mesh, device: torch.device) -> StrategyAttention | StageAttention | None:
+    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
+
+    ``device``: of q, k and v, which ranks that only serve have none of.
+    """
     if "S" not in config.model.pattern:
         return None
+    if config.attention.servers == "pipeline":
+        return stage_attention(config, mesh, device)
     attention, case = config.attention, attention_case(config)
     inner = inner_of(get_strategy(attention.strategy), case)
     return StrategyAttention(

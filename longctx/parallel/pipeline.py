@@ -9,6 +9,7 @@ read the same data and make the same plans, so a handle names a plan of the proc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,11 +26,14 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor
 
+from longctx.attention.across_stages import StageAttention
+from longctx.attention.ticks import Phase
 from longctx.comm import exchange, group_of
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
 from longctx.parallel.stages import parts_of, stage_numbers
+from longctx.parallel.ticks import TickSchedule
 from longctx.sequence import LocalBatch
 
 ONE_STAGE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -48,11 +52,12 @@ class Pipeline(nn.Module):
     """
 
     def __init__(self, stages: Mapping[int, Decoder], owners: Sequence[int]) -> None:
-        """``owners``: the pipeline rank of every stage."""
+        """``owners``: the pipeline rank of every stage. ``servers``: set where stages serve one another's attention."""
         super().__init__()
         self.numbers = tuple(stages)
         self.total = len(owners)
         self.owners = tuple(owners)
+        self.servers: StageAttention | None = None
         for number, stage in stages.items():
             self.add_module(f"stage_{number}", stage)
 
@@ -123,16 +128,19 @@ def run_forward(pipeline: Pipeline, batch: LocalBatch, mesh: Mesh, dtype: torch.
     device = batch.tokens.device
     stages = dict(zip(pipeline.numbers, pipeline.stages, strict=True))
     x = batch.tokens
+    if pipeline.servers is not None:
+        pipeline.servers.open([batch.plan])
     for number in range(pipeline.total):
         owner, before = pipeline.owners[number], pipeline.owners[max(number - 1, 0)]
-        if owner != before and ranks.rank == before:
-            exchange(ranks, [(owner, x.contiguous())], []).wait()
-        if number not in stages:
-            continue
-        if owner != before:
-            hidden = torch.empty(rows, tokens // mesh.tensor.size(), config.dim, dtype=dtype, device=device)
-            (x,) = exchange(ranks, [], [(before, hidden)]).wait()
-        x = stages[number](x, batch.positions, batch.plan.handle)
+        with nullcontext() if pipeline.servers is None else pipeline.servers.tick(Phase.FORWARD, number):
+            if owner != before and ranks.rank == before:
+                exchange(ranks, [(owner, x.contiguous())], []).wait()
+            if number not in stages:
+                continue
+            if owner != before:
+                hidden = torch.empty(rows, tokens // mesh.tensor.size(), config.dim, dtype=dtype, device=device)
+                (x,) = exchange(ranks, [], [(before, hidden)]).wait()
+            x = stages[number](x, batch.positions, batch.plan.handle)
     if pipeline.last is None:
         x = torch.empty(rows, tokens, config.vocab_size, dtype=dtype, device=device)
     dist.broadcast(x, group=group, group_src=pipeline.owners[-1])
@@ -165,7 +173,7 @@ def make_schedule(
     device: torch.device,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """torch's schedule of that name over the pipeline's stages.
+    """torch's schedule of that name over the pipeline's stages, or that of stages that serve one another.
 
     ``dtype``: of hidden states. ``loss`` turns the last stage's output and its row of ``target`` into what is
     differentiated. Shapes are stated, for otherwise torch would find them out by sending pickled objects.
@@ -174,6 +182,8 @@ def make_schedule(
         PipelineStage(stage, number, pipeline.total, device, *_examples(stage, shape, dtype), group=group)
         for number, stage in zip(pipeline.numbers, pipeline.stages, strict=True)
     ]
+    if pipeline.servers is not None:
+        return TickSchedule(stages[0], shape.microbatches, pipeline.servers, loss)
     if name in ONE_STAGE:
         return ONE_STAGE[name](stages[0], shape.microbatches, loss_fn=loss, scale_grads=False)
     return SEVERAL_STAGES[name](stages, shape.microbatches, loss_fn=loss, scale_grads=False)

@@ -53,7 +53,7 @@ class Observation:
     """Facts of one step, equal on all ranks.
 
     ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
-    rank over the mean. ``work``, ``bytes``: of each rank that counts its tokens, the cells that it computes and what
+    rank over the mean. ``work``, ``bytes``: of each rank that tells of its work, the cells that it computes and what
     its attention sent. ``straggler``: tokens of the longest document of the busiest one. ``padding``: share of the
     physical tokens that are none. ``comm_bytes``: what attention sent, all ranks together. ``stop``: somebody was asked
     to stop.
@@ -72,6 +72,11 @@ class Observation:
     stop: bool
 
 
+def work_at_home(plans: Sequence[SequencePlan], stage: int, rank: int) -> float:
+    """Cells of a layer that a rank of the sequence group computes for its own queries, on whatever stage."""
+    return sum(plan.work(rank) for plan in plans)
+
+
 def _never() -> bool:
     return False
 
@@ -85,7 +90,8 @@ class Meter:
     """One rank's view of its own work, put together with that of the others once a step.
 
     ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end?
-    ``peak``: FLOP/s of one device. ``work``: cells that a rank computes of a batch.
+    ``peak``: FLOP/s of one device. ``work``: cells that a rank computes of a step's batches, by its stage and its place
+    in the sequence group. ``every_stage``: ranks of all stages tell of theirs, which otherwise the first stands for.
     """
 
     mesh: Mesh
@@ -93,7 +99,8 @@ class Meter:
     memory: Callable[[], int | None] = _unknown
     stop: Callable[[], bool] = _never
     peak: float | None = None
-    work: Callable[[SequencePlan, int], float] = SequencePlan.work
+    work: Callable[[Sequence[SequencePlan], int, int], float] = work_at_home
+    every_stage: bool = False
     _sent: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -103,19 +110,20 @@ class Meter:
     def observe(self, batches: Sequence[LocalBatch]) -> Observation:
         """After a step on these micro-batches; every rank calls it."""
         plans, me = [batch.plan for batch in batches], self.mesh.sequence_rank
-        cells = sum(plan.work(me) for plan in plans)
-        work = sum(self.work(plan, me) for plan in plans)
+        work = self.work(plans, self.mesh.pipeline.get_local_rank(), me)
         longest = max(longest_document(plan, me) for plan in plans)
         valid = sum(len(plan.positions(me)) * len(plan.documents) for plan in plans)
         physical = sum(plan.shard * len(plan.documents) for plan in plans)
         # Each sequence is counted by the first rank of its group, each token by one of those that hold it.
         counts = self.mesh.counts_tokens
+        tells = counts or (self.every_stage and self.mesh.leads_tensor)
         first = counts and me == 0
+        cells = sum(plan.work(me) for plan in plans) if counts else 0
         tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
         full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
         sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
         memory = self.memory()
-        own = [counts, cells, work, longest, valid, physical, tokens, full, sent]
+        own = [tells, cells, work, longest, valid, physical, tokens, full, sent]
         own += [-1 if memory is None else memory, self.stop()]
         rows = gather_numbers(own, self.mesh.world_group, self.device)
         (_, all_cells, works, documents, valids, physicals, *_) = zip(*(row for row in rows if row[0]), strict=True)

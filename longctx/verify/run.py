@@ -22,14 +22,8 @@ from longctx.verify.memory import PeakMemory
 
 def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
     """Forward and backward of this rank's share, with the random upstream gradient of the case."""
-    ranks, plan, by_head = group_of(group), case.plan(), shared_inputs(case)
-    local = {
-        name: whole.clone() if name in by_head else cut(whole, plan, ranks.rank)
-        for name, whole in whole_inputs(case).items()
-    }
-    dout = local.pop("dout")
-    for tensor in local.values():
-        tensor.requires_grad_()
+    ranks = group_of(group)
+    plan, local, dout = local_inputs(case, ranks.rank)
     compute = core_of(case, group)
     before = ranks.traffic.bytes
     with PeakMemory(IMPLEMENTATIONS) as memory:
@@ -37,6 +31,18 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
         between = ranks.traffic.bytes
         grads = torch.autograd.grad(out, list(local.values()), dout)
     return RankResult(_named(out, local, grads), between - before, ranks.traffic.bytes - between, memory.peak)
+
+
+def local_inputs(case: VerifyCase, rank: int) -> tuple[SequencePlan, dict[str, Tensor], Tensor]:
+    """The case's plan, a rank's inputs by name, which want gradients, and its upstream gradient."""
+    plan, by_head = case.plan(), shared_inputs(case)
+    local = {
+        name: whole.clone() if name in by_head else cut(whole, plan, rank) for name, whole in whole_inputs(case).items()
+    }
+    dout = local.pop("dout")
+    for tensor in local.values():
+        tensor.requires_grad_()
+    return plan, local, dout
 
 
 def whole_inputs(case: VerifyCase) -> dict[str, Tensor]:

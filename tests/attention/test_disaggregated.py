@@ -15,7 +15,7 @@ from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
 from longctx.comm import group_of
 from longctx.planner import Widths
-from longctx.sequence import SequencePlan
+from longctx.sequence import Documents, SequencePlan
 from longctx.sequence.tasks import Task
 from longctx.sim import Cluster, Event, mark_step
 from longctx.verify import VerifyCase
@@ -27,7 +27,7 @@ from tests.volume.measure import BACKWARD, FORWARD
 FINEST = 2  # tokens; smaller pieces are not cut again
 
 
-def random_tasks(case: VerifyCase, seed: int) -> list[Task]:
+def random_tasks(packing: tuple[Documents, ...], world: int, seed: int) -> list[Task]:
     """A partition of every document's square by random cuts, each piece with a random server."""
     chance = random.Random(seed)
     found = []
@@ -35,18 +35,22 @@ def random_tasks(case: VerifyCase, seed: int) -> list[Task]:
     def cut(row, q, k):
         sides = [side for side in (q, k) if side[1] - side[0] > FINEST]
         if not sides or chance.random() < 0.3:
-            found.append(Task(row, *q, *k, chance.randrange(case.world)))
+            found.append(Task(row, *q, *k, chance.randrange(world)))
             return
         side = chance.choice(sides)
         at = chance.randint(side[0] + 1, side[1] - 1)
         for part in ((side[0], at), (at, side[1])):
             cut(row, *((part, k) if side is q else (q, part)))
 
-    for row, documents in enumerate(case.packing):
+    for row, documents in enumerate(packing):
         for start, stop in pairwise(documents.cu_seqlens.tolist()):
             cut(row, (start, stop), (start, stop))
     chance.shuffle(found)
     return found
+
+
+def tasks_of(case: VerifyCase, seed: int) -> list[Task]:
+    return random_tasks(case.packing, case.world, seed)
 
 
 def check(case: VerifyCase, forward=None, backward=None):
@@ -80,19 +84,19 @@ def case_of(world, lengths, strategy="disaggregated", **options):
 )
 def test_any_partition_is_exact(lengths, world, layout, seed):
     case = case_of(world, lengths, layout=layout, seed=seed)
-    check(case, random_tasks(case, seed), random_tasks(case, seed + 1))
+    check(case, tasks_of(case, seed), tasks_of(case, seed + 1))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("mask", [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 4}], ids=str)
 def test_every_mask_two_batch_rows_and_different_passes(world, mask):
     case = case_of(world, [17, 1, 1, 30, 8], batch=2, **mask)
-    check(case, random_tasks(case, world), random_tasks(case, world + 99))
+    check(case, tasks_of(case, world), tasks_of(case, world + 99))
 
 
 def test_shares_may_go_home_narrow():
     case = case_of(4, [40, 9, 1], travel="narrow")
-    check(case, random_tasks(case, 3), random_tasks(case, 4))
+    check(case, tasks_of(case, 3), tasks_of(case, 4))
 
 
 def test_one_server_for_all_and_servers_without_work():

@@ -36,6 +36,7 @@ class Transfer:
     dtype: str
     shape: tuple[int, ...]
     behind: tuple[int, ...]
+    instead: bool = False  # it could hide, and something that is longer would be exposed in its place
 
     @property
     def exposed(self) -> bool:
@@ -129,7 +130,7 @@ SCHEDULE = (
         ),
     ),
     Row(
-        "ulysses",
+        "ulysses",  # of a key/value head each, which is one group
         (
             forward("q, k, v to heads", (1, (H + 2 * K) // 4, D), FIRST),
             forward("out to tokens", (1, H // 4, D), FIRST),
@@ -139,15 +140,16 @@ SCHEDULE = (
         4,
     ),
     Row(
-        "usp",
+        "usp",  # two groups of heads, each a ring of two hops
         (
-            forward("q, k, v to heads", (1, (H + 2 * K) // 2, D), (0,)),
-            forward("keys and values", (2, 1, K // 2, D), (1,)),
-            forward("out to tokens", (1, H // 2, D), (0,)),
-            backward("dout to heads", (1, H // 2, D), (0,)),
-            backward("keys and values", (2, 1, K // 2, D), (1,)),
-            backward("the last dk and dv", (2, 1, K // 2, D), (0,), WIDE),
-            backward("dq, dk, dv to tokens", (1, (H + 2 * K) // 2, D), (0,)),
+            forward("q, k, v to heads", (1, (H + 2 * K) // 4, D), (0, 2)),
+            forward("keys and values", (2, 1, K // 4, D), (1, 1)),
+            forward("out to tokens", (1, H // 4, D), (2, 0)),
+            backward("dout to heads", (1, H // 4, D), (0, 2)),
+            backward("keys and values", (2, 1, K // 4, D), (1, 1)),
+            # Those of the first group would keep its dq, dk, dv from going home behind the second.
+            replace(backward("the last dk and dv", (2, 1, K // 4, D), (0, 0), WIDE), instead=True),
+            backward("dq, dk, dv to tokens", (1, (H + 2 * K) // 4, D), (2, 0)),
         ),
         2,
     ),
@@ -244,8 +246,10 @@ def test_under_any_mask_only_the_named_are_exposed_and_they_could_not_be_hidden(
         for post, wait, event in spans(events):
             computed = calls(row, events, event.step)
             if not any(post < at < wait for at in computed):
-                assert any(kind.exposed for kind in kinds_of(row, event)), event
-                assert post > computed[-1] or wait < computed[0], f"{event} could have been hidden"
+                kinds = kinds_of(row, event)
+                assert any(kind.exposed for kind in kinds), event
+                chosen = any(kind.instead for kind in kinds)
+                assert chosen or post > computed[-1] or wait < computed[0], f"{event} could have been hidden"
 
 
 def test_the_documentation_names_what_is_exposed():

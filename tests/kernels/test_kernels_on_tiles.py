@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.kernels import dense
+from longctx.kernels import dense, flash_cpu
 from longctx.kernels.dense import Dense
 from longctx.kernels.flash_cpu import FlashCpu
 from longctx.sequence import Contiguous, Mask, Striped, Tile, TileSet, Zigzag
@@ -126,3 +126,11 @@ def test_any_tile(data):
     whole = tensors(torch.float64, 1, n + 3, keys + 4, 2, 1, 8)
     for kernel in KERNELS.values():
         check(kernel, whole, [TileSet(0, 1, (tile,))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_large_squares_are_halved(monkeypatch, kind, dtype):
+    monkeypatch.setattr(flash_cpu, "LARGEST_SQUARE", 2)
+    whole = tensors(dtype, 3, 11, 16, 4, 2, 8)
+    check(FlashCpu(), whole, [TileSet(1, 3, (KINDS[kind],))])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import pieces
-from longctx.kernels.pieces import NARROW_WINDOW, Piece, Shape, pieces_of
+from longctx.kernels.pieces import NARROW_WINDOW, SQUARES, Piece, Shape, halved, pieces_of
 from longctx.sequence import Tile
 from tests.sequence.brute_force import tile_cells
 
@@ -72,3 +72,16 @@ def test_masked_pieces_are_no_longer_than_a_chunk():
     for piece in pieces_of(tile):
         assert piece.q_stop - piece.q_start <= NARROW_WINDOW
         assert piece.k_stop - piece.k_start <= NARROW_WINDOW + 15
+
+
+@given(st.sampled_from(SQUARES), st.integers(1, 70), st.integers(1, 20))
+def test_halves_of_a_square_cover_its_cells_once(shape, rows, largest):
+    whole = Piece(shape, 3, 3 + rows, 5, 5 + rows)
+    parts = list(halved(whole, largest))
+    assert Counter(cell for part in parts for cell in piece_cells(part)) == Counter(piece_cells(whole))
+    assert all(part.q_stop - part.q_start <= largest for part in parts if part.shape in SQUARES)
+
+
+def test_what_is_no_square_stays_whole():
+    full = Piece(Shape.FULL, 0, 900, 0, 400)
+    assert list(halved(full, 256)) == [full]

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context, link, planning"),
-        (["linear"], 69, "not built yet"),
+        (["nonsense"], 78, "attention, trainer, context, link, planning, linear"),
+        (["memory"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
         (["attention", "--strategies", "ring,nonsense"], 78, "valid: ring, striped, burst"),

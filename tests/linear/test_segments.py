@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.linear.chunks import chunks_of
+from longctx.linear.chunks import chunks_of, cut_pieces
 from longctx.linear.segments import chain_of
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 
@@ -99,3 +99,40 @@ def test_cutting_and_joining_are_inverse_but_for_padding(plan, chunk):
     for row, documents in enumerate(plan.documents):
         real = int((positions < documents.length).sum())
         assert torch.equal(joined[row, :real], tokens[row, :real]) and not joined[row, real:].any()
+
+
+@given(plan=plans(), chunk=st.integers(1, 9), tokens=st.integers(1, 30), data=st.data())
+def test_pieces_hold_all_chunks_of_a_rank_in_order(plan, chunk, tokens, data):
+    chain, rank = chain_of(plan), data.draw(st.integers(0, plan.world - 1))
+    segments = [chain.segments[place] for place in chain.own(rank)]
+    pieces = cut_pieces(segments, plan.documents, chunk, tokens)
+    edges = [(piece.rows.start, piece.rows.stop) for piece in pieces.parts]
+    assert [edge for edges_of in edges for edge in edges_of][1:-1] == [
+        stop for _, stop in edges[:-1] for _ in range(2)
+    ], "rows follow each other"
+    assert (edges[0][0], edges[-1][1]) == (0, len(plan.positions(rank)))
+    for start, stop in edges:
+        assert stop - start <= max(chunk, tokens)
+    # Spans follow each other in their segments: cut again and put together, they are the segments.
+    spans = [len(piece.chunks.runs) for piece in pieces.parts]
+    assert [stop for _, stop in pieces.runs] == [start for start, _ in pieces.runs[1:]] + [sum(spans)] * bool(segments)
+    lengths = [
+        int((piece.chunks.segment[piece.chunks.slots // piece.chunks.width] == run).sum())
+        for piece in pieces.parts
+        for run in range(len(piece.chunks.runs))
+    ]
+    assert [sum(lengths[start:stop]) for start, stop in pieces.runs] == [segment.tokens for segment in segments]
+    # A span ends inside its segment at the end of a whole chunk.
+    for start, stop in pieces.runs:
+        assert all(length % chunk == 0 for length in lengths[start : stop - 1])
+
+
+@given(plan=plans(), chunk=st.integers(1, 20))
+def test_what_is_full_needs_no_padding_and_no_mask(plan, chunk):
+    chunks = chunks_of(plan, 0, chunk, torch.device("cpu"))
+    valid = all(int((plan.positions(0) < row.length).sum()) == plan.shard for row in plan.documents)
+    even = all(
+        segment.tokens % chunks.width == 0
+        for segment in map(chain_of(plan).segments.__getitem__, chain_of(plan).own(0))
+    )
+    assert chunks.full == (valid and even and len(plan.positions(0)) == plan.shard)

@@ -45,6 +45,12 @@ RIGHT = [
     {"parallel": {"sp": 2}, "train": {"recompute": "full", "mlp_chunk": 4096, "offload": True}},
     {"parallel": {"sp": 2}, "attention": {"strategy": "disaggregated", "ping_pong": True}, "train": {"micro_batch": 2}},
     {
+        "parallel": {"pp": 2, "sp": 2, "pp_schedule": "gpipe"},
+        "model": {"layers": 3},
+        "attention": {"strategy": "disaggregated", "layout": None, "servers": "pipeline"},
+        "train": {"dtype": "bfloat16", "recompute": "selective", "offload": True},
+    },
+    {
         "parallel": {"sp": 2, "tp": 2},
         "model": {"pattern": "LS", "mixer": "gated_deltanet"},
         "train": {"dtype": "float32"},

@@ -52,9 +52,8 @@ def test_operators_are_looked_into():
 
 def test_every_strategy_can_be_looked_into():
     from longctx.attention import get_strategy
-    from longctx.attention.swap import OPERATORS as SWAP
 
-    for name in ("local", "ring"):
-        operator = get_strategy(name).operator
-        inside = [operator._opoverload] if hasattr(operator, "_opoverload") else list(SWAP)
-        assert set(inside) <= set(IMPLEMENTATIONS)
+    for name in ("local", "ring", "ulysses", "usp"):
+        get_strategy(name)
+        operators = getattr(torch.ops.longctx, name), getattr(torch.ops.longctx, f"{name}_backward")
+        assert {operator.default for operator in operators} <= set(IMPLEMENTATIONS)

@@ -68,6 +68,23 @@ def test_two_processes_agree_with_one_rank(capsys):
     assert (report["backend"], report["layout"], report["dtype"]) == ("gloo", "striped", "float32")
 
 
+STAGES = ["attention=disaggregated", "attention.servers=pipeline", "parallel.pp=2", "parallel.pp_schedule=gpipe"]
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+def test_stages_that_serve_one_another_agree_with_one_rank(capsys, sp):
+    words = ["comm=sim", *STAGES, f"parallel.sp={sp}", "--dtype", "float64", "--steps", "2"]
+    status, report = verify_json(capsys, *words)
+    assert status == 0 and report["passed"] is True and report["mesh"]["pp"] == 2
+
+
+@pytest.mark.gloo
+def test_stages_of_two_processes_serve_one_another(capsys):
+    status, report = verify_json(capsys, *STAGES, "--dtype", "float64", "--steps", "2")
+    assert status == 0 and report["passed"] is True
+    assert (report["backend"], report["mesh"]["pp"]) == ("gloo", 2)
+
+
 def test_a_rank_that_a_launcher_started_joins_its_world(capsys, monkeypatch):
     for name in (env.RANK, env.WORLD_SIZE, env.LOCAL_RANK, env.MASTER_ADDR, env.MASTER_PORT):
         # Set before it is deleted, so that what the command exports is undone afterwards.

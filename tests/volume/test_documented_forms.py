@@ -15,7 +15,9 @@ from longctx.sequence import Mask
 from tests.volume.measure import LAYOUTS, plan_of
 
 PAGE = Path(__file__).parents[2] / "docs/attention.md"
-ROW = re.compile(r"^\| `(\w+)`(?:, (keys|queries))?(?:, \w+ divides \w)? \| (\S.*) \| (\S.*) \|$", re.MULTILINE)
+ROW = re.compile(
+    r"^\| `(\w+)`(?:, (keys|queries|one group|two groups))?(?:, \w+ divides \w)? \| (\S.*) \| (\S.*) \|$", re.MULTILINE
+)
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 # Those of which nothing wide travels but gradients, so that w = e is all that `travel=narrow` changes.
 GRADIENTS_ALONE = {("ring", ""), ("gather", ""), ("burst", "keys"), ("usp", "")}
