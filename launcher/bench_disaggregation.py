@@ -97,9 +97,7 @@ def require_exact(problem: Problem, ways: list[str]) -> None:
     truth = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
     for name in ways:
         way = WAYS[name]
-        ranks = Cluster(short.world, trace=False).run(
-            lambda way=way: attend(short, way, dist.get_rank(), dist.group.WORLD)
-        )
+        ranks = Cluster(short.world, trace=False).run(attend, short, way)
         plan = short.plan(way.layout(short))
         for parts, true in zip(zip(*ranks, strict=True), truth, strict=True):
             error = float((unshard(list(parts), plan) - true).norm() / (true.norm() + 1e-3 * dout.norm()))
@@ -110,9 +108,9 @@ def require_exact(problem: Problem, ways: list[str]) -> None:
 def report(problem: Problem, told: dict[str, Any], measured: dict[str, Any]) -> str:
     lengths = sorted(problem.documents.lengths.tolist())
     lines = [
-        f"one layer, forward + backward, {problem.world} Gloo processes, causal, float32, {problem.heads} query heads of "
-        f"{problem.head_dim}, {problem.kv_heads} key/value heads; {problem.documents.length} tokens in {len(lengths)} "
-        f"documents, the longest of {lengths[-1]}, then {lengths[-2] if len(lengths) > 1 else 0} and shorter; "
+        f"one layer, forward + backward, {problem.world} Gloo processes, causal, float32, {problem.heads} query heads "
+        f"of {problem.head_dim}, {problem.kv_heads} key/value heads; {problem.documents.length} tokens in documents of "
+        f"{', '.join(map(str, lengths[:-4:-1]))} and {max(0, len(lengths) - 3)} shorter ones; "
         f"{told['rounds']} interleaved rounds, median (min-max); load {told['load']}, {told['seconds']:.0f} s; "
         f"linear parts {_spread(measured['linear'], 1e3, '.0f')} ms",
         "",

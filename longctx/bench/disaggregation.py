@@ -4,9 +4,9 @@ Every rank has equal tokens, so the linear parts cost the same everywhere, and o
 step here is one layer, forward and backward: of attention by itself, and of a whole block. All ways take turns in one
 process group on the same tokens, and a step has ended when the last rank has.
 
-The mean work's time: every rank replays its own kernel calls (``longctx.bench.floor``), all at once, and the ranks' times
-are averaged. That is what a step would take if work were equal to the last cell, nothing were sent or packed, and nobody
-waited. For a block the linear parts are added, as one block takes that has no attention.
+The mean work's time: every rank replays its own kernel calls (``longctx.bench.floor``), all at once, and the ranks'
+times are averaged. That is what a step would take if work were equal to the last cell, nothing were sent or packed,
+and nobody waited. For a block the linear parts are added, as one block takes that has no attention.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from torch import Tensor
 
 from longctx.attention import StrategyAttention
 from longctx.attention.contract import kernel_for
-from longctx.attention.core import Started
+from longctx.attention.core import CoreAttention, Started
 from longctx.bench.attention import TENSORS, Timing
-from longctx.bench.floor import NAME, recorded_pass, replay
+from longctx.bench.floor import NAME, ForwardCall, recorded_pass, replay
 from longctx.comm import group_of
 from longctx.config import ModelConfig
 from longctx.errors import NumericsError
 from longctx.model.block import SoftmaxBlock
 from longctx.model.rotary import rotation_of
 from longctx.planner import zigzag
+from longctx.sequence.documents import Int64
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, make_plan, unshard
 from longctx.verify.run import cut
 
 Pass = Callable[[], object]
+CAUSAL = Mask(True, None)
 LIMIT = 1e-5  # relative, of out, dq, dk, dv in float32: beyond it nothing is timed
 WIDE = 8 / 3  # hidden width over model width, as of a Llama
 
@@ -63,7 +65,7 @@ class Problem:
         return Documents.from_lengths([length for share in self.shares for length in share])
 
     def plan(self, layout: Layout) -> SequencePlan:
-        return make_plan((self.documents,), Mask(True, None), layout, self.documents.length, self.world)
+        return make_plan((self.documents,), CAUSAL, layout, self.documents.length, self.world)
 
     @cached_property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,14 +94,12 @@ def skewed(world: int, tokens: int, longest: int, short: tuple[int, int], seed: 
 
 def per_document(problem: Problem) -> Layout:
     """Every document in zigzag over all ranks; what is left over is dealt round-robin."""
-    home = zigzag(problem.documents.lengths, problem.world)
-    starts = problem.documents.cu_seqlens
-    return Explicit(
-        tuple(
-            tuple(sorted((int(starts[one.doc]) + one.start, int(starts[one.doc]) + one.stop) for one in home.spans(rank)))
-            for rank in range(problem.world)
-        )
-    )
+    home, starts = zigzag(problem.documents.lengths, problem.world), problem.documents.cu_seqlens.tolist()
+
+    def spans(rank: int) -> tuple[tuple[int, int], ...]:
+        return tuple(sorted((starts[one.doc] + one.start, starts[one.doc] + one.stop) for one in home.spans(rank)))
+
+    return Explicit(tuple(map(spans, range(problem.world))))
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,21 @@ class Way:
     layout: Callable[[Problem], Layout] = lambda problem: Contiguous()
     alone: bool = False
 
-    def entry(self, problem: Problem, rank: int, group: dist.ProcessGroup | None) -> tuple[Any, SequencePlan, list[Tensor]]:
-        """Makes its attention when given a kernel, the plan, and the rank's q, k, v and dout."""
-        plan = problem.plan(self.layout(problem))
+    def positions(self, problem: Problem, rank: int) -> Int64:
+        """Which tokens of the row the rank has."""
+        return problem.plan(self.layout(problem)).positions(rank)
+
+    def entry(self, problem: Problem) -> tuple[SequencePlan, list[Tensor]]:
+        """The plan that its attention is called with, and this rank's q, k, v and dout."""
+        plan, rank = problem.plan(self.layout(problem)), dist.get_rank()
         local = [cut(whole, plan, rank) for whole in problem.tensors]
         if self.alone:
             own = Documents.from_lengths(problem.shares[rank])
-            plan, group = make_plan((own,), Mask(True, None), Contiguous(), own.length, 1), None
-        return lambda kernel="auto": StrategyAttention(self.strategy, group, kernel), plan, local
+            plan = make_plan((own,), CAUSAL, Contiguous(), own.length, 1)
+        return plan, local
+
+    def attention(self, kernel: str = "auto") -> StrategyAttention:
+        return StrategyAttention(self.strategy, None if self.alone else dist.group.WORLD, kernel)
 
 
 WAYS = {
@@ -130,12 +137,12 @@ WAYS = {
 }
 
 
-def attend(problem: Problem, way: Way, rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """(out, dq, dk, dv) of the rank's tokens."""
-    make, plan, local = way.entry(problem, rank, group)
-    q, k, v = (tensor.requires_grad_() for tensor in local[:3])
-    out = make()(q, k, v, plan.handle)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), local[3])]
+def attend(problem: Problem, way: Way) -> list[Tensor]:
+    """(out, dq, dk, dv) of this rank's tokens; all ranks call it."""
+    plan, local = way.entry(problem)
+    leaves = [tensor.requires_grad_() for tensor in local[:3]]
+    out = way.attention()(*leaves, plan.handle)
+    return [out.detach(), *torch.autograd.grad(out, leaves, local[3])]
 
 
 class _NoAttention(torch.autograd.Function):
@@ -213,7 +220,7 @@ def measure(problem: Problem, ways: list[str], repeats: int) -> dict[str, Any]:
         entrant = _entrant(problem, name, truth)
         if name in ways:
             entrants.append(entrant)
-    block = _block_pass(problem, NoAttention(), problem.plan(Contiguous()), dist.get_rank())
+    block = _linear_pass(problem)
     linear: list[list[float]] = []
     block()
     for repeat in range(repeats):
@@ -223,6 +230,11 @@ def measure(problem: Problem, ways: list[str], repeats: int) -> dict[str, Any]:
             seconds.append(timed(run))
     rows = [asdict(entrant.row(linear)) for entrant in entrants]
     return {"rows": rows, "linear": asdict(Timing.of([statistics.fmean(one) for one in linear]))}
+
+
+def _linear_pass(problem: Problem) -> Pass:
+    plan = problem.plan(Contiguous())
+    return _block_pass(problem, NoAttention(), plan, plan.positions(dist.get_rank()))
 
 
 def _turn(entrant: _Entrant, repeat: int) -> list[tuple[list[list[float]], Pass]]:
@@ -242,23 +254,23 @@ def timed(run: Pass) -> list[float]:
 
 
 def _entrant(problem: Problem, name: str, truth: list[Tensor]) -> _Entrant:
-    way, group, rank = WAYS[name], dist.group.WORLD, dist.get_rank()
-    make, plan, local = way.entry(problem, rank, group)
-    traffic = group_of(group).traffic
+    """Judged by its first pass, and warm."""
+    way, traffic = WAYS[name], group_of(dist.group.WORLD).traffic
     before = traffic.bytes
-    computed = attend(problem, way, rank, group)
+    computed = attend(problem, way)
     sent = traffic.bytes - before
     error = _error(problem, way, computed, truth)
+    plan, local = way.entry(problem)
     kernel = kernel_for("auto", local[0], local[1])
-    calls = recorded_pass(lambda: make(NAME), plan, local, kernel)
-    cells = sum(tiles.cells for call in calls[: len(calls) // 2] for tiles in call.tiles)
-    attention = make()
-    leaves, dout = [tensor.detach().requires_grad_() for tensor in local[:3]], local[3]
+    calls = recorded_pass(lambda: way.attention(NAME), plan, local, kernel)
+    cells = sum(tiles.cells for call in calls if isinstance(call, ForwardCall) for tiles in call.tiles)
+    attention, dout = way.attention(), local[3]
+    leaves = [tensor.requires_grad_() for tensor in local[:3]]
 
     def run() -> None:
         torch.autograd.grad(attention(*leaves, plan.handle), leaves, dout)
 
-    block = _block_pass(problem, attention, plan, rank, way)
+    block = _block_pass(problem, attention, plan, way.positions(problem, dist.get_rank()))
     entrant = _Entrant(name, run, replay(kernel, calls), block, error, _by_rank(cells), _by_rank(sent))
     entrant.work()
     entrant.block()
@@ -292,8 +304,8 @@ def _error(problem: Problem, way: Way, computed: list[Tensor], truth: list[Tenso
     return max(errors.values())
 
 
-def _block_pass(problem: Problem, attention: Any, plan: SequencePlan, rank: int, way: Way | None = None) -> Pass:
-    """Forward and backward of one block of the rank's tokens, its parameters' gradients among them."""
+def _block_pass(problem: Problem, attention: CoreAttention, plan: SequencePlan, where: Int64) -> Pass:
+    """Forward and backward of one block of the tokens at these positions of the row; parameters get gradients too."""
     dim = problem.heads * problem.head_dim
     torch.manual_seed(problem.seed)
     config = ModelConfig(
@@ -302,13 +314,9 @@ def _block_pass(problem: Problem, attention: Any, plan: SequencePlan, rank: int,
     )  # fmt: skip
     block = SoftmaxBlock(config)
     block.attention = attention
-    where = problem.plan(way.layout(problem) if way else Contiguous()).positions(rank)
-    starts, _ = problem.documents.bounds_of(where)
-    positions = torch.from_numpy(where - starts)[None]
-    x = torch.randn(1, len(where), dim, requires_grad=True)
-    if plan.shard > len(where):
-        x = torch.nn.functional.pad(x.detach(), (0, 0, 0, plan.shard - len(where))).requires_grad_()
-        positions = torch.nn.functional.pad(positions, (0, plan.shard - len(where)))
+    positions = torch.zeros(1, plan.shard, dtype=torch.int64)
+    positions[0, : len(where)] = torch.from_numpy(where - problem.documents.bounds_of(where)[0])
+    x = torch.randn(1, plan.shard, dim, requires_grad=True)
     rotation = rotation_of(positions, problem.head_dim, config.rope_theta, torch.float32)
     wanted, upstream = [x, *block.parameters()], torch.randn_like(x)
 
