@@ -82,7 +82,8 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
             f"--layer {arguments.layer} must be query heads, key/value heads that divide them, and an even width of a "
             "head, such as 8,2,64"
         )
-    return Problem(skewed(world, tokens, longest, (short[0], short[1]), 0), *layer)
+    heads, kv_heads, head_dim = layer
+    return Problem(skewed(world, tokens, longest, (short[0], short[1]), 0), heads, kv_heads, head_dim)
 
 
 def require_exact(problem: Problem, ways: list[str]) -> None:

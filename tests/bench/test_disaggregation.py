@@ -88,5 +88,6 @@ def test_a_small_batch_by_all_ways():
         assert min(row[what]["median"] for what in ("attention", "work", "block")) > 0
     alone = rows["plain data parallelism"]
     assert alone["bytes"] == [0, 0]
-    assert all(sum(row["bytes"]) > 0 for row in rows.values() if row is not alone)
+    for name in ("disaggregated", "zigzag_ring", "zigzag_gather"):
+        assert sum(rows[WAYS[name].told]["bytes"]) > 0
     assert max(rows["disaggregated (cad)"]["cells"]) < max(alone["cells"])
