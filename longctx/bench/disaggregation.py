@@ -34,8 +34,8 @@ from longctx.errors import NumericsError
 from longctx.model.block import SoftmaxBlock
 from longctx.model.rotary import rotation_of
 from longctx.planner import zigzag
-from longctx.sequence.documents import Int64
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, make_plan, unshard
+from longctx.sequence.documents import Int64
 from longctx.verify.run import cut
 
 Pass = Callable[[], object]
@@ -140,9 +140,11 @@ WAYS = {
 def attend(problem: Problem, way: Way) -> list[Tensor]:
     """(out, dq, dk, dv) of this rank's tokens; all ranks call it."""
     plan, local = way.entry(problem)
-    leaves = [tensor.requires_grad_() for tensor in local[:3]]
-    out = way.attention()(*leaves, plan.handle)
-    return [out.detach(), *torch.autograd.grad(out, leaves, local[3])]
+    q, k, v, dout = local
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    out = way.attention()(q, k, v, plan.handle)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 class _NoAttention(torch.autograd.Function):
@@ -264,11 +266,12 @@ def _entrant(problem: Problem, name: str, truth: list[Tensor]) -> _Entrant:
     kernel = kernel_for("auto", local[0], local[1])
     calls = recorded_pass(lambda: way.attention(NAME), plan, local, kernel)
     cells = sum(tiles.cells for call in calls if isinstance(call, ForwardCall) for tiles in call.tiles)
-    attention, dout = way.attention(), local[3]
-    leaves = [tensor.requires_grad_() for tensor in local[:3]]
+    attention, (q, k, v, dout) = way.attention(), local
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
 
     def run() -> None:
-        torch.autograd.grad(attention(*leaves, plan.handle), leaves, dout)
+        torch.autograd.grad(attention(q, k, v, plan.handle), (q, k, v), dout)
 
     block = _block_pass(problem, attention, plan, way.positions(problem, dist.get_rank()))
     entrant = _Entrant(name, run, replay(kernel, calls), block, error, _by_rank(cells), _by_rank(sent))

@@ -51,11 +51,11 @@ def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
     ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows keep
     their order.
     """
-    rows = np.argsort(-works, kind="stable").reshape(micro_batch, -1)
-    rows[1::2] = rows[1::2, ::-1]
-    rows = rows.reshape(micro_batch, -1, ranks)
-    rows[:, 1::2] = rows[:, 1::2, ::-1]
-    of_ranks: Int64 = rows.transpose(2, 1, 0)
+    rounds = np.argsort(-works, kind="stable").reshape(micro_batch, -1)
+    rounds[1::2] = rounds[1::2, ::-1]
+    turns = rounds.reshape(micro_batch, -1, ranks)
+    turns[:, 1::2] = turns[:, 1::2, ::-1]
+    of_ranks: Int64 = turns.transpose(2, 1, 0)
     return of_ranks
 
 

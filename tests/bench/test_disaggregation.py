@@ -63,13 +63,25 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
         return [out, grads[0] * (1 + 1e-9), *grads[1:]]
 
     monkeypatch.setattr(bench_disaggregation, "attend", off)
-    with pytest.raises(NumericsError, match="zigzag per document, ring is off by .* in float64; it is not timed"):
+    with pytest.raises(NumericsError, match=r"zigzag per document, ring is off by .* in float64; it is not timed"):
         require_exact(Problem(((20,), (3, 17)), 2, 1, 4), ["zigzag_ring"])
 
 
 @pytest.mark.gloo
 def test_a_small_batch_by_all_ways():
-    words = "--batch-tokens 192 --longest 90 --short 1,9 --layer 4,2,8 --rounds 1 --json".split()
+    words = [
+        "--batch-tokens",
+        "192",
+        "--longest",
+        "90",
+        "--short",
+        "1,9",
+        "--layer",
+        "4,2,8",
+        "--rounds",
+        "1",
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "longctx.launcher.cli", "bench", "disaggregation", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -156,14 +156,14 @@ def test_dealing_rows_changes_no_sample() -> None:
 def test_a_checkpoint_of_another_packing_is_refused() -> None:
     (plain,), (by_work,), (anew,) = (loaders(1, 1, balance) for balance in (None, ROWS, DOCUMENTS))
     by_work.load_state_dict(plain.state_dict())  # the same samples
-    with pytest.raises(ConfigError, match="how data.balance packs documents: 'as they stream' in the checkpoint"):
+    with pytest.raises(ConfigError, match=r"how data.balance packs documents: 'as they stream' in the checkpoint"):
         anew.load_state_dict(plain.state_dict())
     before = {name: value for name, value in plain.state_dict().items() if name != "packing"}
     plain.load_state_dict(before)
     with pytest.raises(ConfigError, match="'as they stream' in the checkpoint, 'documents' now"):
         anew.load_state_dict(before)
     (narrow,) = loaders(1, 1, Balance(documents=True, window=100))
-    with pytest.raises(ConfigError, match="'documents' in the checkpoint, 'documents, attention.window=100' now"):
+    with pytest.raises(ConfigError, match=r"'documents' in the checkpoint, 'documents, attention.window=100' now"):
         narrow.load_state_dict(anew.state_dict())
 
 
