@@ -17,8 +17,9 @@ BENCHES = {
     "link": "longctx.launcher.bench_link",
     "planning": "longctx.launcher.bench_planning",
     "linear": "longctx.launcher.bench_linear",
+    "disaggregation": "longctx.launcher.bench_disaggregation",
 }
-BENCHES_PLANNED = ("memory", "disaggregation")
+BENCHES_PLANNED = ("memory",)
 # Options of several benchmarks, whose modules say what they are when left out (``DEFAULTS``) -> type and help.
 SHARED: dict[str, tuple[type, str]] = {
     "strategies": (str, "which of ours, comma-separated"),

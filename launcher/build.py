@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from longctx.attention.contract import KernelProblem, select_kernel
 from longctx.config import Config, simulated_world_size
-from longctx.data import Corpus, Loader, Packing, open_corpus
+from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
 from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
 from longctx.launcher import env
@@ -215,7 +215,10 @@ def _checkpointer(config: Config) -> Checkpointer:
 
 
 def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
-    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask)
+    balance = None
+    if config.data.balance != "none":
+        balance = Balance(config.data.balance == "documents", config.attention.window)
+    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask, balance)
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
 

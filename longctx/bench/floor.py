@@ -85,6 +85,7 @@ class BackwardCall:
 
 
 KernelCall = ForwardCall | BackwardCall
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Recorder(threading.local):
@@ -135,16 +136,23 @@ def _recorder() -> Recorder:
 
 def recorded(case: VerifyCase, group: dist.ProcessGroup | None) -> tuple[LocalKernel, list[KernelCall]]:
     """Forward and backward of this rank's share, all ranks of the group at once: the kernel, and what it was asked."""
-    recorder = _recorder()
     plan = case.plan()
-    q, k, v, dout = (cut(whole, plan, group_of(group).rank) for whole in case.inputs())
-    recorder.by, recorder.calls = kernel_for(case.kernel, q, k), []
-    for tensor in (q, k, v):
-        tensor.requires_grad_()
-    attention = attention_of(replace(case, kernel=NAME), group)
-    torch.autograd.grad(attention(q, k, v, plan.handle), (q, k, v), dout)
+    local = [cut(whole, plan, group_of(group).rank) for whole in case.inputs()]
+    kernel = kernel_for(case.kernel, local[0], local[1])
+    return kernel, recorded_pass(lambda: attention_of(replace(case, kernel=NAME), group), plan, local, kernel)
+
+
+def recorded_pass(
+    attention: Callable[[], Attention], plan: SequencePlan, local: Sequence[Tensor], kernel: LocalKernel
+) -> list[KernelCall]:
+    """What ``kernel`` is asked by one pass on ``local``: q, k, v, dout. ``attention`` makes one whose kernel is
+    ``NAME``."""
+    recorder = _recorder()
+    recorder.by, recorder.calls = kernel, []
+    q, k, v = (tensor.detach().requires_grad_() for tensor in local[:3])
+    torch.autograd.grad(attention()(q, k, v, plan.handle), (q, k, v), local[3])
     calls, recorder.calls = recorder.calls, []
-    return recorder.by, calls
+    return calls
 
 
 def floor_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[], object]:
@@ -153,6 +161,11 @@ def floor_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[], 
         return _rows_of_scores(case, group_of(group).rank)
     kernel, calls = recorded(case, group)
     assert calls, f"{case.strategy} asks no kernel: it needs a floor of its own"
+    return replay(kernel, calls)
+
+
+def replay(kernel: LocalKernel, calls: Sequence[KernelCall]) -> Callable[[], object]:
+    """Asks the kernel all of it again."""
 
     @torch.no_grad()
     def run() -> None:

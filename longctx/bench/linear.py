@@ -67,15 +67,15 @@ class _Entrant:
 
 
 def measure(cases: list[VerifyCase], repeats: int) -> list[Cell]:
-    """All cases in turn, round after round; all ranks call it together.
+    """All cases of one mixer in turn, round after round; all ranks call it together.
 
     Each strategy and its floor go one after the other, A B, B A, ..., and the order of the cases turns round each time:
     a slow minute of the machine hits all lengths, and both sides of a ratio.
     """
-    entrants = [
-        _Entrant(case, pass_of(case, dist.get_rank(), dist.group.WORLD), floor_of(case, dist.get_rank()))
-        for case in cases
-    ]
+    rank = dist.get_rank()
+    # One floor a length: strategies share it, and its tensors.
+    floors = {case.seq: floor_of(case, rank) for case in cases}
+    entrants = [_Entrant(case, pass_of(case, rank, dist.group.WORLD), floors[case.seq]) for case in cases]
     for entrant in entrants:
         entrant.run()
         entrant.floor()

@@ -105,6 +105,7 @@ class Config:
                 f"got parallel.sp={self.parallel.sp}; valid with it: {', '.join(choices.STRATEGIES[1:])}"
             )
         self._check_layers()
+        self._check_balance()
         if self.attention.ping_pong:
             self._check_ping_pong()
         if self.attention.servers == "pipeline":
@@ -116,6 +117,18 @@ class Config:
                 f"parallel.pp_schedule={self.parallel.pp_schedule} with parallel.pp_virtual={self.parallel.pp_virtual} "
                 "is for a pipeline, and parallel.pp=1 has none; set parallel.pp=2, or leave both out"
             )
+
+    def _check_balance(self) -> None:
+        """Rows have different attention work only where documents are masked from one another in softmax layers."""
+        if self.data.balance == "none":
+            return
+        reason = None
+        if not self.attention.document_mask:
+            reason = "with attention.document_mask=false all rows have the same work"
+        elif "S" not in self.model.pattern:
+            reason = f"model.pattern={self.model.pattern} has no softmax layer, whose work depends on the documents"
+        if reason:
+            raise ConfigError(f"data.balance={self.data.balance}: {reason}; nearest valid: data.balance=none")
 
     def _check_ping_pong(self) -> None:
         strategy, rows = self.attention.strategy, self.train.micro_batch

@@ -182,6 +182,7 @@ class DataConfig:
     text_key: str = "text"  # field of a JSONL line that holds the text
     token_dtype: str = "uint16"  # of a token file: uint16 or uint32
     max_documents: int | None = None  # take only the first so many documents
+    balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
 
     def check(self) -> None:
         """Refuse sources without what they read, and options that the source would not read."""
@@ -189,6 +190,7 @@ class DataConfig:
         one_of("data.token_dtype", self.token_dtype, choices.TOKEN_DTYPES)
         at_least("data.seq_len", self.seq_len, 1)
         at_least("data.max_documents", self.max_documents, 1)
+        one_of("data.balance", self.balance, choices.BALANCES)
         if self.path is None and self.source != "python_stdlib":
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
         if self.path is not None and self.source == "python_stdlib":

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from longctx.data.balance import STREAM, dealt
+from longctx.data.corpus import Int64
 from longctx.data.packing import Packing
 from longctx.errors import ConfigError, StorageError
 from longctx.sequence import Batch
@@ -19,7 +21,9 @@ IDENTITY = {
     "tokens": "tokens in the corpus",
     "seed": "train.seed",
     "seq_len": "data.seq_len",
+    "packing": "how data.balance packs documents",
 }
+BEFORE = {"packing": STREAM}  # what checkpoints without it were taken with
 
 
 class Loader:
@@ -27,7 +31,7 @@ class Loader:
 
     A step takes the next ``global_batch`` samples of the packing, the same for every mesh; rank ``dp_rank``
     of ``dp_world`` takes the ``dp_rank``-th of equal consecutive slices and cuts it, in order, into
-    micro-batches.
+    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead (``dealt``).
     Sequences are whole: the loader knows nothing of how the sequence is sharded.
 
     Raises ``ConfigError`` when the batch does not divide evenly.
@@ -42,8 +46,8 @@ class Loader:
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.next_sample = 0  # global index of the first sample of the next step
-        self._share = global_batch // dp_world
-        self._offset = dp_rank * self._share
+        self._rank = dp_rank
+        self._world = dp_world
         # Taken now rather than at the first checkpoint: it must tell what the run was trained on.
         self._identity: dict[str, str | int] = {
             "fingerprint": packing.corpus.fingerprint,
@@ -51,6 +55,7 @@ class Loader:
             "tokens": packing.corpus.total_tokens,
             "seed": packing.seed,
             "seq_len": packing.seq_len,
+            "packing": packing.balance.packing if packing.balance else STREAM,
         }
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -71,13 +76,18 @@ class Loader:
 
     def batches(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the step that starts at a global sample: ``[micro_batch, S]`` each."""
-        start = first_sample + self._offset
-        return [self._batch(index) for index in range(start, start + self._share, self.micro_batch)]
+        return [self._batch((first_sample + rows).tolist()) for rows in self._rows(first_sample)[self._rank]]
 
-    def _batch(self, first: int) -> Batch:
-        tokens, labels, documents = zip(
-            *(self.packing.sample(index) for index in range(first, first + self.micro_batch)), strict=True
-        )
+    def _rows(self, first_sample: int) -> Int64:
+        """Who takes which sample of the step, ``[dp_world, micro-batches, micro_batch]``, counted from its first."""
+        rows = np.arange(self.global_batch)
+        if self.packing.balance is None:
+            return rows.reshape(self._world, -1, self.micro_batch)
+        works = np.array([self.packing.work(first_sample + row) for row in rows.tolist()], dtype=np.int64)
+        return dealt(works, self._world, self.micro_batch)
+
+    def _batch(self, samples: list[int]) -> Batch:
+        tokens, labels, documents = zip(*map(self.packing.sample, samples), strict=True)
         return Batch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(labels)), documents)
 
     def state_dict(self) -> dict[str, str | int]:
@@ -90,6 +100,7 @@ class Loader:
         Raises ``ConfigError`` with the differences when corpus, seed or sequence length have changed, and
         ``StorageError`` when ``state`` is not one of ours.
         """
+        state = {**BEFORE, **state}
         missing = sorted({"next_sample", *IDENTITY} - set(state))
         position = state.get("next_sample")
         if missing or type(position) is not int or position < 0:

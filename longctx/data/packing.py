@@ -9,6 +9,9 @@ The order. Rows are read shuffled, within windows of as many rows as an epoch fi
 would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read
 before.
 
+Packed for even work (``data.balance=documents``). The stream is taken 64 rows at a time, their documents are packed
+anew (``balance``), and these rows are read shuffled: every token once per epoch, the same for every mesh.
+
 The cut. A document that crosses the end of a sample is split; what follows is a document of its own in the
 next sample. Labels are shifted before the cut: the last token of a sample is still taught the token that
 comes next in its document.
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longctx.data.balance import WINDOW, Balance, Piece, packed
 from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
@@ -42,10 +46,13 @@ class Packing:
 
     With ``document_mask`` off a row is announced as one document, so attention and positions run across the
     boundaries; labels are the same either way, since the first token of a document drawn at random cannot be
-    predicted from the one before, and the loss then counts the same tokens.
+    predicted from the one before, and the loss then counts the same tokens. ``balance``: how attention work is evened
+    out, None for not at all.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, seed: int, document_mask: bool = True) -> None:
+    def __init__(
+        self, corpus: Corpus, seq_len: int, seed: int, document_mask: bool = True, balance: Balance | None = None
+    ) -> None:
         if seq_len < 1:
             raise ConfigError(f"data.seq_len={seq_len}: a sequence has at least 1 token")
         if seed < 0:
@@ -54,7 +61,9 @@ class Packing:
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
+        self.balance = balance
         self._epochs: tuple[Epoch, ...] = ()
+        self._packed: tuple[int, list[list[Piece]]] | None = None
         self._window: tuple[int, Int64] | None = None
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
@@ -63,8 +72,24 @@ class Packing:
         ``index``: global number of the sample, from 0 and without end; the cost does not grow with it.
         Raises ``DataError`` when a token is outside the vocabulary.
         """
+        return self._filled(self.pieces(index))
+
+    def work(self, index: int) -> int:
+        """What attention costs for a sample, in (query, key) pairs of a layer."""
+        assert self.balance is not None, "work is counted where it is balanced"
+        return int(self.balance.cells(np.array([stop - start for start, stop, _ in self.pieces(index)])).sum())
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What a sample is made of."""
         assert index >= 0, "samples are counted from 0"
-        return self.row(self.row_of(index))
+        if self.balance is None or not self.balance.documents:
+            return self._stream(self.row_of(index), 1)
+        window, place = divmod(index, WINDOW)
+        if self._packed is None or self._packed[0] != window:
+            rows = packed(self._stream(window * WINDOW, WINDOW), WINDOW, self.seq_len, self.balance)
+            order = _permutation(WINDOW, self.seed, _ROWS, window)
+            self._packed = (window, [rows[row] for row in order.tolist()])
+        return self._packed[1][place]
 
     def row_of(self, index: int) -> int:
         """Which row of the stream is the sample of that number; a permutation within each window of rows."""
@@ -77,9 +102,11 @@ class Packing:
 
     def row(self, index: int) -> tuple[Int64, Int64, Documents]:
         """Row ``index`` of the stream, as ``sample`` returns it."""
+        return self._filled(self._stream(index, 1))
+
+    def _filled(self, pieces: list[Piece]) -> tuple[Int64, Int64, Documents]:
         tokens = np.empty(self.seq_len, dtype=np.int64)
         labels = np.empty(self.seq_len, dtype=np.int64)
-        pieces = self._pieces(index)
         filled = 0
         for start, stop, end in pieces:
             into = slice(filled, filled + stop - start)
@@ -94,11 +121,11 @@ class Packing:
         documents = Documents.from_lengths(lengths) if self.document_mask else Documents.single(self.seq_len)
         return tokens, labels, documents
 
-    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """(start, stop, end of its document) of each piece of a row, in positions of the corpus."""
+    def _stream(self, first: int, rows: int) -> list[Piece]:
+        """Documents of so many rows of the stream; those that cross its two ends are cut there."""
         epoch_tokens = self.corpus.total_tokens
-        position, missing = index * self.seq_len, self.seq_len
-        pieces: list[tuple[int, int, int]] = []
+        position, missing = first * self.seq_len, rows * self.seq_len
+        pieces: list[Piece] = []
         while missing:
             number, offset = divmod(position, epoch_tokens)
             epoch = self._epoch(number)
@@ -124,7 +151,7 @@ class Packing:
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
         return epoch
 
-    def _check(self, tokens: Int64, labels: Int64, pieces: list[tuple[int, int, int]]) -> None:
+    def _check(self, tokens: Int64, labels: Int64, pieces: list[Piece]) -> None:
         """No id outside the vocabulary reaches the model, even if the file changed after it was opened."""
 
         def positions(offset: int) -> int:

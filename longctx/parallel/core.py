@@ -15,7 +15,7 @@ from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
-from longctx.parallel.across_stages import CPU, prepare_ticks, stage_attention, ticks_by
+from longctx.parallel.across_stages import prepare_ticks, stage_attention, ticks_by
 from longctx.parallel.data import compute_dtype
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
@@ -89,7 +89,7 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
     return prepare
 
 
-def core_attention(config: Config, mesh: Mesh, device: torch.device = CPU) -> StrategyAttention | StageAttention | None:
+def core_attention(config: Config, mesh: Mesh, device: torch.device) -> StrategyAttention | StageAttention | None:
     """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
 
     ``device``: of q, k and v, which ranks that only serve have none of.

@@ -32,19 +32,22 @@ def cad(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> R
     limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
     if load.max(initial=0) <= limit:
         return Runs.at_home(home)
-    cap = int(options.egress * _least(home, mask, load, limit, _threshold(home, mask, load, limit)).max())
-    seats = seated(home, options.widths, cap, limit) if mask.causal else home
+    least = _least(home, mask, load, limit, _threshold(home, mask, load, limit))
+    cap = int(options.egress * least.max())
+    seats = seated(home, options.widths, cap - least, limit) if mask.causal else home
     # Few servers are worth several ways, of which the fewest bytes win.
-    tried = _ways(seats, home, mask, limit, cap, options)
+    tried = _ways(seats, home, mask, limit, cap, options, home.ranks <= FEWEST)
     if home.ranks <= FEW and seats is not home:
-        tried += _ways(home, home, mask, limit, cap, options)
+        tried += _ways(home, home, mask, limit, cap, options, False)
     if len(tried) == 1:
         return tried[0]
     return min(tried, key=lambda runs: Plan("cad", home, mask, Tasks.of_runs(mask, runs), options.widths).cost.moved)
 
 
-def _ways(seats: Home, home: Home, mask: MaskSlices, limit: int, cap: int, options: Options) -> list[Runs]:
-    """Tokens of ``home`` shared out from their ``seats``, in as many ways as the number of servers is worth."""
+def _ways(
+    seats: Home, home: Home, mask: MaskSlices, limit: int, cap: int, options: Options, search: bool
+) -> list[Runs]:
+    """Tokens of ``home`` shared out from their ``seats`` in several ways; ``search``: among them bands for rooms."""
     load = _load(seats, mask)
     if load.max(initial=0) <= limit:
         return [_at_homes(Runs.at_home(seats), home)]
@@ -61,7 +64,7 @@ def _ways(seats: Home, home: Home, mask: MaskSlices, limit: int, cap: int, optio
     for each in {ways, 1} if home.ranks <= FEW else {ways}:
         placement = Placement(seats, mask, room, left.tolist(), options, each)
         placed.append(placement.place(list(shipped.values())))
-    if mask.causal and home.ranks <= FEWEST:
+    if mask.causal and search:
         bands = Bands(seats, load, limit, spare, options)
         found = [bands.place(order) for order in ORDERS]
         placed += [[(*one, 0, seats.stride) for one in bands] for bands in found if bands]

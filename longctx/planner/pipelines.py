@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from longctx.planner.cad import cad
 from longctx.planner.cost import Topology, Widths
-from longctx.planner.events import Hardware, Operation, Replayed, replay, replay_plan
+from longctx.planner.events import Float64, Hardware, Operation, Replayed, replay, replay_plan
 from longctx.planner.home import from_rows
 from longctx.planner.options import Options
 from longctx.planner.plan import Plan, Tasks
@@ -44,9 +45,10 @@ class ClusterRun:
         return work / self.hardware.flops
 
 
-def cells_of(documents: Int64) -> int:
-    """Visible cells of causal documents."""
-    return int((documents * (documents + 1) // 2).sum())
+def kernel_cells(documents: Int64, chunks: int, tile: int) -> Float64:
+    """Cells that a kernel pays for each causal document in ``chunks`` equal runs of rows: those of whole tiles."""
+    rows = documents / chunks
+    return np.asarray(documents * (documents + 1) / 2 * np.ceil(rows / tile) * tile / rows)
 
 
 def one_forward_one_backward(forward: Sequence[float], backward: Sequence[float], stages: int) -> float:
@@ -71,8 +73,9 @@ def one_forward_one_backward(forward: Sequence[float], backward: Sequence[float]
 
 def fixed_packing(run: ClusterRun, rows: Sequence[Int64]) -> float:
     """One row a micro-batch, dealt to replicas in order; the slowest replica's pipeline is the step."""
+    cells = partial(kernel_cells, chunks=1, tile=run.hardware.tile)
     return max(
-        _pipeline(run, [(int(row.sum()), cells_of(row), 0.0) for row in rows[replica :: run.replicas]])
+        _pipeline(run, [(float(row.sum()), float(cells(row).sum()), 0.0) for row in rows[replica :: run.replicas]])
         for replica in range(run.replicas)
     )
 
@@ -91,7 +94,8 @@ def wlb(run: ClusterRun, rows: Sequence[Int64], hidden: bool = False, token_cap:
     """The best degree of context parallelism, with documents packed by work under a cap on tokens.
 
     ``hidden``: the gather of keys costs no time. Degree c joins c replicas, which share every document of a micro-batch
-    of c rows' tokens equally, with an all-gather of KV forward and a reduce-scatter of its gradients backward.
+    of c rows' tokens equally, in 2 c chunks that pay whole tiles of rows as all tasks do, with an all-gather of KV
+    forward and a reduce-scatter of its gradients backward.
     """
     degrees = [c for c in range(1, run.replicas + 1) if run.replicas % c == 0]
     return min(_wlb_at(run, rows, degree, hidden, token_cap) for degree in degrees)
@@ -100,7 +104,9 @@ def wlb(run: ClusterRun, rows: Sequence[Int64], hidden: bool = False, token_cap:
 def _wlb_at(run: ClusterRun, rows: Sequence[Int64], degree: int, hidden: bool, token_cap: float) -> float:
     context = int(rows[0].sum())
     groups = run.replicas // degree
-    packed = _packed(run, np.concatenate(rows), groups * run.microbatches, int(token_cap * context * degree))
+    documents = np.sort(np.concatenate(rows))[::-1]
+    work = kernel_cells(documents, 1 if degree == 1 else 2 * degree, run.hardware.tile)
+    packed = _packed(run, documents, work, groups * run.microbatches, int(token_cap * context * degree))
     packed.sort(key=lambda batch: -(run.linear(batch[0]) + run.attention(batch[1])))
     held: list[list[tuple[float, float, float]]] = [[] for _ in range(groups)]
     for tokens, cells in packed:
@@ -114,17 +120,16 @@ def _wlb_at(run: ClusterRun, rows: Sequence[Int64], degree: int, hidden: bool, t
     return max(_pipeline(run, batches) for batches in held)
 
 
-def _packed(run: ClusterRun, documents: Int64, bins: int, cap: int) -> list[tuple[int, int]]:
-    """(tokens, cells) of each bin: documents longest first into the bin of least time that has tokens left."""
-    tokens, cells = np.zeros(bins, dtype=np.int64), np.zeros(bins, dtype=np.int64)
-    seconds = np.zeros(bins)
-    for length in np.sort(documents)[::-1].tolist():
+def _packed(run: ClusterRun, documents: Int64, work: Float64, bins: int, cap: int) -> list[tuple[float, float]]:
+    """(tokens, cells) of each bin: documents, longest first, into the bin of least time that has tokens left."""
+    tokens, cells, seconds = np.zeros(bins, dtype=np.int64), np.zeros(bins), np.zeros(bins)
+    for length, its_cells in zip(documents.tolist(), work.tolist(), strict=True):
         place = int(np.argmin(np.where(tokens + length <= cap, seconds, np.inf)))
         if tokens[place] + length > cap:  # none has: the emptiest, beyond the cap
             place = int(np.argmin(tokens))
         tokens[place] += length
-        cells[place] += length * (length + 1) // 2
-        seconds[place] = run.linear(int(tokens[place])) + run.attention(int(cells[place]))
+        cells[place] += its_cells
+        seconds[place] = run.linear(int(tokens[place])) + run.attention(float(cells[place]))
     return list(zip(tokens.tolist(), cells.tolist(), strict=True))
 
 

@@ -15,10 +15,10 @@ from longctx.planner.slices import Int64
 LIGHT = 0.05  # of a server's cells
 
 
-def seated(home: Home, widths: Widths, cap: int, limit: int) -> Home:
+def seated(home: Home, widths: Widths, spare: Int64, limit: int) -> Home:
     """The same tokens, as if a span lived where the rows before it do, wherever that moves fewer bytes under a causal
     mask. ``limit``: cells that a server may compute, of which a span is a small part, for heavy ones have to find room
-    elsewhere anyway. No rank sends more than ``cap`` rows for it: of one that would, all stay.
+    elsewhere anyway. No rank sends more than its ``spare`` rows for it, ``[W]``: of one that would, all stay.
 
     q rows that a rank has last of a document cost ``g q`` in Q and O, and their own keys, against the keys between
     them and the rank's rows before.
@@ -32,7 +32,7 @@ def seated(home: Home, widths: Widths, cap: int, limit: int) -> Home:
     moved[1:] &= (doc[1:] == doc[:-1]) & (rank[1:] != rank[:-1])
     moved[:1] = False
     sent = np.bincount(rank[moved], weights=rows[moved], minlength=home.ranks)
-    moved &= (sent <= cap)[rank]
+    moved &= (sent <= spare)[rank]
     if not moved.any():
         return home
     # An end behind an end goes where that one went.

@@ -23,7 +23,7 @@ ARROWS = {
     "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config"},
     "data": {"sequence", "planner", "config"},
     "verify": {"sequence", "comm", "attention", "linear"},
-    "bench": {"sequence", "planner", "comm", "attention", "linear", "verify", "model"},
+    "bench": {"sequence", "planner", "comm", "attention", "linear", "verify", "model", "config"},
     "train": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "config",
     },

@@ -43,6 +43,7 @@ def with_value(path: str, value: object) -> Config:
         ("data.token_dtype", "uint32", ["data.token_dtype=uint32", "not read by data=python_stdlib", "data=tokens"]),
         ("attention.kernel", "flash", ["attention.kernel=flash", "auto"]),
         ("data.token_dtype", "int16", ["did you mean uint16?"]),
+        ("data.balance", "row", ["data.balance=row", "did you mean rows?", "documents"]),
         ("data.seq_len", 0, ["data.seq_len=0", "nearest valid value: 1"]),
         ("optim.lr", 0.0, ["optim.lr=0.0"]),
         ("optim.lr", -1, ["optim.lr=-1.0"]),
@@ -88,7 +89,12 @@ def test_other_parts_without_code_are_not_available(path, value):
 
 @pytest.mark.parametrize(
     ("path", "values"),
-    [("attention.strategy", STRATEGIES), ("attention.layout", LAYOUTS), ("train.dtype", DTYPES)],
+    [
+        ("attention.strategy", STRATEGIES),
+        ("attention.layout", LAYOUTS),
+        ("train.dtype", DTYPES),
+        ("data.balance", ("none", "rows", "documents")),
+    ],
 )
 def test_valid_names_are_taken(path, values):
     for value in values:
@@ -281,6 +287,21 @@ def test_a_pattern_is_repeated_over_the_layers():
 def test_layers_of_a_kind_take_what_is_theirs(pattern, mixer, attention, told):
     with pytest.raises(ConfigError, match=told):
         layered(pattern, mixer, **attention)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"attention": {"document_mask": False}}, r"attention\.document_mask=false all rows have the same work"),
+        (
+            {"model": {"pattern": "L", "mixer": "gla"}, "attention": {"strategy": "lasp"}},
+            r"model\.pattern=L has no softmax layer",
+        ),
+    ],
+)
+def test_balance_is_for_rows_of_different_work(sections, told):
+    with pytest.raises(ConfigError, match=rf"data\.balance=rows: .*{told}.*nearest valid: data\.balance=none"):
+        Config.from_dict({"data": {"balance": "rows"}, **sections})
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context, link, planning, linear"),
+        (["nonsense"], 78, "attention, trainer, context, link, planning, linear, disaggregation"),
         (["memory"], 69, "not built yet"),
         (["attention", "train.seed=1"], 78, "takes no overrides"),
         (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
@@ -61,6 +61,14 @@ ROOT = Path(__file__).parents[2]
         (["planning", "--contexts", "0"], 78, "--contexts '0' must be whole numbers above 0"),
         (["planning", "--draws", "0"], 78, "must be at least 1"),
         (["planning", "--lengths", "/nowhere.json"], 65, "JSON list of document lengths"),
+        (["disaggregation", "--processes", "0"], 78, "--processes 0 must be at least 1"),
+        (["disaggregation", "--batch-tokens", "33"], 78, "must divide by --processes 2; nearest valid: 32"),
+        (["disaggregation", "--longest", "16385"], 78, "--longest 16385 must be 1 to 16384"),
+        (["disaggregation", "--short", "9,3"], 78, "--short 9,3 must be two lengths from 1, ascending"),
+        (["disaggregation", "--layer", "8,3,64"], 78, "key/value heads that divide them"),
+        (["disaggregation", "--ways", "zigzag"], 78, "valid: disaggregated, zeppelin, zigzag_ring"),
+        (["disaggregation", "--rounds", "0"], 78, "--rounds 0 must be at least 1"),
+        (["planning", "--rounds", "3"], 78, "--rounds belongs to bench disaggregation"),
     ],
 )
 def test_refusals(words, code, said, capsys):

@@ -219,7 +219,7 @@ def test_seats_are_those_of_tokens_that_read_less_there(lengths, servers, cap):
     mask, widths = causal(lengths), Widths()
     for home in (streamed(lengths, servers), contiguous(lengths, servers), zigzag(lengths, servers)):
         limit = int(mask.area(home.doc, home.start, home.stop).sum())
-        seats = seated(home, widths, cap, limit)
+        seats = seated(home, widths, np.full(servers, cap), limit)
         runs = _at_homes(Runs.at_home(seats), home)
         made = Plan("seats", home, mask, Tasks.of_runs(mask, runs), widths)
         check(made)
@@ -232,19 +232,20 @@ def test_ends_behind_ends_go_to_one_seat():
     """0 .. 400 on three ranks as heads and tails; of the outer two the last rows are few."""
     spans = [[Span(0, 0, 2), Span(0, 399, 400)], [Span(0, 2, 40), Span(0, 390, 399)], [Span(0, 40, 390)]]
     home = Home.of([400], spans)
-    seats = seated(home, Widths(), 20, 10**6)
+    spare = np.full(3, 20)
+    seats = seated(home, Widths(), spare, 10**6)
     assert [seats.spans(rank) for rank in range(3)] == [
         spans[0][:1],
         spans[1][:1],
         [Span(0, 40, 390), Span(0, 390, 399), Span(0, 399, 400)],
     ]
-    only_short = seated(home, Widths(), 5, 10**6)
+    only_short = seated(home, Widths(), np.full(3, 5), 10**6)
     assert only_short.spans(0) == spans[0][:1] and only_short.spans(1) == [
         Span(0, 2, 40),
         Span(0, 390, 399),
         Span(0, 399, 400),
     ]
-    assert seated(home, Widths(), 0, 10**6) is home and seated(home, Widths(), 20, 400) is home
+    assert seated(home, Widths(), 0 * spare, 10**6) is home and seated(home, Widths(), spare, 400) is home
 
 
 def test_bands_are_taken_where_they_move_less(monkeypatch):

@@ -1,0 +1,83 @@
+"""Even attention work of what ranks compute at the same time: by dealing a step's rows, and by packing documents anew.
+
+All rows have equal tokens, so all but attention costs the same everywhere. What a row costs there follows from the
+lengths of its documents, which may differ a hundredfold between rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+Piece = tuple[int, int, int]  # (start, stop, end of its document), in positions of the corpus
+
+WINDOW = 64  # rows whose documents are packed anew together
+
+
+@dataclass(frozen=True)
+class Balance:
+    """``documents``: whether rows are packed for even work, or only dealt by what they cost. ``window``: tokens that a
+    query sees, its own among them, None for all before it."""
+
+    documents: bool = False
+    window: int | None = None
+
+    def cells(self, lengths: Int64) -> Int64:
+        """(query, key) pairs of documents, int64 like ``lengths``."""
+        seen = lengths if self.window is None else np.minimum(lengths, self.window)
+        cells: Int64 = seen * (seen + 1) // 2 + (lengths - seen) * seen
+        return cells
+
+    @property
+    def packing(self) -> str:
+        """What a checkpoint calls the order of tokens that follows from it."""
+        if not self.documents:
+            return STREAM
+        return "documents" if self.window is None else f"documents, attention.window={self.window}"
+
+
+STREAM = "as they stream"
+
+
+def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
+    """Row numbers ``[ranks, micro-batches, micro_batch]`` of a step: micro-batches cost much the same, most of all
+    those that ranks compute at the same time, and so do the ranks in all.
+
+    Rows go out from the costliest down, one to each micro-batch in a round, and back in the next; within a round the
+    ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows keep
+    their order.
+    """
+    rounds = np.argsort(-works, kind="stable").reshape(micro_batch, -1)
+    rounds[1::2] = rounds[1::2, ::-1]
+    turns = rounds.reshape(micro_batch, -1, ranks)
+    turns[:, 1::2] = turns[:, 1::2, ::-1]
+    of_ranks: Int64 = turns.transpose(2, 1, 0)
+    return of_ranks
+
+
+def packed(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
+    """All tokens of ``pieces`` in ``rows`` rows of ``seq_len``, which they fill exactly.
+
+    The longest goes first, into the row of least work among those with room for it; where none has room, it is cut to
+    fill the emptiest row, and what is left of it is a piece like others. Ties go to the first.
+    """
+    assert sum(stop - start for start, stop, _ in pieces) == rows * seq_len, "pieces fill their rows"
+    found: list[list[Piece]] = [[] for _ in range(rows)]
+    room, work = np.full(rows, seq_len, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    waiting = [(start - stop, number, start, stop, end) for number, (start, stop, end) in enumerate(pieces)]
+    heapq.heapify(waiting)
+    while waiting:
+        _, number, start, stop, end = heapq.heappop(waiting)
+        fits = np.flatnonzero(room >= stop - start)
+        row = int(fits[np.argmin(work[fits])] if len(fits) else np.argmax(room))
+        taken = min(stop - start, int(room[row]))
+        found[row].append((start, start + taken, end))
+        room[row] -= taken
+        work[row] += int(balance.cells(np.array(taken)))
+        if start + taken < stop:
+            heapq.heappush(waiting, (start + taken - stop, number, start + taken, stop, end))
+    return found
