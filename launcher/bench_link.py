@@ -2,7 +2,8 @@
 
 Nodes are network namespaces of this machine with two ranks each. Bytes on the link must be what the strategies'
 closed forms say, exchange-only time what these bytes take at the link's rate in the order in which they need each
-other, and the order of the three that of these times. Before that every strategy computes over the same link, and is compared with the dense reference.
+other, and the order of the three that of these times. Before that every strategy computes over the same link, and is
+compared with the dense reference.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def queries_peak(plan: SequencePlan, rotation: Rotation, sizes: Sizes, straight:
     stand-in for out. ``straight``: as ``pass_queries_backward`` is told, in whatever dtype."""
     rows, block, wide = plan.shard, sizes.held(queries=2, sums=2), sizes.held(outputs=1)
     home = sizes.held(queries=1) if sizes.options.travel == "narrow" else wide
-    most = rows * max(sizes.held(outputs=3, sums=1), sizes.held(queries=1, keys=1))  # delta; results in their dtype
+    most = rows * max(sizes.held(outputs=3), sizes.held(queries=1, keys=1))  # delta; results in their dtype
     for rank in range(rotation.world):
         blocks = blocks_alive(rotation, rank)
         for hop, moments in enumerate(alive_on_way(rotation, rank, straight, sizes)):
