@@ -116,8 +116,8 @@ def table(world: int) -> Iterator[str]:
         for layout in choice.layouts:
             by_cells.setdefault(cells(choice, layout, world), []).append(layout)
         for found, layouts in by_cells.items():
-            named = "all" if len(layouts) == len(LAYOUTS) else ", ".join(layouts)
-            yield f"| {choice.name(world)} | {named} | {' | '.join(found)} |"
+            of = "all" if len(layouts) == len(LAYOUTS) else ", ".join(layouts)
+            yield f"| {choice.name(world)} | {of} | {' | '.join(found)} |"
 
 
 def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:

@@ -265,7 +265,9 @@ def _entrant(problem: Problem, name: str, truth: list[Tensor]) -> _Entrant:
     plan, local = way.entry(problem)
     kernel = kernel_for("auto", local[0], local[1])
     calls = recorded_pass(lambda: way.attention(NAME), plan, local, kernel)
-    cells = sum(tiles.cells for call in calls if isinstance(call, ForwardCall) for tiles in call.tiles)
+    # A call may be of some of the heads.
+    asked = [(tiles.cells, call.q.shape[2]) for call in calls if isinstance(call, ForwardCall) for tiles in call.tiles]
+    cells = sum(cells * heads for cells, heads in asked) // problem.heads
     attention, (q, k, v, dout) = way.attention(), local
     for leaf in (q, k, v):
         leaf.requires_grad_()

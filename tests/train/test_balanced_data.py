@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import small_config, train_on_sim
+
+from tests.train.small_run import small_config, train_on_sim
 
 RELATIVE = 1e-9
 

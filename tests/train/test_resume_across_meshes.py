@@ -52,13 +52,14 @@ def train(config: Config, resume: bool) -> tuple[list[tuple[float, float]], list
     trainer = build.build_trainer(config, resume, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
-    border, samples = trainer.border, [set() for _ in range(STEPS)]
+    border, samples = trainer.ahead._border, [set() for _ in range(STEPS)]
 
-    def noted(batch):
+    def noted(batch, plan):
         samples[trainer.state.step] |= {hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch.tokens}
-        return border(batch)
+        return border(batch, plan)
 
-    trainer.border = noted
+    noted.plan = border.plan
+    trainer.ahead._border = noted
     trainer.run()
     return [(record["loss"], record["grad_norm"]) for record in recorder.records], samples
 
