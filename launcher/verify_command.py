@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None or arguments.overrides:
         word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
         raise UsageError(f"{word} is for a whole run; add --mesh, or leave it out")
+    if arguments.all:
+        _refuse_of_one_case(arguments)
     defaults = {**CASE, "dtype": "float64"}
     if arguments.mixer is not None or arguments.strategy in LINEAR:
         heads = CASE["heads"] if arguments.heads is None else arguments.heads
@@ -107,6 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
         _dump({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
     _show([verdict], arguments.json, many=False)
     return PASSED if verdict.passed else FAILED
+
+
+def _refuse_of_one_case(arguments: argparse.Namespace) -> None:
+    """The matrix chooses its own cases, but for their length, dtype and backend."""
+    given = [name for name in CASE if name not in ("seq", "backend") and getattr(arguments, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for one case, and --all has its own; leave out one of them"
+        )
 
 
 def _refuse_case_options(arguments: argparse.Namespace) -> None:
@@ -158,7 +169,9 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
                 "it; leave it out"
             )
     try:
-        documents = tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents else ()
+        documents = (
+            tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents is not None else ()
+        )
     except ValueError:
         raise ConfigError(
             f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"

@@ -33,6 +33,7 @@ from longctx.attention.operator import (
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.swap import HeadGroups, Row, ToHeads, ToTokens, sum_copies
 from longctx.comm import group_named
+from longctx.errors import ConfigError
 
 # Without defaults, for torch leaves out arguments that equal them, and where a list is returned it wants a gradient of
 # just as many as were given.
@@ -169,6 +170,16 @@ def _unshared(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
+def _require_shares(q: Tensor, call: Call) -> None:
+    """The configuration refuses it by name; users of the library find out here."""
+    ranks = call.group.inner.size if call.group.inner else 1
+    if q.shape[2] % ranks:
+        raise ConfigError(
+            f"{q.shape[2]} query heads must divide by the {ranks} ranks of a row that share them; nearest valid: "
+            f"{max(1, q.shape[2] // ranks) * ranks} heads, or a strategy that shares no heads, such as gather"
+        )
+
+
 def swapped(name: str, attend: Forward, differentiate: Backward) -> Attend:
     """Registers ``longctx::<name>`` and ``longctx::<name>_backward``: attention over the columns of a grid by a pair
     of passes, whose rows swap tokens for heads before and after it.
@@ -179,6 +190,7 @@ def swapped(name: str, attend: Forward, differentiate: Backward) -> Attend:
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, list[Tensor]]:
         call = call_of(q, k, *context)
         require_fit(q, call.plan, call.group)
+        _require_shares(q, call)
         out, kept = forward_in_rows(q, k, v, call, attend)
         return out, [tensor for saved in kept for tensor in saved]
 

@@ -203,5 +203,10 @@ def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
 
 
 def call_of(q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str) -> Call:
-    """torch leaves out arguments that equal their defaults."""
+    """torch leaves out arguments that equal their defaults. Refuses query heads that key/value heads do not divide."""
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(
+            f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads; nearest valid: "
+            f"{max(1, q.shape[2] // k.shape[2]) * k.shape[2]} query heads"
+        )
     return Call(plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale, Options(*options))

@@ -191,3 +191,23 @@ def test_opcheck(strategy):
     attention = StrategyAttention(strategy)
     operator = getattr(torch.ops.longctx, strategy).default
     torch.library.opcheck(operator, (q, k, v, plan.handle, attention._group, "auto", 0.4, "auto", "wide"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "heads", "words"),
+    [
+        ("ulysses", (3, 3), "3 query heads must divide by the 2"),
+        ("ring", (3, 2), "3 query heads must be a multiple of the 2"),
+        ("usp", (3, 3), "must divide by"),
+    ],
+)
+def test_a_library_user_is_told_of_heads_that_do_not_divide(strategy, heads, words):
+    plan = plan_of([(64,)], Mask(), LAYOUTS["contiguous"], 64, 2)
+
+    def body():
+        q, k = (torch.zeros(1, plan.shard, n, 4) for n in heads)
+        inner = 2 if strategy == "usp" else None
+        with pytest.raises(ConfigError, match=words):
+            StrategyAttention(strategy, torch.distributed.group.WORLD, inner=inner)(q, k, k, plan.handle)
+
+    Cluster(2).run(body)
