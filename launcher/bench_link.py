@@ -19,7 +19,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longctx.bench.dependence import chained_seconds
-from longctx.bench.link import LATE, PASSES, UNEXPLAINED, Exchange, Passed, PassRow, as_predicted, judged, measure
+from longctx.bench.link import (
+    LATE,
+    PASSES,
+    UNEXPLAINED,
+    Exchange,
+    Passed,
+    PassRow,
+    as_predicted,
+    judged,
+    measure,
+    silence,
+)
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.bench_attention import require_exact
 from longctx.launcher.machine import described, load
@@ -115,7 +126,8 @@ def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
             mark_step(1 + number)
             run()
 
-    cluster.run(exchange)
+    with silence():
+        cluster.run(exchange)
     steps = [
         [[event for event in trace if event.step == 1 + number] for trace in cluster.trace]
         for number in range(len(PASSES))
@@ -224,7 +236,8 @@ def worker(words: list[str]) -> None:
     cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in job["cases"]]
     for number, case in enumerate(cases):
         save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
-    seen = measure(cases, job["repeats"], link_counters)
+    with silence():
+        seen = measure(cases, job["repeats"], link_counters)
     plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
     (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
     dist.barrier()

@@ -105,10 +105,10 @@ def page() -> str:
 def table(world: int) -> Iterator[str]:
     """Its lines; layouts that cost the same share one."""
     columns = [f"{heads}/{kv_heads} {way}" for heads, kv_heads in HEADS for way in ("forward", "backward")]
-    named = [*columns, "messages", *(f"peak {column}" for column in columns)]
+    titles = [*columns, "messages", *(f"peak {column}" for column in columns)]
     yield f"## {world} ranks\n"
-    yield f"| strategy | layout | {' | '.join(named)} |"
-    yield f"|---|---|{'---|' * len(named)}"
+    yield f"| strategy | layout | {' | '.join(titles)} |"
+    yield f"|---|---|{'---|' * len(titles)}"
     for choice in CHOICES:
         if choice.rows and choice.inner(world) == 1:
             continue

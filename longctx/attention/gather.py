@@ -184,15 +184,15 @@ def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
     for the next group too; backward their gradients, and those of the group before on their way home."""
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
-    ahead = int(part < 1)
     forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
     for rank in range(world):
         others = [other for other in range(world) if other != rank]
         own, seen = len(plan.reads(rank, rank)), [len(plan.reads(rank, other)) for other in others]
         sent = sum(len(reads) for reads in {plan.reads(other, rank) for other in others})
         asked, here = sum(len(plan.reads(other, rank)) for other in others), sum(seen) + own
-        keys, picked = here + (sum(seen) + sent) * ahead, max([own, *seen])
-        forward = max(forward, sizes.held(keys=(keys + sum(seen) + sent) * part))
+        keys, picked = here + sum(seen) + sent, max([own, *seen])
+        following = sum(seen) + sent if part < 1 else 0
+        forward = max(forward, sizes.held(keys=(keys + following) * part))
         summed, home = here + own, sum(seen) + asked
         if not plan.gathered(rank).places.in_runs:
             summed += picked

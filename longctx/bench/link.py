@@ -8,7 +8,8 @@ that of the same messages on links of the given rate (``longctx.bench.dependence
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,7 +112,7 @@ class Passed:
 def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]]) -> list[list[list[Passed]]]:
     """By case and repeat: the forward and the backward pass of this rank, exchange-only; cases are interleaved.
 
-    ``counters``: bytes and packets that this node has sent through its link.
+    ``counters``: bytes and packets that this node has sent through its link. The silent kernel must be known.
     """
     found: list[list[list[Passed]]] = [[] for _ in cases]
     exchanges = [Exchange(case) for case in cases]
@@ -122,11 +123,20 @@ def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[
     return found
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Makes the silent kernel known."""
+    KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
+    try:
+        yield
+    finally:
+        del KERNELS["silent"]
+
+
 class Exchange:
-    """Both passes of one case on this rank, with a kernel that computes nothing."""
+    """Both passes of one case on this rank, with the silent kernel, which must be known."""
 
     def __init__(self, case: VerifyCase) -> None:
-        KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
         self._plan, (q, k, v, dout) = local_inputs(case)
         self._inputs = tuple(tensor.requires_grad_() for tensor in (q, k, v))
         self._dout = dout
