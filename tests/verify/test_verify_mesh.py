@@ -13,7 +13,7 @@ from longctx.config import resolve, simulated_world_size
 from longctx.launcher import cli, env, parity_page, verify_mesh
 from longctx.launcher.compose import compose
 from longctx.parallel import tensor
-from longctx.sequence import shard
+from longctx.sequence import cut
 from longctx.train import border
 from longctx.train.comparison import TOLERANCES
 from longctx.train.parity import shrink_for_parity
@@ -103,11 +103,11 @@ def averaged_gradients(patch):
 
 
 def shifted_positions(patch):
-    def shifted(batch, layout, mask, rank, world, multiple=1):
-        local = shard(batch, layout, mask, rank, world, multiple)
+    def shifted(batch, plan, rank):
+        local = cut(batch, plan, rank)
         return replace(local, positions=local.positions + 1) if rank == 1 else local
 
-    patch.setattr(border, "shard", shifted)
+    patch.setattr(border, "cut", shifted)
 
 
 def forgotten_decay(patch):
