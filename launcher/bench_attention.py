@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from longctx.attention.registry import MODULES, get_strategy
 from longctx.bench.attention import LIMIT, measure
 from longctx.bench.peers import ATTENTION_PEERS
@@ -27,8 +24,9 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
-from longctx.launcher.processes import Workers, join_gloo, run_gloo
-from longctx.launcher.verify_command import check
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo
+from longctx.launcher.spread import spread
+from longctx.launcher.verify_ranks import check
 from longctx.verify import VerifyCase
 
 # "striped" is the ring on striped; "local" takes whole sequences.
@@ -142,9 +140,9 @@ def report(arguments: argparse.Namespace, told: dict[str, Any], cells: Sequence[
 def _line(seq: int, row: dict[str, Any]) -> str:
     if row["refused"]:
         return f"| {seq} | {row['who']} | {row['refused']} | | | | |"
-    columns = [_spread(row["time"], 1e3, ".0f"), "", ""]
+    columns = [spread(row["time"], 1e3, ".0f"), "", ""]
     if row["floor"]:
-        columns[1:] = [_spread(row["floor"], 1e3, ".0f"), _spread(row["share_of_floor"], 1.0, ".3f")]
+        columns[1:] = [spread(row["floor"], 1e3, ".0f"), spread(row["share_of_floor"], 1.0, ".3f")]
     return f"| {seq} | {row['who']} | {row['setting']} | {' | '.join(columns)} | {_error(row['errors'])} |"
 
 
@@ -157,30 +155,18 @@ def _error(errors: dict[str, float]) -> str:
 def _verdict(cell: dict[str, Any]) -> str:
     if not cell["ahead"]:
         return f"{cell['seq']} tokens: no exact peer was timed"
-    ahead = _spread(cell["ahead"], 1.0, ".3f")
+    ahead = spread(cell["ahead"], 1.0, ".3f")
     return f"{cell['seq']} tokens: the best peer, {cell['best_peer']}, takes {ahead} times as long as {cell['best']}"
 
 
-def _spread(timing: dict[str, float], scale: float, form: str) -> str:
-    low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
-    return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
-
-
 def worker(given: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(given[0]), Path(given[1]), int(given[2]), int(given[3])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= world:
-        os.sched_setaffinity(0, {cores[rank]})
-    join_gloo(folder, rank, world)
-    measured = []
-    for cell in job["cells"]:
-        cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in cell]
-        measured.append(asdict(measure(cases, job["peers"], job["repeats"])))
-    if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(measured))
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo_rank(given, pinned=True) as (job, folder, rank):
+        measured = []
+        for cell in job["cells"]:
+            cases = [VerifyCase.of(case) for case in cell]
+            measured.append(asdict(measure(cases, job["peers"], job["repeats"])))
+        if rank == 0:
+            (folder / "measured.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from longctx.launcher.bench_context_worker import Job
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
 from longctx.launcher.memory_group import MemoryGroup
+from longctx.launcher.processes import unwinding
 
 WORLD = 2
 OURS = "longctx"
@@ -66,10 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, systems)
     starts = _starts(arguments, systems)
     memory_group.require()
-    # A request to stop unwinds like Ctrl-C, so that workers and memory groups do not outlive it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = []
-    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
+    with unwinding(), tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
         bench = _Bench(arguments, Path(folder))
         present = {name: bench.missing(name) for name in systems}
         bench.require_equal_losses([name for name in systems if not present[name]])

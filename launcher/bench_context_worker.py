@@ -50,10 +50,10 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from longctx.launcher.processes import join_gloo
+    from longctx.launcher.processes import join
 
     torch.set_num_threads(1)
-    join_gloo(Path(job.meeting), job.rank, job.world)
+    join(Path(job.meeting), job.rank, job.world, "gloo")
     system = _ours(job) if job.system == "longctx" else _peer(job)
     if job.warm:
         system.step(*_text(job, job.warm, seed=job.steps))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from longctx.attention import dense_attention
 from longctx.bench.disaggregation import WAYS, Problem, attend, measure, skewed
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
-from longctx.launcher.processes import Workers, join_gloo, run_gloo
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo
+from longctx.launcher.spread import spread
 from longctx.sequence import Mask, unshard
 from longctx.sim import Cluster
 from longctx.verify.case import TOLERANCE
@@ -113,7 +112,7 @@ def report(problem: Problem, told: dict[str, Any], measured: dict[str, Any]) -> 
         f"of {problem.head_dim}, {problem.kv_heads} key/value heads; {problem.documents.length} tokens in documents of "
         f"{', '.join(map(str, lengths[:-4:-1]))} and {max(0, len(lengths) - 3)} shorter ones; "
         f"{told['rounds']} interleaved rounds, median (min-max); load {told['load']}, {told['seconds']:.0f} s; "
-        f"linear parts {_spread(measured['linear'], 1e3, '.0f')} ms",
+        f"linear parts {spread(measured['linear'], 1e3, '.0f')} ms",
         "",
         "| way | cells of a rank over mean | MB sent by rank | attention, ms | its mean work, ms | over it "
         "| block, ms | over its mean work | error |",
@@ -128,9 +127,9 @@ def _line(row: dict[str, Any]) -> str:
     shares = ", ".join(f"{cells / mean:.3f}" for cells in row["cells"])
     sent = ", ".join(f"{count / 1e6:.1f}" for count in row["bytes"])
     return (
-        f"| {row['way']} | {shares} | {sent} | {_spread(row['attention'], 1e3, '.0f')} "
-        f"| {_spread(row['work'], 1e3, '.0f')} | {_spread(row['over_attention'], 1.0, '.3f')} "
-        f"| {_spread(row['block'], 1e3, '.0f')} | {_spread(row['over_block'], 1.0, '.3f')} | {row['error']:.1e} |"
+        f"| {row['way']} | {shares} | {sent} | {spread(row['attention'], 1e3, '.0f')} "
+        f"| {spread(row['work'], 1e3, '.0f')} | {spread(row['over_attention'], 1.0, '.3f')} "
+        f"| {spread(row['block'], 1e3, '.0f')} | {spread(row['over_block'], 1.0, '.3f')} | {row['error']:.1e} |"
     )
 
 
@@ -142,24 +141,12 @@ def _verdict(row: dict[str, Any]) -> str:
     return f"{row['way']}, within {REQUIRED:.2f} of the mean work's time: {', '.join(steps)}"
 
 
-def _spread(timing: dict[str, float], scale: float, form: str) -> str:
-    low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
-    return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
-
-
 def worker(given: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(given[0]), Path(given[1]), int(given[2]), int(given[3])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= world:
-        os.sched_setaffinity(0, {cores[rank]})
-    join_gloo(folder, rank, world)
-    shares = tuple(map(tuple, job["problem"]["shares"]))
-    measured = measure(Problem(**{**job["problem"], "shares": shares}), job["ways"], job["rounds"])
-    if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(measured))
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo_rank(given, pinned=True) as (job, folder, rank):
+        shares = tuple(map(tuple, job["problem"]["shares"]))
+        measured = measure(Problem(**{**job["problem"], "shares": shares}), job["ways"], job["rounds"])
+        if rank == 0:
+            (folder / "measured.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

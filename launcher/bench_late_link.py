@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,19 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from longctx.bench.attention import Timing
 from longctx.bench.late_link import CLOSE, HEAD_START, Exposed, Ratio, Seen, in_order, judged, measure
 from longctx.bench.link import PASSES
 from longctx.comm import Moment
-from longctx.errors import ConfigError, NumericsError
-from longctx.launcher.bench_link import gate_of, stop
+from longctx.errors import ConfigError
+from longctx.launcher.bench_link import compute_here, require_exact_here
 from longctx.launcher.machine import load
 from longctx.launcher.namespaces import NETWORK, Namespaces
-from longctx.launcher.processes import Workers, join_gloo, run_gloo
-from longctx.launcher.verify_command import load_result, save_result
-from longctx.verify import VerifyCase, judge, run_rank
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.verify import VerifyCase
 
 RANKS = 4  # a node each
 HEADS, HEAD_DIM = 2, 32
@@ -77,9 +73,8 @@ def cases_of(arguments: argparse.Namespace, mixer: str | None) -> list[VerifyCas
 
 
 def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace) -> Late:
-    # A request to stop unwinds like Ctrl-C, so that neither workers nor namespaces outlive it.
-    signal.signal(signal.SIGTERM, stop)
     with (
+        unwinding(),
         Namespaces(RANKS, None, arguments.latency_ms) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
@@ -88,21 +83,13 @@ def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace) -> Late
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.repeats})
         within = [nodes.within(rank) for rank in range(RANKS)]
         run_gloo("longctx.launcher.bench_late_link", job, RANKS, folder, Workers(within=within))
-        errors = [_require_exact_here(case, number, folder) for number, case in enumerate(cases)]
+        errors = require_exact_here(cases, folder)
         ranks = [json.loads((folder / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     exposed = {
         route: judged([_seen(rank[number]) for rank in ranks], arguments.latency_ms / 1e3)
         for number, route in enumerate(ROUTES)
     }
     return Late(one_way, exposed, dict(zip(ROUTES, errors, strict=True)))
-
-
-def _require_exact_here(case: VerifyCase, number: int, folder: Path) -> dict[str, float]:
-    gate = gate_of(case)
-    verdict, _ = judge(gate, [load_result(folder / f"computed-{number}-{rank}.safetensors") for rank in range(RANKS)])
-    if not verdict.passed:
-        raise NumericsError(f"{case.strategy} is not exact over late links: {verdict.errors}; its times are not told")
-    return verdict.errors
 
 
 def _seen(repeats: list[list[dict[str, Any]]]) -> list[list[Seen]]:
@@ -200,17 +187,12 @@ def _off(own: Timing, predicted: Timing) -> str:
 
 
 def worker(words: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
-    join_gloo(folder, rank, world)
-    cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in job["cases"]]
-    for number, case in enumerate(cases):
-        save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
-    seen = measure(cases, job["repeats"])
-    plain = [[[asdict(one) for one in both] for both in repeats] for repeats in seen]
-    (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo_rank(words) as (job, folder, rank):
+        cases = [VerifyCase.of(case) for case in job["cases"]]
+        compute_here(cases, folder, rank)
+        seen = measure(cases, job["repeats"])
+        plain = [[[asdict(one) for one in both] for both in repeats] for repeats in seen]
+        (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
 
 
 if __name__ == "__main__":

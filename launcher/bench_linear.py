@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -19,16 +18,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from longctx.bench.attention import Timing
 from longctx.bench.linear import FLAT, SHARE, Cell, lengths_of, measure, unevenness
 from longctx.errors import ConfigError, NotAvailableError, NumericsError
 from longctx.launcher import bench_late_link
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
-from longctx.launcher.processes import Workers, join_gloo, run_gloo
-from longctx.launcher.verify_command import check
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo
+from longctx.launcher.spread import spread
+from longctx.launcher.verify_ranks import check
 from longctx.linear import MIXERS
 from longctx.linear import MODULES as STRATEGIES
 from longctx.linear.mixer import SIZED
@@ -133,8 +131,8 @@ def report(told: dict[str, Any], cells: Sequence[Cell]) -> str:
     verdicts = []
     for mixer, strategy, row in lengths_of(cells):
         lines += [
-            f"| {mixer} | {strategy} | {cell.seq} | {_spread(cell.time, 1e3, '.0f')} | {cell.per_token * 1e6:.1f} "
-            f"| {_spread(cell.floor, 1e3, '.0f')} | {_spread(cell.share, 1.0, '.3f')} |"
+            f"| {mixer} | {strategy} | {cell.seq} | {spread(vars(cell.time), 1e3, '.0f')} | {cell.per_token * 1e6:.1f} "
+            f"| {spread(vars(cell.floor), 1e3, '.0f')} | {spread(vars(cell.share), 1.0, '.3f')} |"
             for cell in row
         ]
         uneven, least = unevenness(row), min(row, key=lambda cell: cell.share.median)
@@ -150,27 +148,13 @@ def _kept(kept: bool) -> str:
     return "kept" if kept else "**not kept**"
 
 
-def _spread(timing: Timing, scale: float, form: str) -> str:
-    low, median, high = (format(one * scale, form) for one in (timing.low, timing.median, timing.high))
-    return f"{median} ({low}-{high})" if timing.repeats > 1 else f"{median} (once)"
-
-
 def worker(given: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(given[0]), Path(given[1]), int(given[2]), int(given[3])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= world:
-        os.sched_setaffinity(0, {cores[rank]})
-    join_gloo(folder, rank, world)
-    cells: list[Cell] = []
-    for group in job["groups"]:
-        cells += measure(
-            [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in group], job["repeats"]
-        )
-    if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(list(map(asdict, cells))))
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo_rank(given, pinned=True) as (job, folder, rank):
+        cells: list[Cell] = []
+        for group in job["groups"]:
+            cells += measure([VerifyCase.of(case) for case in group], job["repeats"])
+        if rank == 0:
+            (folder / "measured.json").write_text(json.dumps(list(map(asdict, cells))))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,8 +35,8 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.bench_attention import require_exact
 from longctx.launcher.machine import described, load
 from longctx.launcher.namespaces import Namespaces, link_counters
-from longctx.launcher.processes import Workers, join_gloo, run_gloo
-from longctx.launcher.verify_command import load_result, save_result
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.verify_ranks import load_result, save_result
 from longctx.sim import Cluster, mark_step
 from longctx.verify import VerifyCase, judge, run_rank
 
@@ -55,9 +55,8 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
-    # A request to stop unwinds like Ctrl-C, so that neither workers nor namespaces outlive it.
-    signal.signal(signal.SIGTERM, stop)
     with (
+        unwinding(),
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.link_repeats})
         within = [nodes.within(rank // (RANKS // NODES)) for rank in range(RANKS)]
         run_gloo("longctx.launcher.bench_link", job, RANKS, Path(name), Workers(within=within))
-        errors = [_require_exact_here(case, number, Path(name)) for number, case in enumerate(cases)]
+        errors = require_exact_here(cases, Path(name))
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
     rows = [
@@ -82,11 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     if complaints:
         raise NumericsError("; ".join(complaints))
     return 0
-
-
-def stop(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second request must not interrupt the unwinding
-    sys.exit(128 + signal.SIGTERM)
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
@@ -140,12 +134,22 @@ def gate_of(case: VerifyCase) -> VerifyCase:
     return replace(case, seq=min(case.seq, GATE_TOKENS), dtype="float64")
 
 
-def _require_exact_here(case: VerifyCase, number: int, folder: Path) -> dict[str, float]:
-    gate = gate_of(case)
-    verdict, _ = judge(gate, [load_result(folder / f"computed-{number}-{rank}.safetensors") for rank in range(RANKS)])
-    if not verdict.passed:
-        raise NumericsError(f"{case.strategy} is not exact over the link: {verdict.errors}; its times are not told")
-    return verdict.errors
+def compute_here(cases: Sequence[VerifyCase], folder: Path, rank: int) -> None:
+    """On each rank, before anything is timed."""
+    for number, case in enumerate(cases):
+        save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
+
+
+def require_exact_here(cases: Sequence[VerifyCase], folder: Path) -> list[dict[str, float]]:
+    """Errors of what ``compute_here`` left."""
+    errors = []
+    for number, case in enumerate(cases):
+        ranks = [load_result(folder / f"computed-{number}-{rank}.safetensors") for rank in range(case.world)]
+        verdict, _ = judge(gate_of(case), ranks)
+        if not verdict.passed:
+            raise NumericsError(f"{case.strategy} is not exact over the link: {verdict.errors}; its times are not told")
+        errors.append(verdict.errors)
+    return errors
 
 
 def _passed(one: dict[str, object]) -> Passed:
@@ -230,18 +234,13 @@ def table(arguments: argparse.Namespace, rows: list[list[PassRow]]) -> str:
 
 
 def worker(words: list[str]) -> None:
-    """One rank: the job as JSON, folder, rank, world."""
-    job, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
-    join_gloo(folder, rank, world)
-    cases = [VerifyCase(**{**case, "documents": tuple(case["documents"])}) for case in job["cases"]]
-    for number, case in enumerate(cases):
-        save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
-    with silence():
-        seen = measure(cases, job["repeats"], link_counters)
-    plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
-    (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo_rank(words) as (job, folder, rank):
+        cases = [VerifyCase.of(case) for case in job["cases"]]
+        compute_here(cases, folder, rank)
+        with silence():
+            seen = measure(cases, job["repeats"], link_counters)
+        plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
+        (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
 
 
 if __name__ == "__main__":

@@ -6,29 +6,25 @@ import argparse
 import itertools
 import json
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx.attention.registry import MODULES, get_strategy
 from longctx.config.choices import STRATEGIES
 from longctx.config.rules import one_of
-from longctx.errors import ConfigError, NumericsError, StorageError, UsageError
+from longctx.errors import ConfigError, StorageError, UsageError
 from longctx.launcher import parity_page, verify_mesh
-from longctx.launcher.processes import join_gloo, run_gloo
+from longctx.launcher.verify_ranks import check
 from longctx.linear import MIXERS, get_linear
 from longctx.linear import MODULES as LINEAR
 from longctx.linear.mixer import SIZED
 from longctx.sequence import LAYOUTS
-from longctx.sim import Cluster
-from longctx.verify import RankResult, Verdict, VerifyCase, judge, refusal_of, refused, run_rank
+from longctx.verify import Verdict, VerifyCase, refusal_of, refused
 from longctx.verify.case import DTYPES
 
 PASSED, FAILED, REFUSED = 0, 70, 78
@@ -203,52 +199,6 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
     )
 
 
-def check(case: VerifyCase) -> tuple[Verdict, dict[str, Tensor]]:
-    """Runs the case on its backend and judges it."""
-    return judge(case, run_on_sim(case) if case.backend == "sim" else run_on_gloo(case))
-
-
-def run_on_sim(case: VerifyCase) -> list[RankResult]:
-    """All ranks in this process; the strategies' own byte counts are checked against the cluster's ledger."""
-    cluster = Cluster(case.world, trace=False)
-    results = cluster.run(lambda: run_rank(case, dist.group.WORLD))
-    for rank, result in enumerate(results):
-        counted, carried = result.bytes_forward + result.bytes_backward, cluster.ledger.sent(rank)
-        if counted != carried:
-            raise NumericsError(f"rank {rank} counted {counted} bytes sent, the ledger of sim carried {carried}")
-    return results
-
-
-def run_on_gloo(case: VerifyCase) -> list[RankResult]:
-    """One process a rank, which meet by a file; what they computed comes back as safetensors."""
-    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
-        folder = Path(name)
-        run_gloo("longctx.launcher.verify_command", json.dumps(asdict(case)), case.world, folder)
-        return [load_result(folder / f"rank-{rank}.safetensors") for rank in range(case.world)]
-
-
-def save_result(result: RankResult, path: Path) -> None:
-    numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
-    save_file({name: local.contiguous() for name, local in result.tensors.items()}, path, numbers)
-
-
-def load_result(path: Path) -> RankResult:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        numbers = {name: int(value) for name, value in file.metadata().items()}
-    return RankResult(tensors, **numbers)
-
-
-def worker(words: list[str]) -> None:
-    """One Gloo rank of ``run_on_gloo``: case as JSON, folder, rank, world."""
-    fields, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
-    case = VerifyCase(**{**fields, "documents": tuple(fields["documents"])})
-    join_gloo(folder, rank, world)
-    save_result(run_rank(case, dist.group.WORLD), folder / f"rank-{rank}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def _run_all(arguments: argparse.Namespace) -> int:
     verdicts = []
     seq = 192 if arguments.seq is None else arguments.seq
@@ -402,7 +352,3 @@ def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
         print(f"  bytes sent by rank, backward: {verdict.bytes_backward}")
         print(f"  peak extra memory {verdict.peak_extra_bytes} bytes")
         print("  passed" if verdict.passed else "  FAILED")
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1:])

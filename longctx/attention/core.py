@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention.operator import DEFAULT, Options
-from longctx.attention.registry import Strategy, get_strategy
+from longctx.attention.registry import Strategy, choice_refused, get_strategy
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
 
@@ -52,6 +52,9 @@ class StrategyAttention:
         options: Options = DEFAULT,
     ) -> None:
         found = get_strategy(strategy)
+        reason = choice_refused(found, vars(options))
+        if reason:
+            raise ConfigError(f"attention.strategy={strategy} refuses: {reason}")
         self._operator = found.operator
         self._group = _ranks(found, group, inner).name
         self._kernel = kernel

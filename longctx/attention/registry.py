@@ -7,8 +7,8 @@ refuse by this declaration before any work.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from longctx.attention.operator import DEFAULT, Attend, Options
 from longctx.errors import ConfigError
@@ -218,23 +218,31 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
-    given = {**vars(case.options), "inner": case.inner}
-    for name, (default, valid) in OPTIONS.items():
-        value = given[name]
+def choice_refused(strategy: Strategy, given: Mapping[str, object]) -> str | None:
+    """Why one of these of ``OPTIONS`` is none of the strategy's; None if all are."""
+    for name, value in given.items():
+        default, valid = OPTIONS[name]
         if value == default:
             continue
         if name not in strategy.takes:
             return f"attention.{name}={value}: it has no such choice; leave it at {default or 'null'}"
         if valid and value not in valid:
             return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
+    return None
+
+
+def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
+    reason = choice_refused(strategy, {**vars(case.options), "inner": case.inner})
+    if reason:
+        return reason
     if case.tail and not strategy.tail:
         return (
             "train.recompute_keep=[attention_tail]: it computes all of a rank's queries or none; use "
             "train.recompute_keep=[attention], or attention=burst"
         )
     if case.inner is not None and (case.inner < 1 or case.world % case.inner):
-        nearest = min(divisors(case.world), key=lambda n: abs(n - (case.inner or 1)))
+        whole = [n for n in divisors(case.world) if strategy.refuses(replace(case, inner=n)) is None]
+        nearest = min(whole, key=lambda n: abs(n - (case.inner or 1)))
         return (
             f"attention.inner={case.inner} must divide the {case.world} ranks of a sequence; nearest valid: {nearest}"
         )

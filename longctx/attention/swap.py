@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ class HeadGroups:
     @classmethod
     def of(cls, heads: int, kv_heads: int, ranks: int) -> HeadGroups:
         """As many groups as there may be without sending a key/value head to one rank twice."""
+        # Every call of attention asks. The compiler may ask for symbols, and heads are none.
+        return cls._of(int(heads), int(kv_heads), ranks)
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def _of(cls, heads: int, kv_heads: int, ranks: int) -> HeadGroups:
 
         def split(count: int) -> HeadSplit:
             return HeadSplit(heads, kv_heads, ranks * count)

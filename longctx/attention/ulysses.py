@@ -13,6 +13,8 @@ group is one row of a grid (``longctx.attention.in_rows``), which brings heads g
 
 from __future__ import annotations
 
+import math
+
 from longctx.attention import local
 from longctx.attention.alive_in_rows import peak_in_rows
 from longctx.attention.in_rows import swapped
@@ -25,9 +27,10 @@ def _refuses(case: AttentionCase) -> str | None:
     if case.heads % case.world == 0:
         return None
     nearest = max(n for n in divisors(case.heads) if n <= case.world)
+    inner = math.gcd(case.heads, case.world)
     return (
         f"{case.world} ranks of a sequence must divide the {case.heads} query heads of a rank; nearest valid: "
-        f"parallel.sp={nearest}, or attention=usp with attention.inner={nearest}, or attention=gather"
+        f"parallel.sp={nearest}, or attention=usp with attention.inner={inner}, or attention=gather"
     )
 
 

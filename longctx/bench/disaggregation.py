@@ -230,6 +230,7 @@ def measure(problem: Problem, ways: list[str], repeats: int) -> dict[str, Any]:
         passes.insert(len(passes) // 2, (linear, block))
         for seconds, run in passes[:: -1 if repeat % 2 else 1]:
             seconds.append(timed(run))
+    entrants.sort(key=lambda entrant: ways.index(entrant.name))
     rows = [asdict(entrant.row(linear)) for entrant in entrants]
     return {"rows": rows, "linear": asdict(Timing.of([statistics.fmean(one) for one in linear]))}
 

@@ -202,9 +202,19 @@ class Config:
                 f"attention.strategy={attention.strategy} is for softmax layers, and model.pattern={pattern} has none; "
                 f"nearest valid: attention={self.linear_strategy}"
             )
+        if linear and attention.linear is not None:
+            raise ConfigError(
+                f"attention.linear={attention.linear}: attention.strategy={attention.strategy} says already who moves "
+                f"the states; use attention={attention.linear} and leave attention.linear at null"
+            )
+        if "S" not in pattern and "attention_tail" in (self.train.recompute_keep or ()):
+            raise ConfigError(
+                f"train.recompute_keep=[attention_tail] keeps half of softmax attention, and model.pattern={pattern} "
+                "has none; nearest valid: train.recompute_keep=[attention]"
+            )
         unread: tuple[str, ...] = ("linear", "chunk") if "L" not in pattern else ()
         if linear:
-            unread = ("linear", "window", "kernel", "inner", "backward", "travel")
+            unread = ("window", "kernel", "inner", "backward", "travel")
         for name in unread:
             value = getattr(attention, name)
             if value != getattr(default, name):

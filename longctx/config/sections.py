@@ -75,12 +75,12 @@ class ModelConfig:
             one_of("model.mixer", self.mixer, choices.MIXERS)
         for name in ("mixer_block", "mixer_top_k"):
             value = getattr(self, name)
-            at_least(f"model.{name}", value, 1)
             if value is not None and self.mixer not in choices.SIZED_MIXERS[name]:
                 raise ConfigError(
                     f"model.{name}={value} is read by model.mixer={' or '.join(choices.SIZED_MIXERS[name])}, got "
                     f"model.mixer={as_word(self.mixer)}; nearest valid: model.{name}=null"
                 )
+            at_least(f"model.{name}", value, 1)
         if (self.mixer is not None) != ("L" in self.pattern):
             told, near = (
                 ("has linear layers, which need one", choices.MIXERS[0])

@@ -6,6 +6,7 @@ gathered, and their gradients reduced, once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +22,17 @@ def take_turns(model: Decoder, attention: PingPongAttention) -> None:
     """Of softmax layers; linear ones exchange too little to hide."""
     for block in model.layers:
         if isinstance(block, SoftmaxBlock):
-            block.forward = partial(in_turn, block, attention)  # type: ignore[method-assign]
+            turns = partial(in_turn, block, attention)
+            block.forward = partial(  # type: ignore[method-assign]
+                as_lent, block, block.attention, block.forward, turns
+            )
+
+
+def as_lent(
+    block: SoftmaxBlock, own: object, forward: Callable[..., Tensor], turns: Callable[..., Tensor], *inputs: Tensor
+) -> Tensor:
+    """In turns with the block's own attention; a block that was lent another one, as for generation, goes by that."""
+    return (turns if block.attention is own else forward)(*inputs)
 
 
 def in_turn(block: SoftmaxBlock, attention: PingPongAttention, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ class VerifyCase:
     chunk: int = 64
     mixer_block: int | None = None  # of mixers that come in sizes; None: the paper's
     mixer_top_k: int | None = None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> VerifyCase:
+        """From its fields as JSON has them."""
+        return cls(**{**plain, "documents": tuple(plain["documents"])})
 
     def __post_init__(self) -> None:
         for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block", "chunk"):

@@ -146,8 +146,13 @@ def test_heads_are_shared_and_copied_only_where_they_must_be():
 @pytest.mark.parametrize(
     ("strategy", "changes", "words"),
     [
-        ("ulysses", {"world": 4, "heads": 6}, ["4 ranks", "6 query heads", "parallel.sp=3", "attention=gather"]),
+        (
+            "ulysses",
+            {"world": 4, "heads": 6},
+            ["4 ranks", "6 query heads", "parallel.sp=3", "attention.inner=2", "attention=gather"],
+        ),
         ("usp", {"inner": 4, "heads": 6}, ["attention.inner=4", "6 query heads", "attention.inner=2"]),
+        ("usp", {"inner": 5, "heads": 6}, ["attention.inner=5 must divide the 8 ranks", "nearest valid: 2"]),
         ("usp", {"inner": 3}, ["attention.inner=3 must divide the 8 ranks", "nearest valid: 2"]),
         ("ulysses", {"inner": 2}, ["attention.inner=2: it has no such choice"]),
         ("gather", {"options": Options(backward="keys")}, ["attention.backward=keys: it has no such choice"]),
@@ -211,3 +216,9 @@ def test_a_library_user_is_told_of_heads_that_do_not_divide(strategy, heads, wor
             StrategyAttention(strategy, torch.distributed.group.WORLD, inner=inner)(q, k, k, plan.handle)
 
     Cluster(2).run(body)
+
+
+def test_a_library_user_is_told_of_options_that_nobody_reads():
+    for strategy, options in (("ring", Options(backward="queries")), ("gather", Options(travel="thin"))):
+        with pytest.raises(ConfigError, match=f"attention.strategy={strategy} refuses: attention"):
+            StrategyAttention(strategy, options=options)

@@ -259,6 +259,18 @@ def layered(pattern, mixer=None, **attention):
     return Config.from_dict({"model": {"pattern": pattern, "mixer": mixer}, "attention": attention})
 
 
+def test_half_of_softmax_attention_is_kept_where_there_is_some():
+    train = {"recompute": "full", "recompute_keep": ["attention_tail"]}
+    model = {"pattern": "L", "mixer": "retnet"}
+    with pytest.raises(ConfigError, match=r"pattern=L has none; nearest valid: train\.recompute_keep=\[attention\]"):
+        Config.from_dict({"model": model, "attention": {"strategy": "lasp2"}, "train": train})
+
+
+def test_a_size_that_no_mixer_reads_is_no_number_to_correct():
+    with pytest.raises(ConfigError, match=r"mixer_block=0 is read by .*nearest valid: model\.mixer_block=null"):
+        Config.from_dict({"model": {"mixer_block": 0}})
+
+
 def test_a_pattern_is_repeated_over_the_layers():
     config = Config.from_dict({"model": {"pattern": "LLS", "mixer": "retnet", "layers": 7}})
     assert config.model.kinds == "LLSLLSL"
@@ -281,7 +293,7 @@ def test_a_pattern_is_repeated_over_the_layers():
         ("S", None, {"linear": "lasp"}, r"linear=lasp is for linear layers.*linear at null"),
         ("S", None, {"chunk": 16}, r"attention\.chunk=16 is for linear layers.*at 64"),
         ("L", "gla", {"strategy": "lasp", "window": 4}, r"attention\.window=4 is for softmax layers.*at null"),
-        ("L", "gla", {"strategy": "lasp", "linear": "lasp2"}, r"linear=lasp2 .*leave attention\.linear at null"),
+        ("L", "gla", {"strategy": "lasp", "linear": "lasp2"}, r"linear=lasp2: .*lasp says already.*linear at null"),
     ],
 )  # fmt: skip
 def test_layers_of_a_kind_take_what_is_theirs(pattern, mixer, attention, told):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from longctx.attention import StrategyAttention, dense_attention
 from longctx.attention.cache import KeyValueShard, SequenceCache
 from longctx.attention.core import Started
+from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
 from longctx.attention.tree_decoding import CachedAttention, reduce, volume
 from longctx.comm import Group, broadcast, group_of
@@ -20,6 +21,7 @@ from longctx.evaluate.generate import choose
 from longctx.launcher import build
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, Part, initialize
+from longctx.parallel.ping_pong import take_turns
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
 from tests.train.small_run import small_config
@@ -356,6 +358,16 @@ def test_a_broadcast_counts_as_the_ledger_does():
         cluster = Cluster(3)
         found = cluster.run(run, source)
         assert found == [(float(source), cluster.ledger.sent(rank)) for rank in range(3)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_whose_halves_take_turns_generates_like_any_other(batch):
+    plain, turning = model_of(), model_of()
+    for model in (plain, turning):
+        model.set_attention(StrategyAttention("disaggregated"))
+    take_turns(turning, PingPongAttention(group_of(None)))
+    expected, found = (generate(model, prompt(9, batch), NEW, Ranks()) for model in (plain, turning))
+    assert torch.equal(found.tokens, expected.tokens)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

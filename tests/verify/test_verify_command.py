@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from longctx.attention.registry import MODULES
 from longctx.kernels.dense import Dense
-from longctx.launcher import cli, verify_command
+from longctx.launcher import cli, verify_command, verify_ranks
 from longctx.launcher.verify_command import matrix, table
 from longctx.linear import MIXERS, LinearAttention, Widths, get_mixer
 from longctx.linear import MODULES as LINEAR
@@ -136,6 +136,9 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--all", "--table", "."], 74, "must be a file in a folder that exists"),
         (["--table", "t.md"], 2, "--table is for the whole matrix; add --all"),
         (["--all", "--dump", "t.safetensors"], 2, "--dump is for one case; leave out --all"),
+        (["--all", "--seq", "5", "--window", "3"], 2, "--window is for one case, and --all has its own"),
+        (["--all", "--non-causal"], 2, "--non-causal is for one case"),
+        (["--documents", ""], 78, "--documents '' must be whole numbers"),
     ],
 )
 def test_bad_input_is_one_message_and_the_contract_s_code(capsys, words, status, message):
@@ -242,11 +245,11 @@ def test_a_wrong_answer_says_so_in_words(capsys, monkeypatch):
 
 def test_nan_and_noise_on_padding_rows_never_pass():
     case = VerifyCase("ring", "contiguous", 2, seq=5, heads=2, kv_heads=1, head_dim=4)
-    results = verify_command.run_on_sim(case)
+    results = verify_ranks.run_on_sim(case)
     assert judge(case, results)[0].passed
     results[0].tensors["dk"][0, 0, 0, 0] = math.nan
     assert not judge(case, results)[0].passed
-    results = verify_command.run_on_sim(case)
+    results = verify_ranks.run_on_sim(case)
     assert len(case.plan().positions(0)) == 2 < results[0].tensors["dq"].shape[1]
     results[0].tensors["dq"][0, -1] = 1e-30
     assert not judge(case, results)[0].passed
@@ -285,7 +288,7 @@ def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys):
 @pytest.mark.gloo
 def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
     words = [*SMALL, "--world", "2", "--backend", "gloo"]
-    monkeypatch.setattr(verify_command, "asdict", lambda case: {**vars(case), "kernel": "flash_cuda"})
+    monkeypatch.setattr(verify_ranks, "asdict", lambda case: {**vars(case), "kernel": "flash_cuda"})
     status, out, err = verify(capsys, *words)
     assert (status, out) == (70, "")
     assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)
