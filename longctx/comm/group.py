@@ -131,9 +131,7 @@ def two_way(group: Group) -> Group:
     """The group with its channel ``back``; all its ranks call it at one point. Made once per group."""
     if group.process_group is None:
         return replace(group, back=Group(None, 0, 1))
-    if group.process_group not in _backs:
-        _backs[group.process_group] = _subgroup(dist.get_process_group_ranks(group.process_group), group)
-    return replace(group, back=group_of(_backs[group.process_group]))
+    return replace(group, back=channel_of(group.process_group, group.process_group))
 
 
 def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
@@ -145,7 +143,6 @@ def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
 
 
 _channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
-_backs: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )
