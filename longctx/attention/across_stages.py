@@ -25,13 +25,13 @@ from torch import Tensor
 from longctx.attention.contract import kernel_for
 from longctx.attention.core import Started
 from longctx.attention.disaggregated import BackwardRun, ForwardRun, widths_of
+from longctx.attention.dispatch import Dispatch
 from longctx.attention.operator import DEFAULT, Call, Options, Saved, define_operator, require_rows
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ticks import Phase, Ticks, ticks_of
 from longctx.comm import Group
 from longctx.planner import Widths
 from longctx.sequence import SequencePlan
-from longctx.sequence.tasks import Dispatch
 
 _running: weakref.WeakKeyDictionary[dist.ProcessGroup, RunningTick] = weakref.WeakKeyDictionary()
 

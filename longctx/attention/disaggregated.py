@@ -12,60 +12,65 @@ served by different ranks.
     merge what the servers of my queries found      add up, server by server in the order of ranks
 
 ``longctx.planner`` assigns tasks to servers, with queries at home where the layout has them; this file executes any
-assignment (``sequence.tasks``). Zeppelin (2025) is the same with another planner. A token crosses once per server,
+``Plan``, as ``dispatch`` reads it. Zeppelin (2025) is the same with another planner. A token crosses once per server,
 however many of its tasks read it. Delta travels in the place of O (``longctx.attention.delta``).
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.assignment import assigned
+from longctx.attention.assignment import planned
 from longctx.attention.delta import delta_of, stand_in
+from longctx.attention.dispatch import Crossing, Dispatch
 from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import exchange
-from longctx.planner import Widths
-from longctx.sequence import Homes, Rows, SequencePlan
-from longctx.sequence.plan import Places
-from longctx.sequence.tasks import Dispatch, Task
+from longctx.errors import ConfigError
+from longctx.planner import Plan, Widths
+from longctx.sequence import Homes, Places, Rows, SequencePlan
 
-Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP, ...]
+Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP/G, ...]
 Dispatches = tuple[Dispatch, Dispatch]  # of the forward and of the backward pass
 
-_dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[str, Dispatches]] = weakref.WeakKeyDictionary()
+# Of the planner's name and the widths that it was asked for; None: whatever those are.
+_dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[str, Widths | None], Dispatches]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def assign(
-    plan: SequencePlan, forward: Sequence[Task], backward: Sequence[Task] | None = None, planner: str = "cad"
-) -> None:
-    """Serves the batch of this plan so, in place of what ``planner`` would say; every visible cell is in exactly one
-    task of each pass."""
+def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, planner: str = "cad") -> None:
+    """Serves the batch of this plan so, in place of what ``planner`` would say."""
     homes = Homes.of(plan)
-    there = Dispatch(homes, tuple(forward))
-    back = there if backward is None else Dispatch(homes, tuple(backward))
-    _dispatches.setdefault(plan, {})[planner] = there, back
+    there = Dispatch(homes, forward)
+    back = there if backward is None else Dispatch(homes, backward)
+    _dispatches.setdefault(plan, {})[planner, None] = there, back
 
 
 def dispatches(plan: SequencePlan, planner: str, widths: Widths) -> Dispatches:
     """Planned at first use, for heads of these ``widths``; all ranks come to the same."""
-    if planner not in _dispatches.setdefault(plan, {}):
-        assign(plan, assigned(Homes.of(plan), planner, widths), planner=planner)
-    return _dispatches[plan][planner]
+    known = _dispatches.setdefault(plan, {})
+    key = (planner, None if (planner, None) in known else widths)
+    if key not in known:
+        homes = Homes.of(plan)
+        known[key] = (Dispatch(homes, planned(homes, planner, widths)),) * 2
+    return known[key]
 
 
 def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
     """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
     widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
     for dispatch in dispatches(plan, planner, widths):
-        dispatch.ready(rank)
+        dispatch.served(rank)
 
 
 def widths_of(q: Tensor, k: Tensor) -> Widths:
@@ -76,52 +81,50 @@ class ForwardRun:
     """Attention of the local queries under way: posted when made, computed by ``serve``, complete after ``finish``."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, dispatch: Dispatch) -> None:
-        self._dispatch, self._call = dispatch, call
-        self._served, self._shape = self._dispatch.served(call.group.rank), q.shape
-        self._line = in_line(q), in_line(k), in_line(v)
-        self._arriving = Arriving(self._dispatch, self._line[:1], self._line[1:], call)
+        self._served, self._call, self._shape = dispatch.served(call.group.rank), call, q.shape
+        self._groups = dispatch.plan.groups
+        self._line = tuple(in_line(tensor, self._groups) for tensor in (q, k, v))
+        self._arriving = Arriving((self._served.queries, self._served.keys), self._line[:1], self._line[1:], call)
 
     def serve(self) -> None:
-        call, served = self._call, self._served
-        self._own = Partial(self._line[0])
-        call.kernel.forward(*self._line, served.here, call.scale, self._own)
+        call, served, (q, k, v) = self._call, self._served, self._line
+        self._own = Partial(q)
+        call.kernel.forward(q, k, v, served.here, call.scale, self._own)
         queries, keys, values = self._arriving.wait()
         found = Partial(queries)
         call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
-        ranks, me = range(call.group.size), call.group.rank
-        asked = [self._dispatch.served(server).queries[me] for server in ranks]
-        self._returning = Returning((found.out, found.lse), served.query_places, asked, call)
+        self._returning = Returning((found.out, found.lse), served.queries, call)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(out in the accumulation dtype ``[B, T/SP, H/TP, D]``, lse ``[B, T/SP, H/TP]``) of the local queries."""
         for rows, (out, lse) in self._returning.wait():
             self._own.merge_packed(rows, out, lse)
-        return self._own.out.view(self._shape), self._own.lse.view(self._shape[:3])
+        out, lse = (from_line(whole, self._shape[:2], self._groups) for whole in (self._own.out, self._own.lse))
+        return out, lse
 
 
 class BackwardRun:
     """Gradients under way, likewise; given the global lse and delta, the shares of tasks just add up."""
 
     def __init__(self, dout: Tensor, saved: Saved, call: Call, dispatch: Dispatch) -> None:
-        self._dispatch, self._call = dispatch, call
-        self._served, self._shapes = self._dispatch.served(call.group.rank), [tensor.shape for tensor in saved[:3]]
-        self._saved, self._dout = [in_line(tensor) for tensor in saved], in_line(dout)
+        self._served, self._call, self._shape = dispatch.served(call.group.rank), call, dout.shape
+        self._groups = dispatch.plan.groups
+        self._dout, *self._saved = (in_line(tensor, self._groups) for tensor in (dout, *saved))
         q, k, v, out, lse = self._saved
         of_queries = (q, self._dout, lse, delta_of(self._dout, out))
-        self._arriving = Arriving(self._dispatch, of_queries, (k, v), call)
+        self._arriving = Arriving((self._served.queries, self._served.keys), of_queries, (k, v), call)
 
     def serve(self) -> None:
         call, served, (q, k, v, out, lse) = self._call, self._served, self._saved
-        dtype, narrow, me = accumulation_dtype(q.dtype), q.dtype, call.group.rank
-        self._grads = dq, dk, dv = _zeros((q, k, v), dtype)
-        call.kernel.backward(self._dout, q, k, v, out, lse, served.here, call.scale, (dq, dk, dv))
+        dtype, narrow = accumulation_dtype(q.dtype), q.dtype
+        self._grads = _zeros((q, k, v), dtype)
+        call.kernel.backward(self._dout, q, k, v, out, lse, served.here, call.scale, self._grads)
         queries, upstream, sums, delta, keys, values = self._arriving.wait()
         shares = _zeros((queries, keys, values), dtype)
         given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
         call.kernel.backward(*given, served.rest, call.scale, shares)
-        asked = [self._dispatch.served(server) for server in range(call.group.size)]
-        self._of_queries = Returning(shares[:1], served.query_places, [one.queries[me] for one in asked], call, narrow)
-        self._of_keys = Returning(shares[1:], served.key_places, [one.keys[me] for one in asked], call, narrow)
+        self._of_queries = Returning(shares[:1], served.queries, call, narrow)
+        self._of_keys = Returning(shares[1:], served.keys, call, narrow)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of the local tokens in the accumulation dtype."""
@@ -130,7 +133,8 @@ class BackwardRun:
             for rows, parts in returning.wait():
                 for whole, part in zip(wholes, parts, strict=True):
                     rows.add_to(whole, part)
-        return dq.view(self._shapes[0]), dk.view(self._shapes[1]), dv.view(self._shapes[2])
+        dq, dk, dv = (from_line(whole, self._shape[:2], self._groups) for whole in self._grads)
+        return dq, dk, dv
 
 
 def _zeros(like: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,38 +158,43 @@ def planned_by(planner: str) -> tuple[Forward, Backward]:
     return forward, backward
 
 
-def in_line(tensor: Tensor) -> Tensor:
-    """``[B, T/SP, ...]`` as one line of tokens, ``[1, B * T/SP, ...]``: a task may be of any batch row."""
-    return tensor.flatten(0, 1).unsqueeze(0)
+def in_line(tensor: Tensor, groups: int = 1) -> Tensor:
+    """``[B, T/SP, H/TP, ...]`` as one line of tokens for each of G heads groups, one behind the other, ``[1, G * B *
+    T/SP, H/TP/G, ...]``: a task may be of any batch row and group."""
+    if tensor.shape[2] % groups:
+        raise ConfigError(
+            f"a plan of {groups} heads groups cannot be served with {tensor.shape[2]} heads of a rank; it must "
+            f"divide those, such as {math.gcd(groups, tensor.shape[2])}"
+        )
+    return tensor.flatten(0, 1).unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
+
+
+def from_line(line: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """Back; ``shape``: (B, T/SP)."""
+    return line[0].unflatten(0, (groups, shape.numel())).transpose(0, 1).flatten(1, 2).unflatten(0, shape)
 
 
 class Arriving:
     """Tokens on their way to those who serve them: what belongs to queries, and keys and values."""
 
-    def __init__(self, dispatch: Dispatch, of_queries: Block, of_keys: Block, call: Call) -> None:
-        self._blocks = (of_queries, of_keys)
+    def __init__(self, crossings: tuple[Crossing, Crossing], of_queries: Block, of_keys: Block, call: Call) -> None:
+        self._parts = [(crossings[0], part) for part in of_queries] + [(crossings[1], part) for part in of_keys]
         self._me = call.group.rank
-        self._served = dispatch.served(self._me)
         sends, receives = [], []
         for other in call.group.others:
-            theirs = dispatch.served(other)
-            for block, leaving, coming in (
-                (of_queries, theirs.queries[self._me], self._served.queries[other]),
-                (of_keys, theirs.keys[self._me], self._served.keys[other]),
-            ):
-                sends += [(other, leaving.take(part).contiguous()) for part in block]
-                receives += [(other, part.new_empty(1, len(coming), *part.shape[2:])) for part in block]
+            for crossing, part in self._parts:
+                sends.append((other, crossing.rows[other].take(part).contiguous()))
+                receives.append((other, part.new_empty(1, crossing.places.counts[other], *part.shape[2:])))
         self._pending = exchange(call.group, sends, receives)
 
     def wait(self) -> list[Tensor]:
-        """Buffers in order of (batch row, position), ``[1, rows, H/TP, ...]``: those of queries, then of keys."""
-        arrived, served, me = self._pending.wait(), self._served, self._me
-        (of_queries, of_keys), number = self._blocks, len(self._blocks[0]) + len(self._blocks[1])
+        """Buffers in order of heads group, document and position, ``[1, rows, H/TP/G, ...]``: those of queries, then of
+        keys."""
+        arrived, number = self._pending.wait(), len(self._parts)
         by_home = [arrived[first : first + number] for first in range(0, len(arrived), number)]
-        own = [served.queries[me].take(part) for part in of_queries] + [served.keys[me].take(part) for part in of_keys]
-        by_home.insert(me, own)
-        places = [served.query_places] * len(of_queries) + [served.key_places] * len(of_keys)
-        return [_in_order(list(parts), where) for parts, where in zip(zip(*by_home, strict=True), places, strict=True)]
+        by_home.insert(self._me, [crossing.rows[self._me].take(part) for crossing, part in self._parts])
+        whole = zip(zip(*by_home, strict=True), self._parts, strict=True)
+        return [_in_order(list(parts), crossing.places) for parts, (crossing, _) in whole]
 
 
 def _in_order(parts: list[Tensor], places: Places) -> Tensor:
@@ -206,14 +215,13 @@ def _picked(places: Places, home: int, whole: Tensor, dtype: torch.dtype) -> Ten
 class Returning:
     """What was computed for tokens on its way to their homes.
 
-    ``block``: by place in the server's buffer. ``asked[server]``: rows of this rank's line that the server had.
-    ``narrow``: the dtype in which ``attention.travel=narrow`` sends shares of gradients.
+    ``block``: by place in the server's buffer. ``narrow``: the dtype in which ``attention.travel=narrow`` sends shares
+    of gradients.
     """
 
-    def __init__(
-        self, block: Block, places: Places, asked: list[Rows], call: Call, narrow: torch.dtype | None = None
-    ) -> None:
-        self._me, self._asked, self._number = call.group.rank, asked, len(block)
+    def __init__(self, block: Block, crossing: Crossing, call: Call, narrow: torch.dtype | None = None) -> None:
+        self._me, self._asked, self._number = call.group.rank, crossing.rows, len(block)
+        asked, places = crossing.rows, crossing.places
         self._own = [_picked(places, self._me, part, part.dtype) for part in block]
         dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
         sends, receives = [], []
@@ -241,7 +249,7 @@ def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
     """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass."""
-    one = replace(sizes, batch=1)  # rows of the line are those of all sequences of the batch
+    one = _of_a_row(sizes, dispatch)
     sent = rows_sent(dispatch, rank)
     narrow = sizes.options.travel == "narrow"
     dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
@@ -253,6 +261,12 @@ def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
     )
 
 
+def _of_a_row(sizes: Sizes, dispatch: Dispatch) -> Sizes:
+    """Rows of the line are those of all sequences of the batch, each of one heads group."""
+    groups = dispatch.plan.groups
+    return replace(sizes, batch=1, heads=sizes.heads // groups, kv_heads=sizes.kv_heads // groups)
+
+
 def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
     """At most: everything that a pass makes, as if nothing were freed before its end, on the rank with most of it."""
     found = [_alive(planner, plan, rank, sizes) for rank in range(plan.world)]
@@ -260,16 +274,13 @@ def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
 
 
 def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
-    one, own = replace(sizes, batch=1), plan.shard * len(plan.documents)
     widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
     there, back = dispatches(plan, planner, widths)
-    sent, served = rows_sent(there, rank), there.served(rank)
-    queries, keys = len(served.query_places.positions), len(served.key_places.positions)
+    sent, queries, keys, one, own = _held(there, plan, rank, sizes)
     # Sent, received, in order, computed; then what goes home and what comes from there.
     forward = (sent.queries + 2 * queries) * one.held(queries=1) + (sent.keys + 2 * keys) * one.held(keys=1)
     forward += (2 * queries + sent.queries) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
-    sent, served = rows_sent(back, rank), back.served(rank)
-    queries, keys = len(served.query_places.positions), len(served.key_places.positions)
+    sent, queries, keys, one, own = _held(back, plan, rank, sizes)
     backward = (sent.queries + 2 * queries) * one.held(queries=2, sums=2) + (sent.keys + 2 * keys) * one.held(keys=1)
     backward += (2 * queries + sent.queries) * one.held(outputs=1) + (2 * keys + sent.keys) * one.held(gradients=1)
     # Stand-ins of outputs and what they are made of; delta, and the gradients of this rank.
@@ -277,9 +288,18 @@ def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[i
     return forward, backward
 
 
+def _held(dispatch: Dispatch, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[RowsSent, int, int, Sizes, int]:
+    """Rows sent, in the buffers of queries and of keys, what one is, and how many the line has."""
+    served, groups = dispatch.served(rank), dispatch.plan.groups
+    queries, keys = (len(crossing.places.positions) for crossing in (served.queries, served.keys))
+    own = plan.shard * len(plan.documents) * groups
+    return rows_sent(dispatch, rank), queries, keys, _of_a_row(sizes, dispatch), own
+
+
 def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
-    """Of the forward pass; of a batch that has not been planned, for heads of the planner's default widths."""
-    return dispatches(plan, planner, Widths())[0].served(rank).cells
+    """Of the forward pass as it was planned first; if it was not, for heads of the planner's default widths."""
+    made = [there for (name, _), (there, _) in _dispatches.get(plan, {}).items() if name == planner]
+    return (made[0] if made else dispatches(plan, planner, Widths())[0]).cells(rank)
 
 
 @dataclass(frozen=True)
@@ -298,16 +318,10 @@ class RowsSent:
 
 
 def rows_sent(dispatch: Dispatch, rank: int) -> RowsSent:
-    ranks = [other for other in range(dispatch.world) if other != rank]
-    away = [dispatch.served(other) for other in ranks]
-    mine = dispatch.served(rank)
-    counts = [
-        [len(one.queries[rank]) for one in away],
-        [len(one.keys[rank]) for one in away],
-        [len(mine.queries[other]) for other in ranks],
-        [len(mine.keys[other]) for other in ranks],
-    ]
-    return RowsSent(*map(sum, counts), *(sum(map(bool, count)) for count in counts))
+    queries, keys = dispatch.query_rows, dispatch.key_rows
+    away = np.arange(dispatch.world) != rank
+    counts = [rows[away] for rows in (queries[rank], keys[rank], queries[:, rank], keys[:, rank])]
+    return RowsSent(*(int(count.sum()) for count in counts), *(int(np.count_nonzero(count)) for count in counts))
 
 
 # The strategy's name -> who plans for it.

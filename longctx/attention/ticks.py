@@ -17,12 +17,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from longctx.attention.assignment import assigned
+from longctx.attention.assignment import planned
 from longctx.attention.disaggregated import volume_of
+from longctx.attention.dispatch import Dispatch
 from longctx.attention.registry import Sizes, Volume
 from longctx.planner import Widths
 from longctx.sequence import Homes, SequencePlan
-from longctx.sequence.tasks import Dispatch
 
 Held = tuple[int | None, ...]  # by stage: the microbatch whose tokens take part
 
@@ -76,11 +76,11 @@ class Ticks:
         """Plans all exchanges, and works out all that ``rank`` will ask for in them."""
         for phase in Phase:
             for dispatch in self._all(phase):
-                dispatch.ready(rank)
+                dispatch.served(rank)
 
-    def work(self, rank: int, phase: Phase = Phase.FORWARD) -> int:
+    def work(self, rank: int, phase: Phase = Phase.FORWARD) -> float:
         """(query, key) cells that a rank computes in a phase of the step, for all layers."""
-        return sum(dispatch.served(rank).cells for dispatch in self._all(phase))
+        return sum(dispatch.cells(rank) for dispatch in self._all(phase))
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
         """What a rank sends in the step, in all layers."""
@@ -101,7 +101,7 @@ class Ticks:
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:
             homes = self.homes(held)
-            self._dispatches[held] = Dispatch(homes, assigned(homes, self._planner, self._widths))
+            self._dispatches[held] = Dispatch(homes, planned(homes, self._planner, self._widths))
         return self._dispatches[held]
 
 

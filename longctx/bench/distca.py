@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from longctx.planner import Home, Runs, Widths
-from longctx.planner.plan import ranges
+from longctx.planner.tasks import ranges
 
 
 def distca(home: Home, tolerance: float = 0.1, widths: Widths | None = None) -> Runs:

@@ -7,9 +7,12 @@ from longctx.planner.cost import CostReport, Topology, Widths
 from longctx.planner.home import Home, contiguous, streamed, zigzag
 from longctx.planner.legality import check
 from longctx.planner.options import Options
-from longctx.planner.plan import Exchange, Plan, RankPlan, Runs, Tasks, Transfers
+from longctx.planner.plan import Plan
 from longctx.planner.planning import PLANNERS, make_plan, plan
+from longctx.planner.rank_plan import Exchange, RankPlan, TaskList
 from longctx.planner.slices import MaskSlices, Slice, Span, causal, full, prefix_lm, shared_prefix, window
+from longctx.planner.tasks import Runs, Tasks
+from longctx.planner.transfers import Transfers
 
 __all__ = [
     "PLANNERS",
@@ -23,6 +26,7 @@ __all__ = [
     "Runs",
     "Slice",
     "Span",
+    "TaskList",
     "Tasks",
     "Topology",
     "Transfers",

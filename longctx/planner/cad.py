@@ -18,9 +18,10 @@ from longctx.planner.cost import Topology, Widths
 from longctx.planner.home import Home
 from longctx.planner.options import Options
 from longctx.planner.placement import Placement, Run, cut
-from longctx.planner.plan import Plan, Runs, Tasks
+from longctx.planner.plan import Plan
 from longctx.planner.seats import seated
 from longctx.planner.slices import Int64, MaskSlices
+from longctx.planner.tasks import Runs, Tasks
 
 FEW = 64  # servers, up to which several ways are tried
 FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the square of the servers

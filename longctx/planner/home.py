@@ -55,6 +55,15 @@ class Home:
         columns = (self.doc[low:high], self.start[low:high], self.stop[low:high])
         return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
+    def span(self, doc: Int64, position: Int64) -> Int64:
+        """Which span, in order of document and position, holds each of these tokens."""
+        return np.asarray(np.searchsorted(self.table[0], doc * self.stride + position, "right") - 1)
+
+    def place(self, doc: Int64, position: Int64) -> Int64:
+        """Where they lie among the resident tokens of their ranks."""
+        at = self.span(doc, position)
+        return np.asarray(self.table[5][at] + position - self.table[2][at])
+
     @cached_property
     def by_position(self) -> Int64:
         """Numbers of the spans in order of document and position."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longctx.planner.plan import Plan, Transfers
+from longctx.planner.plan import Plan
 from longctx.planner.slices import Int64, Slice, areas
+from longctx.planner.transfers import Transfers
 
 
 def check(plan: Plan) -> None:

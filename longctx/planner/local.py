@@ -5,8 +5,8 @@ from __future__ import annotations
 from longctx.planner.cost import Topology
 from longctx.planner.home import Home
 from longctx.planner.options import Options
-from longctx.planner.plan import Runs
 from longctx.planner.slices import MaskSlices
+from longctx.planner.tasks import Runs
 
 
 def local(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:

@@ -12,8 +12,8 @@ import numpy as np
 from longctx.planner.cost import Topology
 from longctx.planner.home import Home
 from longctx.planner.options import Options
-from longctx.planner.plan import Runs, ranges
 from longctx.planner.slices import MaskSlices
+from longctx.planner.tasks import Runs, ranges
 
 
 def min_heap(home: Home, mask: MaskSlices, topology: Topology, options: Options) -> Runs:

@@ -18,8 +18,9 @@ from longctx.planner.cost import Topology, Widths
 from longctx.planner.events import Float64, Hardware, Operation, Replayed, replay, replay_plan
 from longctx.planner.home import from_rows
 from longctx.planner.options import Options
-from longctx.planner.plan import Plan, Tasks
+from longctx.planner.plan import Plan
 from longctx.planner.slices import Int64, causal
+from longctx.planner.tasks import Tasks
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from longctx.planner.local import local
 from longctx.planner.min_heap import min_heap
 from longctx.planner.options import Options
 from longctx.planner.per_document_zigzag import per_document_zigzag
-from longctx.planner.plan import Plan, Runs, Tasks
+from longctx.planner.plan import Plan
 from longctx.planner.slices import Int64, MaskSlices
+from longctx.planner.tasks import Runs, Tasks
 from longctx.planner.zeppelin import zeppelin, zone_layout
 
 KEPT = 32  # plans in the cache; one of 512 servers is about 5 MB

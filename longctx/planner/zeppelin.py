@@ -14,8 +14,8 @@ import numpy as np
 from longctx.planner.cost import Topology
 from longctx.planner.home import Home, from_rows, zigzag_spans
 from longctx.planner.options import Options
-from longctx.planner.plan import Runs
 from longctx.planner.slices import Int64, MaskSlices
+from longctx.planner.tasks import Runs
 
 
 @dataclass(frozen=True)

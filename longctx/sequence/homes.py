@@ -21,7 +21,7 @@ class Homes:
     """Tokens of all batch rows, numbered row by row: row times ``length`` plus position.
 
     ``documents``: of each row. ``shard``: physical tokens of a row on one rank. ``numbers[rank]``: of the rank's valid
-    tokens, ascending, int64. ``lines[rank]``: where those lie in its line of physical tokens, ``[B * T/SP]``.
+    tokens, ascending, int64. ``lines[rank]``: where those lie in its line of ``physical[rank]`` tokens, ``[B * T/SP]``.
     """
 
     documents: tuple[Documents, ...]
@@ -30,6 +30,7 @@ class Homes:
     shard: int
     numbers: tuple[Int64, ...]
     lines: tuple[Int64, ...]
+    physical: tuple[int, ...]
 
     @property
     def world(self) -> int:
@@ -44,6 +45,12 @@ class Homes:
         """First numbers, and last + 1, of the documents of all rows, ascending."""
         edges = [row.cu_seqlens + number * self.length for number, row in enumerate(self.documents)]
         return np.concatenate([row[:-1] for row in edges]), np.concatenate([row[1:] for row in edges])
+
+    def places(self, rank: int) -> Int64:
+        """Where on its line the rank's tokens lie that belong to a document, int64."""
+        row, position = np.divmod(self.numbers[rank], self.length)
+        ends = np.array([one.length for one in self.documents])
+        return np.asarray(self.lines[rank][position < ends[row]])
 
     @classmethod
     def of(cls, plan: SequencePlan) -> Homes:
@@ -60,6 +67,7 @@ class Homes:
         documents: list[Documents] = []
         numbers: list[Int64] = []
         lines: list[Int64] = []
+        physical: list[int] = []
         for plan in plans:
             rows = np.arange(0 if plan is None else len(plan.documents))[:, None]
             first = len(documents)
@@ -67,28 +75,23 @@ class Homes:
                 positions = one.positions(rank)
                 numbers.append(((first + rows) * one.length + positions).ravel())
                 lines.append((rows * one.shard + np.arange(len(positions))).ravel())
+                physical.append(len(rows) * one.shard)
             if plan is not None:
                 assert (plan.mask, plan.length, plan.shard) == (one.mask, one.length, one.shard), "plans of one run"
                 documents += plan.documents
-        return cls(tuple(documents), one.mask, one.length, one.shard, tuple(numbers), tuple(lines))
+        return cls(tuple(documents), one.mask, one.length, one.shard, tuple(numbers), tuple(lines), tuple(physical))
 
 
 class Runs:
-    """Tokens that lie side by side on one rank: ``start``, ``stop`` (numbers), ``rank``, ``line`` (place of the first),
-    int64 ``[N]`` in order of their numbers."""
+    """Tokens that lie side by side on one rank: ``start``, ``stop`` (numbers), ``rank``, int64 ``[N]``, ordered
+    by number."""
 
     def __init__(self, numbers: Sequence[Int64], lines: Sequence[Int64]) -> None:
         columns = [_runs(rank, *held) for rank, held in enumerate(zip(numbers, lines, strict=True))]
         start = np.concatenate([column[0] for column in columns])
         order = np.argsort(start, kind="stable")
         self.start = start[order]
-        self.stop, self.rank, self.line = (
-            np.concatenate([column[place] for column in columns])[order] for place in (1, 2, 3)
-        )
-
-    def at(self, number: Int64) -> Int64:
-        """Which run holds each of these tokens."""
-        return np.asarray(np.searchsorted(self.start, number, "right") - 1)
+        self.stop, self.rank = (np.concatenate([column[place] for column in columns])[order] for place in (1, 2))
 
 
 def ranges(first: Int64, count: Int64) -> Int64:
@@ -104,7 +107,7 @@ def touched(start: Int64, stop: Int64, first: Int64, last: Int64) -> tuple[Int64
     return np.repeat(np.arange(len(first)), count), ranges(begin, count)
 
 
-def _runs(rank: int, number: Int64, line: Int64) -> tuple[Int64, Int64, Int64, Int64]:
+def _runs(rank: int, number: Int64, line: Int64) -> tuple[Int64, Int64, Int64]:
     breaks = np.flatnonzero((np.diff(number) != 1) | (np.diff(line) != 1)) + 1
     opens, closes = np.append(0, breaks)[: len(number)], np.append(breaks, len(number))[: len(number)] - 1
-    return number[opens], number[closes] + 1, np.full_like(opens, rank), line[opens]
+    return number[opens], number[closes] + 1, np.full_like(opens, rank)

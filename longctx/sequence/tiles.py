@@ -80,9 +80,12 @@ def tiles_of(start: Int64, stop: Int64, keys: Int64) -> tuple[Tile, ...]:
     first = np.searchsorted(keys, start)
     last = np.searchsorted(keys, stop)
     rows = np.flatnonzero(last > first)
-    if not len(rows):
-        return ()
-    first, last = first[rows], last[rows]
+    return tiles_of_rows(rows, first[rows], last[rows])
+
+
+def tiles_of_rows(rows: Int64, first: Int64, last: Int64) -> tuple[Tile, ...]:
+    """Tiles of query ``rows[i]`` against the keys ``[first[i], last[i])`` of a buffer, never none; a row may come more
+    than once, for keys of different stretches."""
     return tuple(
         Tile(
             int(rows[i]),

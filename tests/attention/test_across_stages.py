@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from longctx.attention.across_stages import Empty, StageAttention
 from longctx.attention.disaggregated import dispatches
+from longctx.attention.dispatch import Dispatch
 from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes
 from longctx.attention.ticks import Phase, Ticks, ticks_of
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan
-from longctx.sequence.tasks import Dispatch
 from longctx.sim import Cluster, RankFailed
 from longctx.verify import VerifyCase
 from longctx.verify.case import RankResult
 from longctx.verify.run import cut, judge
-from tests.attention.test_disaggregated import random_tasks
+from tests.attention.cuts import random_plan
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 4
 EMPTY = Empty(HEADS, KV_HEADS, HEAD_DIM, torch.float64, torch.device("cpu"))
@@ -119,8 +119,7 @@ def assign_at_random(problem: Problem) -> Ticks:
         for tick in range(ticks.count):
             for call in range(ticks.calls(phase, tick)):
                 homes = ticks.homes(ticks.held(phase, tick, call))
-                tasks = random_tasks(homes.documents, homes.world, seed.randrange(2**16))
-                ticks.assign(phase, tick, call, Dispatch(homes, tuple(tasks)))
+                ticks.assign(phase, tick, call, Dispatch(homes, random_plan(homes, seed.randrange(2**16))))
     return ticks
 
 
@@ -186,8 +185,8 @@ def busiest(ticks: Ticks, phase: Phase) -> list[tuple[int, int]]:
         for call in range(ticks.calls(phase, tick)):
             joint, held = ticks.dispatch(phase, tick, call), ticks.held(phase, tick, call)
             alone = [dispatches(ticks.plans[n], "cad", EMPTY.widths)[0] for n in held if n is not None]
-            most = max(one.served(rank).cells for one in alone for rank in range(one.world))
-            found.append((max(joint.served(rank).cells for rank in range(joint.world)), most))
+            most = max(one.cells(rank) for one in alone for rank in range(one.world))
+            found.append((max(joint.cells(rank) for rank in range(joint.world)), most))
     return found
 
 

@@ -1,12 +1,9 @@
 """Core-attention disaggregation: any legal assignment of tasks to servers gives the same numbers."""
 
-import random
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.attention import contract, get_strategy
@@ -14,47 +11,23 @@ from longctx.attention.disaggregated import assign, dispatches
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
 from longctx.comm import group_of
-from longctx.planner import Widths
-from longctx.sequence import Documents, SequencePlan
-from longctx.sequence.tasks import Task
-from longctx.sim import Cluster, Event, mark_step
+from longctx.planner import Plan, Widths
+from longctx.sequence import Homes, SequencePlan
+from longctx.sim import Cluster, Event, RankFailed, mark_step
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
 from tests.attention import marking_kernel
+from tests.attention.cuts import plan_of, random_plan
 from tests.attention.travelling import spans
 from tests.volume.measure import BACKWARD, FORWARD
 
-FINEST = 2  # tokens; smaller pieces are not cut again
 
-
-def random_tasks(packing: tuple[Documents, ...], world: int, seed: int) -> list[Task]:
-    """A partition of every document's square by random cuts, each piece with a random server."""
-    chance = random.Random(seed)
-    found = []
-
-    def cut(row, q, k):
-        sides = [side for side in (q, k) if side[1] - side[0] > FINEST]
-        if not sides or chance.random() < 0.3:
-            found.append(Task(row, *q, *k, chance.randrange(world)))
-            return
-        side = chance.choice(sides)
-        at = chance.randint(side[0] + 1, side[1] - 1)
-        for part in ((side[0], at), (at, side[1])):
-            cut(row, *((part, k) if side is q else (q, part)))
-
-    for row, documents in enumerate(packing):
-        for start, stop in pairwise(documents.cu_seqlens.tolist()):
-            cut(row, (start, stop), (start, stop))
-    chance.shuffle(found)
-    return found
-
-
-def tasks_of(case: VerifyCase, seed: int) -> list[Task]:
-    return random_tasks(case.packing, case.world, seed)
+def plan_at_random(case: VerifyCase, seed: int, groups: int = 1) -> Plan:
+    return random_plan(Homes.of(case.plan()), seed, groups)
 
 
 def check(case: VerifyCase, forward=None, backward=None):
-    """Without tasks: those of the planner."""
+    """Without plans: the planner's."""
     plan = case.plan()
     if forward is not None:
         assign(plan, forward, backward)
@@ -84,32 +57,57 @@ def case_of(world, lengths, strategy="disaggregated", **options):
 )
 def test_any_partition_is_exact(lengths, world, layout, seed):
     case = case_of(world, lengths, layout=layout, seed=seed)
-    check(case, tasks_of(case, seed), tasks_of(case, seed + 1))
+    check(case, plan_at_random(case, seed), plan_at_random(case, seed + 1))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("mask", [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 4}], ids=str)
 def test_every_mask_two_batch_rows_and_different_passes(world, mask):
     case = case_of(world, [17, 1, 1, 30, 8], batch=2, **mask)
-    check(case, tasks_of(case, world), tasks_of(case, world + 99))
+    check(case, plan_at_random(case, world), plan_at_random(case, world + 99))
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 17), min_size=1, max_size=5),
+    st.integers(1, 5),
+    st.sampled_from(["contiguous", "zigzag", "striped"]),
+    st.sampled_from([(4, 2, 2), (4, 4, 4), (6, 3, 3), (6, 2, 2)]),
+    st.integers(0, 2**16),
+)
+def test_heads_groups_may_be_cut_and_served_apart(lengths, world, layout, heads, seed):
+    """Also in two batch rows, and with other groups backward."""
+    heads, kv_heads, groups = heads
+    case = VerifyCase(
+        "disaggregated", layout, world, seq=sum(lengths), documents=tuple(lengths), head_dim=4, heads=heads,
+        kv_heads=kv_heads, batch=2, seed=seed,
+    )  # fmt: skip
+    check(case, plan_at_random(case, seed, groups), plan_at_random(case, seed + 9))
+    check(case, plan_at_random(case, seed), plan_at_random(case, seed + 9, groups))
+
+
+def test_heads_groups_that_do_not_divide_are_refused():
+    case = case_of(2, [12])
+    with pytest.raises(RankFailed, match=r"3 heads groups cannot be served with 2 heads .* such as 1"):
+        check(case, plan_at_random(case, 0, groups=3))
 
 
 def test_shares_may_go_home_narrow():
     case = case_of(4, [40, 9, 1], travel="narrow")
-    check(case, tasks_of(case, 3), tasks_of(case, 4))
+    check(case, plan_at_random(case, 3), plan_at_random(case, 4))
 
 
 def test_one_server_for_all_and_servers_without_work():
     case = case_of(4, [19, 12])
-    tasks = [Task(0, 0, 19, 0, 19, 2), Task(0, 19, 31, 19, 31, 2)]
-    plan = check(case, tasks)
+    plan = check(case, plan_of(Homes.of(case.plan()), [(0, 0, 19, 0, 19, 2), (1, 0, 12, 0, 12, 2)]))
     there, _ = dispatches(plan, "cad", Widths())
-    assert [there.served(rank).cells for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
+    assert [there.cells(rank) for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
 
 
 def at_home(plan):
-    """Every query is served where it is."""
-    return [Task(0, *plan.positions(rank)[[0, -1]] + [0, 1], 0, plan.length, rank) for rank in range(plan.world)]
+    """Every query of the one document is served where it is."""
+    rows = [(plan.positions(rank)[[0, -1]] + [0, 1]).tolist() for rank in range(plan.world)]
+    return plan_of(Homes.of(plan), [(0, *row, 0, plan.length, rank) for rank, row in enumerate(rows)])
 
 
 def test_served_at_home_only_keys_travel():
@@ -123,8 +121,8 @@ def test_served_at_home_only_keys_travel():
 
 def test_a_token_crosses_once_however_many_tasks_read_it():
     case = case_of(2, [16])
-    pieces = [Task(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
-    plan = check(case, pieces)
+    pieces = [(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
+    plan = check(case, plan_of(Homes.of(case.plan()), pieces))
     volume = get_strategy("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
     assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
@@ -149,7 +147,7 @@ def test_a_long_document_among_short_ones_is_balanced():
     case = case_of(8, [2048, *[64] * 96])
     plan = case.plan()
     there, _ = dispatches(plan, "cad", Widths(2, 1, 4, 8))
-    cells = [there.served(rank).cells for rank in range(8)]
+    cells = [there.cells(rank) for rank in range(8)]
     assert sum(cells) == sum(plan.work(rank) for rank in range(8))
     assert plan.balance() > 5 and max(cells) * 8 <= 1.15 * sum(cells)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from longctx.attention import ticks
-from longctx.attention.assignment import assigned
+from longctx.attention.assignment import planned
 from longctx.attention.registry import Sizes
 from longctx.launcher import build
 from longctx.mesh import build_mesh
@@ -131,7 +131,7 @@ def test_a_step_tells_what_all_stages_served_and_sent(tmp_path):
 
 def test_every_exchange_is_planned_once_a_step(tmp_path, monkeypatch):
     """Of five forward ticks and five backward, with two microbatches in turned order in the middle ones."""
-    planned = []
-    monkeypatch.setattr(ticks, "assigned", lambda *asked: planned.append(asked) or assigned(*asked))
+    seen = []
+    monkeypatch.setattr(ticks, "planned", lambda *asked: seen.append(asked) or planned(*asked))
     train_on_sim(config_of(tmp_path, "pp 2", 2))
-    assert len(planned) == 2 * 10
+    assert len(seen) == 2 * 10

@@ -53,8 +53,14 @@ def execute(plan, q, k, v):
     got_kv = exchange([one.kv for one in ranks], [by_group(kv[w], one.kv, groups) for w, one in zip(where, ranks)])
     served = [serve(one, a, b) for one, a, b in zip(ranks, got_q, got_kv, strict=True)]
     out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf)
-    share = q.shape[1] // groups
+    share, kv_share = q.shape[1] // groups, k.shape[1] // groups
     for rank, one in enumerate(ranks):
+        own, own_out, own_lse = where[rank], out[where[rank]], lse[where[rank]]
+        for group in range(groups):
+            heads, kv_heads = slice(group * share, (group + 1) * share), slice(group * kv_share, (group + 1) * kv_share)
+            tensors = q[own][:, heads], k[own][:, kv_heads], v[own][:, kv_heads]
+            compute(one.here, np.flatnonzero(one.here.group == group), *tensors, own_out[:, heads], own_lse[:, heads])
+        out[own], lse[own] = own_out, own_lse
         # What each server returns of this rank's rows, in the order in which they were sent.
         at = 0
         for server, count in enumerate(one.q.send_counts.tolist()):
@@ -98,12 +104,18 @@ def serve(one, q, kv):
     q, kv = q[one.q.order], kv[one.kv.order]
     k, v = np.split(kv, 2, axis=2)
     out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf)
-    for task in range(len(one.q_start)):
-        rows, keys = slice(one.q_start[task], one.q_stop[task]), slice(one.k_start[task], one.k_stop[task])
-        i = np.arange(rows.stop - rows.start)[:, None]
-        j = np.arange(keys.stop - keys.start)[None]
-        seen = (one.lo[task] <= j - i) & (j - i <= one.hi[task])
-        merge(out, lse, rows, *attend(q[rows], k[keys], v[keys], seen))
+    compute(one.rest, range(len(one.rest.group)), q, k, v, out, lse)
     back_out, back_lse = np.empty_like(out), np.empty_like(lse)
     back_out[one.q.order], back_lse[one.q.order] = out, lse
     return back_out, back_lse
+
+
+def compute(tasks, which, q, k, v, out, lse):
+    """Adds those tasks' partials, in place."""
+    for task in which:
+        rows, keys = slice(tasks.q_start[task], tasks.q_stop[task]), slice(tasks.k_start[task], tasks.k_stop[task])
+        i = np.arange(rows.stop - rows.start)[:, None]
+        j = np.arange(keys.stop - keys.start)[None]
+        seen = (tasks.lo[task] <= j - i) & (j - i <= tasks.hi[task])
+        assert seen.any(axis=1).all() and seen[:, [0, -1]].any(axis=0).all(), "a row or an outer key without cells"
+        merge(out, lse, rows, *attend(q[rows], k[keys], v[keys], seen))

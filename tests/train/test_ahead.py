@@ -5,12 +5,13 @@ import threading
 import pytest
 import torch
 
-from longctx.attention import disaggregated
+from longctx.attention import disaggregated, dispatch
 from longctx.data import Loader, Packing
 from longctx.errors import DataError
 from longctx.launcher import build
 from longctx.mesh import build_mesh
-from longctx.sequence import Contiguous, Mask, tasks, wanted
+from longctx.planner import RankPlan
+from longctx.sequence import Contiguous, Mask
 from longctx.sim import Cluster
 from longctx.train.ahead import Ahead
 from longctx.train.border import Border
@@ -95,13 +96,13 @@ def test_nothing_is_planned_inside_a_step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
 
-    spied(disaggregated, "assigned")
-    spied(tasks, "_tiles")
-    spied(wanted.Wanted, "_part")
+    spied(disaggregated, "planned")
+    spied(dispatch, "_tiles")
+    spied(RankPlan, "of")
     train_on_sim(shared(tmp_path))
     # Three steps of two micro-batches of two halves, planned by one of the two ranks that share the process.
-    assert [name for name, _ in seen].count("assigned") == 3 * 2 * 2
-    assert {name for name, _ in seen} == {"assigned", "_tiles", "_part"}
+    assert [name for name, _ in seen].count("planned") == 3 * 2 * 2
+    assert {name for name, _ in seen} == {"planned", "_tiles", "of"}
     assert all(thread.startswith("ahead") for _, thread in seen), "planned while a layer waited"
     assert not threads_ahead()
 

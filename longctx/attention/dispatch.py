@@ -1,0 +1,98 @@
+"""A plan as its executor reads it: rows of tensors, places in buffers and tiles, worked out from ``planner.RankPlan``.
+
+Tokens of all batch rows are one line on each rank, ``[B * T/SP]``; with G heads groups G such lines follow one another,
+each with its share of the heads. ``Homes`` says where on its line a token lies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longctx.planner import Exchange, Plan, TaskList
+from longctx.sequence import Homes, Places, Rows, TileSet
+from longctx.sequence.documents import Int64
+from longctx.sequence.homes import ranges
+from longctx.sequence.tiles import tiles_of_rows
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One rank's rows of queries, or of keys with their values, on their way to servers and back.
+
+    ``rows[server]``: of this rank's line, those that the server reads in its buffer. ``places``: where the rows of each
+    home lie in this rank's own buffer, in order of heads group, document and position.
+    """
+
+    rows: tuple[Rows, ...]
+    places: Places
+
+    @classmethod
+    def of(cls, side: Exchange, line: Int64, length: int) -> Crossing:
+        """``line``: where the rank's resident tokens lie among its ``length``."""
+        sent = side.send_group * length + line[side.send]
+        place = np.empty_like(side.order)
+        place[side.order] = np.arange(len(side.order))
+        ends_there, ends_here = np.cumsum(side.send_counts)[:-1], np.cumsum(side.recv_counts)[:-1]
+        return cls(tuple(map(_rows, np.split(sent, ends_there))), Places(np.split(place, ends_here)))
+
+
+class Served:
+    """What one rank sends, computes and gives back.
+
+    ``here``: tiles over its own tokens as they lie, of queries whose keys are all its own. ``rest``: tiles over the
+    buffers of ``queries`` and ``keys``.
+    """
+
+    def __init__(self, plan: Plan, rank: int, line: Int64, length: int) -> None:
+        own = plan.rank(rank)
+        self.queries, self.keys = Crossing.of(own.q, line, length), Crossing.of(own.kv, line, length)
+        shift = own.here.group * length
+        self.here = _tiles(own.here, shift + line[own.here.q_start], shift + line[own.here.k_start])
+        self.rest = _tiles(own.rest, own.rest.q_start, own.rest.k_start)
+
+
+class Dispatch:
+    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass."""
+
+    def __init__(self, homes: Homes, plan: Plan) -> None:
+        assert plan.home.ranks == homes.world, "a plan of other ranks"
+        self.world, self.plan, self._homes = homes.world, plan, homes
+        self._served: dict[int, Served] = {}
+
+    def served(self, rank: int) -> Served:
+        """Worked out at first use."""
+        if rank not in self._served:
+            self._served[rank] = Served(self.plan, rank, self._homes.places(rank), self._homes.physical[rank])
+        return self._served[rank]
+
+    def cells(self, rank: int) -> float:
+        """Visible (query, key) pairs that a rank computes; a heads group counts as its share of the heads."""
+        return int(self.plan.cost.work[rank]) / self.plan.groups
+
+    @cached_property
+    def query_rows(self) -> Int64:
+        """(token, heads group) rows from rank to rank, int64 ``[W, W]``; the diagonal stays where it is."""
+        return self.plan.q.matrix(self.world)
+
+    @cached_property
+    def key_rows(self) -> Int64:
+        return self.plan.kv.matrix(self.world)
+
+
+def _rows(places: Int64) -> Rows:
+    """Ascending places as intervals."""
+    edges = np.flatnonzero(np.diff(places) != 1)
+    starts, stops = np.append(places[:1], places[edges + 1]), np.append(places[edges], places[-1:]) + 1
+    return Rows(tuple(zip(starts.tolist(), stops.tolist(), strict=True)))
+
+
+def _tiles(tasks: TaskList, q_start: Int64, k_start: Int64) -> tuple[TileSet, ...]:
+    """``q_start``, ``k_start``: where the tasks' first queries and keys lie in what the tiles are over."""
+    count, keys = tasks.q_stop - tasks.q_start, tasks.k_stop - tasks.k_start
+    task, row = np.repeat(np.arange(len(count)), count), ranges(count * 0, count)
+    first, last = np.maximum(0, row + tasks.lo[task]), np.minimum(keys[task], row + tasks.hi[task] + 1)
+    tiles = tiles_of_rows(q_start[task] + row, k_start[task] + first, k_start[task] + last)
+    return (TileSet(0, 1, tiles),) if tiles else ()
