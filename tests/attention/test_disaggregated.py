@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.attention import contract, get_strategy
+from longctx.attention.assignment import home_of, mask_of
 from longctx.attention.disaggregated import assign, dispatches
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
 from longctx.comm import group_of
-from longctx.planner import Plan, Widths
+from longctx.planner import PLANNERS, Options, Plan, Topology, Widths, make_plan
 from longctx.sequence import Homes, SequencePlan
 from longctx.sim import Cluster, Event, RankFailed, mark_step
 from longctx.verify import VerifyCase
@@ -135,6 +136,17 @@ def test_what_planners_assign_is_exact(strategy, world, mask):
     for layout in ("contiguous", "zigzag", "striped"):
         check(case_of(world, [151, 1, 1, 40, 9], strategy, layout=layout, batch=2, **mask))
         check(case_of(world, [3], strategy, layout=layout, **mask))
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_one_executor_runs_what_any_planner_makes(name, layout):
+    """An all-gather among them, whose ranks are sent keys that they do not read."""
+    for world, mask in ((1, {}), (3, {"window": 6}), (4, {"batch": 2})):
+        case = case_of(world, [61, 1, 1, 40, 9], layout=layout, **mask)
+        homes = Homes.of(case.plan())
+        made = make_plan(name, mask_of(homes), Topology(world, per_node=2), Options(block=4, chunk=8), home_of(homes))
+        check(case, made)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 5))
