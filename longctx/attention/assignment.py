@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from longctx.planner import Home, MaskSlices, Options, Plan, Topology, Widths, causal, full, plan, window
+from longctx.errors import ConfigError
+from longctx.planner import Home, MaskSlices, Options, Plan, Topology, Widths, causal, check, full, plan, window
 from longctx.sequence import Homes
 from longctx.sequence.documents import Int64
 from longctx.sequence.homes import touched
@@ -17,6 +18,20 @@ def planned(homes: Homes, planner: str, widths: Widths) -> Plan:
     """Who serves what, on servers that are the ranks of ``homes``; the same on every rank."""
     options = Options(block=max(1, min(BLOCK, homes.shard // PER_RANK)), widths=widths)
     return plan(planner, mask_of(homes), Topology(homes.world), options, home_of(homes))
+
+
+def fitting(homes: Homes, made: Plan) -> Plan:
+    """A plan made by hand, if it is legal and of this batch. Raises ConfigError otherwise."""
+    home, mask = home_of(homes), mask_of(homes)
+    if made.home.ranks != home.ranks or not all(map(np.array_equal, made.home.columns, home.columns)):
+        raise ConfigError(
+            f"the plan is of {int(made.home.lengths.sum())} tokens on {made.home.ranks} ranks, which are not where the "
+            f"batch has its {int(home.lengths.sum())} on {home.ranks}; make it for home_of(Homes.of(plan))"
+        )
+    if made.mask.per_doc != mask.per_doc or not all(map(np.array_equal, made.mask.columns, mask.columns)):
+        raise ConfigError(f"the plan's mask is not the batch's, {homes.mask}; make it for mask_of(Homes.of(plan))")
+    check(made)
+    return made
 
 
 def mask_of(homes: Homes) -> MaskSlices:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.assignment import planned
+from longctx.attention.assignment import fitting, planned
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.dispatch import Crossing, Dispatch
 from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
@@ -49,10 +49,10 @@ _dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[str, Widths | No
 
 
 def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, planner: str = "cad") -> None:
-    """Serves the batch of this plan so, in place of what ``planner`` would say."""
+    """Serves the batch of this plan so, in place of what ``planner`` would say. Raises ConfigError for a plan of other
+    tokens or another mask, or that is not legal."""
     homes = Homes.of(plan)
-    there = Dispatch(homes, forward)
-    back = there if backward is None else Dispatch(homes, backward)
+    there, back = (Dispatch(homes, fitting(homes, one)) for one in (forward, backward or forward))
     _dispatches.setdefault(plan, {})[planner, None] = there, back
 
 

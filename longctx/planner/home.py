@@ -55,6 +55,11 @@ class Home:
         columns = (self.doc[low:high], self.start[low:high], self.stop[low:high])
         return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
+    @property
+    def columns(self) -> tuple[Int64, ...]:
+        """Of documents, then of spans."""
+        return self.lengths, self.rank, self.doc, self.start, self.stop
+
     def span(self, doc: Int64, position: Int64) -> Int64:
         """Which span, in order of document and position, holds each of these tokens."""
         return np.asarray(np.searchsorted(self.table[0], doc * self.stride + position, "right") - 1)

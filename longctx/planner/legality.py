@@ -6,34 +6,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from longctx.errors import ConfigError
 from longctx.planner.plan import Plan
 from longctx.planner.slices import Int64, Slice, areas
 from longctx.planner.transfers import Transfers
 
 
 def check(plan: Plan) -> None:
-    """Asserts that a plan is legal, in integers, for any mask: used by tests, too slow for every batch.
+    """Raises ConfigError unless a plan is legal, in integers, for any mask: for tests and plans made by hand; it is too
+    slow for every batch.
 
     Every visible cell belongs to exactly one task per heads group; each task's rows live on its home; each server
     gets every row and key that its tasks read, none twice in one exchange.
     """
     tasks, mask, home = plan.tasks, plan.mask, plan.home
     columns = [tasks.q0, tasks.q1, tasks.k0, tasks.k1, tasks.lo, tasks.hi]
-    assert np.all(tasks.area > 0), "a task without cells"
+    _require(np.all(tasks.area > 0), "a task without cells")
     for group in range(plan.groups):
         for doc in range(len(home.lengths)):
             own = np.flatnonzero((tasks.doc == doc) & (tasks.group == group))
             allowed = mask.of(doc)
             total = sum(one.area for one in allowed)
-            assert tasks.area[own].sum() == total, f"document {doc}: tasks have other cells than the mask"
+            _require(tasks.area[own].sum() == total, f"document {doc}: tasks have other cells than the mask")
             table = [column[own] for column in columns]
             inside = sum(_shared(table, [np.array([v]) for v in _fields(one)]).sum(axis=1) for one in allowed)
-            assert np.array_equal(inside, tasks.area[own]), f"document {doc}: a task outside the mask"
+            _require(np.array_equal(inside, tasks.area[own]), f"document {doc}: a task outside the mask")
             common = _shared(table, table)
-            assert np.array_equal(common.sum(axis=1), tasks.area[own]), f"document {doc}: two tasks share cells"
+            _require(np.array_equal(common.sum(axis=1), tasks.area[own]), f"document {doc}: two tasks share cells")
     _check_homes(plan)
     for moves, low, high in ((plan.q, tasks.q0, tasks.q1), (plan.kv, tasks.k0, tasks.k1)):
         _check_moves(plan, moves, low, high)
+
+
+def _require(legal: bool | np.bool_, what: str) -> None:
+    if not legal:
+        raise ConfigError(f"the plan is not legal: {what}")
 
 
 def _fields(one: Slice) -> tuple[int, ...]:
@@ -53,20 +60,20 @@ def _check_homes(plan: Plan) -> None:
     key, doc, start, stop, rank, _ = home.table
     at = np.searchsorted(key, tasks.doc * home.stride + tasks.q0, "right") - 1
     lives = (doc[at] == tasks.doc) & (rank[at] == tasks.home) & (tasks.q1 <= stop[at]) & (tasks.q0 >= start[at])
-    assert lives.all(), "a task's rows do not live on its home"
+    _require(lives.all(), "a task's rows do not live on its home")
 
 
 def _check_moves(plan: Plan, moves: Transfers, low: Int64, high: Int64) -> None:
     home, tasks = plan.home, plan.tasks
     key, doc, start, _, rank, offset = home.table
     at = np.searchsorted(key, moves.doc * home.stride + moves.start, "right") - 1
-    assert np.array_equal(doc[at], moves.doc) and np.array_equal(rank[at], moves.source), "sent from elsewhere"
-    assert np.array_equal(offset[at] + moves.start - start[at], moves.offset), "sent from a wrong place"
+    _require(np.array_equal(doc[at], moves.doc) and np.array_equal(rank[at], moves.source), "sent from elsewhere")
+    _require(np.array_equal(offset[at] + moves.start - start[at], moves.offset), "sent from a wrong place")
     stride, docs = home.stride, len(home.lengths)
     base = ((moves.dest * plan.groups + moves.group) * docs + moves.doc) * stride
     order = np.argsort(base + moves.start)
     begin, end = (base + moves.start)[order], (base + moves.stop)[order]
-    assert np.all(begin[1:] >= end[:-1]), "a token comes twice"
+    _require(np.all(begin[1:] >= end[:-1]), "a token comes twice")
     # Rows of [low, high) that arrive = rows asked for: count arrivals before either end.
     before = np.append(0, np.cumsum(end - begin))
     asked = ((tasks.server * plan.groups + tasks.group) * docs + tasks.doc) * stride
@@ -76,4 +83,4 @@ def _check_moves(plan: Plan, moves: Transfers, low: Int64, high: Int64) -> None:
         inside = np.where(at >= 0, np.clip(position - begin[at], 0, (end - begin)[at]), 0)
         return np.asarray(np.where(at >= 0, before[at], 0) + inside)
 
-    assert np.array_equal(arrived(asked + high) - arrived(asked + low), high - low), "a task misses rows"
+    _require(np.array_equal(arrived(asked + high) - arrived(asked + low), high - low), "a task misses rows")

@@ -94,8 +94,6 @@ def make_plan(planner: str, mask: MaskSlices, topology: Topology, options: Optio
 
 def _key(planner: str, mask: MaskSlices, topology: Topology, options: Options, home: Home | None) -> bytes:
     digest = hashlib.blake2b(repr((planner, topology, options, mask.per_doc, home and home.ranks)).encode())
-    arrays = [mask.lengths, mask.q0, mask.q1, mask.k0, mask.k1, mask.lo, mask.hi]
-    arrays += [home.rank, home.doc, home.start, home.stop] if home is not None else []
-    for array in arrays:
+    for array in (*mask.columns, *(home.columns if home is not None else ())):
         digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
     return digest.digest()

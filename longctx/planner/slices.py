@@ -102,6 +102,11 @@ class MaskSlices:
         self.q0, self.q1, self.k0, self.k1, self.lo, self.hi = columns
         assert all(len(column) == per_doc * len(lengths) for column in columns), "columns are [documents * per_doc]"
 
+    @property
+    def columns(self) -> tuple[Int64, ...]:
+        """Of documents, then of slices."""
+        return self.lengths, self.q0, self.q1, self.k0, self.k1, self.lo, self.hi
+
     def clipped(self, number: int, doc: Int64, start: Int64, stop: Int64) -> tuple[Int64, ...]:
         """Columns of slice ``number`` of each ``doc``, cut to rows ``[start, stop)``."""
         at = doc * self.per_doc + number

@@ -12,6 +12,7 @@ from longctx.attention.disaggregated import assign, dispatches
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
 from longctx.comm import group_of
+from longctx.errors import ConfigError
 from longctx.planner import PLANNERS, Options, Plan, Topology, Widths, make_plan
 from longctx.sequence import Homes, SequencePlan
 from longctx.sim import Cluster, Event, RankFailed, mark_step
@@ -91,6 +92,29 @@ def test_heads_groups_that_do_not_divide_are_refused():
     case = case_of(2, [12])
     with pytest.raises(RankFailed, match=r"3 heads groups cannot be served with 2 heads .* such as 1"):
         check(case, plan_at_random(case, 0, groups=3))
+
+
+def test_plans_that_are_not_of_the_batch_are_refused():
+    """Before anything is computed: they would be silently wrong."""
+    plan = case_of(2, [12, 5]).plan()
+    homes = Homes.of(plan)
+    pieces = [(0, 0, 12, 0, 12, 1), (1, 0, 5, 0, 5, 0)]
+    legal = plan_of(homes, pieces)
+    assign(plan, legal)
+    for other, why in (
+        (plan_of(homes, pieces[:1]), "not legal: document 1: tasks have other cells"),
+        (plan_of(homes, [*pieces, (1, 2, 3, 0, 1, 1)]), "document 1: tasks have other"),
+        (
+            plan_of(Homes.of(case_of(2, [5, 12]).plan()), [(0, 0, 5, 0, 5, 1), (1, 0, 12, 0, 12, 0)]),
+            "not where the batch",
+        ),
+        (plan_of(Homes.of(case_of(3, [12, 5]).plan()), pieces), "17 tokens on 3 ranks"),
+        (plan_of(Homes.of(case_of(2, [12, 5], window=3).plan()), pieces), "mask is not the batch's"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            assign(plan, other)
+        with pytest.raises(ConfigError, match=why):
+            assign(plan, legal, other)
 
 
 def test_shares_may_go_home_narrow():

@@ -148,7 +148,7 @@ def test_check_finds_what_is_illegal():
     for column, change in (("k0", 1), ("q1", -1), ("home", 1), ("hi", -1), ("hi", 1), ("doc", 1)):
         broken = {name: values.copy() for name, values in columns.items()}
         broken[column][0] += change
-        with pytest.raises((AssertionError, IndexError)):
+        with pytest.raises((ConfigError, IndexError)):
             check(Plan("broken", home, mask, Tasks(**broken), SMALL.widths))
 
 
