@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention.contract import KernelProblem, select_kernel
+from longctx.comm import settle_nodes
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
 from longctx.engines import engine_of
-from longctx.errors import LongctxError, StorageError
+from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
@@ -33,6 +34,7 @@ from longctx.train.ahead import Ahead
 from longctx.train.border import Border
 from longctx.train.canary import run_canary
 from longctx.train.checkpoint import Checkpointer, TrainState
+from longctx.train.gather import gather_numbers
 from longctx.train.memory import StepMemory, is_measured
 from longctx.train.meter import Meter, peak_flops
 from longctx.train.metrics import open_sink
@@ -104,6 +106,7 @@ def joined(config: Config) -> Iterator[torch.device]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
+        settle_nodes(nodes_of(config, _local_ranks(rank, device)))
         yield device
     finally:
         dist.destroy_process_group()
@@ -122,11 +125,41 @@ def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
     with deterministic(config):
         try:
-            return cluster.run(function, *arguments)
+            return cluster.run(on_nodes, config, function, *arguments)
         except RankFailed as failure:
             if isinstance(failure.__cause__, LongctxError):
                 raise failure.__cause__ from None
             raise
+
+
+def on_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
+    """On a simulated rank."""
+    settle_nodes(nodes_of(config, range(dist.get_world_size())))
+    return function(*arguments)
+
+
+def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
+    """The node of every rank: so many on each as the cluster has devices, or as the launcher numbered ranks there."""
+    devices = config.cluster.devices_per_node
+    if devices is not None:
+        return [rank // devices for rank in range(len(local_ranks))]
+    nodes: list[int] = []
+    for rank, local in enumerate(local_ranks):
+        before = local_ranks[rank - 1] if rank else None
+        if local and local - 1 != before:
+            raise ConfigError(
+                f"rank {rank} is number {local} of its node and rank {rank - 1} is number {before} of its own; ranks "
+                "must follow one another node by node (srun --distribution=block), or set cluster.devices_per_node"
+            )
+        nodes.append((nodes[-1] if nodes else -1) + (local == 0))
+    return nodes
+
+
+def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:
+    """Of all ranks."""
+    world = dist.group.WORLD
+    assert world is not None, "inside a world"
+    return [int(local) for (local,) in gather_numbers([rank.local_rank], world, device)]
 
 
 def rank_main(
@@ -145,7 +178,7 @@ def rank_main(
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
     peak = peak_flops(device, compute_dtype(config.train.dtype))
-    meter = Meter(mesh, device, memory, stop, peak, work_of(config), config.attention.servers == "pipeline")
+    meter = Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.servers == "pipeline")
     build_trainer(config, resume, corpus, meter).run()
 
 

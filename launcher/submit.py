@@ -59,7 +59,7 @@ def prepare(config: Config) -> Config:
     """``config`` resolved for the cluster's world, with an absolute run directory."""
     if config.comm.backend == "sim":
         raise ConfigError("comm=sim needs one process, not a Slurm job: use `longctx train comm=sim ...`")
-    config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices_per_node))
+    config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices))
     from longctx.launcher import build
 
     # Kernel and data are the job's machines' to check; the strategy needs no machine, and every rank would refuse it.
@@ -76,7 +76,7 @@ def render(config: Config, cpus_per_task: int = 8) -> str:
     return _Template(template).substitute(
         job_name=shlex.quote(config.run.name or "longctx"),
         nodes=cluster.nodes,
-        tasks_per_node=cluster.devices_per_node,
+        tasks_per_node=cluster.devices,
         cpus_per_task=cpus_per_task,
         time_limit=shlex.quote(cluster.time_limit),
         working_directory=shlex.quote(str(Path.cwd())),

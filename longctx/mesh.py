@@ -71,6 +71,12 @@ class Mesh:
         return joined.get_group()
 
     @property
+    def server_ranks(self) -> list[int]:
+        """Their global ranks, in the same order."""
+        ranks: list[int] = self.axes["pp", "sp"].mesh.flatten().tolist()
+        return ranks
+
+    @property
     def sequence_rank(self) -> int:
         return self.sequence.get_local_rank()
 

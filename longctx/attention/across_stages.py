@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.attention.assignment import topology_of
 from longctx.attention.contract import kernel_for
 from longctx.attention.core import Started
 from longctx.attention.disaggregated import BackwardRun, ForwardRun, widths_of
@@ -135,7 +136,7 @@ class StageAttention:
 
     def open(self, plans: Sequence[SequencePlan]) -> Ticks:
         """The ticks of a step on these microbatches; all ranks of all stages have the same."""
-        self._ticks = ticks_of(plans, self.layers, self._planner, self._empty.widths)
+        self._ticks = ticks_of(plans, self.layers, self._planner, self._empty.widths, topology_of(self._group))
         return self._ticks
 
     @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from longctx.comm import Group, per_node
 from longctx.errors import ConfigError
 from longctx.planner import Home, MaskSlices, Options, Plan, Topology, Widths, causal, check, full, plan, window
 from longctx.sequence import Homes
@@ -14,10 +17,24 @@ BLOCK = 128  # rows that a cut counts by; a kernel's tile
 PER_RANK = 16  # blocks that a rank has at least: short sequences are cut finer
 
 
-def planned(homes: Homes, planner: str, widths: Widths) -> Plan:
+def topology_of(group: Group) -> Topology:
+    """How the group's ranks lie on nodes; the same on all of them."""
+    return Topology(group.size, group.per_node)
+
+
+def topology_of_ranks(ranks: Sequence[int]) -> Topology:
+    """Likewise of global ranks, where there is no group yet."""
+    return Topology(len(ranks), per_node(ranks))
+
+
+def one_node(servers: int) -> Topology:
+    return Topology(servers, per_node=servers)
+
+
+def planned(homes: Homes, planner: str, widths: Widths, topology: Topology) -> Plan:
     """Who serves what, on servers that are the ranks of ``homes``; the same on every rank."""
     options = Options(block=max(1, min(BLOCK, homes.shard // PER_RANK)), widths=widths)
-    return plan(planner, mask_of(homes), Topology(homes.world), options, home_of(homes))
+    return plan(planner, mask_of(homes), topology, options, home_of(homes))
 
 
 def fitting(homes: Homes, made: Plan) -> Plan:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.assignment import fitting, planned
+from longctx.attention.assignment import fitting, one_node, planned, topology_of
 from longctx.attention.delta import delta_of, stand_in
 from longctx.attention.dispatch import Crossing, Dispatch
 from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
@@ -36,14 +36,14 @@ from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Peak, Sizes, Strategy, Volume
 from longctx.comm import exchange
 from longctx.errors import ConfigError
-from longctx.planner import Plan, Widths
+from longctx.planner import Plan, Topology, Widths
 from longctx.sequence import Homes, Places, Rows, SequencePlan
 
 Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP/G, ...]
 Dispatches = tuple[Dispatch, Dispatch]  # of the forward and of the backward pass
 
-# Of the planner's name and the widths that it was asked for; None: whatever those are.
-_dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[str, Widths | None], Dispatches]] = (
+# Of the planner's name and what it was asked for; None: whatever that is.
+_dispatches: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[str, tuple[Widths, Topology] | None], Dispatches]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -56,20 +56,30 @@ def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, plan
     _dispatches.setdefault(plan, {})[planner, None] = there, back
 
 
-def dispatches(plan: SequencePlan, planner: str, widths: Widths) -> Dispatches:
-    """Planned at first use, for heads of these ``widths``; all ranks come to the same."""
+def dispatches(plan: SequencePlan, planner: str, widths: Widths, topology: Topology | None = None) -> Dispatches:
+    """Planned at first use, for heads of these ``widths`` and ranks on one node, or as ``topology`` has them; all ranks
+    come to the same."""
     known = _dispatches.setdefault(plan, {})
-    key = (planner, None if (planner, None) in known else widths)
+    topology = topology or one_node(plan.world)
+    key = (planner, None if (planner, None) in known else (widths, topology))
     if key not in known:
         homes = Homes.of(plan)
-        known[key] = (Dispatch(homes, planned(homes, planner, widths)),) * 2
+        known[key] = (Dispatch(homes, planned(homes, planner, widths, topology)),) * 2
     return known[key]
+
+
+def _dispatches_for(plan: SequencePlan, planner: str, sizes: Sizes) -> Dispatches:
+    return dispatches(plan, planner, Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element), sizes.topology)
+
+
+def dispatches_of(call: Call, planner: str, q: Tensor, k: Tensor) -> Dispatches:
+    """Those of an operator's call with queries and keys such as these."""
+    return dispatches(call.plan, planner, widths_of(q, k), topology_of(call.group))
 
 
 def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
     """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
-    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
-    for dispatch in dispatches(plan, planner, widths):
+    for dispatch in _dispatches_for(plan, planner, sizes):
         dispatch.served(rank)
 
 
@@ -146,12 +156,12 @@ def planned_by(planner: str) -> tuple[Forward, Backward]:
     """Both passes of attention whose tasks ``planner`` assigns."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        run = ForwardRun(q, k, v, call, dispatches(call.plan, planner, widths_of(q, k))[0])
+        run = ForwardRun(q, k, v, call, dispatches_of(call, planner, q, k)[0])
         run.serve()
         return run.finish()
 
     def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        run = BackwardRun(dout, saved, call, dispatches(call.plan, planner, widths_of(*saved[:2]))[1])
+        run = BackwardRun(dout, saved, call, dispatches_of(call, planner, *saved[:2])[1])
         run.serve()
         return run.finish()
 
@@ -242,8 +252,7 @@ class Returning:
 
 def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Rows to servers and results home; a pass sends what its own dispatch says."""
-    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
-    there, back = (volume_of(dispatch, rank, sizes) for dispatch in dispatches(plan, planner, widths))
+    there, back = (volume_of(dispatch, rank, sizes) for dispatch in _dispatches_for(plan, planner, sizes))
     return Volume(there.forward, back.backward, there.messages_forward, back.messages_backward)
 
 
@@ -274,8 +283,7 @@ def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
 
 
 def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
-    widths = Widths(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element)
-    there, back = dispatches(plan, planner, widths)
+    there, back = _dispatches_for(plan, planner, sizes)
     sent, queries, keys, one, own = _held(there, plan, rank, sizes)
     # Sent, received, in order, computed; then what goes home and what comes from there.
     forward = (sent.queries + 2 * queries) * one.held(queries=1) + (sent.keys + 2 * keys) * one.held(keys=1)

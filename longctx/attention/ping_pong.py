@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun, dispatches, widths_of
+from longctx.attention.disaggregated import PLANNERS, BackwardRun, ForwardRun, dispatches_of
 from longctx.attention.operator import CONTEXT, CONTEXT_SIZE, DEFAULT, Options, call_of, register, require_fit
 from longctx.comm import Group
 
@@ -72,7 +72,7 @@ def ticket_of(number: int, like: Tensor) -> Tensor:
 def run_start(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> Tensor:
     call = call_of(q, k, *context)
     require_fit(q, call.plan, call.group)
-    there, _ = dispatches(call.plan, PLANNERS["disaggregated"], widths_of(q, k))
+    there, _ = dispatches_of(call, PLANNERS["disaggregated"], q, k)
     number = next(_numbers) % TICKETS + 1
     assert number not in _forward_runs, f"run {number} is still under way: more than {TICKETS} are"
     _forward_runs[number] = ForwardRun(q, k, v, call, there)
@@ -93,7 +93,7 @@ def run_finish_backward(number: int, dout: Tensor, *saved_and_context: Any) -> T
     assert number not in _backward_runs, f"run {number} is still under way: more than {TICKETS} are"
     q, k, v, out, lse, *context = saved_and_context
     call = call_of(q, k, *context)
-    _, back = dispatches(call.plan, PLANNERS["disaggregated"], widths_of(q, k))
+    _, back = dispatches_of(call, PLANNERS["disaggregated"], q, k)
     _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call, back)
     return ticket_of(number, q)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from longctx.attention.operator import DEFAULT, Attend, Options
 from longctx.errors import ConfigError
+from longctx.planner import Topology
 from longctx.sequence import LAYOUTS, Mask, SequencePlan
 
 
@@ -39,7 +40,7 @@ class AttentionCase:
 @dataclass(frozen=True)
 class Sizes:
     """What a layer's tensors weigh on their way. ``element``: bytes of a number of q, k and v; ``wide``: of an
-    accumulator. ``inner``: as in ``AttentionCase``, resolved."""
+    accumulator. ``inner``: as in ``AttentionCase``, resolved. ``topology``: how ranks lie on nodes; None: on one."""
 
     batch: int
     heads: int
@@ -49,6 +50,7 @@ class Sizes:
     wide: int
     inner: int = 1
     options: Options = DEFAULT
+    topology: Topology | None = None
 
     @property
     def keys(self) -> int:

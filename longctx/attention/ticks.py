@@ -17,11 +17,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from longctx.attention.assignment import planned
+from longctx.attention.assignment import one_node, planned
 from longctx.attention.disaggregated import volume_of
 from longctx.attention.dispatch import Dispatch
 from longctx.attention.registry import Sizes, Volume
-from longctx.planner import Widths
+from longctx.planner import Topology, Widths
 from longctx.sequence import Homes, SequencePlan
 
 Held = tuple[int | None, ...]  # by stage: the microbatch whose tokens take part
@@ -36,12 +36,19 @@ class Ticks:
     """The ticks of one step: a pure function of its batches, the same on all ranks of the pipeline.
 
     ``plans``: of the microbatches in order. ``layers``: softmax layers of every stage. Ranks of all stages that share
-    sequences are one group, stage by stage. Every exchange is planned at first use.
+    sequences are one group, stage by stage, on nodes as ``topology`` has them. Every exchange is planned at first use.
     """
 
-    def __init__(self, plans: Sequence[SequencePlan], layers: Sequence[int], planner: str, widths: Widths) -> None:
+    def __init__(
+        self,
+        plans: Sequence[SequencePlan],
+        layers: Sequence[int],
+        planner: str,
+        widths: Widths,
+        topology: Topology,
+    ) -> None:
         self.plans, self.layers = tuple(plans), tuple(layers)
-        self._planner, self._widths = planner, widths
+        self._planner, self._widths, self._topology = planner, widths, topology
         self._dispatches: dict[Held, Dispatch] = {}
 
     @property
@@ -101,17 +108,25 @@ class Ticks:
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:
             homes = self.homes(held)
-            self._dispatches[held] = Dispatch(homes, planned(homes, self._planner, self._widths))
+            self._dispatches[held] = Dispatch(homes, planned(homes, self._planner, self._widths, self._topology))
         return self._dispatches[held]
 
 
 _made: weakref.WeakValueDictionary[tuple[object, ...], Ticks] = weakref.WeakValueDictionary()
 
 
-def ticks_of(plans: Sequence[SequencePlan], layers: Sequence[int], planner: str, widths: Widths) -> Ticks:
-    """The ticks of these batches, or those made before, as long as anybody holds them."""
-    key = (*(plan.id for plan in plans), *layers, planner, widths)
+def ticks_of(
+    plans: Sequence[SequencePlan],
+    layers: Sequence[int],
+    planner: str,
+    widths: Widths,
+    topology: Topology | None = None,
+) -> Ticks:
+    """The ticks of these batches, on one node or as ``topology`` has the ranks of all stages; or those made before, as
+    long as anybody holds them."""
+    topology = topology or one_node(len(layers) * plans[0].world)
+    key = (*(plan.id for plan in plans), *layers, planner, widths, topology)
     found = _made.get(key)
     if found is None:
-        found = _made[key] = Ticks(plans, layers, planner, widths)
+        found = _made[key] = Ticks(plans, layers, planner, widths, topology)
     return found

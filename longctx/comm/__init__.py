@@ -3,6 +3,7 @@
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import Group, Moment, Traffic, channel_of, grid_of, group_named, group_of, two_way
+from longctx.comm.nodes import node_of, per_node, settle_nodes
 
 __all__ = [
     "MAX",
@@ -20,6 +21,9 @@ __all__ = [
     "grid_of",
     "group_named",
     "group_of",
+    "node_of",
+    "per_node",
+    "settle_nodes",
     "start_all_reduce",
     "two_way",
 ]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from longctx.comm.nodes import node_of, per_node
+
 
 class Moment(NamedTuple):
     """An exchange as it was posted, or awaited: ``started`` and ``ended`` in seconds of ``time.perf_counter``.
@@ -85,6 +87,17 @@ class Group:
         if self.process_group is None:
             return Traffic()
         return _traffic.setdefault(self.process_group, Traffic())
+
+    @property
+    def per_node(self) -> int:
+        """How many consecutive ranks of the group share a node (``nodes.per_node``)."""
+        return 1 if self.process_group is None else per_node(dist.get_process_group_ranks(self.process_group))
+
+    @property
+    def bytes_between_nodes(self) -> int:
+        """What this rank sent through the group to ranks of other nodes."""
+        sent = self.traffic.by_receiver.items()
+        return sum(size for receiver, size in sent if node_of(receiver) != node_of(dist.get_rank()))
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> Group:

@@ -321,10 +321,15 @@ class ClusterConfig:
 
     name: str = "local"
     nodes: int = 1
-    devices_per_node: int = 1
+    devices_per_node: int | None = None  # null: as many as the launcher started; of simulated ranks, all
     partition: str | None = None
     account: str | None = None
     time_limit: str = "24:00:00"
+
+    @property
+    def devices(self) -> int:
+        """Ranks that ``submit`` asks for on each node."""
+        return self.devices_per_node or 1
 
     def check(self) -> None:
         """Refuse an empty cluster and a time limit that Slurm would not read."""

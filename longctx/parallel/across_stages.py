@@ -9,6 +9,7 @@ import torch
 
 from longctx.attention import Options
 from longctx.attention.across_stages import Empty, StageAttention
+from longctx.attention.assignment import topology_of_ranks
 from longctx.attention.disaggregated import PLANNERS
 from longctx.attention.ticks import Ticks, ticks_of
 from longctx.comm import channel_of
@@ -41,16 +42,16 @@ def softmax_layers(config: Config) -> list[int]:
     return [sum(config.model.kinds[layer] == "S" for layer in part.layers) for part in parts_of(config)]
 
 
-def ticks_by(config: Config) -> Callable[[Sequence[SequencePlan]], Ticks]:
+def ticks_by(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan]], Ticks]:
     """The ticks of a step, from the plans of its microbatches."""
     layers, planner = softmax_layers(config), PLANNERS[config.attention.strategy]
-    widths = empty_of(config, CPU).widths
-    return lambda plans: ticks_of(plans, layers, planner, widths)
+    widths, topology = empty_of(config, CPU).widths, topology_of_ranks(mesh.server_ranks)
+    return lambda plans: ticks_of(plans, layers, planner, widths, topology)
 
 
 def prepare_ticks(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
     """Plans all ticks of a step ahead of time."""
-    ticks, rank = ticks_by(config), mesh.pipeline.get_local_rank() * mesh.sequence_size + mesh.sequence_rank
+    ticks, rank = ticks_by(config, mesh), mesh.pipeline.get_local_rank() * mesh.sequence_size + mesh.sequence_rank
     kept: deque[Ticks] = deque(maxlen=2)  # of the step that is to run, and of the one after it
 
     def prepare(plans: list[SequencePlan]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
 from longctx.attention.across_stages import StageAttention
+from longctx.attention.assignment import topology_of
 from longctx.attention.partial import accumulation_dtype
 from longctx.attention.ping_pong import PingPongAttention
 from longctx.attention.registry import Sizes
@@ -50,7 +51,7 @@ def attention_case(config: Config) -> AttentionCase:
     )
 
 
-def work_of(config: Config) -> Callable[[Sequence[SequencePlan], int, int], float]:
+def work_of(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan], int, int], float]:
     """What attention costs a rank for a step's batches, by its stage and its place in the sequence group: (query, key)
     cells in all its heads, of one layer, or where no layer has such, tokens. Where stages serve one another, of all
     layers."""
@@ -58,7 +59,7 @@ def work_of(config: Config) -> Callable[[Sequence[SequencePlan], int, int], floa
         return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
     if config.attention.servers == "pipeline":
-        ticks, sp = ticks_by(config), config.parallel.sp
+        ticks, sp = ticks_by(config, mesh), config.parallel.sp
         return lambda plans, stage, rank: ticks(plans).work(stage * sp + rank)
     inner = inner_of(strategy, attention_case(config))
     if config.attention.ping_pong:
@@ -77,14 +78,14 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
     case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
     element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
     # Asked for here, as process groups belong to a thread under simulation.
-    rank, inner = mesh.sequence_rank, inner_of(strategy, case)
+    rank, inner, topology = mesh.sequence_rank, inner_of(strategy, case), topology_of(group_of(mesh.sequence_group))
 
     def prepare(plans: list[SequencePlan]) -> None:
         if config.attention.ping_pong:
             plans = [plan.half(number) for plan in plans for number in (0, 1)]
         for plan in plans:
             widths = (case.heads, case.kv_heads, config.model.head_dim, element, wide)
-            strategy.prepare(plan, rank, Sizes(len(plan.documents), *widths, inner, case.options))
+            strategy.prepare(plan, rank, Sizes(len(plan.documents), *widths, inner, case.options, topology))
 
     return prepare
 

@@ -53,10 +53,10 @@ class Observation:
     """Facts of one step, equal on all ranks.
 
     ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
-    rank over the mean. ``work``, ``bytes``: of each rank that tells of its work, the cells that it computes and what
-    its attention sent. ``straggler``: tokens of the longest document of the busiest one. ``padding``: share of the
-    physical tokens that are none. ``comm_bytes``: what attention sent, all ranks together. ``stop``: somebody was asked
-    to stop.
+    rank over the mean. ``work``, ``bytes``, ``bytes_between_nodes``: of each rank that tells of its work, the cells
+    that it computes, what its attention sent, and what of that went to other nodes. ``straggler``: tokens of the
+    longest document of the busiest one. ``padding``: share of the physical tokens that are none. ``comm_bytes``,
+    ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``: somebody was asked to stop.
     """
 
     tokens: int
@@ -65,9 +65,11 @@ class Observation:
     balance: float
     work: list[float]
     bytes: list[int]
+    bytes_between_nodes: list[int]
     straggler: int
     padding: float
     comm_bytes: int
+    comm_bytes_between_nodes: int
     memory_peak_bytes: int | None
     stop: bool
 
@@ -101,11 +103,11 @@ class Meter:
     peak: float | None = None
     work: Callable[[Sequence[SequencePlan], int, int], float] = work_at_home
     every_stage: bool = False
-    _sent: int = field(default=0, init=False)
+    _sent: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
-        self._traffic = group_of(self.mesh.sequence_group).traffic
-        self._sent = self._traffic.bytes
+        self._group = group_of(self.mesh.sequence_group)
+        self._sent = self._all_sent()
 
     def observe(self, batches: Sequence[LocalBatch]) -> Observation:
         """After a step on these micro-batches; every rank calls it."""
@@ -121,13 +123,14 @@ class Meter:
         cells = sum(plan.work(me) for plan in plans) if counts else 0
         tokens = sum(plan.length * len(plan.documents) for plan in plans) if first else 0
         full = sum(plan.length**2 * len(plan.documents) for plan in plans) if first else 0
-        sent, self._sent = self._traffic.bytes - self._sent, self._traffic.bytes
+        before, self._sent = self._sent, self._all_sent()
+        sent, across = (now - then for now, then in zip(self._sent, before, strict=True))
         memory = self.memory()
-        own = [tells, cells, work, longest, valid, physical, tokens, full, sent]
+        own = [tells, cells, work, longest, valid, physical, tokens, full, sent, across]
         own += [-1 if memory is None else memory, self.stop()]
         rows = gather_numbers(own, self.mesh.world_group, self.device)
         (_, all_cells, works, documents, valids, physicals, *_) = zip(*(row for row in rows if row[0]), strict=True)
-        *_, all_tokens, all_full, all_sent, memories, stops = zip(*rows, strict=True)
+        *_, all_tokens, all_full, all_sent, all_across, memories, stops = zip(*rows, strict=True)
         return Observation(
             tokens=int(sum(all_tokens)),
             cells=int(sum(all_cells)),
@@ -135,12 +138,18 @@ class Meter:
             balance=max(works) * len(works) / sum(works) if sum(works) else 1.0,
             work=list(works),
             bytes=[int(row_sent) for row, row_sent in zip(rows, all_sent, strict=True) if row[0]],
+            bytes_between_nodes=[int(went) for row, went in zip(rows, all_across, strict=True) if row[0]],
             straggler=int(documents[works.index(max(works))]),
             padding=1.0 - sum(valids) / sum(physicals),
             comm_bytes=int(sum(all_sent)),
+            comm_bytes_between_nodes=int(sum(all_across)),
             memory_peak_bytes=None if min(memories) < 0 else int(max(memories)),
             stop=any(stops),
         )
+
+    def _all_sent(self) -> tuple[int, int]:
+        """Bytes of this rank's attention until now, and those of them that went to other nodes."""
+        return self._group.traffic.bytes, self._group.bytes_between_nodes
 
     def utilization(self, config: Config, tokens: int, cells: int, seconds: float) -> float | None:
         """Share of the devices' peak that the model's arithmetic took; None without a known peak."""

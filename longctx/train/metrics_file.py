@@ -24,10 +24,12 @@ KEYS = (
     "mfu_full",
     "memory_peak_bytes",
     "comm_bytes",
+    "comm_bytes_between_nodes",
     "exposed_comm_seconds",
     "balance",
     "work_by_rank",
     "bytes_by_rank",
+    "bytes_between_nodes_by_rank",
     "straggler_tokens",
     "padding",
 )

@@ -96,6 +96,7 @@ def _facts(run_dir: Path, records: Records, config: Config | None) -> list[tuple
     facts += [
         ("balance of attention work, median", _median(records, "balance", lambda value: f"{value:.3f}")),
         ("bytes sent by attention per step, median", _median(records, "comm_bytes", _bytes)),
+        ("of these between nodes, median", _median(records, "comm_bytes_between_nodes", _bytes)),
         ("MFU, causal, median", _median(records, "mfu_causal", lambda value: f"{value:.1%}")),
         ("peak memory", _bytes(max(_known(records, "memory_peak_bytes"), default=None))),
     ]

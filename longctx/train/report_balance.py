@@ -8,6 +8,7 @@ from typing import Any
 
 from longctx.train.progress import quantity
 
+_BY_RANK = ("work_by_rank", "bytes_by_rank", "bytes_between_nodes_by_rank")
 _WIDTH, _HEIGHT, _MOST = 100, 4, 64  # of a bar; ranks that are shown
 
 
@@ -17,10 +18,12 @@ def balance_section(records: Iterable[dict[str, Any]]) -> str:
     if not told:
         return ""
     worst = max(told, key=lambda record: max(record["work_by_rank"]) / sum(record["work_by_rank"]))
-    work, sent = worst["work_by_rank"], worst["bytes_by_rank"]
+    work, sent, across = (worst[key] for key in _BY_RANK)
     mean, largest = sum(work) / len(work), max(work)
     busiest = sorted(range(len(work)), key=lambda rank: -work[rank])[:_MOST]
-    rows = "".join(_row(rank, work[rank] / mean, work[rank] / largest, sent[rank]) for rank in sorted(busiest))
+    rows = "".join(
+        _row(rank, work[rank] / mean, work[rank] / largest, sent[rank], across[rank]) for rank in sorted(busiest)
+    )
     title = f"attention work by rank in step {worst['step']}, the worst balanced: {largest / mean:.3f} of the mean"
     among = (
         f"longest document of the busiest rank: {quantity(worst['straggler_tokens'])} tokens; "
@@ -36,16 +39,18 @@ def balance_section(records: Iterable[dict[str, Any]]) -> str:
 
 def _is_told(record: dict[str, Any]) -> bool:
     """Whether the balance of a step is there, as a run writes it."""
-    work, sent = record.get("work_by_rank"), record.get("bytes_by_rank")
-    if type(work) is not list or type(sent) is not list or not len(work) == len(sent) > 1:
+    told = [record.get(key) for key in _BY_RANK]
+    work, sent, across = (column if type(column) is list else [] for column in told)
+    if not len(work) == len(sent) == len(across) > 1:
         return False
-    numbers = [*work, *sent, record.get("straggler_tokens"), record.get("padding")]
+    numbers = [*work, *sent, *across, record.get("straggler_tokens"), record.get("padding")]
     return all(type(number) in (int, float) and 0 <= number < 2**63 for number in numbers) and sum(work) > 0
 
 
-def _row(rank: int, share: float, length: float, sent: float) -> str:
+def _row(rank: int, share: float, length: float, sent: float, across: float) -> str:
     bar = (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{share:.3f}">'
         f'<rect class="share" width="{_WIDTH * length:.2f}" height="{_HEIGHT}"/></svg>'
     )
-    return f"<tr><th>rank {rank}</th><td>{share:.3f}</td><td>{quantity(sent)}B sent</td><td>{bar}</td></tr>"
+    hops = f"{quantity(sent - across)}B sent within the node, {quantity(across)}B to other nodes"
+    return f"<tr><th>rank {rank}</th><td>{share:.3f}</td><td>{hops}</td><td>{bar}</td></tr>"

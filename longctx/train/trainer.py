@@ -104,10 +104,12 @@ class Trainer:
             "mfu_full": self.meter.utilization(self.config, seen.tokens, seen.full_cells, seconds),
             "memory_peak_bytes": seen.memory_peak_bytes,
             "comm_bytes": seen.comm_bytes,
+            "comm_bytes_between_nodes": seen.comm_bytes_between_nodes,
             "exposed_comm_seconds": None,  # needs device timelines, which nothing reads yet
             "balance": seen.balance,
             "work_by_rank": seen.work,
             "bytes_by_rank": seen.bytes,
+            "bytes_between_nodes_by_rank": seen.bytes_between_nodes,
             "straggler_tokens": seen.straggler,
             "padding": seen.padding,
         }

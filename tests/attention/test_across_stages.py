@@ -19,6 +19,7 @@ from longctx.attention.operator import Options
 from longctx.attention.registry import Sizes
 from longctx.attention.ticks import Phase, Ticks, ticks_of
 from longctx.comm import group_of
+from longctx.planner import Topology
 from longctx.sequence import SequencePlan
 from longctx.sim import Cluster, RankFailed
 from longctx.verify import VerifyCase
@@ -159,7 +160,7 @@ def test_what_planners_assign_is_exact(planner, microbatches, layers, shards):
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_backward_ticks_answer_forward_ticks(microbatches, stages):
     plan = VerifyCase("disaggregated", "contiguous", 1, seq=3).plan()
-    ticks = Ticks([plan] * microbatches, [1] * stages, "cad", EMPTY.widths)
+    ticks = Ticks([plan] * microbatches, [1] * stages, "cad", EMPTY.widths, Topology(stages * plan.world))
     when = {phase: {} for phase in Phase}
     for phase in Phase:
         for tick in range(ticks.count):

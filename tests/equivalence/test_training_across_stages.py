@@ -102,7 +102,7 @@ def test_no_bit_depends_on_the_order_of_turns(tmp_path):
 def told(config):
     """What a rank's run tells of its first step, and the plans of that step's microbatches."""
     mesh = build_mesh(config.parallel, "cpu")
-    meter = Meter(mesh, CPU, work=work_of(config), every_stage=True)
+    meter = Meter(mesh, CPU, work=work_of(config, mesh), every_stage=True)
     trainer = build.build_trainer(config, False, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()

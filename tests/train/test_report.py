@@ -174,9 +174,11 @@ def test_strange_balances_leave_their_part_out(told):
 
 
 def test_the_worst_balanced_step_is_shown():
-    even = {"step": 1, "work_by_rank": [4, 4], "bytes_by_rank": [0, 8], "straggler_tokens": 7, "padding": 0.0}
+    even = {"step": 1, "work_by_rank": [4, 4], "bytes_by_rank": [0, 8], "bytes_between_nodes_by_rank": [0, 3]}
+    even |= {"straggler_tokens": 7, "padding": 0.0}
     skewed = {**even, "step": 2, "work_by_rank": [6, 2], "padding": 0.125}
     page = balance_section([even, skewed, even])
     assert "in step 2, the worst balanced: 1.500 of the mean" in page
     assert "7.00 tokens" in page or "7 tokens" in page
+    assert re.search(r"rank 1<.*>5[.0]* ?B sent within the node, 3[.0]* ?B to other nodes", page)
     assert "padding 12.5%" in page and page.count("<tr>") == 2

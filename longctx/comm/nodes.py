@@ -1,0 +1,46 @@
+"""Which ranks of a world share a node: said once at start-up, and asked wherever distance counts."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+_nodes: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = weakref.WeakKeyDictionary()
+
+
+def settle_nodes(nodes: Sequence[int]) -> None:
+    """``nodes``: the number of the node that each rank of this process's world is on; all ranks say the same, once.
+
+    A world in which nobody has said it is one node.
+    """
+    world = dist.group.WORLD
+    assert world is not None and len(nodes) == dist.get_world_size(), "of every rank of an initialised world"
+    assert world not in _nodes, "nodes are settled once"
+    _nodes[world] = tuple(nodes)
+
+
+def node_of(rank: int) -> int:
+    """The node of a global rank."""
+    world = dist.group.WORLD
+    nodes = None if world is None else _nodes.get(world)
+    return 0 if nodes is None else nodes[rank]
+
+
+def per_node(ranks: Sequence[int]) -> int:
+    """The largest number such that each so many of these global ranks, counted from the first, share a node.
+
+    Where ranks lie on their nodes in equal runs, the last one maybe shorter, it is the run's length. Otherwise it is
+    less than some node has: what lies on two nodes is never taken for one, though one may be taken for several.
+    """
+    return _runs(tuple(node_of(rank) for rank in ranks))
+
+
+@functools.cache
+def _runs(nodes: tuple[int, ...]) -> int:
+    size = next((place for place, node in enumerate(nodes) if node != nodes[0]), len(nodes))
+    while any(len(set(nodes[first : first + size])) > 1 for first in range(0, len(nodes), size)):
+        size -= 1
+    return size
