@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention.contract import KernelProblem, select_kernel
-from longctx.comm import settle_nodes
+from longctx.comm import Links, settle_nodes
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
 from longctx.engines import engine_of
@@ -106,7 +106,7 @@ def joined(config: Config) -> Iterator[torch.device]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        settle_nodes(nodes_of(config, _local_ranks(rank, device)))
+        settle_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
         yield device
     finally:
         dist.destroy_process_group()
@@ -134,7 +134,7 @@ def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -
 
 def on_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
     """On a simulated rank."""
-    settle_nodes(nodes_of(config, range(dist.get_world_size())))
+    settle_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
 
 
@@ -153,6 +153,10 @@ def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
             )
         nodes.append((nodes[-1] if nodes else -1) + (local == 0))
     return nodes
+
+
+def links_of(config: Config) -> Links:
+    return Links(config.cluster.nics, config.cluster.nic_bandwidth, config.cluster.link_bandwidth)
 
 
 def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:

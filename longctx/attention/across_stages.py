@@ -136,7 +136,7 @@ class StageAttention:
 
     def open(self, plans: Sequence[SequencePlan]) -> Ticks:
         """The ticks of a step on these microbatches; all ranks of all stages have the same."""
-        self._ticks = ticks_of(plans, self.layers, self._planner, self._empty.widths, topology_of(self._group))
+        self._ticks = ticks_of(plans, self.layers, self._planner, self._empty.widths, topology_of(self._group.ranks))
         return self._ticks
 
     @contextmanager

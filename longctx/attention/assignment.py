@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longctx.comm import Group, per_node
+from longctx.comm import links_of, per_node
 from longctx.errors import ConfigError
 from longctx.planner import Home, MaskSlices, Options, Plan, Topology, Widths, causal, check, full, plan, window
 from longctx.sequence import Homes
@@ -17,14 +17,10 @@ BLOCK = 128  # rows that a cut counts by; a kernel's tile
 PER_RANK = 16  # blocks that a rank has at least: short sequences are cut finer
 
 
-def topology_of(group: Group) -> Topology:
-    """How the group's ranks lie on nodes; the same on all of them."""
-    return Topology(group.size, group.per_node)
-
-
-def topology_of_ranks(ranks: Sequence[int]) -> Topology:
-    """Likewise of global ranks, where there is no group yet."""
-    return Topology(len(ranks), per_node(ranks))
+def topology_of(ranks: Sequence[int]) -> Topology:
+    """How these global ranks lie on nodes, and what joins them; the same on all of them."""
+    links = links_of(ranks)
+    return Topology(len(ranks), per_node(ranks), links.link, links.nic, links.nics)
 
 
 def one_node(servers: int) -> Topology:

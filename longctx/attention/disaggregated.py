@@ -18,25 +18,25 @@ however many of its tasks read it. Delta travels in the place of O (``longctx.at
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longctx.attention.assignment import fitting, one_node, planned, topology_of
 from longctx.attention.delta import delta_of, stand_in
-from longctx.attention.dispatch import Crossing, Dispatch
+from longctx.attention.dispatch import Bundle, Dispatch
 from longctx.attention.operator import Backward, Call, Forward, Saved, define_operator
 from longctx.attention.partial import Partial, accumulation_dtype
 from longctx.attention.registry import Peak, Sizes, Strategy, Volume
-from longctx.comm import exchange
+from longctx.comm import Group, Message, Pending, Relay, exchange
 from longctx.errors import ConfigError
-from longctx.planner import Plan, Topology, Widths
+from longctx.planner import Plan, Routes, Topology, Widths
 from longctx.sequence import Homes, Places, Rows, SequencePlan
 
 Block = tuple[Tensor, ...]  # tensors of the same tokens, [1, rows, H/TP/G, ...]
@@ -64,7 +64,7 @@ def dispatches(plan: SequencePlan, planner: str, widths: Widths, topology: Topol
     key = (planner, None if (planner, None) in known else (widths, topology))
     if key not in known:
         homes = Homes.of(plan)
-        known[key] = (Dispatch(homes, planned(homes, planner, widths, topology)),) * 2
+        known[key] = (Dispatch(homes, planned(homes, planner, widths, topology), topology),) * 2
     return known[key]
 
 
@@ -74,13 +74,15 @@ def _dispatches_for(plan: SequencePlan, planner: str, sizes: Sizes) -> Dispatche
 
 def dispatches_of(call: Call, planner: str, q: Tensor, k: Tensor) -> Dispatches:
     """Those of an operator's call with queries and keys such as these."""
-    return dispatches(call.plan, planner, widths_of(q, k), topology_of(call.group))
+    return dispatches(call.plan, planner, widths_of(q, k), topology_of(call.group.ranks))
 
 
 def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
     """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
     for dispatch in _dispatches_for(plan, planner, sizes):
         dispatch.served(rank)
+        for bundle in itertools.chain(*bundles_of(dispatch, sizes)):
+            dispatch.routes(bundle)
 
 
 def widths_of(q: Tensor, k: Tensor) -> Widths:
@@ -94,7 +96,7 @@ class ForwardRun:
         self._served, self._call, self._shape = dispatch.served(call.group.rank), call, q.shape
         self._groups = dispatch.plan.groups
         self._line = tuple(in_line(tensor, self._groups) for tensor in (q, k, v))
-        self._arriving = Arriving((self._served.queries, self._served.keys), self._line[:1], self._line[1:], call)
+        self._dispatch, self._arriving = dispatch, Arriving(dispatch, self._line[:1], self._line[1:], call)
 
     def serve(self) -> None:
         call, served, (q, k, v) = self._call, self._served, self._line
@@ -103,7 +105,7 @@ class ForwardRun:
         queries, keys, values = self._arriving.wait()
         found = Partial(queries)
         call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
-        self._returning = Returning((found.out, found.lse), served.queries, call)
+        self._returning = Returning((found.out, found.lse), (), self._dispatch, call)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(out in the accumulation dtype ``[B, T/SP, H/TP, D]``, lse ``[B, T/SP, H/TP]``) of the local queries."""
@@ -122,7 +124,7 @@ class BackwardRun:
         self._dout, *self._saved = (in_line(tensor, self._groups) for tensor in (dout, *saved))
         q, k, v, out, lse = self._saved
         of_queries = (q, self._dout, lse, delta_of(self._dout, out))
-        self._arriving = Arriving((self._served.queries, self._served.keys), of_queries, (k, v), call)
+        self._dispatch, self._arriving = dispatch, Arriving(dispatch, of_queries, (k, v), call)
 
     def serve(self) -> None:
         call, served, (q, k, v, out, lse) = self._call, self._served, self._saved
@@ -133,8 +135,8 @@ class BackwardRun:
         shares = _zeros((queries, keys, values), dtype)
         given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
         call.kernel.backward(*given, served.rest, call.scale, shares)
-        self._of_queries = Returning(shares[:1], served.queries, call, narrow)
-        self._of_keys = Returning(shares[1:], served.keys, call, narrow)
+        self._of_queries = Returning(shares[:1], (), self._dispatch, call, narrow)
+        self._of_keys = Returning((), shares[1:], self._dispatch, call, narrow)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of the local tokens in the accumulation dtype."""
@@ -187,15 +189,17 @@ def from_line(line: Tensor, shape: torch.Size, groups: int) -> Tensor:
 class Arriving:
     """Tokens on their way to those who serve them: what belongs to queries, and keys and values."""
 
-    def __init__(self, crossings: tuple[Crossing, Crossing], of_queries: Block, of_keys: Block, call: Call) -> None:
-        self._parts = [(crossings[0], part) for part in of_queries] + [(crossings[1], part) for part in of_keys]
+    def __init__(self, dispatch: Dispatch, of_queries: Block, of_keys: Block, call: Call) -> None:
         self._me = call.group.rank
+        served = dispatch.served(self._me)
+        self._parts = [(served.queries, part) for part in of_queries] + [(served.keys, part) for part in of_keys]
         sends, receives = [], []
         for other in call.group.others:
             for crossing, part in self._parts:
                 sends.append((other, crossing.rows[other].take(part).contiguous()))
                 receives.append((other, part.new_empty(1, crossing.places.counts[other], *part.shape[2:])))
-        self._pending = exchange(call.group, sends, receives)
+        bundle = Bundle(_widths(of_queries), _widths(of_keys))
+        self._pending = _started(call.group, dispatch.routes(bundle), sends, receives)
 
     def wait(self) -> list[Tensor]:
         """Buffers in order of heads group, document and position, ``[1, rows, H/TP/G, ...]``: those of queries, then of
@@ -222,30 +226,49 @@ def _picked(places: Places, home: int, whole: Tensor, dtype: torch.dtype) -> Ten
     return part
 
 
-class Returning:
-    """What was computed for tokens on its way to their homes.
+def _widths(block: Block, dtypes: Sequence[torch.dtype] = ()) -> tuple[int, ...]:
+    """Bytes of a row of each tensor, in these dtypes or its own."""
+    return tuple(
+        math.prod(part.shape[2:]) * dtype.itemsize
+        for part, dtype in zip(block, dtypes or [part.dtype for part in block], strict=True)
+    )
 
-    ``block``: by place in the server's buffer. ``narrow``: the dtype in which ``attention.travel=narrow`` sends shares
-    of gradients.
+
+def _started(group: Group, routed: Routes | None, sends: list[Message], receives: list[Message]) -> Pending | Relay:
+    return exchange(group, sends, receives) if routed is None else Relay(group, sends, receives, routed.of(group.rank))
+
+
+class Returning:
+    """What was computed for tokens, queries or keys, on its way to their homes.
+
+    ``of_queries`` or ``of_keys``: by place in the server's buffer, the other empty. ``narrow``: the dtype in which
+    ``attention.travel=narrow`` sends shares of gradients.
     """
 
-    def __init__(self, block: Block, crossing: Crossing, call: Call, narrow: torch.dtype | None = None) -> None:
-        self._me, self._asked, self._number = call.group.rank, crossing.rows, len(block)
+    def __init__(
+        self, of_queries: Block, of_keys: Block, dispatch: Dispatch, call: Call, narrow: torch.dtype | None = None
+    ) -> None:
+        self._me, block = call.group.rank, of_queries or of_keys
+        served = dispatch.served(self._me)
+        crossing = served.queries if of_queries else served.keys
         asked, places = crossing.rows, crossing.places
-        self._own = [_picked(places, self._me, part, part.dtype) for part in block]
+        self._asked, self._number = asked, len(block)
+        self._own = tuple(_picked(places, self._me, part, part.dtype) for part in block)
         dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
         sends, receives = [], []
         for other in call.group.others:
             for part, dtype in zip(block, dtypes, strict=True):
                 sends.append((other, _picked(places, other, part, dtype)))
                 receives.append((other, part.new_empty(1, len(asked[other]), *part.shape[2:], dtype=dtype)))
-        self._pending = exchange(call.group, sends, receives)
+        widths = _widths(block, dtypes)
+        bundle = Bundle(widths, (), home=True) if of_queries else Bundle((), widths, home=True)
+        self._pending = _started(call.group, dispatch.routes(bundle), sends, receives)
 
     def wait(self) -> Iterator[tuple[Rows, Block]]:
         """In the order of ranks, so that sums do not depend on who came first."""
         arrived = self._pending.wait()
         blocks = [arrived[first : first + self._number] for first in range(0, len(arrived), self._number)]
-        blocks.insert(self._me, self._own)
+        blocks.insert(self._me, list(self._own))
         for rows, block in zip(self._asked, blocks, strict=True):
             yield rows, tuple(block)
 
@@ -257,17 +280,21 @@ def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass."""
+    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass; of routed
+    messages also what it hands on for others."""
+    forward, backward = ([dispatch.sent(bundle, rank) for bundle in bundles] for bundles in bundles_of(dispatch, sizes))
+    (there, messages_there), (back, messages_back) = (map(sum, zip(*sent, strict=True)) for sent in (forward, backward))
+    return Volume(there, back, messages_there, messages_back)
+
+
+def bundles_of(dispatch: Dispatch, sizes: Sizes) -> tuple[list[Bundle], list[Bundle]]:
+    """What the exchanges of the forward and of the backward pass move."""
     one = _of_a_row(sizes, dispatch)
-    sent = rows_sent(dispatch, rank)
     narrow = sizes.options.travel == "narrow"
     dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
-    return Volume(
-        sent.queries * one.queries + sent.keys * 2 * one.keys + sent.asked * (one.query_gradients + one.lse),
-        sent.queries * 2 * (one.queries + one.lse) + sent.keys * 2 * one.keys + sent.asked * dq + sent.read * 2 * dk,
-        sent.servers + 2 * sent.key_servers + 2 * sent.homes,
-        4 * sent.servers + 2 * sent.key_servers + sent.homes + 2 * sent.key_homes,
-    )
+    forward = [Bundle((one.queries,), (one.keys,) * 2), Bundle((one.query_gradients, one.lse), (), home=True)]
+    upstream = Bundle((one.queries,) * 2 + (one.lse,) * 2, (one.keys,) * 2)
+    return forward, [upstream, Bundle((dq,), (), home=True), Bundle((), (dk,) * 2, home=True)]
 
 
 def _of_a_row(sizes: Sizes, dispatch: Dispatch) -> Sizes:
@@ -284,52 +311,34 @@ def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
 
 def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
     there, back = _dispatches_for(plan, planner, sizes)
-    sent, queries, keys, one, own = _held(there, plan, rank, sizes)
+    asked, read, queries, keys, one, own = _held(there, plan, rank, sizes)
     # Sent, received, in order, computed; then what goes home and what comes from there.
-    forward = (sent.queries + 2 * queries) * one.held(queries=1) + (sent.keys + 2 * keys) * one.held(keys=1)
-    forward += (2 * queries + sent.queries) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
-    sent, queries, keys, one, own = _held(back, plan, rank, sizes)
-    backward = (sent.queries + 2 * queries) * one.held(queries=2, sums=2) + (sent.keys + 2 * keys) * one.held(keys=1)
-    backward += (2 * queries + sent.queries) * one.held(outputs=1) + (2 * keys + sent.keys) * one.held(gradients=1)
+    forward = (asked + 2 * queries) * one.held(queries=1) + (read + 2 * keys) * one.held(keys=1)
+    forward += (2 * queries + asked) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
+    asked, read, queries, keys, one, own = _held(back, plan, rank, sizes)
+    backward = (asked + 2 * queries) * one.held(queries=2, sums=2) + (read + 2 * keys) * one.held(keys=1)
+    backward += (2 * queries + asked) * one.held(outputs=1) + (2 * keys + read) * one.held(gradients=1)
     # Stand-ins of outputs and what they are made of; delta, and the gradients of this rank.
     backward += queries * one.held(1, outputs=3, sums=3) + own * one.held(3, outputs=3, sums=2, keys=1, gradients=1)
+    # What is held for others on its way.
+    forward += sum(there.carried(bundle, rank) for bundle in bundles_of(there, sizes)[0])
+    backward += sum(back.carried(bundle, rank) for bundle in bundles_of(back, sizes)[1])
     return forward, backward
 
 
-def _held(dispatch: Dispatch, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[RowsSent, int, int, Sizes, int]:
-    """Rows sent, in the buffers of queries and of keys, what one is, and how many the line has."""
+def _held(dispatch: Dispatch, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int, int, int, Sizes, int]:
+    """Rows of queries and of keys that are sent, and in the buffers; what one is, and how many the line has."""
     served, groups = dispatch.served(rank), dispatch.plan.groups
     queries, keys = (len(crossing.places.positions) for crossing in (served.queries, served.keys))
     own = plan.shard * len(plan.documents) * groups
-    return rows_sent(dispatch, rank), queries, keys, _of_a_row(sizes, dispatch), own
+    asked, read = (int(rows[rank].sum() - rows[rank, rank]) for rows in (dispatch.query_rows, dispatch.key_rows))
+    return asked, read, queries, keys, _of_a_row(sizes, dispatch), own
 
 
 def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
     """Of the forward pass as it was planned first; if it was not, for heads of the planner's default widths."""
     made = [there for (name, _), (there, _) in _dispatches.get(plan, {}).items() if name == planner]
     return (made[0] if made else dispatches(plan, planner, Widths())[0]).cells(rank)
-
-
-@dataclass(frozen=True)
-class RowsSent:
-    """Of one rank in one pass: rows of its own that others serve (``queries``) or read (``keys``), and of others that
-    it serves (``asked``) or reads (``read``); and how many ranks each of them goes to."""
-
-    queries: int
-    keys: int
-    asked: int
-    read: int
-    servers: int
-    key_servers: int
-    homes: int
-    key_homes: int
-
-
-def rows_sent(dispatch: Dispatch, rank: int) -> RowsSent:
-    queries, keys = dispatch.query_rows, dispatch.key_rows
-    away = np.arange(dispatch.world) != rank
-    counts = [rows[away] for rows in (queries[rank], keys[rank], queries[:, rank], keys[:, rank])]
-    return RowsSent(*(int(count.sum()) for count in counts), *(int(np.count_nonzero(count)) for count in counts))
 
 
 # The strategy's name -> who plans for it.

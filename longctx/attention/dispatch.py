@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from longctx.planner import Exchange, Plan, TaskList
+from longctx.planner import Exchange, Plan, Routes, TaskList, Topology, routes
 from longctx.sequence import Homes, Places, Rows, TileSet
 from longctx.sequence.documents import Int64
 from longctx.sequence.homes import ranges
@@ -54,13 +54,28 @@ class Served:
         self.rest = _tiles(own.rest, own.rest.q_start, own.rest.k_start)
 
 
-class Dispatch:
-    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass."""
+@dataclass(frozen=True)
+class Bundle:
+    """The tensors that one exchange takes from rank to rank. ``queries``, ``keys``: bytes of a row of each tensor, of
+    those that go with query rows and, behind them, with rows of keys. ``home``: from servers back."""
 
-    def __init__(self, homes: Homes, plan: Plan) -> None:
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    home: bool = False
+
+
+class Dispatch:
+    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass.
+
+    ``topology``: where the ranks are, which decides how messages travel; None: on one node.
+    """
+
+    def __init__(self, homes: Homes, plan: Plan, topology: Topology | None = None) -> None:
         assert plan.home.ranks == homes.world, "a plan of other ranks"
         self.world, self.plan, self._homes = homes.world, plan, homes
+        self._topology = topology or Topology(homes.world, per_node=homes.world)
         self._served: dict[int, Served] = {}
+        self._routes: dict[Bundle, Routes | None] = {}
 
     def served(self, rank: int) -> Served:
         """Worked out at first use."""
@@ -80,6 +95,31 @@ class Dispatch:
     @cached_property
     def key_rows(self) -> Int64:
         return self.plan.kv.matrix(self.world)
+
+    def sizes(self, bundle: Bundle) -> Int64:
+        """Bytes of each tensor from rank to rank, int64 ``[K, W, W]``; what stays where it is is on the diagonal."""
+        sizes = [self.query_rows * width for width in bundle.queries] + [self.key_rows * width for width in bundle.keys]
+        made = np.stack(sizes)
+        return made.transpose(0, 2, 1) if bundle.home else made
+
+    def routes(self, bundle: Bundle) -> Routes | None:
+        """How the messages of such an exchange travel; None: straight."""
+        if bundle not in self._routes:
+            self._routes[bundle] = routes(self.sizes(bundle), self._topology)
+        return self._routes[bundle]
+
+    def sent(self, bundle: Bundle, rank: int) -> tuple[int, int]:
+        """Bytes and messages that a rank sends in it."""
+        routed = self.routes(bundle)
+        if routed is not None:
+            return routed.sent(rank)
+        sizes = np.delete(self.sizes(bundle)[:, rank], rank, axis=1)
+        return int(sizes.sum()), int(np.count_nonzero(sizes))
+
+    def carried(self, bundle: Bundle, rank: int) -> int:
+        """Bytes that a rank holds in it for others."""
+        routed = self.routes(bundle)
+        return 0 if routed is None else routed.carried(rank)
 
 
 def _rows(places: Int64) -> Rows:

@@ -108,7 +108,8 @@ class Ticks:
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:
             homes = self.homes(held)
-            self._dispatches[held] = Dispatch(homes, planned(homes, self._planner, self._widths, self._topology))
+            plan = planned(homes, self._planner, self._widths, self._topology)
+            self._dispatches[held] = Dispatch(homes, plan, self._topology)
         return self._dispatches[held]
 
 

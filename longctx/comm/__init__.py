@@ -3,16 +3,19 @@
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import Group, Moment, Traffic, channel_of, grid_of, group_named, group_of, two_way
-from longctx.comm.nodes import node_of, per_node, settle_nodes
+from longctx.comm.nodes import Links, links_of, node_of, per_node, settle_nodes
+from longctx.comm.relay import Relay
 
 __all__ = [
     "MAX",
     "SUM",
     "Group",
+    "Links",
     "Message",
     "Moment",
     "Pending",
     "PendingReduction",
+    "Relay",
     "Traffic",
     "all_reduce",
     "broadcast",
@@ -21,6 +24,7 @@ __all__ = [
     "grid_of",
     "group_named",
     "group_of",
+    "links_of",
     "node_of",
     "per_node",
     "settle_nodes",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from longctx.comm.nodes import node_of, per_node
+from longctx.comm.nodes import node_of
 
 
 class Moment(NamedTuple):
@@ -89,9 +89,9 @@ class Group:
         return _traffic.setdefault(self.process_group, Traffic())
 
     @property
-    def per_node(self) -> int:
-        """How many consecutive ranks of the group share a node (``nodes.per_node``)."""
-        return 1 if self.process_group is None else per_node(dist.get_process_group_ranks(self.process_group))
+    def ranks(self) -> list[int]:
+        """Their global ranks."""
+        return [0] if self.process_group is None else dist.get_process_group_ranks(self.process_group)
 
     @property
     def bytes_between_nodes(self) -> int:

@@ -1,17 +1,30 @@
-"""Which ranks of a world share a node: said once at start-up, and asked wherever distance counts."""
+"""Which ranks of a world share a node, and how nodes are joined: said once at start-up, asked where distance counts."""
 
 from __future__ import annotations
 
 import functools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
+
+@dataclass(frozen=True)
+class Links:
+    """What joins the ranks. ``nics``: of one node, for messages to other nodes; with 1, every message goes straight.
+    ``nic``, ``link``: bytes/s of one NIC, and of one rank's link inside a node."""
+
+    nics: int = 1
+    nic: float = 50e9
+    link: float = 450e9
+
+
 _nodes: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_links: weakref.WeakKeyDictionary[dist.ProcessGroup, Links] = weakref.WeakKeyDictionary()
 
 
-def settle_nodes(nodes: Sequence[int]) -> None:
+def settle_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
     """``nodes``: the number of the node that each rank of this process's world is on; all ranks say the same, once.
 
     A world in which nobody has said it is one node.
@@ -20,6 +33,7 @@ def settle_nodes(nodes: Sequence[int]) -> None:
     assert world is not None and len(nodes) == dist.get_world_size(), "of every rank of an initialised world"
     assert world not in _nodes, "nodes are settled once"
     _nodes[world] = tuple(nodes)
+    _links[world] = links or Links()
 
 
 def node_of(rank: int) -> int:
@@ -27,6 +41,16 @@ def node_of(rank: int) -> int:
     world = dist.group.WORLD
     nodes = None if world is None else _nodes.get(world)
     return 0 if nodes is None else nodes[rank]
+
+
+def links_of(ranks: Sequence[int]) -> Links:
+    """What joins these global ranks, whose share of a node's NICs is that of its ranks; at least one."""
+    world = dist.group.WORLD
+    links = None if world is None else _links.get(world)
+    if world is None or links is None:
+        return Links()
+    everyone = per_node(range(dist.get_world_size()))
+    return replace(links, nics=max(1, links.nics * per_node(ranks) // everyone))
 
 
 def per_node(ranks: Sequence[int]) -> int:

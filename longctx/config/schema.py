@@ -110,6 +110,11 @@ class Config:
             self._check_ping_pong()
         if self.attention.servers == "pipeline":
             self._check_servers()
+        if self.cluster.nics > 1 and self.attention.strategy not in choices.SERVED_STRATEGIES:
+            raise ConfigError(
+                f"cluster.nics={self.cluster.nics} routes the messages of {' and '.join(choices.SERVED_STRATEGIES)}, "
+                f"got attention.strategy={self.attention.strategy}; nearest valid: cluster.nics=1"
+            )
         if self.parallel.pp > 1:
             self._check_pipeline()
         elif (self.parallel.pp_schedule, self.parallel.pp_virtual) != ("1f1b", None):

@@ -322,6 +322,9 @@ class ClusterConfig:
     name: str = "local"
     nodes: int = 1
     devices_per_node: int | None = None  # null: as many as the launcher started; of simulated ranks, all
+    nics: int = 1  # of a node, for messages to other nodes; above 1, served attention is routed over all of them
+    nic_bandwidth: float = 50e9  # bytes/s of one of them
+    link_bandwidth: float = 450e9  # bytes/s from one device of a node to the others
     partition: str | None = None
     account: str | None = None
     time_limit: str = "24:00:00"
@@ -335,6 +338,15 @@ class ClusterConfig:
         """Refuse an empty cluster and a time limit that Slurm would not read."""
         at_least("cluster.nodes", self.nodes, 1)
         at_least("cluster.devices_per_node", self.devices_per_node, 1)
+        at_least("cluster.nics", self.nics, 1)
+        for name in ("nic_bandwidth", "link_bandwidth"):
+            value, default = getattr(self, name), getattr(ClusterConfig, name)
+            above(f"cluster.{name}", value, 0.0)
+            if value != default and self.nics == 1:
+                raise ConfigError(
+                    f"cluster.{name}={value} says when messages are routed over several NICs, and cluster.nics=1; "
+                    f"set cluster.nics=8, or leave cluster.{name} at {default}"
+                )
         if not _SLURM_TIME.fullmatch(self.time_limit):
             raise ConfigError(
                 f"cluster.time_limit={self.time_limit} must read [days-]hours:minutes:seconds, "

@@ -9,7 +9,7 @@ import torch
 
 from longctx.attention import Options
 from longctx.attention.across_stages import Empty, StageAttention
-from longctx.attention.assignment import topology_of_ranks
+from longctx.attention.assignment import topology_of
 from longctx.attention.disaggregated import PLANNERS
 from longctx.attention.ticks import Ticks, ticks_of
 from longctx.comm import channel_of
@@ -45,7 +45,7 @@ def softmax_layers(config: Config) -> list[int]:
 def ticks_by(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan]], Ticks]:
     """The ticks of a step, from the plans of its microbatches."""
     layers, planner = softmax_layers(config), PLANNERS[config.attention.strategy]
-    widths, topology = empty_of(config, CPU).widths, topology_of_ranks(mesh.server_ranks)
+    widths, topology = empty_of(config, CPU).widths, topology_of(mesh.server_ranks)
     return lambda plans: ticks_of(plans, layers, planner, widths, topology)
 
 

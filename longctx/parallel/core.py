@@ -78,7 +78,11 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
     case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
     element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
     # Asked for here, as process groups belong to a thread under simulation.
-    rank, inner, topology = mesh.sequence_rank, inner_of(strategy, case), topology_of(group_of(mesh.sequence_group))
+    rank, inner, topology = (
+        mesh.sequence_rank,
+        inner_of(strategy, case),
+        topology_of(group_of(mesh.sequence_group).ranks),
+    )
 
     def prepare(plans: list[SequencePlan]) -> None:
         if config.attention.ping_pong:

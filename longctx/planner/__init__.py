@@ -10,6 +10,7 @@ from longctx.planner.options import Options
 from longctx.planner.plan import Plan
 from longctx.planner.planning import PLANNERS, make_plan, plan
 from longctx.planner.rank_plan import Exchange, RankPlan, TaskList
+from longctx.planner.routing import Routes, routes
 from longctx.planner.slices import MaskSlices, Slice, Span, causal, full, prefix_lm, shared_prefix, window
 from longctx.planner.tasks import Runs, Tasks
 from longctx.planner.transfers import Transfers
@@ -23,6 +24,7 @@ __all__ = [
     "Options",
     "Plan",
     "RankPlan",
+    "Routes",
     "Runs",
     "Slice",
     "Span",
@@ -38,6 +40,7 @@ __all__ = [
     "make_plan",
     "plan",
     "prefix_lm",
+    "routes",
     "shared_prefix",
     "streamed",
     "window",

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.comm import exchange, group_of, node_of, settle_nodes
+from longctx.comm import exchange, group_of, node_of, per_node, settle_nodes
 from longctx.comm.nodes import _runs
 from longctx.sim import Cluster
 
@@ -36,15 +36,15 @@ def test_groups_of_strided_ranks_know_their_own_nodes():
         found = []
         for stride in (1, 2, 4):
             groups = [dist.new_group(list(range(first, 8, stride))) for first in range(stride)]
-            found.append(group_of(groups[dist.get_rank() % stride]).per_node)
-        return *found, group_of(None).per_node, [node_of(rank) for rank in range(8)]
+            found.append(per_node(group_of(groups[dist.get_rank() % stride]).ranks))
+        return *found, per_node(group_of(None).ranks), [node_of(rank) for rank in range(8)]
 
     assert Cluster(8).run(body) == [(4, 2, 1, 1, [0, 0, 0, 0, 1, 1, 1, 1])] * 8
 
 
 def test_a_world_of_which_nobody_said_it_is_one_node():
     assert node_of(7) == 0
-    assert Cluster(3).run(lambda: group_of(dist.group.WORLD).per_node) == [3] * 3
+    assert Cluster(3).run(lambda: per_node(group_of(dist.group.WORLD).ranks)) == [3] * 3
 
 
 def test_nodes_are_settled_once_and_forgotten_with_their_world():
@@ -52,7 +52,7 @@ def test_nodes_are_settled_once_and_forgotten_with_their_world():
         settle_nodes(nodes)
         with pytest.raises(AssertionError, match="once"):
             settle_nodes(nodes)
-        return group_of(dist.group.WORLD).per_node
+        return per_node(group_of(dist.group.WORLD).ranks)
 
     cluster = Cluster(2)
     assert cluster.run(body, [0, 1]) == [1, 1]
