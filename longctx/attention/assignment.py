@@ -24,7 +24,7 @@ def topology_of(ranks: Sequence[int]) -> Topology:
 
 
 def one_node(servers: int) -> Topology:
-    return Topology(servers, per_node=servers)
+    return Topology(servers, per_node=servers, nics=1)
 
 
 def planned(homes: Homes, planner: str, widths: Widths, topology: Topology) -> Plan:

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from longctx.attention import get_strategy
-from longctx.attention.assignment import topology_of
+from longctx.attention.assignment import one_node, topology_of
 from longctx.attention.disaggregated import bundles_of, dispatches
 from longctx.attention.registry import Sizes
 from longctx.comm import Links, settle_nodes
@@ -83,3 +83,8 @@ def test_ranks_in_a_pipeline_or_beside_tensors_share_the_nics_of_their_node():
 
     shapes = [(one.servers, one.per_node, one.nics) for one in Cluster(16).run(body)[0]]
     assert shapes == [(16, 8, 8), (8, 4, 4), (8, 8, 8), (2, 1, 1)]
+
+
+def test_a_world_of_which_nobody_said_its_nodes_is_the_one_that_plans_assume():
+    """Else what is asked for without a group would be planned again."""
+    assert Cluster(3).run(lambda: topology_of(range(3))) == [one_node(3)] * 3
