@@ -6,6 +6,7 @@ No processes and no devices: plans are counted, and the event simulator's second
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -16,6 +17,7 @@ import numpy as np
 
 from longctx.bench.distca import distca
 from longctx.errors import ConfigError
+from longctx.launcher import bench_balance
 from longctx.launcher.machine import described
 from longctx.planner import Home, MaskSlices, Options, Plan, Runs, Tasks, Topology, causal, make_plan, streamed
 from longctx.planner.cad import least_egress
@@ -34,6 +36,12 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--draws", type=int, default=3, help="seeded draws of documents for each size")
     parser.add_argument("--timed", type=int, default=9, help="plans made for the median time, after one to warm up")
     parser.add_argument("--clock", action="store_true", help="replay training steps on the event simulator instead")
+    parser.add_argument(
+        "--balance",
+        default="",
+        metavar="ROWS",
+        help="measure data.balance instead, with so many rows a rank and step, comma-separated; servers are its ranks",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.draws < 1 or arguments.timed < 1:
         raise ConfigError(f"--draws {arguments.draws} and --timed {arguments.timed} must be at least 1")
     lengths = read_lengths(arguments.lengths) if arguments.lengths else synthetic(0)
+    if arguments.clock and arguments.balance:
+        raise ConfigError(f"--clock and --balance {arguments.balance} measure different things; give one of them")
     if arguments.clock:
         found = [clock(lengths, context) for context in contexts]
         lines = [_clock_header(), *map(_clock_line, found)]
         rows: list[dict[str, object]] = [dict(one) for one in found]
+    elif arguments.balance:
+        sizes = itertools.product(contexts, servers, _numbers(arguments, "balance"))
+        ways = [way for size in sizes for way in bench_balance.balanced(lengths, *size, arguments.draws)]
+        lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
     else:
         planned = [
             row

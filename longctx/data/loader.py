@@ -76,9 +76,9 @@ class Loader:
 
     def batches(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the step that starts at a global sample: ``[micro_batch, S]`` each."""
-        return [self._batch((first_sample + rows).tolist()) for rows in self._rows(first_sample)[self._rank]]
+        return [self._batch((first_sample + rows).tolist()) for rows in self.rows(first_sample)[self._rank]]
 
-    def _rows(self, first_sample: int) -> Int64:
+    def rows(self, first_sample: int) -> Int64:
         """Who takes which sample of the step, ``[dp_world, micro-batches, micro_batch]``, counted from its first."""
         rows = np.arange(self.global_batch)
         if self.packing.balance is None:

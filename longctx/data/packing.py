@@ -77,7 +77,11 @@ class Packing:
     def work(self, index: int) -> int:
         """What attention costs for a sample, in (query, key) pairs of a layer."""
         assert self.balance is not None, "work is counted where it is balanced"
-        return int(self.balance.cells(np.array([stop - start for start, stop, _ in self.pieces(index)])).sum())
+        return int(self.balance.cells(self.lengths(index)).sum())
+
+    def lengths(self, index: int) -> Int64:
+        """Tokens of a sample's documents, int64 ``[D]``."""
+        return np.array([stop - start for start, stop, _ in self.pieces(index)], dtype=np.int64)
 
     def pieces(self, index: int) -> list[Piece]:
         """What a sample is made of."""

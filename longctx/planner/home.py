@@ -158,6 +158,14 @@ def zigzag_spans(length: int, members: Sequence[int], turn: int = 0) -> tuple[li
     return rows, turn
 
 
+def whole(rows: Sequence[Int64], ranks: int) -> Home:
+    """Row i of documents, given by their lengths, all on rank i; ranks after the last row hold none."""
+    lengths = np.concatenate(rows)
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    spans = [(rank, doc, 0, length) for doc, (rank, length) in enumerate(zip(owner.tolist(), lengths.tolist()))]
+    return from_rows(lengths, ranks, spans)
+
+
 def from_rows(lengths: Int64, ranks: int, rows: Sequence[tuple[int, int, int, int]]) -> Home:
     """From (rank, doc, start, stop) in any order of ranks; a rank keeps its own order."""
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)

@@ -16,7 +16,7 @@ import numpy as np
 from longctx.planner.cad import cad
 from longctx.planner.cost import Topology, Widths
 from longctx.planner.events import Float64, Hardware, Operation, Replayed, replay, replay_plan
-from longctx.planner.home import from_rows
+from longctx.planner.home import whole
 from longctx.planner.options import Options
 from longctx.planner.plan import Plan
 from longctx.planner.slices import Int64, causal
@@ -167,9 +167,7 @@ def disaggregated(run: ClusterRun, rows: Sequence[Int64], idle_serve: bool = Tru
 
 def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> Replayed:
     """One layer of one tick: row i lives on server i, the rest are idle but serve."""
-    lengths = np.concatenate(held)
-    owner = np.repeat(np.arange(len(held)), [len(row) for row in held])
-    spans = [(rank, doc, 0, length) for doc, (rank, length) in enumerate(zip(owner.tolist(), lengths.tolist()))]
-    home, mask = from_rows(lengths, servers, spans), causal(lengths)
+    home = whole(held, servers)
+    mask = causal(home.lengths)
     runs = cad(home, mask, Topology(servers), Options(tolerance=run.tolerance, widths=run.widths))
     return replay_plan(Plan("cad", home, mask, Tasks.of_runs(mask, runs), run.widths), run.hardware)

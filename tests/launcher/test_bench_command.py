@@ -60,6 +60,8 @@ ROOT = Path(__file__).parents[2]
         (["planning", "--servers", "8,x"], 78, "--servers '8,x' must be whole numbers"),
         (["planning", "--contexts", "0"], 78, "--contexts '0' must be whole numbers above 0"),
         (["planning", "--draws", "0"], 78, "must be at least 1"),
+        (["planning", "--balance", "0"], 78, "--balance '0' must be whole numbers above 0"),
+        (["planning", "--balance", "1", "--clock"], 78, "give one of them"),
         (["planning", "--lengths", "/nowhere.json"], 65, "JSON list of document lengths"),
         (["disaggregation", "--processes", "0"], 78, "--processes 0 must be at least 1"),
         (["disaggregation", "--batch-tokens", "33"], 78, "must divide by --processes 2; nearest valid: 32"),
@@ -188,6 +190,22 @@ def test_planning_balances_with_fewer_bytes_than_the_greedy(capsys):
     assert {row["context"] for row in rows.values()} == {131072}, "1M tokens do not fit 16 servers"
     assert rows["cad"]["imbalance"] <= 1.02 and rows["cad"]["egress_over_least"] <= 1.5
     assert rows["cad"]["gigabytes"] < 0.8 * rows["distca 0.02"]["gigabytes"]
+
+
+def test_planning_tells_what_balanced_data_leave(capsys):
+    words = ["--balance", "1,4", "--servers", "4", "--contexts", "32768", "--draws", "1"]
+    assert main(["bench", "planning", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    means = {(row["rows"], row["balance"]): {k: v["mean"] for k, v in row.items() if type(v) is dict} for row in found}
+    for one in means.values():
+        assert one["attention"] >= one["floor"] >= 1
+        assert one["attention"] > one["step"] <= one["lockstep"] * (1 + 1e-12)
+    assert means[1, "rows"] == means[1, "none"], "one row a rank can only change places"
+    assert means[4, "rows"]["lockstep"] < means[4, "none"]["lockstep"]
+    assert means[4, "rows"]["seen"] == means[4, "none"]["seen"], "dealing changes no row"
+    assert means[4, "rows"]["gigabytes"] < means[4, "none"]["gigabytes"]
+    assert main(["bench", "planning", *words]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 6
 
 
 def test_planning_on_the_clock_shows_both_ablations(capsys):

@@ -31,6 +31,7 @@ from longctx.parallel.pipeline import Pipeline
 from longctx.sim import Cluster
 from longctx.train.gather import gather_numbers
 from longctx.train.meter import Meter
+from longctx.train.trainer import Trainer
 
 MODEL = ModelConfig(vocab_size=256, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=48, qk_norm=True)
 CPU = torch.device("cpu")
@@ -81,17 +82,23 @@ class Recorder:
         self.summary = summary
 
 
+def ran(config: Config, source: Corpus, meter: Meter) -> tuple[Trainer, list[dict[str, Any]]]:
+    """One rank's trainer at the end of its run, and what it told of each step."""
+    trainer = build.build_trainer(config, False, source, meter)
+    trainer.sink.close({})
+    trainer.sink = recorder = Recorder()
+    trainer.run()
+    return trainer, recorder.records
+
+
 def train_rank(config: Config, source: Corpus) -> list[tuple[float, float, float, float]]:
     """What one rank records of each step: loss, gradient norm, learning rate, bytes of attention.
 
     The last entry holds sums over all weights instead, as a fingerprint.
     """
     meter = Meter(build_mesh(config.parallel, "cpu"), CPU)
-    trainer = build.build_trainer(config, False, source, meter)
-    trainer.sink.close({})
-    trainer.sink = recorder = Recorder()
-    trainer.run()
-    seen = [(r["loss"], r["grad_norm"], r["lr"], float(r["comm_bytes"])) for r in recorder.records]
+    trainer, records = ran(config, source, meter)
+    seen = [(r["loss"], r["grad_norm"], r["lr"], float(r["comm_bytes"])) for r in records]
     model = trainer.state.model
     own = model.own_parameters() if isinstance(model, Pipeline) else model.named_parameters()
     weights = [p.full_tensor().detach().double() for _, p in own]  # type: ignore[attr-defined]
