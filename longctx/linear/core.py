@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,9 +50,9 @@ class LinearAttention:
             out, _ = delta_attention(q, k, v, [*gates, beta], *context)
         return out
 
-    def convolve(self, x: Tensor, weight: Tensor, plan: Tensor) -> Tensor:
-        """As ``LinearCore`` says; the gradient of ``weight`` is this rank's share."""
-        return convolve(x, weight, plan, self.group_name)
+    def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
+        """As ``LinearCore`` says; the gradients of ``weights`` are this rank's shares."""
+        return convolve(xs, weights, plan, self.group_name)
 
 
 def _require_heads(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> None:

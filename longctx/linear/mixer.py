@@ -51,8 +51,8 @@ class LinearCore(Protocol):
         """
         ...
 
-    def convolve(self, x: Tensor, weight: Tensor, plan: Tensor) -> Tensor:
-        """Short causal convolution of x ``[B, T/SP, H/TP, C]`` with ``[H/TP, C, W]``, documents apart."""
+    def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
+        """Short causal convolutions of each x ``[B, T/SP, H/TP, C]`` with its ``[H/TP, C, W]``, documents apart."""
         ...
 
 

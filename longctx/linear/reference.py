@@ -99,8 +99,8 @@ class RecurrentCore:
             decay = decay.expand(q.shape[:3]).unsqueeze(-1)
         return decayed_sums(q, k, v, decay, self._documents)
 
-    def convolve(self, x: Tensor, weight: Tensor, plan: Tensor) -> Tensor:
-        return convolved(x, weight, self._documents)
+    def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
+        return [convolved(x, weight, self._documents) for x, weight in zip(xs, weights, strict=True)]
 
 
 def _tokens(documents: Sequence[Documents], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,14 @@
 
 Channel by channel, as in front of the gated linear mixers (Yang et al., "Gated Delta Networks", 2024; Gu and Dao,
 "Mamba", 2023). Only tokens that some document sees across the edge of a run are sent, forward in the dtype of x,
-backward their gradients in the accumulation dtype; a halo is a few rows, so both are awaited at once.
+backward their gradients in the accumulation dtype; a halo is a few rows, so both are awaited at once. Queries, keys and
+values share one halo, whose cost is that of a message; each is convolved by itself, for side by side they would have to
+be copied whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,30 +23,45 @@ from longctx.comm import Group, exchange, group_named
 from longctx.sequence import Halo, SequencePlan, plan_of
 
 
-def convolve(x: Tensor, weight: Tensor, plan: Tensor, group: str) -> Tensor:
-    """x ``[B, T/SP, H, C]``, weight ``[H, C, W]`` to ``[B, T/SP, H, C]``; ``plan``: a handle, ``group``: a name.
+def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, group: str) -> list[Tensor]:
+    """Each x ``[B, T/SP, H, C]`` with its weight ``[H, C, W]`` to ``[B, T/SP, H, C]``, with one halo for all of them.
 
-    The gradient of ``weight`` is this rank's share: that of its own tokens' outputs.
+    All have the same B, H, W and dtype. ``plan``: a handle, ``group``: a name. The gradients of ``weights`` are this
+    rank's shares: those of its own tokens' outputs.
     """
-    out: Tensor = _convolve(x, weight, plan, group)
+    out: list[Tensor] = _convolve(list(xs), list(weights), plan, group)
     return out
 
 
-def run_forward(x: Tensor, weight: Tensor, plan: Tensor, group: str) -> Tensor:
+def run_forward(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
     ranks, sequence = group_named(group), plan_of(plan)
-    halo = sequence.halo(ranks.rank, weight.shape[-1] - 1, x.device)
-    extended, wide = _extended(x, halo, ranks, sequence), accumulation_dtype(x.dtype)
-    taps = weight.to(wide)
+    halo = sequence.halo(ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
+    fetched = _fetch(xs, halo, ranks, sequence)
+    return [_forward(x, rows, weight, halo) for x, rows, weight in zip(xs, fetched, weights, strict=True)]
+
+
+def _forward(x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> Tensor:
+    extended, taps = torch.cat([x, fetched], 1), weight.to(accumulation_dtype(x.dtype))
     out = x * taps[..., -1]
     for back, (index, seen) in enumerate(zip(halo.index, halo.seen.unbind(1), strict=True), start=1):
         out += extended.index_select(1, index) * seen[..., None, None] * taps[..., -1 - back]
     return out.to(x.dtype)
 
 
-def run_backward(dout: Tensor, x: Tensor, weight: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def run_backward(
+    douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str
+) -> tuple[list[Tensor], list[Tensor]]:
     ranks, sequence = group_named(group), plan_of(plan)
-    halo = sequence.halo(ranks.rank, weight.shape[-1] - 1, x.device)
-    extended, wide = _extended(x, halo, ranks, sequence), accumulation_dtype(x.dtype)
+    halo = sequence.halo(ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
+    fetched = _fetch(xs, halo, ranks, sequence)
+    dxs, dweights = zip(*(_backward(*given, halo) for given in zip(douts, xs, fetched, weights, strict=True)))
+    homes = _home(dxs, xs[0].shape[1], halo, ranks, sequence)
+    return [home.to(x.dtype) for home, x in zip(homes, xs, strict=True)], list(dweights)
+
+
+def _backward(dout: Tensor, x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the rows behind it, ``[B, T/SP + halo, H, C]`` in the accumulation dtype, and of weight."""
+    extended, wide = torch.cat([x, fetched], 1), accumulation_dtype(x.dtype)
     taps, dout = weight.to(wide), dout.to(wide)
     dx = dout.new_zeros(extended.shape)
     dweight = torch.empty_like(taps)
@@ -53,28 +71,30 @@ def run_backward(dout: Tensor, x: Tensor, weight: Tensor, plan: Tensor, group: s
         visible = dout * seen[..., None, None]
         dweight[..., -1 - back] = (visible * extended.index_select(1, index)).sum((0, 1))
         dx.index_add_(1, index, visible * taps[..., -1 - back])
-    return _home(dx, x.shape[1], halo, ranks, sequence).to(x.dtype), dweight.to(weight.dtype)
+    return dx, dweight.to(weight.dtype)
 
 
-def _extended(x: Tensor, halo: Halo, ranks: Group, plan: SequencePlan) -> Tensor:
-    """x and behind it the rows of other ranks, ``[B, T/SP + halo, H, C]``."""
+def _fetch(xs: Sequence[Tensor], halo: Halo, ranks: Group, plan: SequencePlan) -> Sequence[Tensor]:
+    """Of each x the rows of other ranks that are read here, ``[B, halo, H, C]``, side by side in one message."""
     rows = [plan.halo(reader, len(halo.index)).rows[ranks.rank] for reader in range(ranks.size)]
-    sends = [(reader, its.take(x).contiguous()) for reader, its in enumerate(rows)]
-    buffers = [x.new_empty(len(x), len(its), *x.shape[2:]) for its in halo.rows]
-    received = exchange(ranks, sends, list(enumerate(buffers))).wait()
-    return torch.cat([x, *received], 1)
+    sends = [(reader, torch.cat([its.take(x) for x in xs], -1)) for reader, its in enumerate(rows)]
+    widths = [x.shape[-1] for x in xs]
+    buffers = [xs[0].new_empty(len(xs[0]), len(its), xs[0].shape[2], sum(widths)) for its in halo.rows]
+    return torch.cat(exchange(ranks, sends, list(enumerate(buffers))).wait(), 1).split(widths, -1)
 
 
-def _home(dx: Tensor, own: int, halo: Halo, ranks: Group, plan: SequencePlan) -> Tensor:
-    """The gradient of this rank's rows, ``[B, T/SP, H, C]``: its own share, and what other ranks send of theirs."""
+def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: SequencePlan) -> list[Tensor]:
+    """Gradients of this rank's rows, ``[B, T/SP, H, C]``: its own shares, and what other ranks send of theirs."""
     rows = [plan.halo(reader, len(halo.index)).rows[ranks.rank] for reader in range(ranks.size)]
-    shares = dx[:, own:].split([len(its) for its in halo.rows], 1)
-    buffers = [dx.new_empty(len(dx), len(its), *dx.shape[2:]) for its in rows]
+    widths = [dx.shape[-1] for dx in dxs]
+    shares = torch.cat([dx[:, own:] for dx in dxs], -1).split([len(its) for its in halo.rows], 1)
+    buffers = [dxs[0].new_empty(len(dxs[0]), len(its), dxs[0].shape[2], sum(widths)) for its in rows]
     sends = [(owner, share.contiguous()) for owner, share in enumerate(shares)]
-    home = dx[:, :own]
+    homes = [dx[:, :own] for dx in dxs]
     for its, share in zip(rows, exchange(ranks, sends, list(enumerate(buffers))).wait(), strict=True):
-        its.add_to(home, share)
-    return home
+        for home, part in zip(homes, share.split(widths, -1), strict=True):
+            its.add_to(home, part)
+    return homes
 
 
 def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]:
@@ -86,33 +106,36 @@ def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]
 _convolve = register(
     "short_convolution",
     run_forward,
-    "(Tensor x, Tensor weight, Tensor plan, str group) -> Tensor",
+    "(Tensor[] xs, Tensor[] weights, Tensor plan, str group) -> Tensor[]",
 )
 _convolve_backward = register(
     "short_convolution_backward",
     run_backward,
-    "(Tensor dout, Tensor x, Tensor weight, Tensor plan, str group) -> (Tensor, Tensor)",
+    "(Tensor[] douts, Tensor[] xs, Tensor[] weights, Tensor plan, str group) -> (Tensor[], Tensor[])",
 )
 
 
 @_convolve.register_fake
-def _(x: Tensor, weight: Tensor, plan: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in xs]
 
 
 @_convolve_backward.register_fake
-def _(dout: Tensor, x: Tensor, weight: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(
+    douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [x.new_empty(x.shape) for x in xs], [weight.new_empty(weight.shape) for weight in weights]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.group = inputs
-    ctx.save_for_backward(*tensors)
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    xs, weights, plan, ctx.group = inputs
+    ctx.save_for_backward(plan, *xs, *weights)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, plan = ctx.saved_tensors
-    return (*_convolve_backward(dout, x, weight, plan, ctx.group), None, None)
+def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
+    plan, *tensors = ctx.saved_tensors
+    xs, weights = tensors[: len(douts)], tensors[len(douts) :]
+    return (*_convolve_backward(douts, xs, weights, plan, ctx.group), None, None)
 
 
 _convolve.register_autograd(_differentiate, setup_context=_remember)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,9 +12,11 @@ from longctx.comm import group_of
 from longctx.linear.short_convolution import convolve, halo_rows_sent
 from longctx.sequence import Documents, Mask, SequencePlan, make_layout, unshard
 from longctx.sim import Cluster
-from longctx.verify.run import cut
+from longctx.verify import VerifyCase
+from longctx.verify.run import cut, local_inputs
 
 HEADS, CHANNELS, WIDTH = 2, 3, 4
+WIDTHS = (1, 2)  # of what shares a halo
 
 
 def definition(x, weight, documents):
@@ -29,15 +32,14 @@ def definition(x, weight, documents):
 
 def on_ranks(plan, x, weight, dout, dtype=torch.float64):
     def rank_main():
-        import torch.distributed as dist
-
         ranks = group_of(dist.group.WORLD)
         local, upstream = (cut(whole, plan, ranks.rank).to(dtype) for whole in (x, dout))
         taps = weight.clone().to(dtype)
         local.requires_grad_()
         taps.requires_grad_()
         before = ranks.traffic.bytes
-        out = convolve(local, taps, plan.handle, ranks.name)
+        parts = convolve(local.split(WIDTHS, -1), taps.split(WIDTHS, 1), plan.handle, ranks.name)
+        out = torch.cat(parts, -1)
         between = ranks.traffic.bytes
         grads = torch.autograd.grad(out, (local, taps), upstream)
         return out.detach(), *grads, (between - before, ranks.traffic.bytes - between)
@@ -105,4 +107,21 @@ def test_the_operator_keeps_the_rules_of_torch():
     plan = SequencePlan((Documents.single(9),), Mask(True, None), make_layout("contiguous", 1), 9, 1)
     x = torch.randn(1, 9, HEADS, CHANNELS, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(HEADS, CHANNELS, WIDTH, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.longctx.short_convolution.default, (x, weight, plan.handle, ""))
+    given = ([*x.split(WIDTHS, -1)], [*weight.split(WIDTHS, 1)], plan.handle, "")
+    torch.library.opcheck(torch.ops.longctx.short_convolution.default, given)
+
+
+def test_queries_keys_and_values_of_gated_deltanet_share_one_halo():
+    case = VerifyCase("lasp2", "contiguous", 2, seq=9, heads=2, kv_heads=2, head_dim=5, mixer="gated_deltanet")
+
+    def rank_main():
+        ranks = group_of(dist.group.WORLD)
+        plan, x, _ = local_inputs(case, ranks.rank)
+        given = [[x[name] for name in "qkv"], [x[f"{name}_conv"] for name in "qkv"]]
+        parts = convolve(*given, plan.handle, ranks.name)
+        forward = ranks.traffic.messages
+        torch.autograd.grad(sum(part.sum() for part in parts), given[0])
+        return forward, ranks.traffic.messages - forward
+
+    # The first rank's rows are fetched in either pass, and their gradients come home.
+    assert Cluster(2).run(rank_main) == [(1, 1), (0, 1)]

@@ -49,7 +49,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
-    q, k, v = (F.silu(core.convolve(x[name], x[f"{name}_conv"], plan)) for name in "qkv")
+    q, k, v = map(F.silu, core.convolve([x[name] for name in "qkv"], [x[f"{name}_conv"] for name in "qkv"], plan))
     beta = x["b"].squeeze(-1).sigmoid()
     return core.attend(unit(q) * q.shape[-1] ** -0.5, unit(k), v, plan, log_decay=log_decay(x), beta=beta)
 
