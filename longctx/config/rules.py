@@ -36,10 +36,14 @@ def as_word(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def at_least(key: str, value: float | None, low: float) -> None:
-    """Refuse a number below ``low``; None passes, its type has been checked."""
+def at_least(key: str, value: float | None, low: float, valid: object = None) -> None:
+    """Refuse a number below ``low``; None passes, its type has been checked.
+
+    ``valid``: what to name instead of ``low``, where another rule may refuse that.
+    """
     if value is not None and value < low:
-        raise ConfigError(f"{key}={value} must be at least {low}; nearest valid value: {low}")
+        nearest = low if valid is None else valid
+        raise ConfigError(f"{key}={value} must be at least {low}; nearest valid value: {nearest}")
 
 
 def above(key: str, value: float | None, low: float) -> None:

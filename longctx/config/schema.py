@@ -233,11 +233,10 @@ class Config:
         parallel, train, layers = self.parallel, self.train, self.model.layers
         if parallel.stages > layers:
             virtual = parallel.stages // parallel.pp
-            nearest = max(1, layers // virtual)
             raise ConfigError(
                 f"parallel.pp={parallel.pp} with {virtual} stage{'s' if virtual > 1 else ''} per rank "
                 f"(parallel.pp_schedule={parallel.pp_schedule}) makes {parallel.stages} stages, and each needs a "
-                f"layer: model.layers={layers}; nearest valid: parallel.pp={nearest}"
+                f"layer: model.layers={layers}; nearest valid: {_fewer_stages(parallel, layers)}"
             )
         if RULES[parallel.pp_schedule].split_backward:
             given = {"recompute": train.recompute, "mlp_chunk": train.mlp_chunk, "compile": train.compile}
@@ -249,6 +248,16 @@ class Config:
                         "pass goes over each graph twice, for inputs and for weights, and would run attention's "
                         f"forward again; nearest valid: train.{name}={as_word(valid)}, or pp_schedule=interleaved_1f1b"
                     )
+
+
+def _fewer_stages(parallel: ParallelConfig, layers: int) -> str:
+    """Fewer ranks under the same schedule, or a schedule of one stage per rank, or no pipeline."""
+    ranks = layers // (parallel.stages // parallel.pp)
+    if ranks > 1:
+        return f"parallel.pp={ranks}"
+    ranks = min(parallel.pp, layers)
+    words = f"parallel.pp={ranks} with parallel.pp_schedule={'gpipe' if ranks > 1 else '1f1b'}"
+    return words if parallel.pp_virtual is None else f"{words} and parallel.pp_virtual=null"
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:

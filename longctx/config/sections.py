@@ -118,13 +118,13 @@ class AttentionConfig:
         one_of("attention.kernel", self.kernel, choices.KERNELS)
         at_least("attention.layout_block", self.layout_block, 1)
         at_least("attention.window", self.window, 1)
-        at_least("attention.inner", self.inner, 1)
+        at_least("attention.inner", self.inner, 1, "null")  # 1 is for strategies with a grid
         one_of("attention.backward", self.backward, choices.BACKWARD_SIDES)
         one_of("attention.travel", self.travel, choices.GRADIENT_TRAVEL)
         one_of("attention.servers", self.servers, choices.SERVERS)
         if self.linear is not None:
             one_of("attention.linear", self.linear, choices.LINEAR_STRATEGIES)
-        at_least("attention.chunk", self.chunk, 1)
+        at_least("attention.chunk", self.chunk, 1, AttentionConfig.chunk)  # others are for linear layers alone
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,10 @@ class ParallelConfig:
         virtual_stages(self.pp_schedule, self.pp_virtual)
 
 
+# Process groups count whole milliseconds, and add them to a clock that counts nanoseconds in 64 bits.
+TIMEOUT_SECONDS = (0.001, 1e9)
+
+
 @dataclass(frozen=True)
 class CommConfig:
     """What carries messages between ranks."""
@@ -164,7 +168,7 @@ class CommConfig:
     def check(self) -> None:
         """Refuse unknown backends and a hand-over order where nothing is handed over."""
         one_of("comm.backend", self.backend, choices.BACKENDS)
-        above("comm.timeout_seconds", self.timeout_seconds, 0.0)
+        within("comm.timeout_seconds", self.timeout_seconds, *TIMEOUT_SECONDS)
         if self.shuffle_seed is not None and self.backend != "sim":
             raise ConfigError(
                 f"comm.shuffle_seed={self.shuffle_seed} needs comm=sim, got comm={self.backend}: "

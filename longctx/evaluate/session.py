@@ -60,6 +60,7 @@ class Session:
         self._ranks = ranks
         self._group = group_of(ranks.group)
         self._device = next(model.parameters()).device
+        self._sequences: int | None = None  # of the first tokens, and so of all that follow
         layers = list(model.layers)
         self._own = [block.attention for block in layers]
         self.cache = SequenceCache(self._group, ranks.mask, len(layers))
@@ -82,6 +83,12 @@ class Session:
         batch, length = tokens.shape
         if not length:
             raise ConfigError("a prompt of 0 tokens has no next token; give at least 1, such as a begin-of-text token")
+        if self.cache.length:
+            raise ConfigError(
+                f"a prompt comes first, and this session has {self.cache.length} tokens of each sequence; give what "
+                "follows to decode, or open another session"
+            )
+        self._sequences = batch
         documents = (Documents.single(length),) * batch
         whole = Batch(tokens, torch.full_like(tokens, IGNORE), documents)
         local = shard(whole, self._ranks.layout, self._ranks.mask, self._group.rank, self._group.size)
@@ -93,6 +100,12 @@ class Session:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens int64 ``[B, n]``, the same on every rank, to logits of what comes after each, ``[B, n, V]``."""
+        if self._sequences not in (None, len(tokens)):
+            raise ConfigError(
+                f"decode got tokens of {len(tokens)} sequences, and this session has {self._sequences}; give as many, "
+                "or open another session"
+            )
+        self._sequences = len(tokens)
         arrivals = self.cache.expect(*tokens.shape)
         positions = torch.tensor(arrivals.positions, dtype=torch.int64).expand(tokens.shape)
         logits: Tensor = self._model(tokens.to(self._device), positions.to(self._device), _NO_PLAN)

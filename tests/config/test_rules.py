@@ -1,6 +1,7 @@
 """Every rule refuses with the value, the rule and a valid choice; what is not built says so."""
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,8 @@ def with_value(path: str, value: object) -> Config:
         ("attention.layout", "zig-zag", ["did you mean zigzag?", "contiguous"]),
         ("attention.layout_block", 0, ["attention.layout_block=0", "at least 1"]),
         ("attention.window", 0, ["attention.window=0", "at least 1"]),
+        ("attention.inner", 0, ["attention.inner=0", "at least 1", "nearest valid value: null"]),
+        ("attention.chunk", 0, ["attention.chunk=0", "at least 1", "nearest valid value: 64"]),
         ("parallel.sp", 0, ["parallel.sp=0", "at least 1"]),
         ("parallel.dp_shard", 0, ["parallel.dp_shard=0", "-1"]),
         ("parallel.dp_shard", -2, ["parallel.dp_shard=-2", "-1"]),
@@ -34,7 +37,8 @@ def with_value(path: str, value: object) -> Config:
         ("parallel.pp_virtual", 2, ["parallel.pp_virtual=2", "1f1b has 1 stage per rank", "nearest valid value: 1"]),
         ("parallel.pp", 8, ["parallel.pp=8", "8 stages", "model.layers=4", "nearest valid: parallel.pp=4"]),
         ("comm.backend", "mpi", ["comm.backend=mpi", "nccl, gloo, sim"]),
-        ("comm.timeout_seconds", 0, ["comm.timeout_seconds=0.0", "greater than 0"]),
+        ("comm.timeout_seconds", 0, ["comm.timeout_seconds=0.0", "nearest valid value: 0.001"]),
+        ("comm.timeout_seconds", 1e14, ["comm.timeout_seconds=100000000000000.0", "nearest valid value: 1000000000.0"]),
         ("comm.shuffle_seed", 1, ["comm.shuffle_seed=1", "comm=sim"]),
         ("data.source", "parquet", ["data.source=parquet", "tokens"]),
         ("data.source", "text", ["data.path=null", "data=text"]),
@@ -210,6 +214,30 @@ def test_stages_count_virtual_ones_against_layers():
         Config.from_dict({"parallel": {"pp": 4, "pp_schedule": "zbv"}})
     assert Config.from_dict({"parallel": {"pp": 2, "pp_schedule": "zbv"}}).parallel.stages == 4
     assert Config().parallel.stages == 1
+
+
+SCHEDULES = [
+    ("1f1b", None),
+    ("gpipe", 1),
+    ("interleaved_1f1b", None),
+    ("interleaved_1f1b", 3),
+    ("zbv", 2),
+    ("zbv", None),
+]
+
+
+@pytest.mark.parametrize("layers", range(1, 6))
+@pytest.mark.parametrize("pp", [2, 3, 8])
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_the_pipeline_that_a_refusal_names_is_taken(layers, pp, schedule, virtual):
+    given = {"pp": pp, "pp_schedule": schedule, "pp_virtual": virtual}
+    try:
+        Config.from_dict({"model": {"layers": layers}, "parallel": given})
+    except ConfigError as refused:
+        advice = str(refused).split("nearest valid: ")[1].replace(" and ", " with ").split(" with ")
+        words = dict(word.removeprefix("parallel.").split("=") for word in advice)
+        named = {name: yaml.safe_load(value) for name, value in words.items()}
+        Config.from_dict({"model": {"layers": layers}, "parallel": given | named})
 
 
 @pytest.mark.parametrize(

@@ -381,3 +381,21 @@ def test_a_model_that_is_split_is_refused(tmp_path, parallel):
             Session(model, Ranks())
 
     Cluster(2).run(body)
+
+
+def test_a_session_takes_one_prompt_and_first():
+    for begin in (Session.prefill, Session.decode):
+        with Session(model_of(), Ranks()) as session:
+            begin(session, prompt(3))
+            with pytest.raises(ConfigError, match="a prompt comes first, and this session has 3 tokens"):
+                session.prefill(prompt(2))
+            assert session.decode(prompt(2)).shape == (2, 2, 40)  # as if nobody had asked
+
+
+@pytest.mark.parametrize(("held", "given"), [(1, 2), (2, 1), (2, 3)])
+def test_a_session_goes_on_with_as_many_sequences_as_it_began_with(held, given):
+    with Session(model_of(), Ranks()) as session:
+        session.prefill(prompt(3, held))
+        with pytest.raises(ConfigError, match=f"tokens of {given} sequences, and this session has {held}"):
+            session.decode(prompt(1, given))
+        assert session.decode(prompt(1, held)).shape == (held, 1, 40)
