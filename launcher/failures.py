@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
 import time
 import traceback
@@ -31,17 +33,20 @@ class Failure:
     exit_code: int
     message: str
     traceback: str | None  # None for an error that its message explains
+    where: str  # its process and machine: ranks are numbers of the run alone
 
 
 def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> int:
     """Do ``work`` as ``rank``; returns the exit code. A failure goes to ``folder``, without one to stderr."""
+    where = f"process {os.getpid()} on {platform.node()}"
     try:
         work()
         return 0
     except LongctxError as error:
-        failure = Failure(rank, time.time(), error.exit_code, str(error), None)
+        failure = Failure(rank, time.time(), error.exit_code, str(error), None, where)
     except Exception as error:
-        failure = Failure(rank, time.time(), CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
+        told = f"{type(error).__name__}: {error}"
+        failure = Failure(rank, time.time(), CRASH, told, traceback.format_exc(), where)
     if folder is None:
         report(failure)
     else:
@@ -53,7 +58,7 @@ def report(failure: Failure) -> None:
     """Print a failure for the user: one message, and the traceback of what no rule foresaw."""
     if failure.traceback is not None:
         print(failure.traceback.rstrip(), file=sys.stderr)
-        print(f"longctx: rank {failure.rank} crashed: {failure.message}", file=sys.stderr)
+        print(f"longctx: rank {failure.rank} ({failure.where}) crashed: {failure.message}", file=sys.stderr)
     else:
         print(f"longctx: {failure.message}", file=sys.stderr)
 

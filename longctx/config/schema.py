@@ -163,7 +163,11 @@ class Config:
                 f"attention.strategy={attention.strategy} has no servers",
                 "attention=disaggregated",
             ),
-            (parallel.pp > 1, f"parallel.pp={parallel.pp} has no other stages", "parallel.pp=2"),
+            (
+                parallel.pp > 1,
+                f"parallel.pp={parallel.pp} has no other stages",
+                "parallel.pp=2 with parallel.pp_schedule=gpipe",
+            ),
             (
                 parallel.pp_schedule == "gpipe",
                 f"parallel.pp_schedule={parallel.pp_schedule} has stages in both passes at one time, where all must be "

@@ -396,7 +396,7 @@ def test_stages_may_serve_one_another(strategy, kept):
         ("attention", {"servers": "stages"}, r"attention\.servers=stages is not known; .*valid: sequence, pipeline"),
         ("attention", {"strategy": "ring"}, "attention.strategy=ring has no servers; nearest valid: attention=disagg"),
         ("attention", {"ping_pong": True}, "a tick has one; nearest valid: attention.ping_pong=false"),
-        ("parallel", {"pp": 1, "pp_schedule": "1f1b"}, "parallel.pp=1 has no other stages; nearest valid: .*pp=2"),
+        ("parallel", {"pp": 1, "pp_schedule": "1f1b"}, "no other stages; nearest valid: .*pp=2 with .*=gpipe"),
         ("parallel", {"pp_schedule": "1f1b"}, "pp_schedule=1f1b has stages in both.*nearest valid: .*=gpipe"),
         ("parallel", {"pp_schedule": "interleaved_1f1b"}, "nearest valid: parallel.pp_schedule=gpipe"),
         ("parallel", {"pp_schedule": "zbv"}, "nearest valid: parallel.pp_schedule=gpipe, or attention.servers=seq"),

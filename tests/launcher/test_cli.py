@@ -1,5 +1,7 @@
 """The command line: help with examples, one message per error, and the contract's exit codes."""
 
+import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -205,11 +207,14 @@ def test_the_first_failure_is_the_cause(tmp_path, capsys):
 
     assert run_recorded(1, tmp_path, fail) == 65
     assert run_recorded(0, tmp_path, lambda: 1 / 0) == 70
-    assert first(tmp_path) == Failure(1, first(tmp_path).seconds, 65, "why", None)
+    where = f"process {os.getpid()} on {platform.node()}"
+    assert first(tmp_path) == Failure(1, first(tmp_path).seconds, 65, "why", None, where)
     clear(tmp_path)
     assert first(tmp_path) is None
     assert run_recorded(0, None, fail) == 65
     assert capsys.readouterr().err == "longctx: why\n"
+    assert run_recorded(3, None, lambda: 1 / 0) == 70
+    assert f"longctx: rank 3 ({where}) crashed: ZeroDivisionError: division by zero\n" in capsys.readouterr().err
 
 
 def test_the_installed_script_runs_from_anywhere(tmp_path):
