@@ -27,14 +27,19 @@ from longctx.planner.pipelines import ClusterRun, disaggregated, fixed_packing, 
 TOKENS = 32768  # of each server
 LIMIT = 1.02  # of the mean work: what the least egress is counted for
 BATCHES = 6
+SERVERS, DRAWS, TIMED = "8,64,256,512", 3, 9
+# What a way to measure has no use for.
+UNUSED = {"clock": ("balance", "servers", "draws", "timed"), "balance": ("timed",)}
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--lengths", default="", help="JSON list of document lengths; without it synthetic ones")
     parser.add_argument("--contexts", default="131072,524288", help="tokens of a row, comma-separated")
-    parser.add_argument("--servers", default="8,64,256,512", help="servers, comma-separated; 32,768 tokens each")
-    parser.add_argument("--draws", type=int, default=3, help="seeded draws of documents for each size")
-    parser.add_argument("--timed", type=int, default=9, help="plans made for the median time, after one to warm up")
+    parser.add_argument("--servers", help=f"servers, comma-separated; 32,768 tokens each; default: {SERVERS}")
+    parser.add_argument("--draws", type=int, help=f"seeded draws of documents for each size; default: {DRAWS}")
+    parser.add_argument(
+        "--timed", type=int, help=f"plans made for the median time, after one to warm up; default: {TIMED}"
+    )
     parser.add_argument("--clock", action="store_true", help="replay training steps on the event simulator instead")
     parser.add_argument(
         "--balance",
@@ -67,19 +72,20 @@ class Row:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    contexts, servers = _numbers(arguments, "contexts"), _numbers(arguments, "servers")
-    if arguments.draws < 1 or arguments.timed < 1:
-        raise ConfigError(f"--draws {arguments.draws} and --timed {arguments.timed} must be at least 1")
+    _require_used(arguments)
+    draws = DRAWS if arguments.draws is None else arguments.draws
+    timed = TIMED if arguments.timed is None else arguments.timed
+    contexts, servers = _numbers("contexts", arguments.contexts), _numbers("servers", arguments.servers or SERVERS)
+    if draws < 1 or timed < 1:
+        raise ConfigError(f"--draws {draws} and --timed {timed} must be at least 1")
     lengths = read_lengths(arguments.lengths) if arguments.lengths else synthetic(0)
-    if arguments.clock and arguments.balance:
-        raise ConfigError(f"--clock and --balance {arguments.balance} measure different things; give one of them")
     if arguments.clock:
         found = [clock(lengths, context) for context in contexts]
         lines = [_clock_header(), *map(_clock_line, found)]
         rows: list[dict[str, object]] = [dict(one) for one in found]
     elif arguments.balance:
-        sizes = itertools.product(contexts, servers, _numbers(arguments, "balance"))
-        ways = [way for size in sizes for way in bench_balance.balanced(lengths, *size, arguments.draws)]
+        sizes = itertools.product(contexts, servers, _numbers("balance", arguments.balance))
+        ways = [way for size in sizes for way in bench_balance.balanced(lengths, *size, draws)]
         lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
     else:
         planned = [
@@ -87,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
             for context in contexts
             for count in servers
             if count * TOKENS >= context
-            for draw in range(arguments.draws)
-            for row in planners(lengths, context, count, draw, arguments.timed)
+            for draw in range(draws)
+            for row in planners(lengths, context, count, draw, timed)
         ]
         lines, rows = [_header(), *map(_line, planned)], [asdict(row) for row in planned]
     if arguments.json:
@@ -98,8 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(arguments: argparse.Namespace, name: str) -> list[int]:
-    text = getattr(arguments, name)
+def _require_used(arguments: argparse.Namespace) -> None:
+    for way, names in UNUSED.items():
+        for name in names if getattr(arguments, way) else ():
+            if (given := getattr(arguments, name)) not in (None, ""):
+                raise ConfigError(f"--{name} {given} does nothing with --{way}; leave one of them out")
+
+
+def _numbers(name: str, text: str) -> list[int]:
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:

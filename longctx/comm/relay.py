@@ -10,9 +10,8 @@ from torch import Tensor
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import Group
 
-Parcel = tuple[
-    int, int, int, tuple[int, ...]
-]  # tensor's number, bytes [start, stop) of it, ranks it is at between hops
+# Tensor's number, bytes [start, stop) of it, and the ranks that it is at between hops.
+Parcel = tuple[int, int, int, tuple[int, ...]]
 
 
 class Relay:

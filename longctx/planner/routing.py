@@ -19,9 +19,8 @@ from longctx.planner.slices import Int64
 from longctx.planner.zeppelin import route
 
 HOPS = 3
-Parcel = tuple[
-    int, int, int, tuple[int, ...]
-]  # tensor's number, bytes [start, stop) of it, ranks it is at between hops
+# Tensor's number, bytes [start, stop) of it, and the ranks that it is at between hops.
+Parcel = tuple[int, int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
