@@ -30,7 +30,7 @@ STUBS = {
 
 # An srun whose rank 1 left a reason and whose other ranks were killed.
 LAST_WORDS = """#!/bin/sh
-echo '{{"rank": 1, "seconds": 1.0, "exit_code": {code}, "message": "why", "traceback": null}}' \
+echo '{{"rank": 1, "seconds": 1.0, "exit_code": {code}, "message": "why", "traceback": null, "where": "n1"}}' \
   > runs/a/failures/rank-1.json
 exit 143
 """
