@@ -1,5 +1,6 @@
 """A composition root without a trainer, for processes started by tests: the run's name says what happens."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,9 +29,13 @@ def run_rank(config, resume):
     if name == "crash-on-rank-0" and rank == 0:
         raise ZeroDivisionError("a bug")
     if name.startswith("killed-rank-1"):
+        connection = folder / "connection"  # a pipe ends with the process that writes to it, as a socket does
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(connection)
         if rank == 1:
-            os.kill(os.getpid(), getattr(signal, name.rpartition("-")[2]))
-        time.sleep(0.02)  # not long enough for torchrun to look in between
+            with connection.open("w"):
+                os.kill(os.getpid(), getattr(signal, name.rpartition("-")[2]))
+        connection.read_text()  # returns once the peer is gone; torchrun may then see both ends at one look
         raise ConnectionError("the peer is gone")
     if name == "wait":
         stopped = []
