@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -114,10 +113,9 @@ def test_the_order_never_changes_between_versions() -> None:
 def test_far_ahead_is_as_near_as_the_next() -> None:
     corpus = open_corpus(DataConfig(), 256)
     packing = Packing(corpus, 4096, 0)
-    started = time.monotonic()
+    # Epoch after epoch this would never end.
     for index in (10**9, 10**9 + 1, 10**12):
         packing.sample(index)
-    assert time.monotonic() - started < 1
     raw, flat = packing.sample(10**9)[0], corpus.tokens.tobytes()
     piece = raw[: packing.sample(10**9)[2].cu_seqlens[1]].astype(np.uint8).tobytes()
     assert piece in flat

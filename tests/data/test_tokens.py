@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -138,12 +137,10 @@ def test_random_damage_gives_a_typed_error(written: Path) -> None:
         old[start:stop] = rng.randbytes(rng.choice([0, 1, stop - start, 8, 64]))
         path = written.with_suffix(suffix)
         path.write_bytes(old)
-        started = time.monotonic()
         if bytes(old) != originals[suffix]:
             with pytest.raises(DataError) as refusal:
                 opened(written, rng.choice([9, 2**16]), rng.choice(["uint16", "uint32"]))
             assert str(refusal.value).isprintable(), number
-        assert time.monotonic() - started < 1
         path.write_bytes(originals[suffix])
     assert opened(written).total_tokens == 8
 

@@ -88,7 +88,8 @@ def test_a_link_is_shaped_and_counted_and_a_nodes_own_loopback_is_neither():
         across, on_link = talk(nodes, 2)
         # The handshake's options are beside it, and address resolution, whose headers are shorter.
         assert abs(on_link - 10**6) < 100
-        assert 0.17 < across < 0.4 and inside < across
+        # 0.2 s at 40 Mbit/s; a machine with other work may look later, never sooner.
+        assert 0.17 < across < 2 and inside < across
     assert not namespaces()
 
 

@@ -58,11 +58,10 @@ def test_ranks_read_one_resolved_configuration(tmp_path):
 
 @pytest.mark.gloo
 def test_a_rank_s_error_is_told_once_with_its_exit_code(tmp_path):
-    began = time.monotonic()
     status, _, err = finish(start(tmp_path, "data-on-rank-1"))
     assert status == 65
     assert err == "longctx: corpus.bin: document 5 is truncated\n"
-    assert time.monotonic() - began < 50, "the other rank was not ended"
+    assert not (tmp_path / "run/slept").exists(), "the other rank was not ended"
 
 
 @pytest.mark.gloo

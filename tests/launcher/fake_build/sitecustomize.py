@@ -26,6 +26,7 @@ def run_rank(config, resume):
         if rank == 1:
             raise DataError("corpus.bin: document 5 is truncated")
         time.sleep(60)
+        (folder / "slept").touch()
     if name == "crash-on-rank-0" and rank == 0:
         raise ZeroDivisionError("a bug")
     if name.startswith("killed-rank-1"):
