@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from longctx.errors import NumericsError
 from longctx.launcher.env import share_cores
 
 TIMEOUT = 600.0  # seconds that a whole job may take
+LOOK = 0.1  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers =
     """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
 
     Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with
-    the last line that the first failing rank wrote.
+    the last line that the rank wrote that failed first; what the others say follows from it, and they are ended.
     """
     with unwinding():
         _run(module, job, world, folder, workers)
@@ -49,19 +52,39 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
     command = [workers.python, "-m", module, job, str(folder)]
     before = workers.within or [()] * world
     started: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(world):
-            words = [*before[rank], *command, str(rank), str(world)]
-            started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-        complaints = [worker.communicate(timeout=workers.limit)[1] for worker in started]
-    finally:
-        for worker in started:
-            worker.kill()
-            worker.wait()
-    for rank, worker in enumerate(started):
-        if worker.returncode:
-            last = complaints[rank].decode(errors="replace").strip().splitlines()[-1:]
-            raise NumericsError(f"rank {rank} of {module} ended with {worker.returncode}: {' '.join(last)}")
+    with ExitStack() as files:
+        complaints = [files.enter_context(TemporaryFile()) for _ in range(world)]
+        try:
+            for rank in range(world):
+                words = [*before[rank], *command, str(rank), str(world)]
+                started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank]))
+            failed = _first_failure(started, workers.limit)
+        finally:
+            for worker in started:
+                worker.kill()
+                worker.wait()
+        if failed is not None:
+            rank, status = failed
+            complaints[rank].seek(0)
+            last = complaints[rank].read().decode(errors="replace").strip().splitlines()[-1:]
+            raise NumericsError(f"rank {rank} of {module} ended with {status}: {' '.join(last)}")
+
+
+def _first_failure(started: Sequence[subprocess.Popen[bytes]], limit: float) -> tuple[int, int] | None:
+    """Waits until all have ended or one has failed: which, and its status."""
+    deadline = time.monotonic() + limit
+    while True:
+        ends = [worker.poll() for worker in started]
+        # A rank that lost its peer may be seen at the same look as the peer, which was killed.
+        failures = sorted((status, rank) for rank, status in enumerate(ends) if status)
+        if failures:
+            return failures[0][1], failures[0][0]
+        if None not in ends:
+            return None
+        if time.monotonic() > deadline:
+            waiting = ", ".join(str(rank) for rank, status in enumerate(ends) if status is None)
+            raise NumericsError(f"ranks {waiting} had not ended after {limit:g} s")
+        time.sleep(LOOK)
 
 
 @contextmanager
