@@ -16,6 +16,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
 
+from longctx.config.rules import as_word
 from longctx.errors import ConfigError
 
 T = TypeVar("T")
@@ -113,7 +114,8 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
             return _finite(path, float(value))
         if option is not type(None) and type(value) is option:
             return _sound(path, value)
-    raise ConfigError(f"{path}={value!r} is {_kind(value)}, expected {_expected(options)}{_hint(options, value)}")
+    got = f"{path} is null" if value is None else f"{path}={_written(value)} is {_kind(value)}"
+    raise ConfigError(f"{got}, expected {_expected(options)}{_hint(options, value)}")
 
 
 def _finite(path: str, value: float) -> float:
@@ -136,6 +138,10 @@ def _sound(path: str, value: Any) -> Any:
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
 
 
+def _written(value: Any) -> str:
+    return as_word(value) if isinstance(value, bool) else repr(value)
+
+
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
@@ -146,5 +152,5 @@ def _expected(options: tuple[Any, ...]) -> str:
 
 def _hint(options: tuple[Any, ...], value: Any) -> str:
     if str in options and isinstance(value, int | float):
-        return f"""; quote it: "'{value}'\""""
+        return f"""; quote it: "'{as_word(value)}'\""""
     return ""

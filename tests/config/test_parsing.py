@@ -108,8 +108,8 @@ def test_a_value_of_any_type_is_taken_as_it_is_or_refused(path, value):
     [
         ("train.steps", "100", ["train.steps='100'", "a string", "an integer"]),
         ("train.steps", 1.5, ["train.steps=1.5", "a number", "an integer"]),
-        ("train.steps", True, ["train.steps=True", "true or false", "an integer"]),
-        ("train.steps", None, ["train.steps=None", "null"]),
+        ("train.steps", True, ["train.steps=true", "true or false", "an integer"]),
+        ("train.steps", None, ["train.steps is null, expected an integer"]),
         ("train.compile", 1, ["train.compile=1", "true or false"]),
         ("run.name", 2026, ["run.name=2026", "quote it"]),
         ("run.name", "a\nb", ["run.name='a\\nb'", "control characters"]),
