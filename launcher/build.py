@@ -133,7 +133,7 @@ def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -
 
 
 def on_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
-    """On a simulated rank."""
+    """On a rank of a world that is all on this machine, simulated or not."""
     settle_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
 

@@ -24,6 +24,7 @@ from longctx.errors import NumericsError
 from longctx.launcher.env import share_cores
 
 TIMEOUT = 600.0  # seconds that a whole job may take
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.1  # seconds between two looks at the processes
 
 
@@ -55,9 +56,10 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
     with ExitStack() as files:
         complaints = [files.enter_context(TemporaryFile()) for _ in range(world)]
         try:
-            for rank in range(world):
-                words = [*before[rank], *command, str(rank), str(world)]
-                started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank]))
+            with _undisturbed():
+                for rank in range(world):
+                    words = [*before[rank], *command, str(rank), str(world)]
+                    started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank]))
             failed = _first_failure(started, workers.limit)
         finally:
             for worker in started:
@@ -89,21 +91,50 @@ def _first_failure(started: Sequence[subprocess.Popen[bytes]], limit: float) -> 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Meanwhile a request to stop (SIGTERM) unwinds like Ctrl-C, so that nothing that was started outlives it."""
-    if threading.current_thread() is not threading.main_thread():
+    """Meanwhile a request to stop (SIGTERM, or SIGHUP of a closed terminal) unwinds like Ctrl-C, so that nothing that
+    was started outlives it."""
+    if not _in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stop)
+    # What is ignored, as under nohup, stays so.
+    before = {number: old for number in STOPS if (old := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _stop)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is _stop:
-            signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, old)
 
 
-def _stop(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second request must not interrupt the unwinding
-    sys.exit(128 + signal.SIGTERM)
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _stop(number: int, _: object) -> None:
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)  # a second request must not interrupt the unwinding
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Requests to stop wait for the end: one amid the start of a process would leave it unknown to its starter."""
+    if not _in_main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = {number: old for number in (signal.SIGINT, *STOPS) if callable(old := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda which, _: asked.append(which))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+    for which in asked[:1]:
+        signal.raise_signal(which)
 
 
 @contextmanager

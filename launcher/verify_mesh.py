@@ -100,7 +100,7 @@ def worker(words: Sequence[str]) -> None:
     tiny = shrink_for_parity(Config.from_dict(job["config"]), job["steps"])
     device = join(folder, rank, world, tiny.comm.backend)
     with build.deterministic(tiny):
-        _, report = run_parity(tiny, device)
+        _, report = build.on_nodes(tiny, run_parity, tiny, device)
     if report is not None:
         (folder / "report.json").write_text(json.dumps(asdict(report)))
     dist.barrier()

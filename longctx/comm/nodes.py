@@ -50,7 +50,9 @@ def links_of(ranks: Sequence[int]) -> Links:
     if world is None or links is None:
         return Links()
     everyone = per_node(range(dist.get_world_size()))
-    return replace(links, nics=max(1, links.nics * per_node(ranks) // everyone))
+    # Uneven nodes: runs of the world may be shorter than runs of some ranks, which have no more NICs for it.
+    share = min(links.nics, links.nics * per_node(ranks) // everyone)
+    return replace(links, nics=max(1, share))
 
 
 def per_node(ranks: Sequence[int]) -> int:

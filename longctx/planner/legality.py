@@ -22,6 +22,13 @@ def check(plan: Plan) -> None:
     tasks, mask, home = plan.tasks, plan.mask, plan.home
     columns = [tasks.q0, tasks.q1, tasks.k0, tasks.k1, tasks.lo, tasks.hi]
     _require(np.all(tasks.area > 0), "a task without cells")
+    for name, values, count in (
+        ("server", tasks.server, home.ranks),
+        ("heads group", tasks.group, plan.groups),
+        ("document", tasks.doc, len(home.lengths)),
+    ):
+        outside = values[(values < 0) | (values >= count)]
+        _require(not len(outside), f"{name} {outside[:1]} of a task is not in [0, {count})")
     for group in range(plan.groups):
         for doc in range(len(home.lengths)):
             own = np.flatnonzero((tasks.doc == doc) & (tasks.group == group))

@@ -1,12 +1,18 @@
 """Processes of one job without torch or a process group: whose words are told, and who is ended."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from longctx.errors import NumericsError
 from longctx.launcher.processes import Workers, run_gloo
+
+ROOT = Path(__file__).parents[2]
 
 # Rank 0 ends only after rank 1 has gone, or when it is ended itself.
 RANK = """
@@ -57,3 +63,33 @@ def test_ranks_that_take_too_long_are_named_and_ended(run, tmp_path):
         run("waits", limit=1)
     process = tmp_path / "process"
     assert not process.exists() or not Path(f"/proc/{process.read_text()}").exists()
+
+
+# A request to stop arrives when a process has been started and its starter does not know it yet.
+STOPPED = """
+import json, signal, subprocess, sys
+from pathlib import Path
+from longctx.launcher import processes
+number, folder = int(sys.argv[1]), Path(sys.argv[2])
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        (folder / f"started-{self.pid}").touch()
+        signal.raise_signal(number)
+
+subprocess.Popen = Interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+processes.run_gloo("a_rank", json.dumps("waits"), 2, folder)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_request_to_stop_amid_the_start_of_ranks_leaves_none(run, tmp_path, number):
+    words = [sys.executable, "-c", STOPPED, str(int(number)), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ended = subprocess.run(words, env=environment, capture_output=True, timeout=60, check=False)
+    assert ended.returncode == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
+    started = [file.name.partition("-")[2] for file in tmp_path.glob("started-*")]
+    assert len(started) == 2
+    assert not any(Path(f"/proc/{each}").exists() for each in started)
