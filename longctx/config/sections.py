@@ -326,7 +326,7 @@ class ClusterConfig:
     name: str = "local"
     nodes: int = 1
     devices_per_node: int | None = None  # null: as many as the launcher started; of simulated ranks, all
-    nics: int = 1  # of a node, for messages to other nodes; above 1, served attention is routed over all of them
+    nics: int = 1  # of a node; above 1, served attention is routed over them as docs/planner.md says
     nic_bandwidth: float = 50e9  # bytes/s of one of them
     link_bandwidth: float = 450e9  # bytes/s from one device of a node to the others
     partition: str | None = None

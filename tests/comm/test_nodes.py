@@ -6,8 +6,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.comm import exchange, group_of, node_of, per_node, settle_nodes
-from longctx.comm.nodes import _runs
+from longctx.comm import Links, exchange, group_of, node_of, per_node, settle_nodes
+from longctx.comm.nodes import _runs, links_of
 from longctx.sim import Cluster
 
 
@@ -45,6 +45,18 @@ def test_groups_of_strided_ranks_know_their_own_nodes():
 def test_a_world_of_which_nobody_said_it_is_one_node():
     assert node_of(7) == 0
     assert Cluster(3).run(lambda: per_node(group_of(dist.group.WORLD).ranks)) == [3] * 3
+
+
+def test_a_group_has_its_share_of_a_nodes_nics_and_never_more():
+    def body(nodes, ranks):
+        settle_nodes(nodes, Links(nics=4))
+        return links_of(ranks).nics
+
+    assert Cluster(8).run(body, [0] * 4 + [1] * 4, range(8)) == [4] * 8
+    assert Cluster(8).run(body, [0] * 4 + [1] * 4, range(0, 8, 2)) == [2] * 8
+    assert Cluster(8).run(body, [0] * 4 + [1] * 4, [3, 7]) == [1] * 8
+    # A lone rank on the first node makes runs of the whole world short, but not those of the others.
+    assert Cluster(9).run(body, [0] + [1] * 4 + [2] * 4, range(1, 9)) == [4] * 9
 
 
 def test_nodes_are_settled_once_and_forgotten_with_their_world():

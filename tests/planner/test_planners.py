@@ -152,6 +152,26 @@ def test_check_finds_what_is_illegal():
             check(Plan("broken", home, mask, Tasks(**broken), SMALL.widths))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("server", -1, r"server \[-1\] of a task is not in \[0, 2\)"),
+        ("server", 2, r"server \[2\] of a task is not in \[0, 2\)"),
+        ("group", -1, r"heads group \[-1\] of a task is not in \[0, 1\)"),
+        ("group", 1, r"heads group \[1\] of a task is not in \[0, 1\)"),
+        ("doc", 2, r"document \[2\] of a task is not in \[0, 2\)"),
+    ],
+)
+def test_a_task_beside_a_legal_plan_is_refused(column, value, told):
+    """Of a server, heads group or document that is not there: no count of cells would miss it."""
+    home, mask = streamed([40, 9], 2), causal([40, 9])
+    tasks = Tasks.of_runs(mask, Runs.at_home(home))
+    columns = {name: getattr(tasks, name) for name in tasks.__dataclass_fields__}
+    more = {name: np.append(values, value if name == column else values[0]) for name, values in columns.items()}
+    with pytest.raises(ConfigError, match=told):
+        check(Plan("broken", home, mask, Tasks(**more), SMALL.widths))
+
+
 def long_documents(servers, seed=0):
     """A few documents hold most of the work, as in long-context mixtures."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Partial
 
 from longctx.config import resolve, simulated_world_size
-from longctx.launcher import cli, env, parity_page, verify_mesh
+from longctx.launcher import build, cli, env, parity_page, verify_mesh
 from longctx.launcher.compose import compose
 from longctx.parallel import tensor
 from longctx.sequence import cut
@@ -66,6 +66,17 @@ def test_two_processes_agree_with_one_rank(capsys):
     status, report = verify_json(capsys, "parallel.sp=2", "attention=striped", "--steps", "2")
     assert status == 0 and report["passed"] is True
     assert (report["backend"], report["layout"], report["dtype"]) == ("gloo", "striped", "float32")
+
+
+@pytest.mark.gloo
+def test_a_process_settles_the_nodes_and_nics_of_its_run(monkeypatch, tmp_path):
+    settled = []
+    monkeypatch.setattr(build, "settle_nodes", lambda *what: settled.append(what))
+    words = ["attention=zeppelin", "cluster.devices_per_node=1", "cluster.nics=2"]
+    job = {"config": verify_mesh.prepare(compose(words), 1, 1, 1).to_dict(), "steps": 1}
+    verify_mesh.worker([json.dumps(job), str(tmp_path), "0", "1"])
+    assert [(nodes, links.nics) for nodes, links in settled] == [([0], 2)]
+    assert json.loads((tmp_path / "report.json").read_text())["steps"]
 
 
 STAGES = ["attention=disaggregated", "attention.servers=pipeline", "parallel.pp=2", "parallel.pp_schedule=gpipe"]
