@@ -21,7 +21,7 @@ from longctx.launcher.bench_context_worker import Job
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
 from longctx.launcher.memory_group import MemoryGroup
-from longctx.launcher.processes import unwinding
+from longctx.launcher.processes import run_together, unwinding
 
 WORLD = 2
 OURS = "longctx"
@@ -182,27 +182,23 @@ class _Bench:
         config, tile = self._config(system, tokens), self._arguments.tile
         warm = WORLD * tile if limited and self._arguments.footprint == "step" else 0
         with groups[0], groups[1]:
-            workers = []
-            for rank, group in enumerate(groups):
+
+            def start(rank: int) -> subprocess.Popen[bytes]:
                 job = Job(
                     system, tokens, steps, tile, self._arguments.allowance << 20, warm, config.to_dict(),
-                    str(meeting), rank, WORLD, str(group.folder) if limited else None,
+                    str(meeting), rank, WORLD, str(groups[rank].folder) if limited else None,
                 )  # fmt: skip
-                workers.append(self._start(system, meeting, job))
-            try:
-                in_time = _wait(workers)
-            finally:
-                for worker in workers:
-                    worker.kill()
-                    worker.wait()
+                return self._start(system, meeting, job)
+
+            ends = run_together(start, WORLD, PATIENCE)
             killed = any(group.killed() for group in groups)
         seconds = time.perf_counter() - started
-        if killed or not in_time:
+        if killed or not ends.in_time:
             return Probe(None, seconds, slow=not killed)
-        for rank, worker in enumerate(workers):
-            if worker.returncode:
-                last = (meeting / f"complaints-{rank}.txt").read_text(errors="replace").strip().splitlines()[-3:]
-                raise NumericsError(f"{system}: rank {rank} ended with {worker.returncode}: {' '.join(last)}")
+        if ends.failed is not None:
+            last = (meeting / f"complaints-{ends.failed}.txt").read_text(errors="replace").strip().splitlines()[-3:]
+            status = ends.statuses[ends.failed]
+            raise NumericsError(f"{system}: rank {ends.failed} ended with {status}: {' '.join(last)}")
         return Probe([json.loads((meeting / f"answer-{rank}.json").read_text()) for rank in range(WORLD)], seconds)
 
     def _start(self, system: str, meeting: Path, job: Job) -> subprocess.Popen[bytes]:
@@ -221,18 +217,6 @@ class _Bench:
 
     def _python(self, system: str) -> str:
         return str(self._arguments.peer_python) if system != OURS else sys.executable
-
-
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Until all are done, or one has failed, for the other would wait for it without end; False when time is up."""
-    deadline = time.monotonic() + PATIENCE
-    while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    # Of two that end together, the one that was killed tells why; the other merely lost its peer.
-    time.sleep(0.5)
-    return True
 
 
 def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:

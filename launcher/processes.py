@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from longctx.launcher.env import share_cores
 TIMEOUT = 600.0  # seconds that a whole job may take
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.1  # seconds between two looks at the processes
+SETTLE = 0.5  # seconds in which the cause of a failure shows, where another rank is seen first
 
 
 @dataclass(frozen=True)
@@ -52,41 +53,66 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
     share_cores(world)
     command = [workers.python, "-m", module, job, str(folder)]
     before = workers.within or [()] * world
-    started: list[subprocess.Popen[bytes]] = []
     with ExitStack() as files:
         complaints = [files.enter_context(TemporaryFile()) for _ in range(world)]
-        try:
-            with _undisturbed():
-                for rank in range(world):
-                    words = [*before[rank], *command, str(rank), str(world)]
-                    started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank]))
-            failed = _first_failure(started, workers.limit)
-        finally:
+
+        def start(rank: int) -> subprocess.Popen[bytes]:
+            words = [*before[rank], *command, str(rank), str(world)]
+            return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank])
+
+        ends = run_together(start, world, workers.limit)
+        if ends.failed is not None:
+            complaints[ends.failed].seek(0)
+            last = complaints[ends.failed].read().decode(errors="replace").strip().splitlines()[-1:]
+            status = ends.statuses[ends.failed]
+            raise NumericsError(f"rank {ends.failed} of {module} ended with {status}: {' '.join(last)}")
+        if not ends.in_time:
+            waiting = ", ".join(str(rank) for rank, status in enumerate(ends.statuses) if status is None)
+            raise NumericsError(f"ranks {waiting} had not ended after {workers.limit:g} s")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How processes ended by themselves, as ``subprocess`` has it; None for one that had to be ended."""
+
+    statuses: Sequence[int | None]
+    failed: int | None  # whose failure explains those of the others
+
+    @property
+    def in_time(self) -> bool:
+        return self.failed is not None or None not in self.statuses
+
+
+def run_together(start: Callable[[int], subprocess.Popen[bytes]], world: int, limit: float) -> Ends:
+    """Processes 0 to ``world`` - 1 side by side until all have ended, one has failed, for the others would wait for it
+    without end, or ``limit`` seconds are up. None outlives this."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        with _undisturbed():
+            for rank in range(world):
+                started.append(start(rank))  # noqa: PERF401 - those before one that cannot start are known
+        return _ends(started, time.monotonic() + limit)
+    finally:
+        with _undisturbed():
             for worker in started:
                 worker.kill()
                 worker.wait()
-        if failed is not None:
-            rank, status = failed
-            complaints[rank].seek(0)
-            last = complaints[rank].read().decode(errors="replace").strip().splitlines()[-1:]
-            raise NumericsError(f"rank {rank} of {module} ended with {status}: {' '.join(last)}")
 
 
-def _first_failure(started: Sequence[subprocess.Popen[bytes]], limit: float) -> tuple[int, int] | None:
-    """Waits until all have ended or one has failed: which, and its status."""
-    deadline = time.monotonic() + limit
+def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float) -> Ends:
     while True:
-        ends = [worker.poll() for worker in started]
-        # A rank that lost its peer may be seen at the same look as the peer, which was killed.
-        failures = sorted((status, rank) for rank, status in enumerate(ends) if status)
-        if failures:
-            return failures[0][1], failures[0][0]
-        if None not in ends:
-            return None
-        if time.monotonic() > deadline:
-            waiting = ", ".join(str(rank) for rank, status in enumerate(ends) if status is None)
-            raise NumericsError(f"ranks {waiting} had not ended after {limit:g} s")
+        statuses = [worker.poll() for worker in started]
+        failed = next((rank for rank, status in enumerate(statuses) if status), None)
+        if failed is not None:
+            break
+        if None not in statuses or time.monotonic() > deadline:
+            return Ends(statuses, None)
         time.sleep(LOOK)
+    # Of two that end together, the one that was killed tells why; the other merely lost its peer.
+    time.sleep(SETTLE)
+    statuses = [worker.poll() for worker in started]
+    killed = -signal.SIGKILL
+    return Ends(statuses, statuses.index(killed) if killed in statuses else failed)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,10 +50,9 @@ def links_of(ranks: Sequence[int]) -> Links:
     links = None if world is None else _links.get(world)
     if world is None or links is None:
         return Links()
-    everyone = per_node(range(dist.get_world_size()))
-    # Uneven nodes: runs of the world may be shorter than runs of some ranks, which have no more NICs for it.
-    share = min(links.nics, links.nics * per_node(ranks) // everyone)
-    return replace(links, nics=max(1, share))
+    members = Counter(_nodes[world])
+    most = max(members[node_of(rank)] for rank in ranks)
+    return replace(links, nics=max(1, links.nics * per_node(ranks) // most))
 
 
 def per_node(ranks: Sequence[int]) -> int:

@@ -27,8 +27,8 @@ def check(plan: Plan) -> None:
         ("heads group", tasks.group, plan.groups),
         ("document", tasks.doc, len(home.lengths)),
     ):
-        outside = values[(values < 0) | (values >= count)]
-        _require(not len(outside), f"{name} {outside[:1]} of a task is not in [0, {count})")
+        outside = np.unique(values[(values < 0) | (values >= count)]).tolist()
+        _require(not outside, f"tasks of {name} {outside}, which must be in [0, {count})")
     for group in range(plan.groups):
         for doc in range(len(home.lengths)):
             own = np.flatnonzero((tasks.doc == doc) & (tasks.group == group))

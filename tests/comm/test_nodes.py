@@ -57,6 +57,8 @@ def test_a_group_has_its_share_of_a_nodes_nics_and_never_more():
     assert Cluster(8).run(body, [0] * 4 + [1] * 4, [3, 7]) == [1] * 8
     # A lone rank on the first node makes runs of the whole world short, but not those of the others.
     assert Cluster(9).run(body, [0] + [1] * 4 + [2] * 4, range(1, 9)) == [4] * 9
+    # A node that is taken for two has no more NICs for it.
+    assert Cluster(8).run(body, [0] * 4 + [1] * 2 + [2] * 2, range(8)) == [2] * 8
 
 
 def test_nodes_are_settled_once_and_forgotten_with_their_world():

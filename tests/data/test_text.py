@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -171,12 +174,28 @@ def test_a_path_without_a_file_is_refused(source: str, path: str) -> None:
     assert str(refusal.value).isprintable()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"x")
-    (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(DataError, match=r"cannot read .*a\.txt: Permission denied"):
-        open_text(tmp_path)
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root reads everything; meanwhile it is nobody."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_unreadable_file_is_refused() -> None:
+    # Not in pytest's own folder, which nobody but its user may enter.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "a.txt").write_bytes(b"x")
+        assert len(open_text(folder)) == 1  # whatever is imported late is here now
+        (folder / "a.txt").chmod(0)
+        with without_privileges(), pytest.raises(DataError, match=r"cannot read .*a\.txt: Permission denied"):
+            open_text(folder)
 
 
 def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from longctx.errors import NumericsError
+from longctx.launcher import processes
 from longctx.launcher.processes import Workers, run_gloo
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,37 @@ def test_ranks_that_take_too_long_are_named_and_ended(run, tmp_path):
         run("waits", limit=1)
     process = tmp_path / "process"
     assert not process.exists() or not Path(f"/proc/{process.read_text()}").exists()
+
+
+class Process:
+    """What successive looks at it find, the last one for ever."""
+
+    def __init__(self, *found):
+        self.found = list(found)
+
+    def poll(self):
+        return self.found.pop(0) if len(self.found) > 1 else self.found[0]
+
+
+@pytest.mark.parametrize(
+    ("looks", "failed", "statuses"),
+    [
+        ([(0,), (None, 0)], None, [0, 0]),
+        ([(None, 0), (None,)], None, [0, None]),  # time is up
+        ([(None,), (None, 3)], 1, [None, 3]),
+        ([(None, None, 1), (None, 3, 3)], 1, [1, 3]),
+        # Whoever lost its peer is seen first, and the killed peer at the next look.
+        ([(1,), (None, -9)], 1, [1, -9]),
+        # NCCL aborts a rank that has lost its peer: it is no cause.
+        ([(None, -6), (1, 1)], 1, [-6, 1]),
+    ],
+)
+def test_of_two_that_end_together_the_cause_is_told(monkeypatch, looks, failed, statuses):
+    monkeypatch.setattr(processes, "LOOK", 0)
+    monkeypatch.setattr(processes, "SETTLE", 0)
+    ends = processes._ends([Process(*found) for found in looks], time.monotonic() + 0.2)
+    assert ends == processes.Ends(statuses, failed)
+    assert ends.in_time == (failed is not None or None not in statuses)
 
 
 # A request to stop arrives when a process has been started and its starter does not know it yet.

@@ -155,11 +155,11 @@ def test_check_finds_what_is_illegal():
 @pytest.mark.parametrize(
     ("column", "value", "told"),
     [
-        ("server", -1, r"server \[-1\] of a task is not in \[0, 2\)"),
-        ("server", 2, r"server \[2\] of a task is not in \[0, 2\)"),
-        ("group", -1, r"heads group \[-1\] of a task is not in \[0, 1\)"),
-        ("group", 1, r"heads group \[1\] of a task is not in \[0, 1\)"),
-        ("doc", 2, r"document \[2\] of a task is not in \[0, 2\)"),
+        ("server", -1, r"tasks of server \[-1\], which must be in \[0, 2\)"),
+        ("server", 2, r"tasks of server \[2\], which must be in \[0, 2\)"),
+        ("group", -1, r"tasks of heads group \[-1\], which must be in \[0, 1\)"),
+        ("group", 1, r"tasks of heads group \[1\], which must be in \[0, 1\)"),
+        ("doc", 2, r"tasks of document \[2\], which must be in \[0, 2\)"),
     ],
 )
 def test_a_task_beside_a_legal_plan_is_refused(column, value, told):
