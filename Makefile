@@ -43,14 +43,14 @@ matrix: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m matrix
 	$(BIN)/longctx verify --all --table docs/exactness.md
 	$(BIN)/longctx verify --mesh --all --table docs/parity.md
-	$(BIN)/python -m longctx.launcher.volume_page docs/volume.md
+	$(BIN)/python -m benchmarks.tables.volume docs/volume.md
 
 bench: $(STAMP)
-	$(BIN)/longctx bench
+	$(BIN)/python -m benchmarks attention
 
 docs: $(STAMP)
 	$(BIN)/python -m longctx.launcher.reference docs/reference.md
-	$(BIN)/python -m longctx.launcher.volume_page docs/volume.md
+	$(BIN)/python -m benchmarks.tables.volume docs/volume.md
 
 clean:
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Local attention kernels; each fills the contract of ``longctx.attention.contract`` and is loaded by name."""
+"""Local attention kernels; each fills ``longctx.attention.runtime.local_kernel`` and is loaded by name."""

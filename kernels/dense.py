@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import KernelProblem
-from longctx.attention.partial import Partial
+from longctx.attention.runtime.local_kernel import KernelProblem
+from longctx.attention.runtime.partial import Partial
 from longctx.sequence import Tile, TileSet
 
 MAX_SCORES = 1 << 22

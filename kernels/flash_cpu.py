@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import KernelProblem
-from longctx.attention.partial import Partial
-from longctx.kernels.pieces import SQUARES, Piece, Shape, halved, pieces_of
+from longctx.attention.runtime.local_kernel import KernelProblem
+from longctx.attention.runtime.partial import Partial
+from longctx.kernels.pieces import SQUARES, PieceShape, TilePiece, halved, pieces_of
 from longctx.sequence import TileSet
 
 # The operator computes blocks of 512 keys, squares on a diagonal whole: at 512 rows a causal mask saves it nothing.
@@ -85,7 +85,7 @@ class FlashCpu:
             dv[batch, keys] += turn(d_value.transpose(1, 2))
 
 
-def _launches(tiles: Sequence[TileSet]) -> Iterator[tuple[slice, Piece]]:
+def _launches(tiles: Sequence[TileSet]) -> Iterator[tuple[slice, TilePiece]]:
     for tile_set in tiles:
         for tile in tile_set.tiles:
             for piece in pieces_of(tile):
@@ -101,13 +101,13 @@ def _reversed(tensor: Tensor) -> Tensor:
     return tensor.flip(1)
 
 
-def _turn(piece: Piece) -> Callable[[Tensor], Tensor]:
+def _turn(piece: TilePiece) -> Callable[[Tensor], Tensor]:
     """An anticausal square is a causal one with queries and keys in reverse order."""
-    return _reversed if piece.shape is Shape.ANTICAUSAL else _same
+    return _reversed if piece.shape is PieceShape.ANTICAUSAL else _same
 
 
-def _mask(piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    if piece.shape is not Shape.BAND:
+def _mask(piece: TilePiece, dtype: torch.dtype) -> Tensor | None:
+    if piece.shape is not PieceShape.BAND:
         return None
     return _band_mask(piece.q_stop - piece.q_start, piece.k_stop - piece.k_start, dtype)
 

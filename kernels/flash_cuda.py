@@ -21,8 +21,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from longctx.attention.contract import KernelProblem
-from longctx.attention.partial import Partial
+from longctx.attention.runtime.local_kernel import KernelProblem
+from longctx.attention.runtime.partial import Partial
 from longctx.sequence import Tile, TileSet
 
 _forward = torch.ops.aten._flash_attention_forward

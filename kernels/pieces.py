@@ -13,46 +13,46 @@ from longctx.sequence import Tile
 NARROW_WINDOW = 128
 
 
-class Shape(Enum):
+class PieceShape(Enum):
     FULL = "every query sees every key"
     CAUSAL = "square; query i sees keys j <= i"
     ANTICAUSAL = "square; query i sees keys j >= i"
     BAND = "query i sees keys i <= j < i + width; computed with a mask"
 
 
-SQUARES = (Shape.CAUSAL, Shape.ANTICAUSAL)
+SQUARES = (PieceShape.CAUSAL, PieceShape.ANTICAUSAL)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TilePiece:
     """Local queries ``[q_start, q_stop)`` against local keys ``[k_start, k_stop)``."""
 
-    shape: Shape
+    shape: PieceShape
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
 
 
-def pieces_of(tile: Tile) -> Iterator[Piece]:
+def pieces_of(tile: Tile) -> Iterator[TilePiece]:
     """Pieces that cover the tile's visible cells exactly once and, BAND apart, nothing else."""
     n, q, k = tile.queries, tile.q_start, tile.k_start
     if not tile.lower and not tile.upper:
-        yield Piece(Shape.FULL, q, tile.q_stop, k, tile.k_stop)
+        yield TilePiece(PieceShape.FULL, q, tile.q_stop, k, tile.k_stop)
     elif not tile.lower:
         corner = k + tile.first_keys - 1  # the first query's last key: there the square begins
         if corner > k:
-            yield Piece(Shape.FULL, q, tile.q_stop, k, corner)
-        yield Piece(Shape.CAUSAL, q, tile.q_stop, corner, tile.k_stop)
+            yield TilePiece(PieceShape.FULL, q, tile.q_stop, k, corner)
+        yield TilePiece(PieceShape.CAUSAL, q, tile.q_stop, corner, tile.k_stop)
     elif not tile.upper:
-        yield Piece(Shape.ANTICAUSAL, q, tile.q_stop, k, k + n)
+        yield TilePiece(PieceShape.ANTICAUSAL, q, tile.q_stop, k, k + n)
         if tile.keys > n:
-            yield Piece(Shape.FULL, q, tile.q_stop, k + n, tile.k_stop)
+            yield TilePiece(PieceShape.FULL, q, tile.q_stop, k + n, tile.k_stop)
     else:
         yield from _band_pieces(tile)
 
 
-def _band_pieces(tile: Tile) -> Iterator[Piece]:
+def _band_pieces(tile: Tile) -> Iterator[TilePiece]:
     """A sliding window, chunk by chunk: keys that leave (anticausal), stay (full) and enter (causal)."""
     width = tile.first_keys
     chunk = max(width, NARROW_WINDOW)
@@ -60,16 +60,16 @@ def _band_pieces(tile: Tile) -> Iterator[Piece]:
         n = min(chunk, tile.queries - first)
         q, k = tile.q_start + first, tile.k_start + first
         if width < NARROW_WINDOW:
-            yield Piece(Shape.BAND, q, q + n, k, k + n + width - 1)
+            yield TilePiece(PieceShape.BAND, q, q + n, k, k + n + width - 1)
             continue
-        yield Piece(Shape.ANTICAUSAL, q, q + n, k, k + n)
+        yield TilePiece(PieceShape.ANTICAUSAL, q, q + n, k, k + n)
         if n < width:
-            yield Piece(Shape.FULL, q, q + n, k + n, k + width)
+            yield TilePiece(PieceShape.FULL, q, q + n, k + n, k + width)
         if n > 1:
-            yield Piece(Shape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
+            yield TilePiece(PieceShape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
 
 
-def halved(piece: Piece, largest: int) -> Iterator[Piece]:
+def halved(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
     """The piece; a square of more than ``largest`` rows as two halves on its diagonal, likewise, and the full square
     beside them. For kernels that do not skip what lies behind a diagonal closely."""
     rows = piece.q_stop - piece.q_start
@@ -79,7 +79,7 @@ def halved(piece: Piece, largest: int) -> Iterator[Piece]:
     q, k = piece.q_start + rows // 2, piece.k_start + rows // 2
     yield from halved(replace(piece, q_stop=q, k_stop=k), largest)
     yield from halved(replace(piece, q_start=q, k_start=k), largest)
-    if piece.shape is Shape.CAUSAL:
-        yield Piece(Shape.FULL, q, piece.q_stop, piece.k_start, k)
+    if piece.shape is PieceShape.CAUSAL:
+        yield TilePiece(PieceShape.FULL, q, piece.q_stop, piece.k_start, k)
     else:
-        yield Piece(Shape.FULL, piece.q_start, q, k, piece.k_stop)
+        yield TilePiece(PieceShape.FULL, piece.q_start, q, k, piece.k_stop)

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longctx.attention.contract import KernelProblem, select_kernel
+from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
+from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 from longctx.comm import Links, settle_nodes
+from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
 from longctx.engines import engine_of
@@ -29,17 +31,15 @@ from longctx.parallel import parallelize
 from longctx.parallel.core import prepare_of, require_cores, work_of
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
+from longctx.reporting.memory import StepMemory, is_measured
+from longctx.reporting.meter import Meter, peak_flops
+from longctx.reporting.metrics import open_sink
+from longctx.reporting.provenance import write_environment
 from longctx.sim import Cluster, RankFailed
-from longctx.train.ahead import Ahead
-from longctx.train.border import Border
-from longctx.train.canary import run_canary
-from longctx.train.checkpoint import Checkpointer, TrainState
-from longctx.train.gather import gather_numbers
-from longctx.train.memory import StepMemory, is_measured
-from longctx.train.meter import Meter, peak_flops
-from longctx.train.metrics import open_sink
+from longctx.train.batch_sharder import BatchSharder
+from longctx.train.canary.check import run_canary
 from longctx.train.optimizer import WarmupCosine, build_optimizer
-from longctx.train.provenance import write_environment
+from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import TrainStep
 from longctx.train.trainer import Trainer
 
@@ -201,7 +201,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
     memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
-    ahead = Ahead(loader, Border.of(config, mesh, device), prepare_of(config, mesh))
+    ahead = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
     return Trainer(config, state, step, ahead, meter, checkpointer, sink, memory)
 
 

@@ -12,7 +12,7 @@ from longctx.errors import ConfigError, NotAvailableError
 def require(config: Config, processes: int) -> None:
     """Refuse a run whose devices or packages are not here; ``processes`` run on this machine."""
     require_devices(config, processes)
-    from longctx.train.tracker import require_tracker
+    from longctx.reporting.tracker import require_tracker
 
     require_tracker(config.logger.wandb)
 

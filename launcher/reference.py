@@ -27,16 +27,14 @@ def _commands() -> list[str]:
     lines = ["# Reference", "", "Made by `make docs`; do not edit.", "", "## Commands"]
     for command in COMMANDS:
         parser = parser_of(command)
-        if command.module is not None:
-            importlib.import_module(command.module).add_arguments(parser)
+        importlib.import_module(command.module).add_arguments(parser)
         # The width of a terminal must not decide what the file says.
         parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
-        built = "" if command.module is not None else "Not built yet.\n\n"
         lines += [
             "",
             f"### longctx {command.name}",
             "",
-            f"{built}```text",
+            "```text",
             parser.format_help().rstrip(),
             "```",
         ]

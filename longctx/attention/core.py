@@ -8,8 +8,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention.operator import DEFAULT, Options
-from longctx.attention.registry import Strategy, choice_refused, get_strategy
+from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
+from longctx.attention.runtime.registry import Strategy, choice_refused, get_strategy
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
 
@@ -49,7 +49,7 @@ class StrategyAttention:
         kernel: str = "auto",
         scale: float | None = None,
         inner: int | None = None,
-        options: Options = DEFAULT,
+        options: StrategyOptions = DEFAULT,
     ) -> None:
         found = get_strategy(strategy)
         reason = choice_refused(found, vars(options))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.comm.group import Group, Moment, Traffic
+from longctx.comm.group import ExchangeEvent, Group, Traffic
 
 Message = tuple[int, Tensor]  # (rank within the group, contiguous tensor)
 
@@ -42,12 +42,14 @@ class Pending:
         return [tensor for _, tensor in self._receives]
 
     def note(self, started: float, posted: bool) -> None:
-        """A line in the group's diary, if it has one: what began at ``started`` is done."""
-        if self._traffic.diary is None or not self._works:
+        """A line in the group's timeline, if it has one: what began at ``started`` is done."""
+        if self._traffic.timeline is None or not self._works:
             return
         ends = [tuple(peer for peer, tensor in part if tensor.numel()) for part in (self._sends, self._receives)]
         sends, receives = ends if posted else ((), ())
-        self._traffic.diary.append(Moment(posted, self._number, started, time.perf_counter(), sends, receives))
+        self._traffic.timeline.append(
+            ExchangeEvent(posted, self._number, started, time.perf_counter(), sends, receives)
+        )
 
 
 _numbers = itertools.count()

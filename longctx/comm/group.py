@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from longctx.comm.nodes import node_of
 
 
-class Moment(NamedTuple):
+class ExchangeEvent(NamedTuple):
     """An exchange as it was posted, or awaited: ``started`` and ``ended`` in seconds of ``time.perf_counter``.
 
     ``number`` counts the group's exchanges. ``sends`` and ``receives``: ranks of the group, one for each message; empty
@@ -31,14 +31,14 @@ class Moment(NamedTuple):
 class Traffic:
     """What this rank sent through one group: payload bytes and messages, by the conventions of each exchange.
 
-    ``by_receiver``: the bytes apart, by the receiver's global rank. ``diary``: exchanges in the rank's own order, where
-    someone has put a list.
+    ``by_receiver``: the bytes apart, by the receiver's global rank. ``timeline``: exchanges in the rank's own order,
+    where someone has put a list.
     """
 
     bytes: int = 0
     messages: int = 0
     by_receiver: dict[int, int] = field(default_factory=dict)
-    diary: list[Moment] | None = None
+    timeline: list[ExchangeEvent] | None = None
 
     def add(self, size: int, receiver: int) -> None:
         self.bytes += size

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from longctx.engines.native import NativeEngine
 from longctx.mesh import Mesh
 from longctx.parallel.data import compute_dtype
-from longctx.parallel.pipeline import Pipeline, Shape, make_schedule
+from longctx.parallel.pipeline import MicrobatchShape, Pipeline, make_schedule
 from longctx.sequence import LocalBatch
 
 
@@ -30,14 +30,14 @@ class PipelineEngine(NativeEngine):
         self._parts = mesh.tensor.size()
         self._name = schedule
         self._dtype = compute_dtype(dtype)
-        self._schedule: tuple[Shape, Any] | None = None
+        self._schedule: tuple[MicrobatchShape, Any] | None = None
         self._sums: list[Tensor] = []
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
         """As the protocol says; the sum of the loss is the last stage's, other ranks return 0."""
         first = batches[0].tokens
         rows, length = first.shape
-        schedule = self._schedule_for(Shape(len(batches), rows, length, self._parts), first.device)
+        schedule = self._schedule_for(MicrobatchShape(len(batches), rows, length, self._parts), first.device)
         inputs: dict[str, Any] = {
             "positions": torch.cat([batch.positions for batch in batches]),
             "plan": torch.stack([batch.plan.handle for batch in batches]),
@@ -54,7 +54,7 @@ class PipelineEngine(NativeEngine):
     def counted(self) -> list[torch.nn.Parameter]:
         return [parameter for _, parameter in self.pipeline.own_parameters()]
 
-    def _schedule_for(self, shape: Shape, device: torch.device) -> Any:
+    def _schedule_for(self, shape: MicrobatchShape, device: torch.device) -> Any:
         if self._schedule is None:
             schedule = make_schedule(self.pipeline, self._name, self._group, shape, self._dtype, device, self._weigh)
             self._schedule = (shape, schedule)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import CoreAttention, StrategyAttention
-from longctx.attention.cache import SequenceCache
-from longctx.attention.tree_decoding import CachedAttention
+from longctx.attention.decoding.cache import SequenceCache
+from longctx.attention.decoding.tree_decoding import CachedAttention
 from longctx.comm import broadcast, group_of
 from longctx.errors import ConfigError
 from longctx.model import Decoder, Vocabulary

@@ -1,19 +1,19 @@
 """Linear attention under sequence parallelism: mixers, their core, and the strategies that join ranks."""
 
 from longctx.linear.core import LinearAttention
-from longctx.linear.mixer import MIXERS, Inputs, LinearCore, Mixer, Widths, get_mixer
+from longctx.linear.mixer import MIXERS, HeadDims, Inputs, LinearCore, Mixer, get_mixer
 from longctx.linear.registry import MODULES, LinearCase, LinearStrategy, get_linear, refusal, require_linear
 
 __all__ = [
     "MIXERS",
     "MODULES",
+    "HeadDims",
     "Inputs",
     "LinearAttention",
     "LinearCase",
     "LinearCore",
     "LinearStrategy",
     "Mixer",
-    "Widths",
     "get_linear",
     "get_mixer",
     "refusal",

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
-from longctx.attention.registry import Volume
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.attention.runtime.registry import Volume
 from longctx.comm import SUM, start_all_reduce
 from longctx.linear.autograd import autograd
 from longctx.linear.chunks import Chunks, distinct, grid_of
 from longctx.linear.diagonal import by_token
 from longctx.linear.registry import LinearSizes
 from longctx.linear.segments import chain_of
-from longctx.linear.states import Call
+from longctx.linear.states import LinearContext
 from longctx.sequence import SequencePlan
 from longctx.sequence.documents import Int64
 
@@ -117,7 +117,7 @@ def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) ->
     return made[key]
 
 
-def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, call: Call) -> tuple[Tensor, Tensor]:
+def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, call: LinearContext) -> tuple[Tensor, Tensor]:
     """(out ``[B, T/SP, H/TP, V]``, sums of documents ``[B, slots, H/TP, K, V]``)."""
     q, k, v = _cut(tensors, chunks)
     sums = _sums(k, v, parts)
@@ -128,7 +128,7 @@ def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, call: Call)
 
 
 def backward(
-    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, call: Call
+    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, call: LinearContext
 ) -> list[Tensor]:
     """Gradients of q, k, v."""
     with autograd():

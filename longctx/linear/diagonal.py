@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.linear.chunks import Chunks
 
 SUBCHUNK = 16  # tokens that a gate by channel computes pair by pair
 
 
 @dataclass(frozen=True)
-class Written:
+class DiagonalWrites:
     """A chunk's ``transition`` ``[B, N, H, 1 or K, 1]`` and ``addition`` ``[B, N, H, K, V]``, and what they came
     from: q, k, v and summed log decays ``[B, N, H, C, 1 or K or V]``."""
 
@@ -38,7 +38,7 @@ class Written:
     decay: Tensor | None
 
 
-def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> Written:
+def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> DiagonalWrites:
     """q, k ``[B, T/SP, H, K]``, v ``[B, T/SP, H, V]``; ``gates``: none, or the log decay ``[H]``, ``[B, T/SP, H]`` or
     ``[B, T/SP, H, K]``, at most 0 everywhere."""
     wide = accumulation_dtype(q.dtype)
@@ -46,21 +46,21 @@ def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chun
     keep = chunks.keep[:, :, None, None, None]
     if not gates:
         written = k.masked_fill(~by_token(chunks.tail), 0)
-        return Written(keep.to(wide), written.mT @ v, q, k, v, None)
+        return DiagonalWrites(keep.to(wide), written.mT @ v, q, k, v, None)
     decay = summed(cut_decay(gates[0].to(wide), chunks), chunks)
     last = decay[..., -1:, :]
     transition = (last.masked_fill(~keep, -torch.inf)).exp().mT
-    return Written(transition, (k * remaining(decay, chunks)).mT @ v, q, k, v, decay)
+    return DiagonalWrites(transition, (k * remaining(decay, chunks)).mT @ v, q, k, v, decay)
 
 
-def reads(written: Written, chunks: Chunks) -> Tensor:
+def reads(written: DiagonalWrites, chunks: Chunks) -> Tensor:
     """E ``[B, N, H, C, K]`` of O = E S_in + ..., S_in the state that enters the chunk."""
     if written.decay is None:
         return written.q.masked_fill(~by_token(chunks.head), 0)
     return written.q * written.decay.masked_fill(~by_token(chunks.head), -torch.inf).exp()
 
 
-def intra(written: Written, chunks: Chunks) -> Tensor:
+def intra(written: DiagonalWrites, chunks: Chunks) -> Tensor:
     """``[B, N, H, C, V]``: what tokens read of their own chunk."""
     return scores(written.q, written.k, written.decay, chunks) @ written.v
 

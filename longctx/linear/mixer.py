@@ -19,7 +19,7 @@ from longctx.sequence import Documents
 
 
 @dataclass(frozen=True)
-class Widths:
+class HeadDims:
     """Channels of one head."""
 
     key: int
@@ -75,14 +75,14 @@ class Mixer:
     """
 
     name: str
-    tokens: Callable[[Widths], dict[str, int]]
-    parameters: Callable[[Widths], dict[str, tuple[int, ...]]]
+    tokens: Callable[[HeadDims], dict[str, int]]
+    parameters: Callable[[HeadDims], dict[str, tuple[int, ...]]]
     constants: Callable[[int, int, int], dict[str, Tensor]]
     initial: Callable[[str, Tensor, Generator], None]
     mix: Callable[[Inputs, LinearCore, Tensor], Tensor]
     recurrence: Callable[[Inputs, Sequence[Documents]], Tensor]
     normed: bool
-    flops: Callable[[Widths, int], float]
+    flops: Callable[[HeadDims, int], float]
     transition: str = FETCHES
 
 
@@ -97,8 +97,8 @@ MIXERS = {
     "hgrn2": "longctx.linear.mixers.hgrn2",
     "based": "longctx.linear.mixers.based",
     "hedgehog": "longctx.linear.mixers.hedgehog",
-    "moba": "longctx.linear.mixers.moba",
-    "rat": "longctx.linear.mixers.rat",
+    "moba": "longctx.sparse.moba",
+    "rat": "longctx.sparse.rat",
 }
 
 
@@ -127,12 +127,12 @@ def transition_numbers(transition: str, keys: int) -> int:
     return {"none": 0, "constant": 0, "scalar": 1, "diagonal": keys, "dense": keys * keys}[transition]
 
 
-def plain_tokens(widths: Widths) -> dict[str, int]:
+def plain_tokens(widths: HeadDims) -> dict[str, int]:
     """Queries, keys and values."""
     return {"q": widths.key, "k": widths.key, "v": widths.value}
 
 
-def no_parameters(widths: Widths) -> dict[str, tuple[int, ...]]:
+def no_parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
     return {}
 
 
@@ -144,12 +144,12 @@ def nothing_to_fill(name: str, parameter: Tensor, generator: Generator) -> None:
     raise AssertionError(f"{name}: this mixer has no parameters")
 
 
-def scan_flops(widths: Widths, chunk: int) -> float:
+def scan_flops(widths: HeadDims, chunk: int) -> float:
     """A token reads and writes a state, 2 K V each, and sees half a chunk."""
     return 4.0 * widths.key * widths.value + chunk * (widths.key + widths.value)
 
 
-def delta_flops(widths: Widths, chunk: int) -> float:
+def delta_flops(widths: HeadDims, chunk: int) -> float:
     """Besides the scan: what it erases, 2 K V, and the triangle of keys with its solution."""
     return scan_flops(widths, chunk) + 2.0 * widths.key * widths.value + chunk * (2 * widths.key + widths.value)
 

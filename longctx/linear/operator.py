@@ -14,16 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import register
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.operator import register
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
-from longctx.linear import bidirectional, delta, diagonal
+from longctx.linear import bidirectional, diagonal
+from longctx.linear import delta_rule as delta
 from longctx.linear.autograd import autograd
 from longctx.linear.chunks import Chunks, Piece, Pieces, chunks_of, pieces_of
 from longctx.linear.local_scan import LocalScan, SpanScan, scan_chunks
 from longctx.linear.registry import LinearStrategy, get_linear
-from longctx.linear.states import Call, Summary
+from longctx.linear.states import LinearContext, Summary
 from longctx.sequence import plan_of
 
 
@@ -38,7 +39,7 @@ class Core(Protocol):
 
 
 def forward(
-    core: Core, tensors: Sequence[Tensor], pieces: Pieces, call: Call, strategy: LinearStrategy
+    core: Core, tensors: Sequence[Tensor], pieces: Pieces, call: LinearContext, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
     """(out ``[B, T/SP, H/TP, V]``, states that entered the segments ``[B, n, H/TP, K, V]``)."""
     written = [_write(core, piece, [piece.of(tensor) for tensor in tensors]) for piece in pieces.parts]
@@ -92,7 +93,7 @@ def backward(
     tensors: Sequence[Tensor],
     entered: Tensor,
     pieces: Pieces,
-    call: Call,
+    call: LinearContext,
     strategy: LinearStrategy,
 ) -> list[Tensor]:
     """Gradients of the tensors."""
@@ -212,7 +213,7 @@ def define_operator(name: str, core: Core) -> Any:
 
 def _resolve(
     q: Tensor, gates: Sequence[Tensor], plan: Tensor, group: str, strategy: str, chunk: int
-) -> tuple[Call, LinearStrategy]:
+) -> tuple[LinearContext, LinearStrategy]:
     sequence, ranks = plan_of(plan), group_named(group)
     if (sequence.world, sequence.shard, len(sequence.documents)) != (ranks.size, q.shape[1], q.shape[0]):
         raise ConfigError(
@@ -229,10 +230,10 @@ def _resolve(
         decay = q.new_zeros(q.shape[2], dtype=accumulation_dtype(q.dtype))
     elif len(gates) == 1 and gates[0].ndim == 1:
         decay = gates[0].to(accumulation_dtype(q.dtype))
-    return Call(sequence, ranks, decay), get_linear(strategy)
+    return LinearContext(sequence, ranks, decay), get_linear(strategy)
 
 
-def _whole(call: Call, chunk: int, q: Tensor) -> tuple[Chunks, bidirectional.Parts]:
+def _whole(call: LinearContext, chunk: int, q: Tensor) -> tuple[Chunks, bidirectional.Parts]:
     """What the form without a causal mask reads of the plan."""
     where = call.plan, call.group.rank, chunk, q.device
     return chunks_of(*where), bidirectional.parts_of(*where)

@@ -10,10 +10,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longctx.attention.registry import Volume
+from longctx.attention.runtime.registry import Volume
 from longctx.errors import ConfigError
 from longctx.linear.mixer import FETCHES, get_mixer
-from longctx.linear.states import Arriving, Call, Summary
+from longctx.linear.states import Arriving, LinearContext, Summary
 from longctx.sequence import LAYOUTS, SequencePlan
 
 
@@ -62,8 +62,8 @@ class LinearStrategy:
     """
 
     name: str
-    enter: Callable[[Summary, Call], Arriving]
-    leave: Callable[[Summary, Call], Arriving]
+    enter: Callable[[Summary, LinearContext], Arriving]
+    leave: Callable[[Summary, LinearContext], Arriving]
     layout: str
     refuses: Callable[[LinearCase], str | None]
     volume: Callable[[SequencePlan, int, LinearSizes], Volume]
@@ -73,9 +73,9 @@ DEFAULT = "lasp2"
 
 # Name of the strategy -> module that registers it; each module holds `STRATEGIES`.
 MODULES = {
-    "lasp2": "longctx.linear.lasp2",
-    "lasp": "longctx.linear.lasp",
-    "headwise": "longctx.linear.headwise",
+    "lasp2": "longctx.linear.strategies.lasp2",
+    "lasp": "longctx.linear.strategies.lasp",
+    "headwise": "longctx.linear.strategies.headwise",
 }
 
 

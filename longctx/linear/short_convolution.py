@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.operator import register
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.operator import register
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, exchange, group_named
 from longctx.sequence import Halo, SequencePlan, plan_of
 

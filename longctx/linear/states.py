@@ -25,7 +25,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Call:
+class LinearContext:
     """All that a strategy is told besides its tensors.
 
     ``decay``: the log decay ``[H]`` of a token, where all ranks know it: 0 where nothing decays. Then no rank
@@ -105,20 +105,20 @@ def stretch_of(plan: SequencePlan, places: Sequence[int], device: torch.device) 
     return made[key]
 
 
-def packed(summary: Summary, elements: Sequence[int], call: Call) -> Tensor:
+def packed(summary: Summary, elements: Sequence[int], call: LinearContext) -> Tensor:
     """Some of the segments as one message ``[n, B, H, K V + |A|]``; without A where every rank knows it."""
     parts = [summary.states] if call.decay is not None else [summary.states, summary.transitions]
     rows = rows_of(elements)
     return torch.cat([rows.take(part).flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
 
 
-def width(summary: Summary, call: Call) -> int:
+def width(summary: Summary, call: LinearContext) -> int:
     """Numbers a head of one segment in a message."""
     states, transitions = (tensor.shape[-2] * tensor.shape[-1] for tensor in (summary.states, summary.transitions))
     return states + (0 if call.decay is not None else transitions)
 
 
-def unpacked(message: Tensor, summary: Summary, call: Call) -> Summary:
+def unpacked(message: Tensor, summary: Summary, call: LinearContext) -> Summary:
     """What another rank packed of segments like those of ``summary``; without transitions where all ranks know them."""
     message = message.transpose(0, 1)
     shape, states = summary.states.shape[-2:], summary.states.shape[-2] * summary.states.shape[-1]

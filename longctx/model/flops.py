@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longctx.config import ModelConfig
-from longctx.linear import Widths
+from longctx.linear import HeadDims
 from longctx.model.linear_block import mixer_of
 
 
@@ -30,7 +30,7 @@ class LayerFlops:
         pair = 4.0 * width
         if model.mixer is None:
             return cls(softmax, pair)
-        mixer, widths = mixer_of(model), Widths(model.head_dim, model.head_dim)
+        mixer, widths = mixer_of(model), HeadDims(model.head_dim, model.head_dim)
         projected = model.heads * sum(mixer.tokens(widths).values())
         # Besides what the mixer reads: the gate of its output, and the projection behind it.
         linear = 2.0 * model.dim * (projected + 2 * width + mlp)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
-from longctx.linear import Inputs, LinearCore, Mixer, Widths, get_mixer
+from longctx.linear import HeadDims, Inputs, LinearCore, Mixer, get_mixer
 from longctx.model.block import Block
 from longctx.model.rotary import Rotation
 
@@ -31,7 +31,7 @@ class LinearBlock(Block):
         super().__init__(config)
         self.attention: LinearCore | None
         self.mixer = mixer_of(config)
-        widths = Widths(config.head_dim, config.head_dim)
+        widths = HeadDims(config.head_dim, config.head_dim)
         self._channels = self.mixer.tokens(widths)
         self.projections = nn.ModuleDict(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longctx.attention.across_stages import StageAttention
+from longctx.attention.strategies.disaggregated.pipeline import StageAttention
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from longctx.attention import AttentionCase, Options, StrategyAttention, get_strategy, inner_of, require
-from longctx.attention.across_stages import StageAttention
-from longctx.attention.assignment import topology_of
-from longctx.attention.partial import accumulation_dtype
-from longctx.attention.ping_pong import PingPongAttention
-from longctx.attention.registry import Sizes
+from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions, get_strategy, inner_of, require
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.attention.runtime.registry import Sizes
+from longctx.attention.strategies.disaggregated.assignment import topology_of
+from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
+from longctx.attention.strategies.disaggregated.pipeline import StageAttention
 from longctx.comm import group_of
 from longctx.config import Config
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
-from longctx.parallel.across_stages import prepare_ticks, stage_attention, ticks_by
 from longctx.parallel.data import compute_dtype
+from longctx.parallel.stage_servers import prepare_ticks, stage_attention, ticks_by
 from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
 
@@ -46,7 +46,7 @@ def attention_case(config: Config) -> AttentionCase:
         documents=config.attention.document_mask,
         kernel=config.attention.kernel,
         inner=config.attention.inner,
-        options=Options(config.attention.backward, config.attention.travel),
+        options=StrategyOptions(config.attention.backward, config.attention.travel),
         tail="attention_tail" in (config.train.recompute_keep or ()),
     )
 

@@ -1,4 +1,4 @@
-"""A block over two nano-batches in turn: one exchanges while the other computes (``longctx.attention.ping_pong``).
+"""A block over two nano-batches in turn: one exchanges while the other computes (``disaggregated.ping_pong``).
 
 The two are the halves of a micro-batch's sequences. Both go through one call of the block, so that its parameters are
 gathered, and their gradients reduced, once.
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longctx.attention.ping_pong import PingPongAttention
+from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
 from longctx.model import Decoder, SoftmaxBlock
 from longctx.model.rotary import Rotation
 from longctx.sequence import plan_of

@@ -26,14 +26,14 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor
 
-from longctx.attention.across_stages import StageAttention
-from longctx.attention.ticks import Phase
+from longctx.attention.strategies.disaggregated.lockstep import Phase
+from longctx.attention.strategies.disaggregated.pipeline import StageAttention
 from longctx.comm import exchange, group_of
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.model import Decoder
+from longctx.parallel.lockstep_gpipe import LockstepGPipe
 from longctx.parallel.stages import parts_of, stage_numbers
-from longctx.parallel.ticks import TickSchedule
 from longctx.sequence import LocalBatch
 
 ONE_STAGE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -154,7 +154,7 @@ def _local_gradient(stage: Decoder) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicrobatchShape:
     """What passes between stages: ``microbatches`` times tokens ``[rows, T/SP]`` or hidden states of which each
     of ``parts`` tensor-parallel ranks has its own, ``[rows, T/SP/TP, dim]``."""
 
@@ -168,7 +168,7 @@ def make_schedule(
     pipeline: Pipeline,
     name: str,
     group: dist.ProcessGroup,
-    shape: Shape,
+    shape: MicrobatchShape,
     dtype: torch.dtype,
     device: torch.device,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -183,13 +183,13 @@ def make_schedule(
         for number, stage in zip(pipeline.numbers, pipeline.stages, strict=True)
     ]
     if pipeline.servers is not None:
-        return TickSchedule(stages[0], shape.microbatches, pipeline.servers, loss)
+        return LockstepGPipe(stages[0], shape.microbatches, pipeline.servers, loss)
     if name in ONE_STAGE:
         return ONE_STAGE[name](stages[0], shape.microbatches, loss_fn=loss, scale_grads=False)
     return SEVERAL_STAGES[name](stages, shape.microbatches, loss_fn=loss, scale_grads=False)
 
 
-def _examples(stage: Decoder, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _examples(stage: Decoder, shape: MicrobatchShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Input and output of one microbatch, without storage."""
     size = (shape.rows, shape.tokens)
     local = (shape.rows, shape.tokens // shape.parts, stage.config.dim)

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from longctx.attention.operator import COMPLETIONS, tail_of
+from longctx.attention.runtime.operator import COMPLETIONS, tail_of
 from longctx.model import Decoder
 from longctx.parallel.tiled_mlp import in_tile
 
@@ -106,10 +106,10 @@ def own_contexts(
     """In place of torch's contexts, which hold what operators return themselves: whole, and where no hook for saved
     tensors sees it. Between ``pack`` and ``unpack`` it is whatever ``pack`` makes of a tensor."""
     store: Store = defaultdict(deque)
-    return Keeping(kept, store, pack), Returning(kept, store, unpack)
+    return KeepOutputs(kept, store, pack), ReturnKept(kept, store, unpack)
 
 
-class Keeping(TorchDispatchMode):
+class KeepOutputs(TorchDispatchMode):
     """The forward pass: packs what operators returned that ``keeps`` names, or the tail of it."""
 
     def __init__(self, kept: tuple[str, ...], store: Store, pack: Callable[[Tensor], Any]) -> None:
@@ -130,8 +130,8 @@ class Keeping(TorchDispatchMode):
         return self._pack(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
-class Returning(TorchDispatchMode):
-    """The recompute: gives back what ``Keeping`` packed in place of running the operator; of a tail, computes the
+class ReturnKept(TorchDispatchMode):
+    """The recompute: gives back what ``KeepOutputs`` packed in place of running the operator; of a tail, computes the
     other half."""
 
     def __init__(self, kept: tuple[str, ...], store: Store, unpack: Callable[[Any], Any]) -> None:

@@ -3,36 +3,36 @@
 ``plan(planner, mask, topology, options, home) -> Plan`` is the interface; ``docs/planner.md`` tells the idea.
 """
 
-from longctx.planner.cost import CostReport, Topology, Widths
-from longctx.planner.home import Home, contiguous, streamed, zigzag
+from longctx.planner.cost import AttentionShape, CostReport, Topology
+from longctx.planner.document_placement import DocumentPlacement, contiguous, streamed, zigzag
 from longctx.planner.legality import check
-from longctx.planner.options import Options
+from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
 from longctx.planner.planning import PLANNERS, make_plan, plan
-from longctx.planner.rank_plan import Exchange, RankPlan, TaskList
+from longctx.planner.rank_plan import RankPlan, RankTransfers, TaskList
 from longctx.planner.routing import Routes, routes
 from longctx.planner.slices import MaskSlices, Slice, Span, causal, full, prefix_lm, shared_prefix, window
-from longctx.planner.tasks import Runs, Tasks
+from longctx.planner.tasks import TaskRuns, Tasks
 from longctx.planner.transfers import Transfers
 
 __all__ = [
     "PLANNERS",
+    "AttentionShape",
     "CostReport",
-    "Exchange",
-    "Home",
+    "DocumentPlacement",
     "MaskSlices",
-    "Options",
     "Plan",
+    "PlannerOptions",
     "RankPlan",
+    "RankTransfers",
     "Routes",
-    "Runs",
     "Slice",
     "Span",
     "TaskList",
+    "TaskRuns",
     "Tasks",
     "Topology",
     "Transfers",
-    "Widths",
     "causal",
     "check",
     "contiguous",

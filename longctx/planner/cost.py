@@ -11,7 +11,7 @@ from longctx.planner.slices import Int64
 
 
 @dataclass(frozen=True)
-class Widths:
+class AttentionShape:
     """One attention layer as a server group sees it. ``element``: bytes per number (2 is bf16). Default: 8B model."""
 
     heads: int = 32
@@ -81,7 +81,7 @@ class CostReport:
     kv_sent: Int64
     kv_received: Int64
     groups: int
-    widths: Widths
+    widths: AttentionShape
 
     @property
     def imbalance(self) -> float:

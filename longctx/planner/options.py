@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from longctx.errors import ConfigError
-from longctx.planner.cost import Widths
+from longctx.planner.cost import AttentionShape
 
 
 @dataclass(frozen=True)
-class Options:
+class PlannerOptions:
     """``tolerance``: the most a server may exceed the mean work, as a share of it.
     ``block``: rows that a cut counts by, the kernel's tile.
     ``egress``: the most query rows that one rank sends, in multiples of the least that its home layout allows for the
@@ -24,7 +24,7 @@ class Options:
     egress: float = 1.5
     chunk: int = 2048
     capacity: float = 1.25
-    widths: Widths = field(default_factory=Widths)
+    widths: AttentionShape = field(default_factory=AttentionShape)
 
     def __post_init__(self) -> None:
         if self.tolerance < 0:

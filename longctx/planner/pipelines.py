@@ -13,12 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from longctx.planner.cad import cad
-from longctx.planner.cost import Topology, Widths
+from longctx.planner.cost import AttentionShape, Topology
+from longctx.planner.document_placement import whole
 from longctx.planner.events import Float64, Hardware, Operation, Replayed, replay, replay_plan
-from longctx.planner.home import whole
-from longctx.planner.options import Options
+from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
+from longctx.planner.planners.cad import cad
 from longctx.planner.slices import Int64, causal
 from longctx.planner.tasks import Tasks
 
@@ -28,7 +28,7 @@ class ClusterRun:
     """``layers`` and ``parameters`` over all ``stages``; ``microbatches`` a step on each replica. Default: 8B."""
 
     hardware: Hardware = field(default_factory=Hardware)
-    widths: Widths = field(default_factory=Widths)
+    widths: AttentionShape = field(default_factory=AttentionShape)
     layers: int = 32
     parameters: float = 7.0e9
     replicas: int = 8
@@ -169,5 +169,5 @@ def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> Replayed:
     """One layer of one tick: row i lives on server i, the rest are idle but serve."""
     home = whole(held, servers)
     mask = causal(home.lengths)
-    runs = cad(home, mask, Topology(servers), Options(tolerance=run.tolerance, widths=run.widths))
+    runs = cad(home, mask, Topology(servers), PlannerOptions(tolerance=run.tolerance, widths=run.widths))
     return replay_plan(Plan("cad", home, mask, Tasks.of_runs(mask, runs), run.widths), run.hardware)

@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from longctx.planner.cost import CostReport, Widths
-from longctx.planner.home import Home
+from longctx.planner.cost import AttentionShape, CostReport
+from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.rank_plan import RankPlan
 from longctx.planner.slices import MaskSlices
 from longctx.planner.tasks import Tasks
@@ -28,10 +28,10 @@ class Plan:
     def __init__(
         self,
         name: str,
-        home: Home,
+        home: DocumentPlacement,
         mask: MaskSlices,
         tasks: Tasks,
-        widths: Widths,
+        widths: AttentionShape,
         groups: int = 1,
         gathered: bool = False,
     ) -> None:

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.errors import ConfigError
-from longctx.planner.all_gather import all_gather
-from longctx.planner.cad import cad
 from longctx.planner.cost import Topology
-from longctx.planner.home import Home, contiguous, streamed, zigzag
-from longctx.planner.local import local
-from longctx.planner.min_heap import min_heap
-from longctx.planner.options import Options
-from longctx.planner.per_document_zigzag import per_document_zigzag
+from longctx.planner.document_placement import DocumentPlacement, contiguous, streamed, zigzag
+from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
+from longctx.planner.planners.all_gather import all_gather
+from longctx.planner.planners.cad import cad
+from longctx.planner.planners.local import local
+from longctx.planner.planners.min_heap import min_heap
+from longctx.planner.planners.per_document_zigzag import per_document_zigzag
+from longctx.planner.planners.zeppelin import zeppelin, zone_layout
 from longctx.planner.slices import Int64, MaskSlices
-from longctx.planner.tasks import Runs, Tasks
-from longctx.planner.zeppelin import zeppelin, zone_layout
+from longctx.planner.tasks import TaskRuns, Tasks
 
 KEPT = 32  # plans in the cache; one of 512 servers is about 5 MB
 
@@ -31,12 +31,12 @@ KEPT = 32  # plans in the cache; one of 512 servers is about 5 MB
 class Planner:
     """``runs``: who computes what, given where tokens live. ``home``: the layout that it is meant for."""
 
-    runs: Callable[[Home, MaskSlices, Topology, Options], Runs]
-    home: Callable[[Int64, Topology, Options], Home]
+    runs: Callable[[DocumentPlacement, MaskSlices, Topology, PlannerOptions], TaskRuns]
+    home: Callable[[Int64, Topology, PlannerOptions], DocumentPlacement]
     gathered: bool = False
 
 
-def _streamed(lengths: Int64, topology: Topology, options: Options) -> Home:
+def _streamed(lengths: Int64, topology: Topology, options: PlannerOptions) -> DocumentPlacement:
     return streamed(lengths, topology.servers)
 
 
@@ -57,8 +57,8 @@ def plan(
     planner: str,
     mask: MaskSlices,
     topology: Topology,
-    options: Options | None = None,
-    home: Home | None = None,
+    options: PlannerOptions | None = None,
+    home: DocumentPlacement | None = None,
 ) -> Plan:
     """Who computes which cells of ``mask`` on ``topology``; a pure function of all its arguments.
 
@@ -66,7 +66,7 @@ def plan(
     object, so every rank that calls it with the same lengths holds the same plan. Raises ConfigError for an unknown
     planner, or a home of other documents or ranks.
     """
-    options = options or Options()
+    options = options or PlannerOptions()
     if planner not in PLANNERS:
         raise ConfigError(f"planner {planner!r} is unknown; valid planners: {', '.join(PLANNERS)}")
     if home is not None and (home.ranks != topology.servers or not np.array_equal(home.lengths, mask.lengths)):
@@ -84,7 +84,9 @@ def plan(
         return _cache[key]
 
 
-def make_plan(planner: str, mask: MaskSlices, topology: Topology, options: Options, home: Home | None = None) -> Plan:
+def make_plan(
+    planner: str, mask: MaskSlices, topology: Topology, options: PlannerOptions, home: DocumentPlacement | None = None
+) -> Plan:
     """``plan`` without the cache."""
     chosen = PLANNERS[planner]
     where = home if home is not None else chosen.home(mask.lengths, topology, options)
@@ -92,7 +94,9 @@ def make_plan(planner: str, mask: MaskSlices, topology: Topology, options: Optio
     return Plan(planner, where, mask, Tasks.of_runs(mask, runs), options.widths, gathered=chosen.gathered)
 
 
-def _key(planner: str, mask: MaskSlices, topology: Topology, options: Options, home: Home | None) -> bytes:
+def _key(
+    planner: str, mask: MaskSlices, topology: Topology, options: PlannerOptions, home: DocumentPlacement | None
+) -> bytes:
     digest = hashlib.blake2b(repr((planner, topology, options, mask.per_doc, home and home.ranks)).encode())
     for array in (*mask.columns, *(home.columns if home is not None else ())):
         digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from longctx.planner.home import Home
+from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.slices import Int64
 from longctx.planner.tasks import Tasks, ranges
 from longctx.planner.transfers import Transfers
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
+class RankTransfers:
     """One rank's side of moving rows to servers: Q with its O on the way back, or K and V.
 
     ``send``: int64 ``[n]``, resident tokens to send, in order of destination; ``send_group``: their heads groups.
@@ -68,13 +68,13 @@ class RankPlan:
     """
 
     tokens: int
-    q: Exchange
-    kv: Exchange
+    q: RankTransfers
+    kv: RankTransfers
     here: TaskList
     rest: TaskList
 
     @classmethod
-    def of(cls, home: Home, tasks: Tasks, q: Transfers, kv: Transfers, rank: int) -> RankPlan:
+    def of(cls, home: DocumentPlacement, tasks: Tasks, q: Transfers, kv: Transfers, rank: int) -> RankPlan:
         """``tasks``, ``q``, ``kv``: of all ranks."""
         mine = _by_residence(tasks.part(np.flatnonzero(tasks.server == rank)), home)
         mine = mine.part(np.lexsort((mine.k0, mine.q0, mine.doc, mine.group)))
@@ -93,14 +93,14 @@ class RankPlan:
         )
 
 
-def _by_residence(tasks: Tasks, home: Home) -> Tasks:
+def _by_residence(tasks: Tasks, home: DocumentPlacement) -> Tasks:
     """The same cells; of one task, what is true of the first and last key of one row is true of all: on which span of
     its home it lies."""
     tasks = _cut(tasks, home, np.maximum(tasks.q0, tasks.k0 - tasks.lo), tasks.q1, tasks.lo)
     return _cut(tasks, home, tasks.q0, np.minimum(tasks.q1, tasks.k1 - tasks.hi), tasks.hi)
 
 
-def _cut(tasks: Tasks, home: Home, first: Int64, last: Int64, ahead: Int64) -> Tasks:
+def _cut(tasks: Tasks, home: DocumentPlacement, first: Int64, last: Int64, ahead: Int64) -> Tasks:
     """Cut at those of the rows ``[first, last)`` from which the key ``ahead`` of them begins a span of its home."""
     edges, base = home.table[0], tasks.doc * home.stride + ahead
     begin = np.searchsorted(edges, base + first, "right")
@@ -116,7 +116,7 @@ def _cut(tasks: Tasks, home: Home, first: Int64, last: Int64, ahead: Int64) -> T
     return parts.trimmed()
 
 
-def _resident(tasks: Tasks, home: Home) -> NDArray[np.bool_]:
+def _resident(tasks: Tasks, home: DocumentPlacement) -> NDArray[np.bool_]:
     """Whether the server holds all that a task reads; its keys side by side, on one span."""
     rank, of_first = home.table[4], home.span(tasks.doc, tasks.k0)
     one = of_first == home.span(tasks.doc, tasks.k1 - 1)
@@ -124,8 +124,8 @@ def _resident(tasks: Tasks, home: Home) -> NDArray[np.bool_]:
 
 
 def _exchange(
-    home: Home, moves: Transfers, own: Transfers, rank: int, tasks: Tasks, first: Int64
-) -> tuple[Exchange, Int64]:
+    home: DocumentPlacement, moves: Transfers, own: Transfers, rank: int, tasks: Tasks, first: Int64
+) -> tuple[RankTransfers, Int64]:
     """The rank's side, and where each task's ``first`` position lies in the ordered buffer.
 
     ``moves``: of all ranks, whose diagonal has what tasks read where it is; ``own``: what ``tasks`` read in the buffer.
@@ -150,4 +150,4 @@ def _exchange(
         for ends, part in ((sent.dest, sent), (got.source, got))
     )
     send, send_group = ranges(sent.offset, sent.rows), np.repeat(sent.group, sent.rows)
-    return Exchange(send, send_group, to, of, order), placed[at] + wanted - key[by_position][at]
+    return RankTransfers(send, send_group, to, of, order), placed[at] + wanted - key[by_position][at]

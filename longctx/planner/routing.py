@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longctx.planner.cost import Topology
+from longctx.planner.planners.zeppelin import route
 from longctx.planner.slices import Int64
-from longctx.planner.zeppelin import route
 
 HOPS = 3
 # Tensor's number, bytes [start, stop) of it, and the ranks that it is at between hops.

@@ -7,12 +7,12 @@ from functools import cached_property
 
 import numpy as np
 
-from longctx.planner.home import Home
+from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.slices import Int64, MaskSlices, Slice, areas
 
 
 @dataclass(frozen=True)
-class Runs:
+class TaskRuns:
     """Query rows ``[start, stop)`` of ``doc`` that live on ``home``, computed by ``server`` for its keys in
     ``[first_key, last_key)``: what planners produce, int64 columns ``[N]``. Every run lies within one span of its home.
     """
@@ -26,11 +26,11 @@ class Runs:
     last_key: Int64
 
     @classmethod
-    def at_home(cls, home: Home) -> Runs:
+    def at_home(cls, home: DocumentPlacement) -> TaskRuns:
         return cls.of_rows(home.doc, home.start, home.stop, home.rank, home.rank)
 
     @classmethod
-    def between(cls, home: Home, servers: Home) -> Runs:
+    def between(cls, home: DocumentPlacement, servers: DocumentPlacement) -> TaskRuns:
         """Rows are computed where another layout of the same documents has them."""
         key = servers.table[0]
         first = np.searchsorted(key, home.doc * servers.stride + home.start, "right") - 1
@@ -41,7 +41,7 @@ class Runs:
         return cls.of_rows(home.doc[own], begin, end, home.rank[own], rank[other])
 
     @classmethod
-    def of_rows(cls, doc: Int64, start: Int64, stop: Int64, home: Int64, server: Int64) -> Runs:
+    def of_rows(cls, doc: Int64, start: Int64, stop: Int64, home: Int64, server: Int64) -> TaskRuns:
         """Rows with all their keys."""
         return cls(doc, start, stop, home, server, doc * 0, np.full_like(doc, np.iinfo(np.int64).max))
 
@@ -86,7 +86,7 @@ class Tasks:
         return Slice(*(int(column[task]) for column in (self.q0, self.q1, self.k0, self.k1, self.lo, self.hi)))
 
     @classmethod
-    def of_runs(cls, mask: MaskSlices, runs: Runs) -> Tasks:
+    def of_runs(cls, mask: MaskSlices, runs: TaskRuns) -> Tasks:
         """Every mask slice of every run, one heads group."""
         parts = []
         for number in range(mask.per_doc):

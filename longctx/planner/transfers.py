@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longctx.planner.home import Home
+from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.slices import Int64
 from longctx.planner.tasks import ranges
 
@@ -28,7 +28,7 @@ class Transfers:
     offset: Int64
 
     @classmethod
-    def of(cls, home: Home, dest: Int64, group: Int64, doc: Int64, start: Int64, stop: Int64) -> Transfers:
+    def of(cls, home: DocumentPlacement, dest: Int64, group: Int64, doc: Int64, start: Int64, stop: Int64) -> Transfers:
         """The union of the intervals that each destination reads, cut at the spans of their homes."""
         dest, group, doc, start, stop = _united(dest, group, doc, start, stop, len(home.lengths), home.stride)
         key, _, h_start, h_stop, h_rank, h_offset = home.table

@@ -3,13 +3,13 @@
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents
 from longctx.sequence.halo import Halo
-from longctx.sequence.homes import Homes
 from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
 from longctx.sequence.plan import Places, SequencePlan, make_plan, plan_of
-from longctx.sequence.rotation import Rotation
+from longctx.sequence.ring_schedule import RingSchedule
 from longctx.sequence.rows import Rows
 from longctx.sequence.tiles import Tile, TileSet
+from longctx.sequence.token_ownership import TokenOwnership
 
 __all__ = [
     "IGNORE",
@@ -19,17 +19,17 @@ __all__ = [
     "Documents",
     "Explicit",
     "Halo",
-    "Homes",
     "Layout",
     "LocalBatch",
     "Mask",
     "Places",
-    "Rotation",
+    "RingSchedule",
     "Rows",
     "SequencePlan",
     "Striped",
     "Tile",
     "TileSet",
+    "TokenOwnership",
     "Zigzag",
     "cut",
     "make_layout",

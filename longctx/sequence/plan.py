@@ -22,7 +22,7 @@ from longctx.sequence.documents import Documents, Int64
 from longctx.sequence.halo import Halo, plan_halo
 from longctx.sequence.layout import Joined, Layout, shard_length
 from longctx.sequence.mask import Mask
-from longctx.sequence.rotation import Rotation, plan_rotation
+from longctx.sequence.ring_schedule import RingSchedule, plan_rotation
 from longctx.sequence.rows import Rows
 from longctx.sequence.tiles import (
     TileSet,
@@ -136,7 +136,7 @@ class SequencePlan:
         self._halves: dict[int, SequencePlan] = {}
         self._gathered: dict[int, Gathered] = {}
         self._row_places: dict[tuple[int, int], Places] = {}
-        self._rotations: dict[tuple[str, int], Rotation] = {}
+        self._rotations: dict[tuple[str, int], RingSchedule] = {}
         self._head: SequencePlan | None = None
         self._halos: dict[tuple[int, int, torch.device], Halo] = {}
         self.id = next(_ids)
@@ -254,24 +254,24 @@ class SequencePlan:
         return self._head
 
     @property
-    def rotation(self) -> Rotation:
+    def rotation(self) -> RingSchedule:
         """How key/value blocks travel around the ring of all ranks."""
         return self.key_rotation_in(self.world)
 
     @property
-    def query_rotation(self) -> Rotation:
+    def query_rotation(self) -> RingSchedule:
         """How blocks of queries travel around the ring of all ranks."""
         return self.query_rotation_in(self.world)
 
-    def key_rotation_in(self, lap: int) -> Rotation:
+    def key_rotation_in(self, lap: int) -> RingSchedule:
         """How key/value blocks travel around the double ring of rows of ``lap`` ranks."""
         return self._rotation("keys", lap, self.reads)
 
-    def query_rotation_in(self, lap: int) -> Rotation:
+    def query_rotation_in(self, lap: int) -> RingSchedule:
         """How blocks of queries travel around the double ring of rows of ``lap`` ranks."""
         return self._rotation("queries", lap, lambda reader, owner: self.sees(owner, reader))
 
-    def _rotation(self, what: str, lap: int, reads: Callable[[int, int], Rows]) -> Rotation:
+    def _rotation(self, what: str, lap: int, reads: Callable[[int, int], Rows]) -> RingSchedule:
         if (what, lap) not in self._rotations:
             shards = [len(positions) for positions in self._positions]
             self._rotations[what, lap] = plan_rotation(reads, shards, lap)

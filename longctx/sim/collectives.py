@@ -17,7 +17,7 @@ from longctx.sim.tensors import dtype_name, has_no_numbers, overwrite, reduced, 
 
 
 @dataclass(slots=True)
-class Call:
+class CollectiveCall:
     """What one rank brings to a collective.
 
     Attributes:
@@ -44,13 +44,13 @@ class Call:
         what = ", ".join(str(shape) for shape in shapes(tensors))
         return f"{self.operation}{detail}" + (f" of {what} {dtype_name(tensors)}" if what else "")
 
-    def matches(self, other: Call) -> bool:
+    def matches(self, other: CollectiveCall) -> bool:
         """Whether both calls can be the same collective."""
         return (self.operation, self.detail, self.agreed) == (other.operation, other.detail, other.agreed)
 
 
 # The calls of all ranks in order -> for each rank the new tensors for its outputs.
-Combine = Callable[[Sequence[Call]], list[list[torch.Tensor]]]
+Combine = Callable[[Sequence[CollectiveCall]], list[list[torch.Tensor]]]
 
 
 class Meeting:
@@ -68,11 +68,11 @@ class Meeting:
         self.combine = combine
         self.due = 0  # turn of the baton before which the results have not arrived
         self.complete = False
-        self._first: tuple[int, Call] | None = None
-        self._arrived: dict[int, Call] = {}
+        self._first: tuple[int, CollectiveCall] | None = None
+        self._arrived: dict[int, CollectiveCall] = {}
         self._results: list[list[torch.Tensor]] | None = None
 
-    def check(self, member: int, call: Call) -> None:
+    def check(self, member: int, call: CollectiveCall) -> None:
         """Raise MismatchError if this member (group rank) calls something else than the first one did."""
         if self._first is None:
             self._first = member, call
@@ -85,7 +85,7 @@ class Meeting:
                 f"all ranks of a group must make the same calls in the same order"
             )
 
-    def arrive(self, member: int, call: Call) -> None:
+    def arrive(self, member: int, call: CollectiveCall) -> None:
         """Add a member's call; the last one to come computes everyone's results."""
         self._arrived[member] = call
         if len(self._arrived) < len(self.ranks):
@@ -97,7 +97,7 @@ class Meeting:
             self._check_results(calls)
         self.complete = True
 
-    def deliver(self, member: int, call: Call) -> None:
+    def deliver(self, member: int, call: CollectiveCall) -> None:
         """Write the member's results into its output tensors."""
         if self._results is not None:
             with unobserved():
@@ -108,7 +108,7 @@ class Meeting:
         """Global ranks that have not arrived."""
         return [rank for member, rank in enumerate(self.ranks) if member not in self._arrived]
 
-    def _check_results(self, calls: Sequence[Call]) -> None:
+    def _check_results(self, calls: Sequence[CollectiveCall]) -> None:
         assert self._results is not None
         for rank, call, results in zip(self.ranks, calls, self._results, strict=True):
             for position, (output, result) in enumerate(zip(call.outputs, results, strict=True)):
@@ -123,7 +123,7 @@ class Meeting:
 def combine_all_reduce(op: dist.ReduceOp) -> Combine:
     """Every tensor reduced over ranks, for everyone."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         results = [reduced(tensors, op) for tensors in zip(*(call.inputs for call in calls), strict=True)]
         return [results] * len(calls)
 
@@ -134,19 +134,19 @@ def combine_reduce(op: dist.ReduceOp, root: int) -> Combine:
     """Every tensor reduced over ranks, for the root."""
     combine_all = combine_all_reduce(op)
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [results if rank == root else [] for rank, results in enumerate(combine_all(calls))]
 
     return combine
 
 
-def combine_all_gather_single(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+def combine_all_gather_single(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
     """Inputs concatenated in rank order, one flat tensor per input, for everyone."""
     results = [_flat_concatenation(tensors) for tensors in zip(*(call.inputs for call in calls), strict=True)]
     return [results] * len(calls)
 
 
-def combine_all_gather(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+def combine_all_gather(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
     """Inputs of every rank in rank order, each its own tensor, for everyone; sizes may differ."""
     results = [_snapshot(tensor) for call in calls for tensor in call.inputs]
     return [results] * len(calls)
@@ -155,7 +155,7 @@ def combine_all_gather(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
 def combine_gather(root: int) -> Combine:
     """Inputs of every rank in rank order, each its own tensor, for the root."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [results if rank == root else [] for rank, results in enumerate(combine_all_gather(calls))]
 
     return combine
@@ -164,7 +164,7 @@ def combine_gather(root: int) -> Combine:
 def combine_reduce_scatter_single(op: dist.ReduceOp) -> Combine:
     """Each input reduced over ranks and cut into as many equal parts as there are ranks."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         sums = [
             reduced([tensor.reshape(-1) for tensor in tensors], op).view(len(calls), -1)
             for tensors in zip(*(call.inputs for call in calls), strict=True)
@@ -177,7 +177,7 @@ def combine_reduce_scatter_single(op: dist.ReduceOp) -> Combine:
 def combine_reduce_scatter(op: dist.ReduceOp) -> Combine:
     """Input number r of every rank, reduced, for rank r; sizes may differ."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [[reduced([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
 
     return combine
@@ -186,7 +186,7 @@ def combine_reduce_scatter(op: dist.ReduceOp) -> Combine:
 def combine_broadcast(root: int) -> Combine:
     """The root's inputs, for everyone else."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         results = [_snapshot(tensor) for tensor in calls[root].inputs]
         return [[] if rank == root else results for rank in range(len(calls))]
 
@@ -196,13 +196,13 @@ def combine_broadcast(root: int) -> Combine:
 def combine_scatter(root: int) -> Combine:
     """Input number r of the root, for rank r."""
 
-    def combine(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+    def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [[_snapshot(tensor)] for tensor in calls[root].inputs]
 
     return combine
 
 
-def combine_all_to_all_single(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+def combine_all_to_all_single(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
     """Split r of every rank's input, concatenated in rank order, for rank r."""
     for source, sender in enumerate(calls):
         for destination, receiver in enumerate(calls):
@@ -216,12 +216,12 @@ def combine_all_to_all_single(calls: Sequence[Call]) -> list[list[torch.Tensor]]
     return [[_flat_concatenation([piece[rank] for piece in pieces])] for rank in range(len(calls))]
 
 
-def combine_all_to_all(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+def combine_all_to_all(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
     """Input number r of every rank in rank order, each its own tensor, for rank r."""
     return [[_snapshot(call.inputs[rank]) for call in calls] for rank in range(len(calls))]
 
 
-def combine_nothing(calls: Sequence[Call]) -> list[list[torch.Tensor]]:
+def combine_nothing(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
     """A barrier's result."""
     return [[] for _ in calls]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.sim.collectives import Call, Combine, Meeting
+from longctx.sim.collectives import CollectiveCall, Combine, Meeting
 from longctx.sim.faults import Fault, corrupted
 from longctx.sim.ledger import Sent
 from longctx.sim.messages import Message, Receive
@@ -51,7 +51,7 @@ class GroupMember:
         detail = f" ({description})" if description else ""
         self.title = f"group {self.name!r}{detail} of ranks {list(self.ranks)}"
 
-    def meet(self, call: Call, combine: Combine, sent: Sent, tensors: Tensors) -> SimWork:
+    def meet(self, call: CollectiveCall, combine: Combine, sent: Sent, tensors: Tensors) -> SimWork:
         """Join the group's next collective.
 
         Args:

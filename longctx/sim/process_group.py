@@ -46,7 +46,7 @@ class SimProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: Tensors | torch.Tensor, opts: Any = None) -> SimWork:
         tensors = _listed(tensors)
         op = _reduction(opts)
-        call = co.Call("all_reduce", tensors, tensors, _op_name(op), _sizes(tensors))
+        call = co.CollectiveCall("all_reduce", tensors, tensors, _op_name(op), _sizes(tensors))
         sent = ledger.all_reduce_bytes(self._member.position, self.size(), nbytes(tensors))
         return self._meet(call, co.combine_all_reduce(op), sent, tensors)
 
@@ -57,7 +57,7 @@ class SimProcessGroup(dist.ProcessGroup):
         tensors = _listed(tensors)
         op, root = _reduction(opts), _root(opts)
         outputs = tensors if root == self._member.position else []
-        call = co.Call(
+        call = co.CollectiveCall(
             "reduce", tensors, outputs, f"{_op_name(op)} to rank {self._member.ranks[root]}", _sizes(tensors)
         )
         sent = ledger.reduce_bytes(self._member.position, self.size(), root, nbytes(tensors))
@@ -68,7 +68,7 @@ class SimProcessGroup(dist.ProcessGroup):
         root = _root(opts)
         inputs, outputs = (tensors, []) if root == self._member.position else ([], tensors)
         check_contiguous("broadcast", outputs)
-        call = co.Call("broadcast", inputs, outputs, f"from rank {self._member.ranks[root]}", _sizes(tensors))
+        call = co.CollectiveCall("broadcast", inputs, outputs, f"from rank {self._member.ranks[root]}", _sizes(tensors))
         sent = ledger.broadcast_bytes(self._member.position, self.size(), root, nbytes(tensors))
         return self._meet(call, co.combine_broadcast(root), sent, tensors)
 
@@ -78,7 +78,7 @@ class SimProcessGroup(dist.ProcessGroup):
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimWork:
         for output, source in zip(outputs, inputs, strict=True):
             _check_ratio("all_gather", "output", output, "input", source, self.size())
-        call = co.Call("all_gather", list(inputs), list(outputs), "single", _sizes(inputs))
+        call = co.CollectiveCall("all_gather", list(inputs), list(outputs), "single", _sizes(inputs))
         sent = ledger.all_gather_bytes(self._member.position, [nbytes(inputs)] * self.size())
         return self._meet(call, co.combine_all_gather_single, sent, outputs)
 
@@ -90,7 +90,7 @@ class SimProcessGroup(dist.ProcessGroup):
             raise ValueError(
                 f"all_gather: {len(blocks)} outputs; need one per rank and input, {self.size() * per_rank}"
             )
-        call = co.Call("all_gather", inputs, blocks, "list", (inputs[0].dtype, per_rank))
+        call = co.CollectiveCall("all_gather", inputs, blocks, "list", (inputs[0].dtype, per_rank))
         sizes = [nbytes(blocks[rank * per_rank : (rank + 1) * per_rank]) for rank in range(self.size())]
         sent = ledger.all_gather_bytes(self._member.position, sizes)
         return self._meet(call, co.combine_all_gather, sent, blocks)
@@ -102,14 +102,14 @@ class SimProcessGroup(dist.ProcessGroup):
         root = _root(opts)
         inputs = _listed(inputs)
         blocks = _listed(outputs[0]) if root == self._member.position else []
-        call = co.Call("gather", inputs, blocks, f"to rank {self._member.ranks[root]}", _sizes(inputs))
+        call = co.CollectiveCall("gather", inputs, blocks, f"to rank {self._member.ranks[root]}", _sizes(inputs))
         return self._meet(call, co.combine_gather(root), [(root, nbytes(inputs))], blocks)
 
     def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> SimWork:
         root = _root(opts)
         outputs = _listed(outputs)
         blocks = _listed(inputs[0]) if root == self._member.position else []
-        call = co.Call("scatter", blocks, outputs, f"from rank {self._member.ranks[root]}", _sizes(outputs))
+        call = co.CollectiveCall("scatter", blocks, outputs, f"from rank {self._member.ranks[root]}", _sizes(outputs))
         sent = [(rank, nbytes([block])) for rank, block in enumerate(blocks)]
         return self._meet(call, co.combine_scatter(root), sent, outputs)
 
@@ -120,14 +120,16 @@ class SimProcessGroup(dist.ProcessGroup):
         op = _reduction(opts)
         for output, source in zip(outputs, inputs, strict=True):
             _check_ratio("reduce_scatter", "input", source, "output", output, self.size())
-        call = co.Call("reduce_scatter", list(inputs), list(outputs), f"single {_op_name(op)}", _sizes(inputs))
+        call = co.CollectiveCall(
+            "reduce_scatter", list(inputs), list(outputs), f"single {_op_name(op)}", _sizes(inputs)
+        )
         sent = ledger.reduce_scatter_bytes(self._member.position, [nbytes(outputs)] * self.size())
         return self._meet(call, co.combine_reduce_scatter_single(op), sent, outputs)
 
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> SimWork:
         op = _reduction(opts)
         blocks = _listed(inputs[0])
-        call = co.Call("reduce_scatter", blocks, list(outputs), f"list {_op_name(op)}", _sizes(blocks))
+        call = co.CollectiveCall("reduce_scatter", blocks, list(outputs), f"list {_op_name(op)}", _sizes(blocks))
         sent = ledger.reduce_scatter_bytes(self._member.position, [nbytes([block]) for block in blocks])
         return self._meet(call, co.combine_reduce_scatter(op), sent, outputs)
 
@@ -142,17 +144,17 @@ class SimProcessGroup(dist.ProcessGroup):
         check_contiguous("all_to_all", [output])
         sends = _element_splits("input", input, input_split_sizes, self.size())
         receives = _element_splits("output", output, output_split_sizes, self.size())
-        call = co.Call("all_to_all", [input], [output], "single", (input.dtype,), sends, receives)
+        call = co.CollectiveCall("all_to_all", [input], [output], "single", (input.dtype,), sends, receives)
         sent = [(rank, count * input.element_size()) for rank, count in enumerate(sends)]
         return self._meet(call, co.combine_all_to_all_single, sent, [output])
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimWork:
-        call = co.Call("all_to_all", list(inputs), list(outputs), "list", (inputs[0].dtype,))
+        call = co.CollectiveCall("all_to_all", list(inputs), list(outputs), "list", (inputs[0].dtype,))
         sent = [(rank, nbytes([tensor])) for rank, tensor in enumerate(inputs)]
         return self._meet(call, co.combine_all_to_all, sent, outputs)
 
     def barrier(self, opts: Any = None) -> SimWork:
-        return self._meet(co.Call("barrier", [], []), co.combine_nothing, [], [])
+        return self._meet(co.CollectiveCall("barrier", [], []), co.combine_nothing, [], [])
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         self.barrier().wait()
@@ -245,7 +247,7 @@ class SimProcessGroup(dist.ProcessGroup):
     def __repr__(self) -> str:
         return f"SimProcessGroup({self._member.title}, rank {self._member.ranks[self._member.position]})"
 
-    def _meet(self, call: co.Call, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
+    def _meet(self, call: co.CollectiveCall, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
         return self._posted(self._member.meet(call, combine, sent, tensors))
 
     def _posted(self, work: SimWork) -> SimWork:

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import Work
 
-from longctx.sim.collectives import Call, Meeting
+from longctx.sim.collectives import CollectiveCall, Meeting
 from longctx.sim.messages import Receive
 from longctx.sim.runtime import Seat
 from longctx.sim.tensors import dtype_name
@@ -23,7 +23,7 @@ class AwaitedMeeting:
     seat: Seat
     meeting: Meeting
     member: int
-    call: Call
+    call: CollectiveCall
 
     def ready(self) -> bool:
         return self.meeting.complete and self.seat.runtime.baton.turn >= self.meeting.due

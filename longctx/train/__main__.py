@@ -1,6 +1,6 @@
 """``torchrun -m longctx.train key=value ...``: one process of the trainer."""
 
-from longctx.launcher.train_command import main
+from longctx.launcher.commands.train import main
 
 if __name__ == "__main__":
     main()

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from longctx.comm.rank_numbers import gather_numbers
 from longctx.engines import Engine
 from longctx.errors import NumericsError
 from longctx.mesh import Mesh
 from longctx.sequence import LocalBatch
-from longctx.train.gather import gather_numbers
 
 # An overflow now and then is survived by skipping its update; more in a row is a run that has diverged.
 SKIPPED_IN_A_ROW = 3

@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from longctx.checkpoint.agreement import this_rank
+from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 from longctx.config import Config
 from longctx.errors import RequeueError
+from longctx.reporting.memory import StepMemory
+from longctx.reporting.meter import Meter
+from longctx.reporting.metrics import MetricsSink
 from longctx.sequence import LocalBatch
-from longctx.train.ahead import Ahead
-from longctx.train.checkpoint import Checkpointer, TrainState
-from longctx.train.checkpoint_agreement import this_rank
-from longctx.train.memory import StepMemory
-from longctx.train.meter import Meter
-from longctx.train.metrics import MetricsSink
+from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import StepResult, TrainStep
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Trainer:
     config: Config
     state: TrainState
     train_step: TrainStep
-    ahead: Ahead
+    ahead: Prefetcher
     meter: Meter
     checkpointer: Checkpointer
     sink: MetricsSink

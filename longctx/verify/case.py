@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention import AttentionCase, Options, get_strategy, refusal
-from longctx.attention.contract import KernelProblem, select_kernel
+from longctx.attention import AttentionCase, StrategyOptions, get_strategy, refusal
+from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.errors import ConfigError
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
 
@@ -82,8 +82,8 @@ class VerifyCase:
         return (Documents.from_lengths(self.documents or (self.seq,)),) * self.batch
 
     @property
-    def options(self) -> Options:
-        return Options(self.backward, self.travel)
+    def options(self) -> StrategyOptions:
+        return StrategyOptions(self.backward, self.travel)
 
     @property
     def attention_case(self) -> AttentionCase:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.errors import ConfigError
-from longctx.linear import LinearAttention, LinearCase, Mixer, Widths, get_linear, get_mixer, refusal
+from longctx.linear import HeadDims, LinearAttention, LinearCase, Mixer, get_linear, get_mixer, refusal
 from longctx.linear.reference import RecurrentCore
 from longctx.verify.case import DTYPES, VerifyCase
 
@@ -52,7 +52,7 @@ def mixer_of(case: VerifyCase) -> Mixer:
 def inputs(case: VerifyCase) -> dict[str, Tensor]:
     """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]`` in the case's dtype, of
     heads ``[H, ...]`` in the accumulation dtype, as shares of gradients that add up over ranks should be."""
-    mixer, widths = mixer_of(case), Widths(case.head_dim, case.head_dim)
+    mixer, widths = mixer_of(case), HeadDims(case.head_dim, case.head_dim)
     generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
     wide = accumulation_dtype(dtype)
 
@@ -68,7 +68,7 @@ def inputs(case: VerifyCase) -> dict[str, Tensor]:
 
 def by_head(case: VerifyCase) -> frozenset[str]:
     """Inputs that every rank holds whole; their gradients are shares that add up over ranks."""
-    widths = Widths(case.head_dim, case.head_dim)
+    widths = HeadDims(case.head_dim, case.head_dim)
     mixer = mixer_of(case)
     return frozenset(mixer.parameters(widths)) | frozenset(mixer.constants(case.heads, 0, 2))
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import StrategyAttention, dense_attention, get_strategy
-from longctx.attention.operator import IMPLEMENTATIONS
-from longctx.attention.registry import inner_of
+from longctx.attention.runtime.operator import IMPLEMENTATIONS
+from longctx.attention.runtime.registry import inner_of
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify import linear

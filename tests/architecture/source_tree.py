@@ -16,7 +16,7 @@ PACKAGE = ROOT / "longctx"
 class Module:
     """One source file under its dotted name."""
 
-    name: str  # longctx.attention.ring; a package's __init__ has the package's name
+    name: str  # longctx.attention.strategies.ring; a package's __init__ has the package's name
     path: Path
     tree: ast.Module
     lines: int

@@ -17,6 +17,7 @@ ARROWS = {
     "mesh": {"config"},
     "attention": {"sequence", "comm", "planner"},
     "linear": {"sequence", "comm", "attention"},
+    "sparse": {"sequence", "comm", "attention", "linear"},
     "kernels": {"sequence", "attention", "linear"},
     "model": {"sequence", "attention", "linear", "config"},
     "parallel": {"sequence", "attention", "linear", "comm", "mesh", "model", "config"},
@@ -24,8 +25,13 @@ ARROWS = {
     "data": {"sequence", "planner", "config"},
     "verify": {"sequence", "comm", "attention", "linear"},
     "bench": {"sequence", "planner", "comm", "attention", "linear", "verify", "model", "config"},
+    "checkpoint": {"mesh", "parallel", "data", "config"},
+    "reporting": {
+        "sequence", "attention", "comm", "mesh", "model", "parallel", "engines", "checkpoint", "config",
+    },
     "train": {
-        "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "config",
+        "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "checkpoint",
+        "reporting", "config",
     },
     "evaluate": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "data", "train", "config",
@@ -35,8 +41,8 @@ ARROWS = {
 
 # Parts whose neighbours they may know only by what those promise, not by how they keep it.
 PROMISES = {
-    ("model", "attention"): {"longctx.attention", "longctx.attention.core", "longctx.attention.contract"},
-    ("kernels", "attention"): {"longctx.attention.contract", "longctx.attention.partial"},
+    ("model", "attention"): {"longctx.attention", "longctx.attention.core", "longctx.attention.runtime.local_kernel"},
+    ("kernels", "attention"): {"longctx.attention.runtime.local_kernel", "longctx.attention.runtime.partial"},
 }
 
 # `python -m longctx.train` is a door into the launcher that lies inside the package for its name's sake.

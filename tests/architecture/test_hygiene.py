@@ -126,8 +126,8 @@ def test_nothing_in_the_tree_is_generated_or_left_over():
 
 
 def test_configuration_and_code_know_the_same_names():
-    from longctx.attention.contract import KERNELS
-    from longctx.attention.registry import MODULES
+    from longctx.attention.runtime.local_kernel import KERNELS
+    from longctx.attention.runtime.registry import MODULES
     from longctx.data import SOURCES
     from longctx.linear import MIXERS, get_mixer
     from longctx.linear import MODULES as LINEAR

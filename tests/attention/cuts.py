@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from longctx.attention.assignment import home_of, mask_of
-from longctx.planner import Home, MaskSlices, Plan, Tasks, Widths
-from longctx.sequence import Homes
+from longctx.attention.strategies.disaggregated.assignment import home_of, mask_of
+from longctx.planner import AttentionShape, DocumentPlacement, MaskSlices, Plan, Tasks
+from longctx.sequence import TokenOwnership
 
 FINEST = 2  # tokens; smaller pieces are not cut again
 Piece = tuple[int, int, int, int, int, int]  # document, first and last + 1 of its rows, of its keys, server
 
 
-def plan_of(homes: Homes, *pieces_of_groups: list[Piece]) -> Plan:
+def plan_of(homes: TokenOwnership, *pieces_of_groups: list[Piece]) -> Plan:
     """Every piece of a document's square, for each heads group; cells that are not visible are nobody's."""
     home, mask, groups = home_of(homes), mask_of(homes), len(pieces_of_groups)
     rows = [
@@ -24,10 +24,10 @@ def plan_of(homes: Homes, *pieces_of_groups: list[Piece]) -> Plan:
         for row in _tasks(home, mask, piece, group)
     ]
     tasks = Tasks(*np.array(rows, dtype=np.int64).reshape(-1, 10).T)
-    return Plan("by hand", home, mask, tasks, Widths(groups, groups, 4, 8), groups)
+    return Plan("by hand", home, mask, tasks, AttentionShape(groups, groups, 4, 8), groups)
 
 
-def _tasks(home: Home, mask: MaskSlices, piece: Piece, group: int) -> Iterator[tuple[int, ...]]:
+def _tasks(home: DocumentPlacement, mask: MaskSlices, piece: Piece, group: int) -> Iterator[tuple[int, ...]]:
     """Cut where rows pass from one home to another."""
     doc, q0, q1, k0, k1, server = piece
     for rank in range(home.ranks):
@@ -39,7 +39,7 @@ def _tasks(home: Home, mask: MaskSlices, piece: Piece, group: int) -> Iterator[t
                     yield doc, cut.q0, cut.q1, cut.k0, cut.k1, cut.lo, cut.hi, group, rank, server
 
 
-def random_pieces(homes: Homes, seed: int) -> list[Piece]:
+def random_pieces(homes: TokenOwnership, seed: int) -> list[Piece]:
     """Every document's square cut at random, each piece with a random server."""
     chance, found = random.Random(seed), []
 
@@ -60,5 +60,5 @@ def random_pieces(homes: Homes, seed: int) -> list[Piece]:
     return found
 
 
-def random_plan(homes: Homes, seed: int, groups: int = 1) -> Plan:
+def random_plan(homes: TokenOwnership, seed: int, groups: int = 1) -> Plan:
     return plan_of(homes, *(random_pieces(homes, seed + group) for group in range(groups)))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from longctx.attention import AttentionCase, get_strategy, refusal
-from longctx.attention.burst import side_of
-from longctx.attention.operator import Options
-from longctx.attention.registry import Sizes, inner_of
+from longctx.attention.runtime.operator import StrategyOptions
+from longctx.attention.runtime.registry import Sizes, inner_of
+from longctx.attention.strategies.burst import side_of
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
 from tests.attention.travelling import HEADS, assert_no_order_matters, kernels, spans, traced
@@ -26,7 +26,7 @@ TRAVELS = ("wide", "narrow")
 def check(layout, mask, heads, length, grid, side, travel, kernel="auto") -> None:
     world, inner = grid
     case = Case(layout, mask, heads, length, world)
-    ranks = Cluster(world, trace=False).run(compute, case, "burst", kernel, inner, Options(side, travel))
+    ranks = Cluster(world, trace=False).run(compute, case, "burst", kernel, inner, StrategyOptions(side, travel))
     for rank, computed in enumerate(ranks):
         assert_exact(case, rank, computed)
 
@@ -72,14 +72,14 @@ def test_the_dense_kernel_is_exact_behind_a_travelling_delta():
 def test_the_closed_form_is_what_was_sent(layout, packing, mask, heads, grid, side, travel):
     plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 96, grid[0])
     dtype = torch.bfloat16 if travel == "narrow" else torch.float32
-    assert_volume("burst", plan, HEADS[heads], dtype, grid[1], Options(side, travel))
+    assert_volume("burst", plan, HEADS[heads], dtype, grid[1], StrategyOptions(side, travel))
 
 
 def test_an_explicit_layout_with_an_idle_rank():
     layout = Explicit((((0, 20), (50, 96)), (), ((20, 40),), ((40, 50),)))
     for inner, side in itertools.product((1, 2, 4), ("keys", "queries")):
         plan = plan_of(PACKINGS["mixed"], MASKS["window full"], layout, 96, 4)
-        assert_volume("burst", plan, (2, 1), torch.float32, inner, Options(side))
+        assert_volume("burst", plan, (2, 1), torch.float32, inner, StrategyOptions(side))
 
 
 @pytest.mark.parametrize(("world", "inner"), [(2, 1), (4, 2), (8, 2), (8, 4), (3, 3)])
@@ -91,7 +91,7 @@ def test_without_a_mask_it_costs_what_the_paper_says(world, inner, dtype):
     for side, travel in itertools.product(("keys", "queries"), TRAVELS):
         g = e if travel == "narrow" else w
         row = 2 * k * DIM * (e + g) if side == "keys" else h * (2 * (DIM * e + w) + DIM * g)
-        for one in assert_volume("burst", plan, (h, k), dtype, inner, Options(side, travel)):
+        for one in assert_volume("burst", plan, (h, k), dtype, inner, StrategyOptions(side, travel)):
             assert one.forward == (world - 1) * rows * 2 * k * DIM * e
             assert one.backward == (world - 1) * rows * row
             assert one.messages_forward == world - 1
@@ -105,7 +105,7 @@ def test_crossings_carry_each_block_once_to_each_row_of_ranks():
 
 
 def sizes(h: int, k: int, dim: int = 128, travel: str = "wide") -> Sizes:
-    return Sizes(1, h, k, dim, 2, 4, 2, Options(travel=travel))
+    return Sizes(1, h, k, dim, 2, 4, 2, StrategyOptions(travel=travel))
 
 
 def test_queries_travel_where_they_are_the_smaller_side():
@@ -137,7 +137,7 @@ def test_masks_and_layouts_may_turn_the_choice(cut, heads, side):
 def test_a_crossing_copy_is_under_way_for_a_whole_lap(side):
     world, inner = 6, 3
     plan = plan_of([(96,)], Mask(False), LAYOUTS["zigzag"], 96, world)
-    for rank, events in enumerate(traced("burst", plan, (4, 2), inner, Options(side))):
+    for rank, events in enumerate(traced("burst", plan, (4, 2), inner, StrategyOptions(side))):
         column = {rank % inner, rank % inner + inner}
         crossings = [span for span in spans(events) if set(span[2].ranks) == column]
         # Sent and received, forward and backward; queries travel as two tensors.
@@ -150,7 +150,7 @@ def test_a_crossing_copy_is_under_way_for_a_whole_lap(side):
 def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel():
     world, inner = 4, 4
     plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
-    for events in traced("burst", plan, (4, 2), inner, Options("queries")):
+    for events in traced("burst", plan, (4, 2), inner, StrategyOptions("queries")):
         wide = [span for span in spans(events) if span[2].dtype == "float32" and span[2].shapes[0][0] == 1]
         riding = [span for span in wide if span[0] < kernels(events)[-1]]
         assert len(riding) == 2 * (world - 2)
@@ -163,7 +163,7 @@ def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel(
 def test_a_lap_s_gradients_come_home_while_the_next_lap_computes():
     world, inner = 6, 3
     plan = plan_of([(96,)], Mask(False), LAYOUTS["striped"], 96, world)
-    for events in traced("burst", plan, (4, 4), inner, Options("queries")):
+    for events in traced("burst", plan, (4, 4), inner, StrategyOptions("queries")):
         backward = kernels(events, "backward")
         home = [
             (post, wait)
@@ -178,7 +178,7 @@ def test_a_lap_s_gradients_come_home_while_the_next_lap_computes():
 def test_no_order_of_hand_overs_changes_a_bit(world, inner):
     plan = plan_of([(20, 1, 40)], Mask(window=30), LAYOUTS["zigzag"], 67, world)
     for side, travel in itertools.product(("keys", "queries"), TRAVELS):
-        assert_no_order_matters("burst", plan, inner, Options(side, travel))
+        assert_no_order_matters("burst", plan, inner, StrategyOptions(side, travel))
 
 
 # --- what it declares ---
@@ -191,7 +191,7 @@ def test_it_takes_every_case_and_its_choices():
         fields = {"world": 8, "heads": 8, "kv_heads": 2, "layout": "zigzag", "mask": Mask()}
         return AttentionCase(**{**fields, **changes})
 
-    assert refusal(burst, asked(inner=4, options=Options("queries", "narrow"))) is None
+    assert refusal(burst, asked(inner=4, options=StrategyOptions("queries", "narrow"))) is None
     assert "nearest valid: 2" in refusal(burst, asked(inner=3))
-    assert "valid: auto, keys, queries" in refusal(burst, asked(options=Options("values")))
+    assert "valid: auto, keys, queries" in refusal(burst, asked(options=StrategyOptions("values")))
     assert (inner_of(burst, asked()), inner_of(burst, asked(inner=2))) == (8, 2)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.delta import delta_of, stand_in
-from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.attention.runtime.delta import delta_of, stand_in
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.kernels.dense import Dense
 from longctx.kernels.flash_cpu import FlashCpu
 from longctx.sequence import Tile, TileSet

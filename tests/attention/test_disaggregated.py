@@ -6,15 +6,16 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.attention import contract, get_strategy
-from longctx.attention.assignment import home_of, mask_of
-from longctx.attention.disaggregated import assign, dispatches
-from longctx.attention.ping_pong import PingPongAttention
-from longctx.attention.registry import Sizes
+from longctx.attention import get_strategy
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.registry import Sizes
+from longctx.attention.strategies.disaggregated.assignment import home_of, mask_of
+from longctx.attention.strategies.disaggregated.execute import assign, dispatches
+from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
 from longctx.comm import group_of
 from longctx.errors import ConfigError
-from longctx.planner import PLANNERS, Options, Plan, Topology, Widths, make_plan
-from longctx.sequence import Homes, SequencePlan
+from longctx.planner import PLANNERS, AttentionShape, Plan, PlannerOptions, Topology, make_plan
+from longctx.sequence import SequencePlan, TokenOwnership
 from longctx.sim import Cluster, Event, RankFailed, mark_step
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
@@ -25,7 +26,7 @@ from tests.volume.measure import BACKWARD, FORWARD
 
 
 def plan_at_random(case: VerifyCase, seed: int, groups: int = 1) -> Plan:
-    return random_plan(Homes.of(case.plan()), seed, groups)
+    return random_plan(TokenOwnership.of(case.plan()), seed, groups)
 
 
 def check(case: VerifyCase, forward=None, backward=None):
@@ -97,7 +98,7 @@ def test_heads_groups_that_do_not_divide_are_refused():
 def test_plans_that_are_not_of_the_batch_are_refused():
     """Before anything is computed: they would be silently wrong."""
     plan = case_of(2, [12, 5]).plan()
-    homes = Homes.of(plan)
+    homes = TokenOwnership.of(plan)
     pieces = [(0, 0, 12, 0, 12, 1), (1, 0, 5, 0, 5, 0)]
     legal = plan_of(homes, pieces)
     assign(plan, legal)
@@ -105,11 +106,11 @@ def test_plans_that_are_not_of_the_batch_are_refused():
         (plan_of(homes, pieces[:1]), "not legal: document 1: tasks have other cells"),
         (plan_of(homes, [*pieces, (1, 2, 3, 0, 1, 1)]), "document 1: tasks have other"),
         (
-            plan_of(Homes.of(case_of(2, [5, 12]).plan()), [(0, 0, 5, 0, 5, 1), (1, 0, 12, 0, 12, 0)]),
+            plan_of(TokenOwnership.of(case_of(2, [5, 12]).plan()), [(0, 0, 5, 0, 5, 1), (1, 0, 12, 0, 12, 0)]),
             "not where the batch",
         ),
-        (plan_of(Homes.of(case_of(3, [12, 5]).plan()), pieces), "17 tokens on 3 ranks"),
-        (plan_of(Homes.of(case_of(2, [12, 5], window=3).plan()), pieces), "mask is not the batch's"),
+        (plan_of(TokenOwnership.of(case_of(3, [12, 5]).plan()), pieces), "17 tokens on 3 ranks"),
+        (plan_of(TokenOwnership.of(case_of(2, [12, 5], window=3).plan()), pieces), "mask is not the batch's"),
     ):
         with pytest.raises(ConfigError, match=why):
             assign(plan, other)
@@ -124,15 +125,15 @@ def test_shares_may_go_home_narrow():
 
 def test_one_server_for_all_and_servers_without_work():
     case = case_of(4, [19, 12])
-    plan = check(case, plan_of(Homes.of(case.plan()), [(0, 0, 19, 0, 19, 2), (1, 0, 12, 0, 12, 2)]))
-    there, _ = dispatches(plan, "cad", Widths())
+    plan = check(case, plan_of(TokenOwnership.of(case.plan()), [(0, 0, 19, 0, 19, 2), (1, 0, 12, 0, 12, 2)]))
+    there, _ = dispatches(plan, "cad", AttentionShape())
     assert [there.cells(rank) for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
 
 
 def at_home(plan):
     """Every query of the one document is served where it is."""
     rows = [(plan.positions(rank)[[0, -1]] + [0, 1]).tolist() for rank in range(plan.world)]
-    return plan_of(Homes.of(plan), [(0, *row, 0, plan.length, rank) for rank, row in enumerate(rows)])
+    return plan_of(TokenOwnership.of(plan), [(0, *row, 0, plan.length, rank) for rank, row in enumerate(rows)])
 
 
 def test_served_at_home_only_keys_travel():
@@ -147,7 +148,7 @@ def test_served_at_home_only_keys_travel():
 def test_a_token_crosses_once_however_many_tasks_read_it():
     case = case_of(2, [16])
     pieces = [(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
-    plan = check(case, plan_of(Homes.of(case.plan()), pieces))
+    plan = check(case, plan_of(TokenOwnership.of(case.plan()), pieces))
     volume = get_strategy("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
     assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
@@ -168,8 +169,10 @@ def test_one_executor_runs_what_any_planner_makes(name, layout):
     """An all-gather among them, whose ranks are sent keys that they do not read."""
     for world, mask in ((1, {}), (3, {"window": 6}), (4, {"batch": 2})):
         case = case_of(world, [61, 1, 1, 40, 9], layout=layout, **mask)
-        homes = Homes.of(case.plan())
-        made = make_plan(name, mask_of(homes), Topology(world, per_node=2), Options(block=4, chunk=8), home_of(homes))
+        homes = TokenOwnership.of(case.plan())
+        made = make_plan(
+            name, mask_of(homes), Topology(world, per_node=2), PlannerOptions(block=4, chunk=8), home_of(homes)
+        )
         check(case, made)
 
 
@@ -182,7 +185,7 @@ def test_a_long_document_among_short_ones_is_balanced():
     """One document on two of eight ranks, a hundred on the others; 64 rows of it are up to 0.46 of the mean."""
     case = case_of(8, [2048, *[64] * 96])
     plan = case.plan()
-    there, _ = dispatches(plan, "cad", Widths(2, 1, 4, 8))
+    there, _ = dispatches(plan, "cad", AttentionShape(2, 1, 4, 8))
     cells = [there.cells(rank) for rank in range(8)]
     assert sum(cells) == sum(plan.work(rank) for rank in range(8))
     assert plan.balance() > 5 and max(cells) * 8 <= 1.15 * sum(cells)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.disaggregated import dispatches
-from longctx.attention.dispatch import Dispatch
-from longctx.planner import Widths, legality
-from longctx.sequence import Contiguous, Documents, Homes, Mask, SequencePlan, Striped, Zigzag
+from longctx.attention.strategies.disaggregated.dispatch import Dispatch
+from longctx.attention.strategies.disaggregated.execute import dispatches
+from longctx.planner import AttentionShape, legality
+from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, TokenOwnership, Zigzag
 from tests.attention.cuts import plan_of, random_pieces
 
 LAYOUTS = [Contiguous(), Zigzag(), Striped(1), Striped(3)]
@@ -79,7 +79,7 @@ def test_servers_ask_for_what_their_tasks_need(rows, world, layout, mask, seed):
     documents = tuple(Documents.from_lengths(lengths) for lengths in rows)
     length = max(row.length for row in documents) + seed % 3
     plan = SequencePlan(documents, mask, layout, length, world, multiple=2)
-    homes = Homes.of(plan)
+    homes = TokenOwnership.of(plan)
     pieces = random_pieces(homes, seed)
     made = plan_of(homes, pieces)
     legality.check(made)
@@ -87,7 +87,7 @@ def test_servers_ask_for_what_their_tasks_need(rows, world, layout, mask, seed):
 
 
 def test_without_tasks_nobody_asks():
-    homes = Homes.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
+    homes = TokenOwnership.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
     dispatch = Dispatch(homes, plan_of(homes, []))
     served = dispatch.served(1)
     assert served.here == served.rest == () and dispatch.cells(1) == 0
@@ -102,8 +102,8 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), world * 32768))]
     documents = (Documents.from_lengths([*lengths.tolist(), world * 32768 - int(lengths.sum())]),)
     plan = SequencePlan(documents, Mask(), Zigzag(), world * 32768, world)
-    there, _ = dispatches(plan, "cad", Widths())
-    runs, cuts = len(Homes.of(plan).runs.start), len(documents[0]) + 2 * world
+    there, _ = dispatches(plan, "cad", AttentionShape())
+    runs, cuts = len(TokenOwnership.of(plan).runs.start), len(documents[0]) + 2 * world
     assert runs <= 2 * world
     ranks = [there.plan.rank(rank) for rank in range(world)]
     assert sum(len(one.group) for rank in ranks for one in (rank.here, rank.rest)) <= 4 * cuts
@@ -111,7 +111,7 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
 
 def test_a_plan_that_was_dispatched_does_not_outlive_its_batch():
     plan = SequencePlan((Documents.from_lengths([90, 7, 31]),), Mask(), Contiguous(), 128, 4)
-    there, _ = dispatches(plan, "cad", Widths())
+    there, _ = dispatches(plan, "cad", AttentionShape())
     there.served(2)
     kept = weakref.ref(plan)
     del plan, there

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import AttentionCase, StrategyAttention, contract, get_strategy, refusal
-from longctx.attention.operator import DEFAULT, Options
-from longctx.attention.registry import MODULES
+from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
+from longctx.attention.runtime.registry import MODULES
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster, Event, mark_step
 from tests.attention import marking_kernel
@@ -48,7 +49,7 @@ class Row:
     strategy: str
     transfers: tuple[Transfer, ...]
     inner: int = 1
-    options: Options = DEFAULT
+    options: StrategyOptions = DEFAULT
 
     def __str__(self) -> str:
         return f"{self.strategy}-{self.inner}-{self.options.backward}-{self.options.travel}"
@@ -78,7 +79,7 @@ QUERIES_BACK = (
 SCHEDULE = (
     Row("ring", KEY_RING),
     Row("striped", KEY_RING),
-    Row("burst", (forward("keys and values", KEYS, EACH), *QUERIES_BACK), 4, Options("queries")),
+    Row("burst", (forward("keys and values", KEYS, EACH), *QUERIES_BACK), 4, StrategyOptions("queries")),
     Row(
         "burst",
         (
@@ -87,7 +88,7 @@ SCHEDULE = (
             backward("the last dk and dv", KEYS, (2, 1, 0), WIDE),
         ),
         2,
-        Options("keys"),
+        StrategyOptions("keys"),
     ),
     Row(
         "burst",  # two rows of two: the first is the copy that crosses, under way for a lap of two
@@ -99,7 +100,7 @@ SCHEDULE = (
             backward("the last dq", (1, 1, H, D), (2, 1, 0), WIDE),
         ),
         2,
-        Options("queries"),
+        StrategyOptions("queries"),
     ),
     Row(
         "token_ring",

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
 
 WHOLE = slice(0, 2), slice(0, 5)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from longctx.attention import AttentionCase, get_strategy, refusal, require
-from longctx.attention.registry import MODULES
+from longctx.attention.runtime.registry import MODULES
 from longctx.errors import ConfigError
 from longctx.sequence import LAYOUTS, Mask
 

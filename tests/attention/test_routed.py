@@ -4,11 +4,11 @@ import pytest
 import torch.distributed as dist
 
 from longctx.attention import get_strategy
-from longctx.attention.assignment import one_node, topology_of
-from longctx.attention.disaggregated import bundles_of, dispatches
-from longctx.attention.registry import Sizes
+from longctx.attention.runtime.registry import Sizes
+from longctx.attention.strategies.disaggregated.assignment import one_node, topology_of
+from longctx.attention.strategies.disaggregated.execute import bundles_of, dispatches
 from longctx.comm import Links, settle_nodes
-from longctx.planner import Topology, Widths
+from longctx.planner import AttentionShape, Topology
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
@@ -37,7 +37,7 @@ def check(case, per_node, links):
         total += volume.forward + volume.backward
     assert cluster.ledger.by_operation().get("send", 0) == total
     planner = {"disaggregated": "cad"}.get(case.strategy, case.strategy)
-    widths = Widths(case.heads, case.kv_heads, case.head_dim, 8)
+    widths = AttentionShape(case.heads, case.kv_heads, case.head_dim, 8)
     there, back = dispatches(plan, planner, widths, topology)
     made = [there.routes(b) for b in bundles_of(there, sizes)[0]] + [back.routes(b) for b in bundles_of(back, sizes)[1]]
     return sum(one is not None for one in made)

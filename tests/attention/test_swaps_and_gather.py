@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
-from longctx.attention.operator import Options
-from longctx.attention.registry import inner_of
-from longctx.attention.swap import HeadSplit
+from longctx.attention.runtime.head_sharding import HeadSplit
+from longctx.attention.runtime.operator import StrategyOptions
+from longctx.attention.runtime.registry import inner_of
 from longctx.errors import ConfigError
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
@@ -89,7 +89,9 @@ def test_every_case_is_exact(strategy, heads):
 def test_the_closed_form_is_what_was_sent(strategy, layout, packing, mask, heads, grid, travel):
     world = grid[0]
     chosen = options(strategy, grid, travel)
-    case = AttentionCase(world, *heads, "zigzag", MASKS[mask], chosen["inner"], Options(travel=chosen["travel"]))
+    case = AttentionCase(
+        world, *heads, "zigzag", MASKS[mask], chosen["inner"], StrategyOptions(travel=chosen["travel"])
+    )
     if refusal(get_strategy(strategy), case):
         return
     inner = inner_of(get_strategy(strategy), case)
@@ -155,9 +157,13 @@ def test_heads_are_shared_and_copied_only_where_they_must_be():
         ("usp", {"inner": 5, "heads": 6}, ["attention.inner=5 must divide the 8 ranks", "nearest valid: 2"]),
         ("usp", {"inner": 3}, ["attention.inner=3 must divide the 8 ranks", "nearest valid: 2"]),
         ("ulysses", {"inner": 2}, ["attention.inner=2: it has no such choice"]),
-        ("gather", {"options": Options(backward="keys")}, ["attention.backward=keys: it has no such choice"]),
-        ("ulysses", {"options": Options(travel="narrow")}, ["attention.travel=narrow: it has no such choice"]),
-        ("gather", {"options": Options(travel="thin")}, ["attention.travel=thin is unknown; valid: wide, narrow"]),
+        ("gather", {"options": StrategyOptions(backward="keys")}, ["attention.backward=keys: it has no such choice"]),
+        ("ulysses", {"options": StrategyOptions(travel="narrow")}, ["attention.travel=narrow: it has no such choice"]),
+        (
+            "gather",
+            {"options": StrategyOptions(travel="thin")},
+            ["attention.travel=thin is unknown; valid: wide, narrow"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_nearest_choice(strategy, changes, words):
@@ -219,6 +225,9 @@ def test_a_library_user_is_told_of_heads_that_do_not_divide(strategy, heads, wor
 
 
 def test_a_library_user_is_told_of_options_that_nobody_reads():
-    for strategy, options in (("ring", Options(backward="queries")), ("gather", Options(travel="thin"))):
+    for strategy, options in (
+        ("ring", StrategyOptions(backward="queries")),
+        ("gather", StrategyOptions(travel="thin")),
+    ):
         with pytest.raises(ConfigError, match=f"attention.strategy={strategy} refuses: attention"):
             StrategyAttention(strategy, options=options)

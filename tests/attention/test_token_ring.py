@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.attention.operator import Options
+from longctx.attention.runtime.operator import StrategyOptions
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster, Event
 from tests.attention.travelling import HEADS, assert_no_order_matters, spans, traced
@@ -18,7 +18,7 @@ TRAVELS = ("wide", "narrow")
 
 
 def check(case: Case, travel: str, kernel: str = "auto") -> None:
-    ranks = Cluster(case.world, trace=False).run(compute, case, "token_ring", kernel, 1, Options(travel=travel))
+    ranks = Cluster(case.world, trace=False).run(compute, case, "token_ring", kernel, 1, StrategyOptions(travel=travel))
     for rank, computed in enumerate(ranks):
         assert_exact(case, rank, computed)
 
@@ -49,7 +49,7 @@ def test_the_dense_kernel_is_exact_behind_it():
 def test_the_closed_form_is_what_was_sent(layout, packing, mask, heads, world, travel):
     plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 96, world)
     dtype = torch.bfloat16 if travel == "narrow" else torch.float32
-    assert_volume("token_ring", plan, HEADS[heads], dtype, options=Options(travel=travel))
+    assert_volume("token_ring", plan, HEADS[heads], dtype, options=StrategyOptions(travel=travel))
 
 
 def test_an_explicit_layout_with_an_idle_rank():
@@ -66,7 +66,7 @@ def test_without_a_mask_it_costs_what_the_paper_says(world, dtype):
     plan = plan_of([(rows * world,)], Mask(False), LAYOUTS["zigzag"], rows * world, world)
     for travel in TRAVELS:
         back = e if travel == "narrow" else w
-        for one in assert_volume("token_ring", plan, (h, 2), dtype, options=Options(travel=travel)):
+        for one in assert_volume("token_ring", plan, (h, 2), dtype, options=StrategyOptions(travel=travel)):
             assert one.forward == (world - 1) * rows * h * (DIM * (e + back) + w)
             assert one.backward == (world - 1) * rows * h * (2 * (DIM * e + w) + DIM * back)
             assert (one.messages_forward, one.messages_backward) == ((world - 1) * 3, (world - 1) * 3)
@@ -107,4 +107,4 @@ def test_no_order_of_hand_overs_changes_a_bit():
     for layout in LAYOUTS.values():
         plan = plan_of([(20, 1, 40)], Mask(window=30), layout, 67, 4)
         for travel in TRAVELS:
-            assert_no_order_matters("token_ring", plan, options=Options(travel=travel))
+            assert_no_order_matters("token_ring", plan, options=StrategyOptions(travel=travel))

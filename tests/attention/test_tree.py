@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import StrategyAttention, get_strategy
-from longctx.attention.operator import Options
-from longctx.attention.partial import Partial
+from longctx.attention.runtime.operator import StrategyOptions
+from longctx.attention.runtime.partial import Partial
 from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, Fault
 from longctx.verify import VerifyCase, judge, run_rank
@@ -61,7 +61,7 @@ def attend(plan: SequencePlan, dtype: torch.dtype, travel: str = "wide", kernel:
         torch.randn(len(plan.documents), plan.shard, n, 8, generator=generator).to(dtype).requires_grad_()
         for n in (4, 2, 2, 4)
     )
-    attention = StrategyAttention("tree", dist.group.WORLD, kernel, options=Options(travel=travel))
+    attention = StrategyAttention("tree", dist.group.WORLD, kernel, options=StrategyOptions(travel=travel))
     out = attention(q, k, v, plan.handle)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.detach())]
 

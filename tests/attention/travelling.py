@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.attention.operator import DEFAULT, Options
+from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan
 from longctx.sim import Cluster, Event
 from tests.volume.measure import attend
@@ -13,7 +13,9 @@ HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
-def assert_no_order_matters(strategy: str, plan: SequencePlan, inner: int = 1, options: Options = DEFAULT) -> None:
+def assert_no_order_matters(
+    strategy: str, plan: SequencePlan, inner: int = 1, options: StrategyOptions = DEFAULT
+) -> None:
     """Whatever order the ranks take turns in, every bit is the same."""
     arguments = (strategy, plan, (4, 2), torch.bfloat16, inner, options)
     expected = Cluster(plan.world).run(attend, *arguments)
@@ -23,7 +25,7 @@ def assert_no_order_matters(strategy: str, plan: SequencePlan, inner: int = 1, o
 
 
 def traced(
-    strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: int = 1, options: Options = DEFAULT
+    strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: int = 1, options: StrategyOptions = DEFAULT
 ) -> list[list[Event]]:
     """In bf16, where blocks travel as bfloat16 and accumulators as float32."""
     cluster = Cluster(plan.world, trace_compute=True)

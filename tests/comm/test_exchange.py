@@ -138,7 +138,7 @@ def test_a_grid_and_its_other_channel_are_found_by_name_and_count_together():
 def test_a_single_process_needs_no_process_group():
     group = group_of(None)
     assert (group, group.name, group_named("")) == (Group(None, 0, 1), "", group)
-    assert vars(group.traffic) == {"bytes": 0, "messages": 0, "by_receiver": {}, "diary": None}
+    assert vars(group.traffic) == {"bytes": 0, "messages": 0, "by_receiver": {}, "timeline": None}
     assert exchange(group, [(0, torch.empty(0))], [(0, torch.empty(0))]).wait()[0].numel() == 0
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import StrategyAttention
-from longctx.attention.operator import DEFAULT, Options
+from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan
 from tests.equivalence.attention_cases import HEADS, LAYOUTS, MASKS, Case, inputs
 from tests.equivalence.attention_definition import reference
@@ -29,7 +29,7 @@ def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
 
 
 def compute(
-    case: Case, strategy: str = "ring", kernel: str = "auto", inner: int = 1, options: Options = DEFAULT
+    case: Case, strategy: str = "ring", kernel: str = "auto", inner: int = 1, options: StrategyOptions = DEFAULT
 ) -> dict[str, Tensor]:
     """Forward and backward of the calling rank's share."""
     plan, whole = case.plan(), inputs(case.problem)

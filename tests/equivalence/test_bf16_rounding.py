@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention.registry import MODULES
+from longctx.attention.runtime.registry import MODULES
 from longctx.sequence import unshard
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase

@@ -7,8 +7,8 @@ from longctx.config import Config, simulated_world_size
 from longctx.launcher import build
 from longctx.mesh import build_mesh
 from longctx.parallel.pipeline import Pipeline
+from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
-from longctx.train.meter import Meter
 from tests.train.small_run import CPU, Recorder, corpus, small_config, train_on_sim
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from longctx.attention import ticks
-from longctx.attention.assignment import planned
-from longctx.attention.registry import Sizes
+from longctx.attention.runtime.registry import Sizes
+from longctx.attention.strategies.disaggregated import lockstep as ticks
+from longctx.attention.strategies.disaggregated.assignment import planned
 from longctx.launcher import build
 from longctx.mesh import build_mesh
-from longctx.parallel.across_stages import softmax_layers
 from longctx.parallel.core import work_of
-from longctx.planner import Widths
+from longctx.parallel.stage_servers import softmax_layers
+from longctx.planner import AttentionShape
+from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
-from longctx.train.border import Border
-from longctx.train.meter import Meter
+from longctx.train.batch_sharder import BatchSharder
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import CPU, Recorder, corpus, small_config, train_on_sim
 
@@ -106,7 +106,7 @@ def told(config):
     trainer = build.build_trainer(config, False, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
-    border, batches = Border.of(config, mesh, CPU), trainer.state.loader.step(0)
+    border, batches = BatchSharder.of(config, mesh, CPU), trainer.state.loader.step(0)
     trainer.run()
     return recorder.records[0], [border.plan(batch) for batch in batches]
 
@@ -118,7 +118,7 @@ def test_a_step_tells_what_all_stages_served_and_sent(tmp_path):
     assert all(other["work_by_rank"] == record["work_by_rank"] for other, _ in ranks)
     heads, kv_heads = config.local_heads
     layers, sizes = softmax_layers(config), Sizes(1, heads, kv_heads, config.model.head_dim, 8, 8)
-    step = ticks.ticks_of(plans, layers, "cad", Widths(heads, kv_heads, config.model.head_dim, 8))
+    step = ticks.lockstep_plan_of(plans, layers, "cad", AttentionShape(heads, kv_heads, config.model.head_dim, 8))
     volumes = [step.volume(rank, sizes) for rank in range(2)]
     assert record["bytes_by_rank"] == [volume.forward + volume.backward for volume in volumes]
     assert record["comm_bytes"] == 2 * sum(record["bytes_by_rank"])  # of both ranks that split tensors

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from longctx.attention import disaggregated, ticks
+from longctx.attention.strategies.disaggregated import execute as disaggregated
+from longctx.attention.strategies.disaggregated import lockstep as ticks
 from longctx.launcher import build
+from longctx.reporting.report.page import render
 from longctx.sequence import make_plan
 from longctx.sim import Cluster
-from longctx.train.report import render
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import corpus, small_config, train_on_sim
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.launcher import parity_page
+from longctx.launcher.verify import parity_table as parity_page
 from longctx.sequence import LAYOUTS
 from tests.train.small_run import small_config, train_on_sim
 

@@ -8,7 +8,7 @@ is ``[H, total_q]``; the backward pass takes any (out, lse).
 import pytest
 import torch
 
-from longctx.attention.contract import KernelProblem
+from longctx.attention.runtime.local_kernel import KernelProblem
 from longctx.kernels import flash_cuda
 from longctx.kernels.flash_cuda import FlashCuda, launches_of
 from longctx.sequence import Contiguous, Mask, Striped, Tile, TileSet, Zigzag

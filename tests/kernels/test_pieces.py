@@ -7,23 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import pieces
-from longctx.kernels.pieces import NARROW_WINDOW, SQUARES, Piece, Shape, halved, pieces_of
+from longctx.kernels.pieces import NARROW_WINDOW, SQUARES, PieceShape, TilePiece, halved, pieces_of
 from longctx.sequence import Tile
 from tests.sequence.brute_force import tile_cells
 
 
-def piece_cells(piece: Piece) -> list[tuple[int, int]]:
-    """Cells by the sentences of ``Shape``."""
+def piece_cells(piece: TilePiece) -> list[tuple[int, int]]:
+    """Cells by the sentences of ``PieceShape``."""
     n, m = piece.q_stop - piece.q_start, piece.k_stop - piece.k_start
     assert n > 0 and m > 0
-    if piece.shape in (Shape.CAUSAL, Shape.ANTICAUSAL):
+    if piece.shape in (PieceShape.CAUSAL, PieceShape.ANTICAUSAL):
         assert n == m, f"{piece} is not a square"
     width = m - n + 1
     sees = {
-        Shape.FULL: lambda i, j: True,
-        Shape.CAUSAL: lambda i, j: j <= i,
-        Shape.ANTICAUSAL: lambda i, j: j >= i,
-        Shape.BAND: lambda i, j: i <= j < i + width,
+        PieceShape.FULL: lambda i, j: True,
+        PieceShape.CAUSAL: lambda i, j: j <= i,
+        PieceShape.ANTICAUSAL: lambda i, j: j >= i,
+        PieceShape.BAND: lambda i, j: i <= j < i + width,
     }[piece.shape]
     return [(piece.q_start + i, piece.k_start + j) for i in range(n) for j in range(m) if sees(i, j)]
 
@@ -62,9 +62,9 @@ def test_windows_around_the_narrow_one(width, queries):
     tile = Tile(0, queries, 0, queries + width - 1, lower=True, upper=True)
     check(tile)
     shapes = {piece.shape for piece in pieces_of(tile)}
-    assert (Shape.BAND in shapes) == (width < NARROW_WINDOW)
+    assert (PieceShape.BAND in shapes) == (width < NARROW_WINDOW)
     if width < NARROW_WINDOW:
-        assert shapes == {Shape.BAND}
+        assert shapes == {PieceShape.BAND}
 
 
 def test_masked_pieces_are_no_longer_than_a_chunk():
@@ -76,12 +76,12 @@ def test_masked_pieces_are_no_longer_than_a_chunk():
 
 @given(st.sampled_from(SQUARES), st.integers(1, 70), st.integers(1, 20))
 def test_halves_of_a_square_cover_its_cells_once(shape, rows, largest):
-    whole = Piece(shape, 3, 3 + rows, 5, 5 + rows)
+    whole = TilePiece(shape, 3, 3 + rows, 5, 5 + rows)
     parts = list(halved(whole, largest))
     assert Counter(cell for part in parts for cell in piece_cells(part)) == Counter(piece_cells(whole))
     assert all(part.q_stop - part.q_start <= largest for part in parts if part.shape in SQUARES)
 
 
 def test_what_is_no_square_stays_whole():
-    full = Piece(Shape.FULL, 0, 900, 0, 400)
+    full = TilePiece(PieceShape.FULL, 0, 900, 0, 400)
     assert list(halved(full, 256)) == [full]

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from longctx.attention import contract
-from longctx.attention.contract import KERNELS, KernelProblem, kernel_for, load_kernel, select_kernel
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.local_kernel import KERNELS, KernelProblem, kernel_for, load_kernel, select_kernel
 from longctx.errors import ConfigError
 
 

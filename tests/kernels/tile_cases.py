@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.sequence import Tile, TileSet
 from tests.sequence.brute_force import tile_cells
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longctx.launcher import torchrun
+from longctx.launcher.commands import launch as torchrun
 
 FAKE = Path(__file__).parent / "fake_build"
 

@@ -10,7 +10,7 @@ import pytest
 from longctx.config import Config
 from longctx.errors import ConfigError, NotAvailableError
 from longctx.launcher import cli
-from longctx.launcher.submit import prepare, render
+from longctx.launcher.commands.submit import prepare, render
 
 EVIL = [
     "$(touch canary)",

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.linear import LinearAttention, Widths, get_mixer
+from longctx.linear import HeadDims, LinearAttention, get_mixer
 from longctx.sequence import Contiguous, Documents, Layout, Mask, SequencePlan, Striped, Zigzag, make_plan
 
 TOLERANCE = 1e-10
@@ -22,7 +22,7 @@ MIXERS = ("basic", "retnet", "simple_gla", "gla", "gated_deltanet")
 STRATEGIES = ("lasp2", "lasp", "headwise")
 PACKINGS = ("one", "edges", "short", "few")
 WORLDS = (1, 2, 3, 4, 8)
-HEADS, WIDTHS = 3, Widths(5, 4)
+HEADS, WIDTHS = 3, HeadDims(5, 4)
 
 
 @dataclass(frozen=True)

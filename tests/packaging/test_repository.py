@@ -52,7 +52,7 @@ def test_the_reference_is_what_the_code_says():
 
 
 def test_the_page_of_volumes_is_what_the_formulas_say():
-    from longctx.launcher.volume_page import page
+    from benchmarks.tables.volume import page
 
     assert (ROOT / "docs/volume.md").read_text(encoding="utf-8") == page(), "run `make docs`"
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 USE_FROM_ELSEWHERE = """
 import longctx, longctx.launcher.compose, longctx.kernels, longctx.sequence
-from longctx.launcher.submit import prepare, render
+from longctx.launcher.commands.submit import prepare, render
 config = longctx.launcher.compose.compose(["recipe=demo", "parallel.sp=1"])
 assert "srun" in render(prepare(config))
 print(longctx.__file__)
@@ -80,7 +80,7 @@ def test_it_runs_outside_the_checkout(wheel, tmp_path):
     assert used.stdout.strip() == str(unpacked / "longctx/__init__.py"), used.stderr
     helped = run("-m", "longctx.launcher.cli", "--help")
     assert helped.returncode == 0
-    assert "simulate" in helped.stdout
+    assert "verify" in helped.stdout
     refused = run("-m", "longctx.launcher.cli", "train", "attention=stripd")
     assert (refused.returncode, refused.stderr.count("\n")) == (78, 1)
 

@@ -12,7 +12,7 @@ from longctx.parallel import parallelize
 from longctx.parallel.data import master_dtype, whole
 from longctx.sequence import Batch, Documents
 from longctx.sim import Cluster
-from longctx.train.border import Border
+from longctx.train.batch_sharder import BatchSharder
 from longctx.train.optimizer import build_optimizer
 
 MODEL = ModelConfig(vocab_size=32, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden_dim=24, init_std=0.3)
@@ -45,7 +45,7 @@ def gradients(config: Config) -> Outcome:
     initialize(model, 0)
     parallelize(model, config, mesh)
     engine = NativeEngine(model, build_optimizer(model, config.optim))
-    border = Border.of(config, mesh, CPU)
+    border = BatchSharder.of(config, mesh, CPU)
     mine = batches()[mesh.data_rank :: mesh.data_size]
     loss = engine.accumulate([border(batch) for batch in mine], 0.5)
     torch.distributed.all_reduce(loss, group=mesh.token_group)

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
+from benchmarks.tables.memory import measure
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
-from longctx.attention.operator import COMPLETIONS, tail_of
-from longctx.attention.registry import MODULES, Sizes
+from longctx.attention.runtime.operator import COMPLETIONS, tail_of
+from longctx.attention.runtime.registry import MODULES, Sizes
 from longctx.comm import group_of
 from longctx.config import AttentionConfig, Config, ModelConfig, ParallelConfig, TrainConfig
 from longctx.errors import ConfigError
-from longctx.launcher.memory_table import measure
 from longctx.parallel.core import attention_case
 from longctx.sequence import Explicit, Mask, SequencePlan
 from longctx.sim import Cluster

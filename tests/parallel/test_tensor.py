@@ -13,7 +13,7 @@ from longctx.parallel import apply, parallelize
 from longctx.parallel.vocabulary import sharded_chunk_loss
 from longctx.sequence import IGNORE
 from longctx.sim import Cluster
-from longctx.train.border import Border
+from longctx.train.batch_sharder import BatchSharder
 from tests.parallel.small_decoder import CPU, MODEL, batches, config_of, on_sim, worst
 
 GROUPED = replace(MODEL, heads=4, kv_heads=2, head_dim=6, qk_norm=True, tie_embeddings=False)
@@ -84,7 +84,7 @@ def test_attention_sees_plain_tensors_of_its_own_heads(monkeypatch):
     def forward(config):
         mesh = build_mesh(config.parallel, "cpu")
         model = parallelize(Decoder(config.model).double(), config, mesh)
-        batch = Border.of(config, mesh, CPU)(batches()[0])
+        batch = BatchSharder.of(config, mesh, CPU)(batches()[0])
         with torch.no_grad():
             return model(batch.tokens, batch.positions, batch.plan.handle)
 

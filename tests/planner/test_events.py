@@ -5,7 +5,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from longctx.planner import Home, Options, Plan, Runs, Span, Tasks, Topology, Widths, causal, make_plan, streamed
+from longctx.planner import (
+    AttentionShape,
+    DocumentPlacement,
+    Plan,
+    PlannerOptions,
+    Span,
+    TaskRuns,
+    Tasks,
+    Topology,
+    causal,
+    make_plan,
+    streamed,
+)
 from longctx.planner.events import Hardware, Operation, attention_seconds, replay, replay_plan
 from longctx.planner.lengths import draw_rows, long_mixture, read_lengths, stream_rows, synthetic
 from longctx.planner.pipelines import ClusterRun, disaggregated, fixed_packing, one_forward_one_backward, wlb
@@ -34,13 +46,13 @@ def test_equal_micro_batches_have_the_textbook_bubble():
 
 
 def test_short_tasks_pay_whole_tiles():
-    home = Home.of([128], [[Span(0, 0, 128)]])
+    home = DocumentPlacement.of([128], [[Span(0, 0, 128)]])
     mask, hardware = causal([128]), Hardware(flops=1.0, tile=64)
 
     def seconds(edges):
         rows = [(0, low, high, 0, 0) for low, high in pairwise(edges)]
-        runs = Runs.of_rows(*np.array(rows).T)
-        return attention_seconds(Plan("", home, mask, Tasks.of_runs(mask, runs), Widths()), hardware)[0]
+        runs = TaskRuns.of_rows(*np.array(rows).T)
+        return attention_seconds(Plan("", home, mask, Tasks.of_runs(mask, runs), AttentionShape()), hardware)[0]
 
     whole = 4 * 32 * 128 * 128 * 129 // 2
     assert seconds([0, 128]) == seconds([0, 64, 128]) == whole
@@ -48,10 +60,10 @@ def test_short_tasks_pay_whole_tiles():
 
 
 def test_replay_of_a_plan():
-    home = Home.of([64], [[Span(0, 0, 64)], []])
-    mask, widths = causal([64]), Widths(1, 1, 1, 1)
+    home = DocumentPlacement.of([64], [[Span(0, 0, 64)], []])
+    mask, widths = causal([64]), AttentionShape(1, 1, 1, 1)
     rows = [(0, 0, 48, 0, 0), (0, 48, 64, 0, 1)]
-    made = Plan("", home, mask, Tasks.of_runs(mask, Runs.of_rows(*np.array(rows).T)), widths)
+    made = Plan("", home, mask, Tasks.of_runs(mask, TaskRuns.of_rows(*np.array(rows).T)), widths)
     found = replay_plan(made, Hardware(flops=4.0, bandwidth=1.0, tile=1))
     there, back = 16 + 2 * 64, 16 * (1 + 4)
     served = 16 * (49 + 64) / 2
@@ -66,7 +78,7 @@ def test_balance_shows_on_the_clock():
     hardware = Hardware(flops=1e12, tile=1)
     times = {
         name: replay_plan(
-            make_plan(name, causal(lengths), Topology(4), Options(block=8), streamed(lengths, 4)), hardware
+            make_plan(name, causal(lengths), Topology(4), PlannerOptions(block=8), streamed(lengths, 4)), hardware
         )
         for name in ("local", "cad")
     }

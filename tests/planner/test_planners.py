@@ -8,18 +8,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from longctx.bench.distca import distca
+from benchmarks.distca import distca
 from longctx.errors import ConfigError
 from longctx.planner import (
     PLANNERS,
-    Home,
-    Options,
+    AttentionShape,
+    DocumentPlacement,
     Plan,
-    Runs,
+    PlannerOptions,
     Span,
+    TaskRuns,
     Tasks,
     Topology,
-    Widths,
     causal,
     check,
     contiguous,
@@ -32,14 +32,14 @@ from longctx.planner import (
     window,
     zigzag,
 )
-from longctx.planner.bands import ORDERS, Bands
-from longctx.planner.cad import _at_homes, _merged, least_egress
 from longctx.planner.lengths import draw_rows, synthetic
-from longctx.planner.seats import seated
+from longctx.planner.planners.bands import ORDERS, Bands
+from longctx.planner.planners.cad import _at_homes, _merged, least_egress
+from longctx.planner.planners.prefix_affinity import seated
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
-SMALL = Options(block=4, chunk=8, widths=Widths(4, 2, 3, 8))
+SMALL = PlannerOptions(block=4, chunk=8, widths=AttentionShape(4, 2, 3, 8))
 
 
 def mask_of(kind, lengths):
@@ -99,7 +99,7 @@ def scattered(lengths, ranks, rng):
             held[int(rng.integers(ranks))].append(Span(doc, start, stop))
     for spans in held:
         rng.shuffle(spans)
-    return Home.of(lengths, held)
+    return DocumentPlacement.of(lengths, held)
 
 
 def random_plan(lengths, kind, servers, groups, rng):
@@ -108,7 +108,7 @@ def random_plan(lengths, kind, servers, groups, rng):
     home = scattered(mask.lengths.tolist(), servers, rng)
     parts = []
     for group in range(groups):
-        tasks = Tasks.of_runs(mask, Runs.at_home(home))
+        tasks = Tasks.of_runs(mask, TaskRuns.at_home(home))
         rows = []
         for number in range(len(tasks)):
             pending = [tasks.slice(number)]
@@ -143,7 +143,7 @@ def test_any_legal_partition_gives_the_same_result(lengths, kind, servers, group
 def test_check_finds_what_is_illegal():
     home = streamed([40, 9], 2)
     mask = causal([40, 9])
-    tasks = Tasks.of_runs(mask, Runs.at_home(home))
+    tasks = Tasks.of_runs(mask, TaskRuns.at_home(home))
     columns = {name: getattr(tasks, name).copy() for name in tasks.__dataclass_fields__}
     for column, change in (("k0", 1), ("q1", -1), ("home", 1), ("hi", -1), ("hi", 1), ("doc", 1)):
         broken = {name: values.copy() for name, values in columns.items()}
@@ -165,7 +165,7 @@ def test_check_finds_what_is_illegal():
 def test_a_task_beside_a_legal_plan_is_refused(column, value, told):
     """Of a server, heads group or document that is not there: no count of cells would miss it."""
     home, mask = streamed([40, 9], 2), causal([40, 9])
-    tasks = Tasks.of_runs(mask, Runs.at_home(home))
+    tasks = Tasks.of_runs(mask, TaskRuns.at_home(home))
     columns = {name: getattr(tasks, name) for name in tasks.__dataclass_fields__}
     more = {name: np.append(values, value if name == column else values[0]) for name, values in columns.items()}
     with pytest.raises(ConfigError, match=told):
@@ -185,7 +185,7 @@ def long_documents(servers, seed=0):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cad_keeps_its_bounds(servers, seed):
     lengths = long_documents(servers, seed)
-    options = Options(block=32)
+    options = PlannerOptions(block=32)
     made = make_plan("cad", causal(lengths), Topology(servers), options)
     cost = made.cost
     block = options.block * max(lengths) / cost.work.mean()
@@ -214,13 +214,13 @@ def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths
     limit = int(load.sum() * 1.02 / servers)
     assume(load.max() > limit)
     cap = int(egress * least_egress(home, mask, limit).max())
-    bands = Bands(home, load, limit, np.full(servers, cap), Options(block=block))
+    bands = Bands(home, load, limit, np.full(servers, cap), PlannerOptions(block=block))
     begins = set(zip(home.doc.tolist(), home.start.tolist(), strict=True))
     for order in ORDERS:
         placed = bands.place(order)
         if placed is None:
             continue
-        made = Plan("bands", home, mask, _tasks(mask, home, placed), Widths())
+        made = Plan("bands", home, mask, _tasks(mask, home, placed), AttentionShape())
         check(made)
         assert made.cost.work.max() <= limit and made.cost.q_sent.max() <= cap
         for run, server in placed:
@@ -236,36 +236,38 @@ def _tasks(mask, home, placed):
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(1, 7), st.integers(0, 200))
 def test_seats_are_those_of_tokens_that_read_less_there(lengths, servers, cap):
     """For every rank that sends its ends away, the keys that it is spared outweigh the queries and what they bring."""
-    mask, widths = causal(lengths), Widths()
+    mask, widths = causal(lengths), AttentionShape()
     for home in (streamed(lengths, servers), contiguous(lengths, servers), zigzag(lengths, servers)):
         limit = int(mask.area(home.doc, home.start, home.stop).sum())
         seats = seated(home, widths, np.full(servers, cap), limit)
-        runs = _at_homes(Runs.at_home(seats), home)
+        runs = _at_homes(TaskRuns.at_home(seats), home)
         made = Plan("seats", home, mask, Tasks.of_runs(mask, runs), widths)
         check(made)
         assert made.cost.q_sent.max() <= cap
-        before = make_plan("local", mask, Topology(servers), Options(), home).cost
+        before = make_plan("local", mask, Topology(servers), PlannerOptions(), home).cost
         assert made.cost.moved < before.moved or seats is home
 
 
 def test_ends_behind_ends_go_to_one_seat():
     """0 .. 400 on three ranks as heads and tails; of the outer two the last rows are few."""
     spans = [[Span(0, 0, 2), Span(0, 399, 400)], [Span(0, 2, 40), Span(0, 390, 399)], [Span(0, 40, 390)]]
-    home = Home.of([400], spans)
+    home = DocumentPlacement.of([400], spans)
     spare = np.full(3, 20)
-    seats = seated(home, Widths(), spare, 10**6)
+    seats = seated(home, AttentionShape(), spare, 10**6)
     assert [seats.spans(rank) for rank in range(3)] == [
         spans[0][:1],
         spans[1][:1],
         [Span(0, 40, 390), Span(0, 390, 399), Span(0, 399, 400)],
     ]
-    only_short = seated(home, Widths(), np.full(3, 5), 10**6)
+    only_short = seated(home, AttentionShape(), np.full(3, 5), 10**6)
     assert only_short.spans(0) == spans[0][:1] and only_short.spans(1) == [
         Span(0, 2, 40),
         Span(0, 390, 399),
         Span(0, 399, 400),
     ]
-    assert seated(home, Widths(), 0 * spare, 10**6) is home and seated(home, Widths(), spare, 400) is home
+    assert (
+        seated(home, AttentionShape(), 0 * spare, 10**6) is home and seated(home, AttentionShape(), spare, 400) is home
+    )
 
 
 def test_bands_are_taken_where_they_move_less(monkeypatch):
@@ -273,10 +275,10 @@ def test_bands_are_taken_where_they_move_less(monkeypatch):
     saved = []
     for seed in range(4):
         mask = causal(np.concatenate(draw_rows(synthetic(0), 131072, 2, np.random.default_rng(seed))))
-        ours = make_plan("cad", mask, Topology(8), Options())
+        ours = make_plan("cad", mask, Topology(8), PlannerOptions())
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["longctx.planner.cad"], "FEWEST", 0)
-            without = make_plan("cad", mask, Topology(8), Options())
+            patch.setattr(sys.modules["longctx.planner.planners.cad"], "FEWEST", 0)
+            without = make_plan("cad", mask, Topology(8), PlannerOptions())
         assert ours.cost.imbalance <= 1.02 and ours.cost.moved <= without.cost.moved
         saved.append(1 - ours.cost.moved / without.cost.moved)
     assert max(saved) > 0.15 and sum(saved) / len(saved) > 0.05
@@ -314,20 +316,20 @@ def test_another_home_lowers_the_least_egress():
 def test_distca_balances_to_its_tolerance_with_more_bytes():
     lengths, servers = long_documents(16), 16
     home, mask = streamed(lengths, servers), causal(lengths)
-    theirs = Plan("distca", home, mask, Tasks.of_runs(mask, distca(home, 0.02)), Widths())
+    theirs = Plan("distca", home, mask, Tasks.of_runs(mask, distca(home, 0.02)), AttentionShape())
     check(theirs)
-    ours = make_plan("cad", mask, Topology(servers), Options(block=32), home)
+    ours = make_plan("cad", mask, Topology(servers), PlannerOptions(block=32), home)
     assert ours.cost.imbalance <= 1.02
     assert ours.cost.moved < 0.8 * theirs.cost.moved
 
 
 def test_bytes_count_each_token_once_per_server():
     lengths = [64]
-    home = Home.of(lengths, [[Span(0, 0, 64)], []])
+    home = DocumentPlacement.of(lengths, [[Span(0, 0, 64)], []])
     mask = causal(lengths)
     rows = [(0, 40, 48, 0, 1), (0, 48, 64, 0, 1), (0, 0, 40, 0, 0)]
-    runs = Runs.of_rows(*np.array(rows, dtype=np.int64).T)
-    cost = Plan("two tasks", home, mask, Tasks.of_runs(mask, runs), Widths(4, 2, 8, 2)).cost
+    runs = TaskRuns.of_rows(*np.array(rows, dtype=np.int64).T)
+    cost = Plan("two tasks", home, mask, Tasks.of_runs(mask, runs), AttentionShape(4, 2, 8, 2)).cost
     row, kv = 4 * 8 * 2, 2 * 2 * 8 * 2
     assert (cost.q, cost.o, cost.kv, cost.lse) == (24 * row, 24 * row, 64 * kv, 24 * 16)
     assert cost.forward == cost.moved + cost.lse == 48 * row + 64 * kv + 24 * 16
@@ -356,7 +358,7 @@ def test_homes_have_equal_tokens(lengths, ranks):
 def test_a_home_must_partition():
     for spans in ([[Span(0, 0, 4)], []], [[Span(0, 0, 4)], [Span(0, 3, 5)]], [[Span(0, 0, 5), Span(0, 5, 5)], []]):
         with pytest.raises(ConfigError, match="partition"):
-            Home.of([5], spans)
+            DocumentPlacement.of([5], spans)
 
 
 def test_plans_are_cached_by_content():
@@ -368,7 +370,7 @@ def test_plans_are_cached_by_content():
         plan("cad", full(lengths), Topology(4), SMALL),
         plan("cad", causal([33, 5, 71]), Topology(4), SMALL),
         plan("cad", causal(lengths), Topology(5), SMALL),
-        plan("cad", causal(lengths), Topology(4), Options(block=4, widths=SMALL.widths)),
+        plan("cad", causal(lengths), Topology(4), PlannerOptions(block=4, widths=SMALL.widths)),
         plan("cad", causal(lengths), Topology(4), SMALL, contiguous(lengths, 4)),
     ]
     assert first not in others and len({id(one) for one in others}) == len(others)
@@ -377,7 +379,9 @@ def test_plans_are_cached_by_content():
 @pytest.mark.parametrize("name", list(PLANNERS))
 def test_the_same_arguments_give_the_same_plan(name):
     lengths = long_documents(6)
-    first, second = (make_plan(name, causal(lengths), Topology(6, per_node=2), Options(block=16)) for _ in range(2))
+    first, second = (
+        make_plan(name, causal(lengths), Topology(6, per_node=2), PlannerOptions(block=16)) for _ in range(2)
+    )
     for column in first.tasks.__dataclass_fields__:
         assert np.array_equal(getattr(first.tasks, column), getattr(second.tasks, column))
 
@@ -389,6 +393,6 @@ def test_what_cannot_be_planned_is_refused():
         plan("cad", causal([4]), Topology(2), home=streamed([4], 3))
     for wrong in ({"tolerance": -0.1}, {"block": 0}, {"egress": 0.5}, {"chunk": 0}, {"capacity": 0.9}):
         with pytest.raises(ConfigError, match="at least"):
-            Options(**wrong)
+            PlannerOptions(**wrong)
     with pytest.raises(ConfigError, match="at least one server"):
         Topology(0)

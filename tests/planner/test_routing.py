@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.planner import Topology, routes
+from longctx.planner.planners.zeppelin import route
 from longctx.planner.routing import _cut, _nic, _nics, _ways
-from longctx.planner.zeppelin import route
 
 
 @st.composite

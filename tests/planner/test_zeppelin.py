@@ -4,14 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.planner import Options, Topology
-from longctx.planner.zeppelin import remap, route, zone_layout, zones
+from longctx.planner import PlannerOptions, Topology
+from longctx.planner.planners.zeppelin import remap, route, zone_layout, zones
 
 
 def test_zones_by_length():
     topology = Topology(8, per_node=4)
     lengths = np.array([6000, 1400, *[100] * 6])
-    found = zones(lengths, topology, Options(capacity=1.25))
+    found = zones(lengths, topology, PlannerOptions(capacity=1.25))
     assert found.zone[0] == 2 and len(found.members[0]) == 8
     assert found.zone[1] == 1 and {rank // 4 for rank in found.members[1]} in ({0}, {1})
     assert set(found.zone[2:]) == {0}
@@ -22,12 +22,12 @@ def test_zones_by_length():
 )
 def test_every_document_has_a_place(lengths, servers, per_node, capacity):
     topology = Topology(servers, per_node=per_node)
-    found = zones(np.array(lengths), topology, Options(capacity=capacity))
+    found = zones(np.array(lengths), topology, PlannerOptions(capacity=capacity))
     for zone, members in zip(found.zone, found.members, strict=True):
         nodes = {rank // per_node for rank in members}
         assert members and len(set(members)) == len(members) and max(members) < servers
         assert zone == (2 if len(nodes) > 1 else int(len(members) > 1))
-    assert zone_layout(np.array(lengths), topology, Options(capacity=capacity)).tokens.sum() == sum(lengths)
+    assert zone_layout(np.array(lengths), topology, PlannerOptions(capacity=capacity)).tokens.sum() == sum(lengths)
 
 
 def test_many_nics_pay_where_links_are_faster():

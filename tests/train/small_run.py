@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -28,9 +29,8 @@ from longctx.data import Corpus
 from longctx.launcher import build
 from longctx.mesh import build_mesh
 from longctx.parallel.pipeline import Pipeline
+from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
-from longctx.train.gather import gather_numbers
-from longctx.train.meter import Meter
 from longctx.train.trainer import Trainer
 
 MODEL = ModelConfig(vocab_size=256, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=48, qk_norm=True)

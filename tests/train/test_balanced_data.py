@@ -14,8 +14,8 @@ from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus
 from longctx.launcher.build import build_loader
 from longctx.mesh import build_mesh
+from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
-from longctx.train.meter import Meter
 from tests.train.small_run import CPU, ran, small_config, train_on_sim
 
 RELATIVE = 1e-9

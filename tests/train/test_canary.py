@@ -18,8 +18,8 @@ from longctx.parallel import apply, tensor
 from longctx.parallel.pipeline import Pipeline
 from longctx.sequence import SequencePlan, TileSet
 from longctx.sim import Cluster, RankFailed
-from longctx.train import border as border_module
-from longctx.train.canary import run_canary
+from longctx.train import batch_sharder as border_module
+from longctx.train.canary.check import run_canary
 from tests.train.small_run import CPU, small_config
 
 

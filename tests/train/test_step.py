@@ -12,7 +12,7 @@ from longctx.launcher.build import build_model
 from longctx.mesh import build_mesh
 from longctx.sequence import IGNORE, Batch, Documents
 from longctx.sim import Cluster
-from longctx.train.border import Border
+from longctx.train.batch_sharder import BatchSharder
 from longctx.train.optimizer import build_optimizer
 from longctx.train.step import TrainStep
 from tests.train.small_run import CPU, small_config
@@ -38,7 +38,7 @@ class Rank:
         self.model = build_model(config, mesh, CPU)
         self.engine = NativeEngine(self.model, build_optimizer(self.model, config.optim))
         self.step = TrainStep(self.engine, mesh, CPU, grad_clip)
-        self.border = Border.of(config, mesh, CPU)
+        self.border = BatchSharder.of(config, mesh, CPU)
 
     def weights(self):
         return torch.cat([p.full_tensor().detach().flatten() for p in self.model.parameters()])

@@ -13,8 +13,8 @@ import pytest
 from longctx.errors import ConfigError, DataError, LongctxError, NumericsError, RequeueError, StorageError
 from longctx.launcher import build
 from longctx.mesh import build_mesh
+from longctx.reporting.meter import Meter, training_flops
 from longctx.sim import Cluster
-from longctx.train.meter import Meter, training_flops
 from tests.train.small_run import CPU, MODEL, Recorder, corpus, small_config
 
 KEYS = [

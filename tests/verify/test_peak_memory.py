@@ -2,7 +2,7 @@
 
 import torch
 
-from longctx.attention.operator import IMPLEMENTATIONS
+from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.verify.memory import PeakMemory
 
 

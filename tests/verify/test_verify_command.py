@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longctx.attention.registry import MODULES
+from longctx.attention.runtime.registry import MODULES
 from longctx.kernels.dense import Dense
-from longctx.launcher import cli, verify_command, verify_ranks
-from longctx.launcher.verify_command import matrix, table
-from longctx.linear import MIXERS, LinearAttention, Widths, get_mixer
+from longctx.launcher import cli
+from longctx.launcher.commands import verify as verify_command
+from longctx.launcher.commands.verify import matrix, table
+from longctx.launcher.verify import ranks as verify_ranks
+from longctx.linear import MIXERS, HeadDims, LinearAttention, get_mixer
 from longctx.linear import MODULES as LINEAR
 from longctx.verify import Verdict, VerifyCase, judge, refused
 from longctx.verify.case import TOLERANCE
@@ -188,7 +190,7 @@ def test_an_exact_mixer_passes_with_every_field(capsys, dtype, words):
     assert status == 0 and verdict["passed"] is True and list(verdict) == FIELDS
     mixer = get_mixer(verdict["mixer"])
     assert verdict["mixer"] == (words[3] if "--mixer" in words else "basic")
-    names = [*mixer.tokens(Widths(8, 8)), *mixer.parameters(Widths(8, 8)), *mixer.constants(2, 0, 2)]
+    names = [*mixer.tokens(HeadDims(8, 8)), *mixer.parameters(HeadDims(8, 8)), *mixer.constants(2, 0, 2)]
     assert list(verdict["errors"]) == ["out", *(f"d{name}" for name in names)]
     assert all(0 <= error < TOLERANCE[dtype][1] for error in verdict["errors"].values())
     assert sum(verdict["bytes_forward"]) > 0 and sum(verdict["bytes_backward"]) > 0

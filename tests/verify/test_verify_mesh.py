@@ -10,13 +10,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Partial
 
 from longctx.config import resolve, simulated_world_size
-from longctx.launcher import build, cli, env, parity_page, verify_mesh
+from longctx.launcher import build, cli, env
 from longctx.launcher.compose import compose
+from longctx.launcher.verify import mesh as verify_mesh
+from longctx.launcher.verify import parity_table as parity_page
 from longctx.parallel import tensor
 from longctx.sequence import cut
-from longctx.train import border
-from longctx.train.comparison import TOLERANCES
-from longctx.train.parity import shrink_for_parity
+from longctx.train import batch_sharder as border
+from longctx.train.canary.comparison import TOLERANCES
+from longctx.train.canary.parity import shrink_for_parity
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [
@@ -123,7 +125,7 @@ def shifted_positions(patch):
 
 def forgotten_decay(patch):
     """Only the mesh's optimizer: the gradients of the first step can't show it."""
-    from longctx.train import tiny_run
+    from longctx.train.canary.check import tiny_run
 
     right = tiny_run.build_optimizer
     patch.setattr(tiny_run, "build_optimizer", lambda model, config: right(model, replace(config, weight_decay=0.0)))
@@ -160,7 +162,7 @@ def test_the_parameter_whose_gradient_is_not_summed_is_named(capsys, monkeypatch
 
 
 def test_numbers_that_are_not_finite_fail_and_are_null(capsys, monkeypatch):
-    from longctx.train import tiny_run
+    from longctx.train.canary.check import tiny_run
 
     right = tiny_run.TinyRun.gradients
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
-from longctx.attention.operator import DEFAULT, Options
-from longctx.attention.registry import Sizes, Volume, divisors
+from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
+from longctx.attention.runtime.registry import Sizes, Volume, divisors
 from longctx.comm import group_of
 from longctx.sequence import Contiguous, Documents, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, mark_step
@@ -39,14 +39,14 @@ def plan_of(packing, mask: Mask, layout: Layout, length: int, world: int) -> Seq
     return SequencePlan([Documents.from_lengths(row) for row in packing], mask, layout, length, world)
 
 
-def choices(strategy: str, case: AttentionCase) -> Iterator[tuple[int, Options]]:
+def choices(strategy: str, case: AttentionCase) -> Iterator[tuple[int, StrategyOptions]]:
     """Every (inner, options) that the strategy tells apart and takes for a case; none where it refuses the case."""
     found = get_strategy(strategy)
     inners = divisors(case.world) if "inner" in found.takes else [None]
     sides = ("keys", "queries") if "backward" in found.takes else ("auto",)
     travels = ("wide", "narrow") if "travel" in found.takes else ("wide",)
     for inner, side, travel in itertools.product(inners, sides, travels):
-        options = Options(side, travel)
+        options = StrategyOptions(side, travel)
         asked = AttentionCase(
             case.world, case.heads, case.kv_heads, case.layout, case.mask, inner, options, case.documents
         )
@@ -76,7 +76,7 @@ class Case:
     heads: tuple[int, int]
     dtype: torch.dtype
     inner: int = 1
-    options: Options = DEFAULT
+    options: StrategyOptions = DEFAULT
     kernel: str = "auto"
 
     @property
@@ -100,7 +100,7 @@ def attend(
     heads: tuple[int, int],
     dtype: torch.dtype,
     inner: int = 1,
-    options: Options = DEFAULT,
+    options: StrategyOptions = DEFAULT,
 ) -> tuple[list[torch.Tensor], Volume]:
     """The calling rank's (out, dq, dk, dv), and what it counted as sent."""
     return attend_case(Case(strategy, plan, heads, dtype, inner, options))
@@ -134,7 +134,7 @@ def measured(
     heads: tuple[int, int],
     dtype: torch.dtype,
     inner: int = 1,
-    options: Options = DEFAULT,
+    options: StrategyOptions = DEFAULT,
     cluster: Cluster | None = None,
 ) -> list[Volume]:
     """By rank. What comm counts, what the trace of sim shows step by step, and its ledger are one."""
@@ -169,7 +169,7 @@ def measured_together(cases: Sequence[Case], cluster: Cluster | None = None) -> 
 
 
 def sizes_of(
-    plan: SequencePlan, heads: tuple[int, int], dtype: torch.dtype, inner: int = 1, options: Options = DEFAULT
+    plan: SequencePlan, heads: tuple[int, int], dtype: torch.dtype, inner: int = 1, options: StrategyOptions = DEFAULT
 ) -> Sizes:
     return Sizes(len(plan.documents), *heads, DIM, *BYTES[dtype], inner, options)
 
@@ -180,7 +180,7 @@ def closed(
     heads: tuple[int, int],
     dtype: torch.dtype,
     inner: int = 1,
-    options: Options = DEFAULT,
+    options: StrategyOptions = DEFAULT,
 ) -> list[Volume]:
     """What the strategy says that it sends, by rank."""
     return Case(strategy, plan, heads, dtype, inner, options).closed()
@@ -192,7 +192,7 @@ def assert_volume(
     heads: tuple[int, int],
     dtype: torch.dtype,
     inner: int = 1,
-    options: Options = DEFAULT,
+    options: StrategyOptions = DEFAULT,
 ) -> list[Volume]:
     """The closed form is what was sent; returns it by rank."""
     volumes = closed(strategy, plan, heads, dtype, inner, options)

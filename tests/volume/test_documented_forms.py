@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from longctx.attention import get_strategy
-from longctx.attention.operator import Options
-from longctx.attention.registry import MODULES, Sizes
+from longctx.attention.runtime.operator import StrategyOptions
+from longctx.attention.runtime.registry import MODULES, Sizes
 from longctx.sequence import Mask
 from tests.volume.measure import LAYOUTS, plan_of
 
@@ -57,7 +57,7 @@ def test_it_is_what_the_closed_form_gives(strategy, side, forward, backward, h, 
     for travel, wide in (("wide", 4), ("narrow", 2)):
         if travel == "narrow" and (strategy, side) not in GRADIENTS_ALONE:
             continue
-        sizes = Sizes(1, h, k, dim, element, 4, row, Options(side or "auto", travel))
+        sizes = Sizes(1, h, k, dim, element, 4, row, StrategyOptions(side or "auto", travel))
         names = {"P": world, "n": n, "h": h, "k": k, "D": dim, "e": element, "w": wide, "u": row}
         for rank in range(world):
             volume = get_strategy(strategy).volume(plan, rank, sizes)

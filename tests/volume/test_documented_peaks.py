@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import StrategyAttention, contract, get_strategy
-from longctx.attention.operator import DEFAULT, IMPLEMENTATIONS, Options
-from longctx.attention.registry import Sizes
-from longctx.attention.swap import HeadGroups
+from longctx.attention import StrategyAttention, get_strategy
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.head_sharding import HeadGroups
+from longctx.attention.runtime.operator import DEFAULT, IMPLEMENTATIONS, StrategyOptions
+from longctx.attention.runtime.registry import Sizes
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
@@ -31,7 +32,7 @@ def peaks(
     plan: SequencePlan,
     heads: tuple[int, int],
     inner: int,
-    options: Options,
+    options: StrategyOptions,
     kernel: str = "nothing",
 ) -> tuple[int, int]:
     """Of the calling rank in forward and in both passes, of which the backward pass has the higher."""
@@ -80,8 +81,8 @@ def inner_of(strategy: str) -> int:
     return {"ulysses": WORLD, "usp": 2, "burst": WORLD}.get(strategy, 1)
 
 
-def options_of(side: str) -> Options:
-    return Options(side) if side in ("keys", "queries") else DEFAULT
+def options_of(side: str) -> StrategyOptions:
+    return StrategyOptions(side) if side in ("keys", "queries") else DEFAULT
 
 
 def ratios(row, layout: str, mask: Mask, lengths: tuple[int, ...], heads: tuple[int, int]) -> list[tuple[int, Any]]:
@@ -115,7 +116,7 @@ def test_what_the_table_has_no_row_for_is_a_bound_too(strategy):
     """Whole sequences, a double ring, and rows of scores (by its own products, not by a kernel)."""
     world, inner = {"local": (1, 1), "burst": (8, 2), "rsa": (4, 1)}[strategy]
     plan = plan_of([(ROWS * world,)], Mask(False), LAYOUTS["contiguous"], ROWS * world, world)
-    options = Options("keys") if strategy == "burst" else DEFAULT
+    options = StrategyOptions("keys") if strategy == "burst" else DEFAULT
     kernel = "auto" if strategy == "rsa" else "nothing"
     published = get_strategy(strategy).peak(plan, Sizes(1, 8, 8, DIM, 2, 4, inner, options))
     ranks = Cluster(world, trace=False).run(peaks, strategy, plan, (8, 8), inner, options, kernel)

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import AttentionCase, StrategyAttention, contract, get_strategy
-from longctx.attention.operator import IMPLEMENTATIONS
-from longctx.attention.registry import MODULES, Sizes
-from longctx.launcher.volume_page import ABOVE, WITHIN
+from benchmarks.tables.volume import ABOVE, WITHIN
+from longctx.attention import AttentionCase, StrategyAttention, get_strategy
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.operator import IMPLEMENTATIONS
+from longctx.attention.runtime.registry import MODULES, Sizes
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
 from tests.equivalence.pairwise import pairwise

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from longctx.attention import AttentionCase, contract
-from longctx.attention.registry import MODULES
+from longctx.attention import AttentionCase
+from longctx.attention.runtime import local_kernel as contract
+from longctx.attention.runtime.registry import MODULES
 from longctx.sequence import SequencePlan
 from tests.equivalence.pairwise import pairwise
 from tests.volume.measure import LAYOUTS, MASKS, PACKINGS, Case, Nothing, choices, measured_together, plan_of

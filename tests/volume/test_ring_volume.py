@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 
 from longctx.attention import get_strategy
-from longctx.attention.operator import Options
-from longctx.attention.registry import Sizes, Volume
+from longctx.attention.runtime.operator import StrategyOptions
+from longctx.attention.runtime.registry import Sizes, Volume
 from longctx.sequence import Contiguous, Explicit, Mask, SequencePlan
 from longctx.sim import Cluster
 from tests.equivalence.pairwise import pairwise
@@ -148,4 +148,4 @@ def test_local_attention_sends_nothing():
 @pytest.mark.parametrize("travel", ["wide", "narrow"])
 def test_bytes_and_messages_of_either_way_home_are_the_closed_form(layout, mask, travel):
     plan = plan_of(PACKINGS["mixed"], MASKS[mask], LAYOUTS[layout], 192, 4)
-    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=Options(travel=travel))
+    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=StrategyOptions(travel=travel))

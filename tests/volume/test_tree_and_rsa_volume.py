@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from longctx.attention.operator import Options
+from longctx.attention.runtime.operator import StrategyOptions
 from longctx.sequence import Documents, Mask, SequencePlan
 from tests.volume.measure import BYTES, DIM, LAYOUTS, closed, measured
 from tests.volume.ring_count import visible
 
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (4, 1)}
 MASKS = {"causal": Mask(), "full": Mask(False), "window": Mask(window=9), "window full": Mask(False, 9)}
-NARROW = Options(travel="narrow")
+NARROW = StrategyOptions(travel="narrow")
 
 
 def plan_of(layout: str, world: int, packing=((37,),), mask: Mask = MASKS["causal"], length: int = 37) -> SequencePlan:
@@ -31,7 +31,7 @@ def visits(plan: SequencePlan) -> np.ndarray:
     return counts
 
 
-def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: Options) -> None:
+def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: StrategyOptions) -> None:
     found = measured("tree", plan, HEADS[heads], dtype, options=options)
     assert found == closed("tree", plan, HEADS[heads], dtype, options=options)
     (size, wide), batch, counts = BYTES[dtype], len(plan.documents), visits(plan)
@@ -49,14 +49,14 @@ def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: Opti
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_tree_sends_what_sees_and_is_seen(layout, world):
     heads = tuple(HEADS)[world % 3]
-    check_tree(plan_of(layout, world), heads, torch.bfloat16, (Options(), NARROW)[world % 2])
+    check_tree(plan_of(layout, world), heads, torch.bfloat16, (StrategyOptions(), NARROW)[world % 2])
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tree_sends_less_where_documents_and_windows_hide(layout, mask):
     packing = ((18, 1, 1, 17), (5, 20))
-    check_tree(plan_of(layout, 3, packing, MASKS[mask]), "gqa", torch.float32, Options())
+    check_tree(plan_of(layout, 3, packing, MASKS[mask]), "gqa", torch.float32, StrategyOptions())
 
 
 def test_without_a_mask_a_tree_rank_sends_every_other_rank_a_shard_and_returns_one():

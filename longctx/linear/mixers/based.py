@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from longctx.linear.mixer import (
+    HeadDims,
     Inputs,
     LinearCore,
     Mixer,
-    Widths,
     no_constants,
     no_parameters,
     nothing_to_fill,
@@ -33,7 +33,7 @@ from longctx.sequence import Documents
 WIDTH = 16  # channels of a query at most
 
 
-def tokens(widths: Widths) -> dict[str, int]:
+def tokens(widths: HeadDims) -> dict[str, int]:
     width = min(WIDTH, widths.key)
     return {"q": width, "k": width, "v": widths.value}
 
@@ -68,9 +68,9 @@ def recurrence(x: Inputs, documents: Sequence[Documents]) -> Tensor:
     return out
 
 
-def flops(widths: Widths, chunk: int) -> float:
+def flops(widths: HeadDims, chunk: int) -> float:
     width = tokens(widths)["q"]
-    return scan_flops(Widths(1 + width + width * (width + 1) // 2, widths.value + 1), chunk)
+    return scan_flops(HeadDims(1 + width + width * (width + 1) // 2, widths.value + 1), chunk)
 
 
 MIXER = Mixer(

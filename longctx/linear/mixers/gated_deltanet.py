@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from longctx.attention.partial import accumulation_dtype
-from longctx.linear.mixer import Inputs, LinearCore, Mixer, Widths, delta_flops, fill_gate, no_constants, plain_tokens
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.linear.mixer import HeadDims, Inputs, LinearCore, Mixer, delta_flops, fill_gate, no_constants, plain_tokens
 from longctx.linear.mixers.simple_gla import log_decay
 from longctx.linear.reference import convolved, delta_sums
 from longctx.sequence import Documents
@@ -25,11 +25,11 @@ TAPS = 4  # of the short convolutions
 SMALLEST = 1e-6  # what a squared length is at least, nearly
 
 
-def tokens(widths: Widths) -> dict[str, int]:
+def tokens(widths: HeadDims) -> dict[str, int]:
     return {**plain_tokens(widths), "a": 1, "b": 1}
 
 
-def parameters(widths: Widths) -> dict[str, tuple[int, ...]]:
+def parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
     kernels = {f"{name}_conv": (channels, TAPS) for name, channels in plain_tokens(widths).items()}
     return {"A_log": (), "dt_bias": (), **kernels}
 

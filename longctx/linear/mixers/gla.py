@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.linear.mixer import (
+    HeadDims,
     Inputs,
     LinearCore,
     Mixer,
-    Widths,
     no_constants,
     no_parameters,
     nothing_to_fill,
@@ -31,7 +31,7 @@ from longctx.sequence import Documents
 TEMPERATURE = 16
 
 
-def tokens(widths: Widths) -> dict[str, int]:
+def tokens(widths: HeadDims) -> dict[str, int]:
     return {**plain_tokens(widths), "g": widths.key}
 
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from longctx.linear.mixer import Inputs, LinearCore, Mixer, Widths, no_constants, plain_tokens, scan_flops
+from longctx.linear.mixer import HeadDims, Inputs, LinearCore, Mixer, no_constants, plain_tokens, scan_flops
 from longctx.linear.mixers.basic import normalised
 from longctx.linear.reference import decayed_sums
 from longctx.sequence import Documents
 
 
-def parameters(widths: Widths) -> dict[str, tuple[int, ...]]:
+def parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
     """One map for queries, one for keys."""
     return {"q_map": (widths.key, widths.key), "k_map": (widths.key, widths.key)}
 
@@ -54,9 +54,9 @@ def _by_definition(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([up, down], -1) / (up + down).sum(-1, keepdim=True)
 
 
-def flops(widths: Widths, chunk: int) -> float:
+def flops(widths: HeadDims, chunk: int) -> float:
     """The scan of twice as many channels, and both maps."""
-    return scan_flops(Widths(2 * widths.key, widths.value + 1), chunk) + 4.0 * widths.key**2
+    return scan_flops(HeadDims(2 * widths.key, widths.value + 1), chunk) + 4.0 * widths.key**2
 
 
 MIXER = Mixer(

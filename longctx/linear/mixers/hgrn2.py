@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
-from longctx.linear.mixer import Inputs, LinearCore, Mixer, Widths, no_parameters, nothing_to_fill, scan_flops
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.linear.mixer import HeadDims, Inputs, LinearCore, Mixer, no_parameters, nothing_to_fill, scan_flops
 from longctx.linear.reference import decayed_sums
 from longctx.sequence import Documents
 
 LEAST = -80.0  # of a gate: all is forgotten long before, and fp32 knows no smaller sigmoid
 
 
-def tokens(widths: Widths) -> dict[str, int]:
+def tokens(widths: HeadDims) -> dict[str, int]:
     return {"q": widths.key, "f": widths.key, "v": widths.value}
 
 

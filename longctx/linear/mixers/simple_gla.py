@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.attention.partial import accumulation_dtype
+from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.linear.mixer import (
+    HeadDims,
     Inputs,
     LinearCore,
     Mixer,
-    Widths,
     fill_gate,
     no_constants,
     plain_tokens,
@@ -29,11 +29,11 @@ from longctx.linear.reference import decayed_sums
 from longctx.sequence import Documents
 
 
-def tokens(widths: Widths) -> dict[str, int]:
+def tokens(widths: HeadDims) -> dict[str, int]:
     return {**plain_tokens(widths), "a": 1}
 
 
-def parameters(widths: Widths) -> dict[str, tuple[int, ...]]:
+def parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
     return {"A_log": (), "dt_bias": ()}
 
 

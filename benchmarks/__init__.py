@@ -1,0 +1,1 @@
+"""What compares, proves and shapes links: run from a checkout with ``python -m benchmarks NAME``."""

@@ -1,0 +1,1 @@
+"""One benchmark per module: its options, its processes and the table that it prints."""

@@ -1,0 +1,163 @@
+"""``python -m benchmarks linear``: what linear layers cost over a sequence that ranks share.
+
+First on two processes of one core each: time of a token from short to long sequences, and the share of the floor
+without exchanges. Then over four nodes with late links: what each strategy exposes of their latency. Nothing is timed
+before a green exactness check of every strategy and mixer on ``sim`` in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.attention import Timing
+from benchmarks.commands import late_link as bench_late_link
+from benchmarks.linear import FLAT, SHARE, LinearCell, lengths_of, measure, unevenness
+from longctx.errors import ConfigError, NotAvailableError, NumericsError
+from longctx.launcher.machine import described, load
+from longctx.launcher.options import numbers, words
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo
+from longctx.launcher.spread import spread
+from longctx.launcher.verify.ranks import check
+from longctx.linear import MIXERS
+from longctx.linear import MODULES as STRATEGIES
+from longctx.linear.mixer import SIZED
+from longctx.verify import VerifyCase, refusal_of
+
+WORLD, HEADS, HEAD_DIM = 2, 8, 64
+GATE_TOKENS = 509
+PATIENCE = 3600.0  # seconds
+SEQUENCES = "2048,4096,8192,16384,32768"
+DEFAULTS = {"strategies": ",".join(STRATEGIES), "seq": SEQUENCES, "repeats": 5}
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--mixers", default="retnet,gated_deltanet", help="comma-separated, of those with a state")
+    parser.add_argument(
+        "--link", action=argparse.BooleanOptionalAction, default=True, help="whether to go on over late links"
+    )
+    parser.add_argument("--latency-ms", type=float, default=5.0, help="of a late link, one way")
+    parser.add_argument("--latency-tokens", type=int, default=1024, help="of one sequence over the four nodes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.repeats < 1:
+        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; {DEFAULTS['repeats']} is the default")
+    cases = cases_of(arguments)
+    late = bench_late_link.cases_of(arguments, cases[0].mixer) if arguments.link else []
+    started = time.monotonic()
+    require_exact(cases)
+    cells = measured(cases, arguments.repeats)
+    told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
+    if not arguments.json:
+        print(report(told, cells))
+    exposed, missing = None, None
+    if arguments.link:
+        try:
+            exposed = bench_late_link.measured(late, arguments)
+        except NotAvailableError as error:
+            missing = f"the part over late links was skipped: {error}"
+    if arguments.json:
+        rows = [{**asdict(cell), "per_token": cell.per_token} for cell in cells]
+        uneven = {f"{mixer} {strategy}": unevenness(row) for mixer, strategy, row in lengths_of(cells)}
+        link = exposed and bench_late_link.told(exposed)
+        print(json.dumps({"machine": described(), **told, "cells": rows, "unevenness": uneven, "link": link}))
+    elif exposed:
+        print("\n" + bench_late_link.report(exposed, arguments))
+    if missing:
+        raise NotAvailableError(missing)
+    return 0
+
+
+def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
+    """Mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
+    stateful = [name for name in MIXERS if name not in SIZED]
+    mixers = words("mixers", arguments.mixers, stateful)
+    strategies = words("strategies", arguments.strategies, STRATEGIES)
+    lengths = numbers("seq", arguments.seq)
+    if min(lengths) < WORLD:
+        raise ConfigError(f"--seq {min(lengths)} must be at least {WORLD}: a token for each process")
+    return [
+        VerifyCase(
+            strategy, "contiguous", WORLD, "gloo", seq,
+            heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, dtype="float32", mixer=mixer,
+        )
+        for mixer, seq, strategy in itertools.product(mixers, lengths, strategies)
+    ]  # fmt: skip
+
+
+def require_exact(cases: Iterable[VerifyCase]) -> None:
+    """No timing without a green gate: the same cases, shorter and in float64, against the recurrence."""
+    small = []
+    for case in cases:
+        reason = refusal_of(case)
+        if reason:
+            raise ConfigError(f"{case.strategy} with {case.mixer} refuses: {reason}; or leave it out")
+        small.append(replace(case, backend="sim", seq=min(case.seq, GATE_TOKENS), dtype="float64"))
+    for case in dict.fromkeys(small):
+        if not check(case)[0].passed:
+            raise NumericsError(f"{case.strategy} with {case.mixer} is not exact; it is not timed")
+
+
+def measured(cases: Sequence[VerifyCase], repeats: int) -> list[LinearCell]:
+    """Mixer after mixer; all lengths and strategies of one take turns."""
+    job = {
+        "groups": [list(map(asdict, group)) for _, group in itertools.groupby(cases, key=lambda case: case.mixer)],
+        "repeats": repeats,
+    }
+    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
+        run_gloo("benchmarks.commands.linear", json.dumps(job), WORLD, Path(name), Workers(limit=PATIENCE))
+        plain = json.loads((Path(name) / "measured.json").read_text())
+    return [
+        LinearCell(**{**cell, **{side: Timing(**cell[side]) for side in ("time", "floor", "share")}}) for cell in plain
+    ]
+
+
+def report(told: dict[str, Any], cells: Sequence[LinearCell]) -> str:
+    lines = [
+        f"forward + backward of a layer's core, {WORLD} Gloo processes of one core, {HEADS} heads of {HEAD_DIM}, "
+        f"float32, contiguous; {told['repeats']} interleaved repeats, median (min-max); load {told['load']}, "
+        f"{told['seconds']:.0f} s; time of a token of the whole sequence",
+        "",
+        "| mixer | strategy | tokens | time, ms | a token, us | floor, ms | share of floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    verdicts = []
+    for mixer, strategy, row in lengths_of(cells):
+        lines += [
+            f"| {mixer} | {strategy} | {cell.seq} | {spread(vars(cell.time), 1e3, '.0f')} | {cell.per_token * 1e6:.1f} "
+            f"| {spread(vars(cell.floor), 1e3, '.0f')} | {spread(vars(cell.share), 1.0, '.3f')} |"
+            for cell in row
+        ]
+        uneven, least = unevenness(row), min(row, key=lambda cell: cell.share.median)
+        verdicts.append(
+            f"{mixer}, {strategy}: time of a token within {uneven:.1%} of its mean ({_kept(uneven <= FLAT)}: "
+            f"{FLAT:.0%}); least share of the floor {least.share.median:.3f} at {least.seq} tokens "
+            f"({_kept(least.share.median >= SHARE)}: {SHARE})"
+        )
+    return "\n".join([*lines, "", *verdicts])
+
+
+def _kept(kept: bool) -> str:
+    return "kept" if kept else "**not kept**"
+
+
+def worker(given: list[str]) -> None:
+    with gloo_rank(given, pinned=True) as (job, folder, rank):
+        cells: list[LinearCell] = []
+        for group in job["groups"]:
+            cells += measure([VerifyCase.of(case) for case in group], job["repeats"])
+        if rank == 0:
+            (folder / "measured.json").write_text(json.dumps(list(map(asdict, cells))))
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1:])

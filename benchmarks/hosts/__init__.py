@@ -1,0 +1,1 @@
+"""Nodes made on one Linux machine: network namespaces, late links, memory limits."""

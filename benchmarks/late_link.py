@@ -1,0 +1,145 @@
+"""Exposed waiting over links that are late: what ranks waited for exchanges, beside what a replay of them says.
+
+A rank keeps a timeline of a pass: when it posted which exchange, and when it awaited it. Its waits are what was
+exposed; what lies between them is computing. The replay takes posts and computing from the timelines and the latency
+from the command, and tells how long waits should have been.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.attention import Timing
+from benchmarks.link import PASSES
+from benchmarks.waiting import program_of, replay, waited
+from longctx.comm import ExchangeEvent, group_of
+from longctx.verify import VerifyCase
+from longctx.verify.run import core_of, local_inputs
+
+HEAD_START = 0.05  # seconds from an agreement to the start that was agreed: longer than it takes to hear of it
+CLOSE = 0.2  # how far a measured ratio may be from the predicted one
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One pass as one rank saw it, in seconds of this machine's clock, which all ranks share."""
+
+    started: float
+    ended: float
+    timeline: tuple[ExchangeEvent, ...]
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """Seconds that the rank that waits longest waits: by repeat, measured and by replay."""
+
+    measured: tuple[float, ...]
+    predicted: tuple[float, ...]
+
+    def __add__(self, other: Exposed) -> Exposed:
+        """Of two passes, one after the other."""
+        return Exposed(
+            tuple(a + b for a, b in zip(self.measured, other.measured, strict=True)),
+            tuple(a + b for a, b in zip(self.predicted, other.predicted, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class ExposedRatio:
+    """Exposed waiting of another strategy over LASP-2's, paired by repeat."""
+
+    measured: Timing
+    predicted: Timing
+
+    @classmethod
+    def of(cls, over: Exposed, under: Exposed) -> ExposedRatio:
+        return cls(_paired(over.measured, under.measured), _paired(over.predicted, under.predicted))
+
+    @property
+    def deviation(self) -> float:
+        """Of the measured ratio from the predicted one."""
+        return self.measured.median / self.predicted.median - 1
+
+    @property
+    def close(self) -> bool:
+        return abs(self.deviation) <= CLOSE
+
+
+def _paired(over: Sequence[float], under: Sequence[float]) -> Timing:
+    return Timing.of([a / max(b, 1e-9) for a, b in zip(over, under, strict=True)])
+
+
+def measure(cases: list[VerifyCase], repeats: int) -> list[list[list[Seen]]]:
+    """By case and repeat: the forward and the backward pass of this rank; cases are interleaved, and turn round."""
+    found: list[list[list[Seen]]] = [[] for _ in cases]
+    passes = [_Passes(case) for case in cases]
+    for repeat in range(repeats + 1):
+        for number in range(len(cases))[:: 1 if repeat % 2 else -1]:
+            seen = [_seen(run) for run in (passes[number].forward, passes[number].backward)]
+            if repeat:  # the first round opens connections and warms up
+                found[number].append(seen)
+    return found
+
+
+class _Passes:
+    """Both passes of one case on this rank."""
+
+    def __init__(self, case: VerifyCase) -> None:
+        self._plan, self._local, self._dout = local_inputs(case, dist.get_rank())
+        self._compute = core_of(case, dist.group.WORLD)
+        self._out: Tensor = self._dout
+
+    def forward(self) -> None:
+        self._out = self._compute(self._local, self._plan.handle)
+
+    def backward(self) -> None:
+        torch.autograd.grad(self._out, list(self._local.values()), self._dout)
+
+
+def _seen(run: Callable[[], None]) -> Seen:
+    traffic = group_of(dist.group.WORLD).traffic
+    timeline: list[ExchangeEvent] = []
+    traffic.timeline = timeline
+    started = _together()
+    run()
+    ended = time.perf_counter()
+    traffic.timeline = None
+    return Seen(started, ended, tuple(timeline))
+
+
+def _together() -> float:
+    """Waits for a moment that all ranks agree on: they would leave a barrier over late links one after the other."""
+    start = torch.tensor(time.perf_counter() + HEAD_START, dtype=torch.float64)
+    dist.all_reduce(start, dist.ReduceOp.MAX)
+    time.sleep(max(0.0, float(start) - time.perf_counter()))
+    return float(start)
+
+
+def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[str, Exposed]:
+    """By pass, from what every rank saw of one case: ``ranks[rank][repeat][pass]``; ``latency`` in seconds."""
+    found = {}
+    for number, name in enumerate(PASSES):
+        repeats = [[repeat[number] for repeat in seen] for seen in zip(*ranks, strict=True)]
+        measured = [max(waited(rank.timeline) for rank in repeat) for repeat in repeats]
+        predicted = [
+            max(
+                spent.waited
+                for spent in replay([program_of(rank.timeline, rank.started, rank.ended) for rank in repeat], latency)
+            )
+            for repeat in repeats
+        ]
+        found[name] = Exposed(tuple(measured), tuple(predicted))
+    return found
+
+
+def in_order(exposed: Sequence[Exposed]) -> bool:
+    """Whether the first one's waiting is the least in the median."""
+    medians = [Timing.of(one.measured).median for one in exposed]
+    return all(medians[0] < other for other in itertools.islice(medians, 1, None))

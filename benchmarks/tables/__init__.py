@@ -1,0 +1,1 @@
+"""Tables that are built from closed forms and measurements of this project."""

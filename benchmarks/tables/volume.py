@@ -1,0 +1,174 @@
+"""docs/volume.md: what each strategy sends and keeps, by the closed forms that tests hold to the ledger of sim and to
+live tensors.
+
+``make docs`` and ``make matrix`` write it: ``python -m benchmarks.tables.volume docs/volume.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longctx.attention import AttentionCase, Strategy, StrategyOptions, get_strategy, inner_of, refusal
+from longctx.attention.runtime.operator import DEFAULT
+from longctx.attention.runtime.registry import Sizes, Volume, divisors
+from longctx.sequence import LAYOUTS, Documents, Mask, SequencePlan, make_layout, make_plan
+
+WORLDS = (2, 3, 4, 8)
+HEADS = ((32, 8), (32, 32))
+HEAD_DIM = 128
+ELEMENT, WIDE = 2, 4  # bytes: bfloat16, and float32 to sum in
+SHARD = 1024  # tokens of a rank
+CAUSAL = Mask()
+REFUSED = "–"
+WITHIN = 512  # bytes: single numbers and indices, which closed forms of memory leave out
+# How many times what is alive the closed form of a strategy's peak memory may be; those of all others are just that.
+ABOVE = {"gather": 1.1, "token_ring": 1.5, "tree": 1.3, "rsa": 1.2, "disaggregated": 2.5, "zeppelin": 2.5}
+
+PAGE = """# What each strategy sends, and keeps
+
+Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume` and `peak`);
+do not edit. `make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`:
+every strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal
+and full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
+
+One layer, one causal document of {shard} tokens a rank, heads of {dim} channels, {q_heads} of them of queries and
+{few} or {many} of keys and values, bfloat16. **KiB per local token** that a rank sends; where ranks differ, their mean
+and the busiest; {refused} where it refuses, because ranks do not divide {q_heads} heads. Messages are those of the
+busiest rank, forward + backward, with {few} key/value heads. `a×b` are `b` rows of `attention.inner=a` ranks; `keys`
+and `queries` stand for `attention.backward`, `narrow` for `attention.travel`.
+
+**Peak** is memory, in the same unit: bytes of tensors alive at one time beside q, k, v and dout on the rank with most,
+results included, the local kernel's own workspace apart. `make matrix` holds `peak` to what is alive on `sim`, for the
+same strategies, choices and layouts, with every packing and every mask: as much, to within {small} bytes; where a form
+is a bound, at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
+
+{tables}
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of each table: a strategy with options that change what it sends."""
+
+    strategy: str
+    options: StrategyOptions = DEFAULT
+    rows: bool = False  # ranks as several rows of several ranks
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+
+    def inner(self, world: int) -> int | None:
+        """Ranks in a row: the largest divisor below the world; None where it is left to the strategy."""
+        return max(n for n in divisors(world) if n < world) if self.rows else None
+
+    def name(self, world: int) -> str:
+        words = [f"`{self.strategy}`"]
+        words += [f"{self.inner(world)}×{world // (self.inner(world) or 1)}"] if self.rows else []
+        words += [f"{self.options.backward}"] if self.options.backward != "auto" else []
+        words += ["narrow"] if self.options.travel == "narrow" else []
+        return ", ".join(words)
+
+
+NARROW = StrategyOptions(travel="narrow")
+CHOICES = (
+    Choice("ring"),
+    Choice("ring", NARROW),
+    Choice("burst", StrategyOptions("queries")),
+    Choice("burst", StrategyOptions("queries", "narrow")),
+    Choice("burst", StrategyOptions("keys"), rows=True),
+    Choice("token_ring"),
+    Choice("token_ring", NARROW),
+    Choice("tree"),
+    Choice("tree", NARROW),
+    Choice("gather"),
+    Choice("gather", NARROW),
+    Choice("usp", rows=True),
+    Choice("ulysses"),
+    Choice("rsa"),
+    # Over single tokens of other layouts, planning alone takes seconds.
+    Choice("disaggregated", layouts=("contiguous",)),
+    Choice("zeppelin", layouts=("contiguous",)),
+)
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    (q_heads, few), (_, many) = HEADS
+    tables = "\n\n".join("\n".join(table(world)) for world in WORLDS)
+    above = ", ".join(f"`{name}` 1/{most}" for name, most in ABOVE.items())
+    heads = {"q_heads": q_heads, "few": few, "many": many}
+    return PAGE.format(shard=SHARD, dim=HEAD_DIM, refused=REFUSED, tables=tables, above=above, small=WITHIN, **heads)
+
+
+def table(world: int) -> Iterator[str]:
+    """Its lines; layouts that cost the same share one."""
+    columns = [f"{heads}/{kv_heads} {way}" for heads, kv_heads in HEADS for way in ("forward", "backward")]
+    titles = [*columns, "messages", *(f"peak {column}" for column in columns)]
+    yield f"## {world} ranks\n"
+    yield f"| strategy | layout | {' | '.join(titles)} |"
+    yield f"|---|---|{'---|' * len(titles)}"
+    for choice in CHOICES:
+        if choice.rows and choice.inner(world) == 1:
+            continue
+        by_cells: dict[tuple[str, ...], list[str]] = {}
+        for layout in choice.layouts:
+            by_cells.setdefault(cells(choice, layout, world), []).append(layout)
+        for found, layouts in by_cells.items():
+            of = "all" if len(layouts) == len(LAYOUTS) else ", ".join(layouts)
+            yield f"| {choice.name(world)} | {of} | {' | '.join(found)} |"
+
+
+def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
+    """Forward and backward for each of ``HEADS``, messages, and peak memory for each; or that it is refused."""
+    plan, strategy = plan_of(layout, world), get_strategy(choice.strategy)
+    found: list[str] = []
+    peaks: list[str] = []
+    messages = ""
+    for heads, kv_heads in HEADS:
+        case = AttentionCase(world, heads, kv_heads, layout, CAUSAL, choice.inner(world), choice.options)
+        if refusal(strategy, case):
+            found += [REFUSED, REFUSED]
+            peaks += [REFUSED, REFUSED]
+            continue
+        peak = strategy.peak(plan, sizes_of(strategy, case))
+        peaks += [_kib(peak.forward), _kib(peak.backward)]
+        volumes = by_rank(strategy, case, plan)
+        found += [_mean_and_most([one.forward for one in volumes]), _mean_and_most([one.backward for one in volumes])]
+        most = [max(column) for column in zip(*((v.messages_forward, v.messages_backward) for v in volumes))]
+        messages = messages or " + ".join(map(str, most))
+    return (*found, messages, *peaks)
+
+
+def by_rank(strategy: Strategy, case: AttentionCase, plan: SequencePlan) -> list[Volume]:
+    return [strategy.volume(plan, rank, sizes_of(strategy, case)) for rank in range(case.world)]
+
+
+def sizes_of(strategy: Strategy, case: AttentionCase) -> Sizes:
+    return Sizes(1, case.heads, case.kv_heads, HEAD_DIM, ELEMENT, WIDE, inner_of(strategy, case), case.options)
+
+
+def plan_of(layout: str, world: int) -> SequencePlan:
+    return make_plan((Documents.single(world * SHARD),), CAUSAL, make_layout(layout), world * SHARD, world)
+
+
+def _mean_and_most(numbers: list[int]) -> str:
+    mean, most = (_kib(number) for number in (sum(numbers) / len(numbers), max(numbers)))
+    return mean if mean == most else f"{mean}, {most}"
+
+
+def _kib(number: float) -> str:
+    return f"{number / 1024 / SHARD:.1f}".removesuffix(".0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page to the given file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables.volume", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.parse_args(argv).file.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

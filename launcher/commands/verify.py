@@ -1,0 +1,355 @@
+"""``longctx verify``: exactness of a strategy against the dense reference, on ``sim`` or on Gloo processes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longctx.attention.runtime.registry import MODULES, get_strategy
+from longctx.config.choices import STRATEGIES
+from longctx.config.rules import one_of
+from longctx.errors import ConfigError, StorageError, UsageError
+from longctx.launcher.verify import mesh as verify_mesh
+from longctx.launcher.verify import parity_table as parity_page
+from longctx.launcher.verify.ranks import check
+from longctx.linear import MIXERS, get_linear
+from longctx.linear import MODULES as LINEAR
+from longctx.linear.mixer import SIZED
+from longctx.sequence import LAYOUTS
+from longctx.verify import Verdict, VerifyCase, refusal_of, refused
+from longctx.verify.case import DTYPES
+
+PASSED, FAILED, REFUSED = 0, 70, 78
+
+
+# Options of one attention case, with what they are when left out. The parser leaves them at None, so that
+# --mesh can refuse those that were given.
+CASE = {
+    "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
+    "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
+    "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
+    "chunk": 64, "mixer_block": None, "mixer_top_k": None,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy", help=f"one of {', '.join((*MODULES, *LINEAR))}; default: ring, or lasp2 with --mixer"
+    )
+    parser.add_argument("--layout", help=f"one of {', '.join(LAYOUTS)}; default: what the strategy prefers")
+    parser.add_argument("--layout-block", type=int, help="tokens per stripe of the striped layout; default: 1")
+    parser.add_argument("--mixer", help=f"of a linear strategy, one of {', '.join(MIXERS)}; default there: basic")
+    parser.add_argument("--chunk", type=int, help="tokens that a linear layer computes at once; default: 64")
+    parser.add_argument("--mixer-block", type=int, help="tokens of a block of moba, of a chunk of rat")
+    parser.add_argument("--mixer-top-k", type=int, help="blocks that a query of moba reads, its own among them")
+    parser.add_argument("--world", type=int, help="ranks that share the sequence; default: 4")
+    parser.add_argument("--backend", choices=("sim", "gloo"), help="default: sim")
+    parser.add_argument("--seq", type=int, help="tokens; default: the sum of --documents, or 1024")
+    parser.add_argument("--documents", help="lengths of packed documents, comma-separated; they add up to --seq")
+    parser.add_argument("--heads", type=int, help="default: 8")
+    parser.add_argument("--kv-heads", type=int, help="default: 2; of linear strategies: as many as --heads")
+    parser.add_argument("--head-dim", type=int, help="default: 32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float64; with --mesh: train.dtype")
+    parser.add_argument("--window", type=int, help="a query sees itself and the window - 1 tokens before it")
+    parser.add_argument("--non-causal", action="store_true", default=None, help="queries see later tokens too")
+    parser.add_argument("--batch", type=int, help="default: 1")
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--kernel", help="local kernel by name; default: auto")
+    parser.add_argument("--inner", type=int, help="neighbours in one row of the ranks seen as a grid")
+    parser.add_argument("--backward", help="what travels in the backward pass: auto (default), keys or queries")
+    parser.add_argument("--travel", help="gradients on their way: wide (default), summed there, or narrow")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
+    parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
+    parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
+    verify_mesh.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check_files(arguments)
+    if arguments.mesh:
+        _refuse_case_options(arguments)
+        return parity_page.run(arguments) if arguments.all else verify_mesh.run(arguments)
+    if arguments.steps is not None or arguments.overrides:
+        word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
+        raise UsageError(f"{word} is for a whole run; add --mesh, or leave it out")
+    if arguments.all:
+        _refuse_of_one_case(arguments)
+    defaults = {**CASE, "dtype": "float64"}
+    if arguments.mixer is not None or arguments.strategy in LINEAR:
+        heads = CASE["heads"] if arguments.heads is None else arguments.heads
+        defaults |= {"strategy": "lasp2", "mixer": "basic", "kv_heads": heads}
+    for name, default in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    if arguments.all:
+        return _run_all(arguments)
+    case = case_of(arguments)
+    reason = refusal_of(case)
+    if reason:
+        if not arguments.json:
+            key = "attention.strategy" if case.mixer is None else "attention.linear"
+            raise ConfigError(f"{key}={case.strategy} refuses: {reason}")
+        _show([refused(case, reason)], True, many=False)
+        return REFUSED
+    verdict, tensors = check(case)
+    if arguments.dump:
+        _dump({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
+    _show([verdict], arguments.json, many=False)
+    return PASSED if verdict.passed else FAILED
+
+
+def _refuse_of_one_case(arguments: argparse.Namespace) -> None:
+    """The matrix chooses its own cases, but for their length, dtype and backend."""
+    given = [name for name in CASE if name not in ("seq", "backend") and getattr(arguments, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for one case, and --all has its own; leave out one of them"
+        )
+
+
+def _refuse_case_options(arguments: argparse.Namespace) -> None:
+    given = [name for name in CASE if getattr(arguments, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for one attention case; --mesh reads the run's configuration, "
+            "for example attention=ring attention.layout=zigzag parallel.sp=2"
+        )
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuses files that could not be written, before any work."""
+    if arguments.table and not arguments.all:
+        raise UsageError("--table is for the whole matrix; add --all")
+    if arguments.dump and arguments.all and not arguments.mesh:
+        raise UsageError("--dump is for one case; leave out --all")
+    for file in (arguments.dump, arguments.table):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise StorageError(f"{file} can't be written: it must be a file in a folder that exists")
+        # safetensors renames a new file over the old one: a device node would be gone.
+        if file and ((file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK)):
+            raise StorageError(f"{file} can't be written: it must be a regular file in a writable folder")
+
+
+def _dump(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{file} can't be written: {error}") from error
+
+
+def case_of(arguments: argparse.Namespace) -> VerifyCase:
+    """The case that the command line describes; refuses what is unknown or not built."""
+    linear = arguments.strategy in LINEAR
+    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR))
+    if arguments.mixer is not None:
+        one_of("--mixer", arguments.mixer, tuple(MIXERS))
+        if not linear:
+            raise ConfigError(
+                f"--mixer {arguments.mixer} is for linear strategies, not for {arguments.strategy}; "
+                f"valid strategies: {', '.join(LINEAR)}"
+            )
+    for name in ("chunk", "mixer_block", "mixer_top_k"):
+        value = getattr(arguments, name)
+        if arguments.mixer is None and value != CASE[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} is for linear strategies, and {arguments.strategy} does not read "
+                "it; leave it out"
+            )
+    try:
+        documents = (
+            tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents is not None else ()
+        )
+    except ValueError:
+        raise ConfigError(
+            f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
+        ) from None
+    return VerifyCase(
+        strategy=arguments.strategy,
+        layout=arguments.layout or (get_linear if linear else get_strategy)(arguments.strategy).layout,
+        world=arguments.world,
+        backend=arguments.backend,
+        seq=arguments.seq if arguments.seq is not None else sum(documents) or 1024,
+        documents=documents,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        window=arguments.window,
+        causal=not arguments.non_causal,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        layout_block=arguments.layout_block,
+        kernel=arguments.kernel,
+        inner=arguments.inner,
+        backward=arguments.backward,
+        travel=arguments.travel,
+        mixer=arguments.mixer,
+        chunk=arguments.chunk,
+        mixer_block=arguments.mixer_block,
+        mixer_top_k=arguments.mixer_top_k,
+    )
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
+    verdicts = []
+    seq = 192 if arguments.seq is None else arguments.seq
+    for case in matrix(seq, arguments.dtype, arguments.backend):
+        reason = refusal_of(case)
+        verdict = refused(case, reason) if reason else check(case)[0]
+        verdicts.append((case, verdict))
+    if arguments.json:
+        _show([verdict for _, verdict in verdicts], True, many=True)
+    else:
+        print(table(verdicts))
+    if arguments.table:
+        command = f"longctx verify --all --seq {seq} --dtype {arguments.dtype} --backend {arguments.backend}"
+        arguments.table.write_text(PAGE.format(command=command, table=table(verdicts)), encoding="utf-8")
+    return PASSED if all(verdict.passed or verdict.refused for _, verdict in verdicts) else FAILED
+
+
+CHUNK = 16  # of linear layers in the matrix
+SMALL_BLOCK = 4  # there, of mixers that compute by blocks: several to a document, so that queries choose
+
+
+def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
+    """Strategy x layout x mask x heads x world; documents end on shard edges and hold single tokens."""
+    half = seq // 2
+    packed = (half - 1, 1, 1, seq - half - 1) if seq >= 4 else (1,) * seq
+    window = max(1, seq // 5)
+    masks: tuple[dict[str, object], ...] = (
+        {"causal": False},
+        {},
+        {"documents": packed},
+        {"window": window},
+        {"documents": packed, "window": window},
+        {"causal": False, "documents": packed, "window": window},
+    )
+    heads = ((4, 4), (8, 2), (4, 1))
+    for strategy, layout, mask, (q_heads, kv_heads), world in itertools.product(
+        MODULES, LAYOUTS, masks, heads, (1, 2, 3, 4, 8)
+    ):
+        yield VerifyCase(
+            strategy,
+            layout,
+            world,
+            backend,
+            seq,
+            heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=8,
+            dtype=dtype,
+            **mask,  # type: ignore[arg-type]
+        )
+    # Of linear layers stripes are as long as chunks, or they are refused.
+    linear_masks = masks[:3]
+    for strategy, mixer, layout, mask, world in itertools.product(
+        LINEAR, MIXERS, LAYOUTS, linear_masks, (1, 2, 3, 4, 8)
+    ):
+        yield VerifyCase(
+            strategy,
+            layout,
+            world,
+            backend,
+            seq,
+            heads=4,
+            kv_heads=4,
+            head_dim=8,
+            dtype=dtype,
+            layout_block=CHUNK if layout == "striped" else 1,
+            mixer=mixer,
+            chunk=VerifyCase.chunk if mixer in SIZED else CHUNK,
+            mixer_block=SMALL_BLOCK if mixer in SIZED else None,
+            mixer_top_k=2 if "top_k" in SIZED.get(mixer, ()) else None,
+            **mask,  # type: ignore[arg-type]
+        )
+
+
+PAGE = """# Exactness, measured
+
+Written by `make matrix`, that is by
+
+    {command}
+
+Forward and backward on every rank with a random upstream gradient, against dense attention in float64. The
+error is the worst over out, dq, dk, dv and over ranks: its norm over the norm of the whole reference tensor
+plus a thousandth of the upstream gradient's. Bytes are those that all ranks send together in a forward and a
+backward pass, one number for each world. Heads are query heads / key and value heads.
+
+{table}
+"""
+
+
+def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
+    """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds.
+
+    A strategy and layout that are refused throughout, for one reason, have a single line.
+    """
+    lines = [
+        "| strategy | layout | mask | heads | worlds | worst error | bytes sent, by world | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (strategy, layout), group in itertools.groupby(verdicts, key=lambda pair: _row_key(pair[0])[:2]):
+        pairs = list(group)
+        reason, *others = {verdict.refused for _, verdict in pairs}
+        if reason and not others:
+            lines.append(f"| {strategy} | {layout} | all | all | all | | | refused: {reason} |")
+            continue
+        lines += [_line(list(row)) for _, row in itertools.groupby(pairs, key=lambda pair: _row_key(pair[0]))]
+    return "\n".join(lines)
+
+
+def _line(row: list[tuple[VerifyCase, Verdict]]) -> str:
+    """One line of the table: the same case on several worlds, of which some may be refused."""
+    executed = [(case.world, verdict) for case, verdict in row if not verdict.refused]
+    declined = [str(case.world) for case, verdict in row if verdict.refused]
+    worst = max((max(verdict.errors.values()) for _, verdict in executed), default=None)
+    said = ["exact" if all(verdict.passed for _, verdict in executed) else "**WRONG**"] if executed else []
+    said += [f"refused on {', '.join(declined)}"] if declined else []
+    columns = (
+        *_row_key(row[0][0]),
+        ", ".join(str(world) for world, _ in executed),
+        "" if worst is None else f"{worst:.1e}",
+        ", ".join(str(sum(verdict.bytes_forward + verdict.bytes_backward)) for _, verdict in executed),
+        "; ".join(said),
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def _row_key(case: VerifyCase) -> tuple[str, str, str, str]:
+    parts = ["causal" if case.causal else "full"]
+    parts += ["documents"] if case.documents else []
+    parts += [f"window {case.window}"] if case.window else []
+    return (
+        " ".join(filter(None, (case.strategy, case.mixer))),
+        case.layout,
+        " + ".join(parts),
+        f"{case.heads}/{case.kv_heads}",
+    )
+
+
+def _show(verdicts: list[Verdict], as_json: bool, many: bool) -> None:
+    if as_json:
+        objects = [asdict(verdict) for verdict in verdicts]
+        print(json.dumps(objects if many else objects[0]))
+        return
+    for verdict in verdicts:
+        name = " ".join(filter(None, (verdict.strategy, verdict.mixer)))
+        print(f"{name} on {verdict.layout}, {verdict.world} ranks, {verdict.backend}, {verdict.dtype}")
+        if verdict.refused:
+            continue
+        for name, error in verdict.errors.items():
+            print(f"  {name:4} relative error {error:.2e}")
+        print(f"  bytes sent by rank, forward:  {verdict.bytes_forward}")
+        print(f"  bytes sent by rank, backward: {verdict.bytes_backward}")
+        print(f"  peak extra memory {verdict.peak_extra_bytes} bytes")
+        print("  passed" if verdict.passed else "  FAILED")

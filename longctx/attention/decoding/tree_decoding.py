@@ -1,0 +1,76 @@
+"""Tree decoding: a few new queries against keys and values that are sharded over a group.
+
+Shyam et al., "Tree Attention: Topology-aware Decoding for Long-Context Attention on GPU clusters" (2024), algorithm 3.
+
+    (out, lse) of the new queries over the keys that lie here; 0 and -inf where none does
+    m = all-reduce MAX of lse
+    d = all-reduce SUM of exp(lse - m)
+    n = all-reduce SUM of exp(lse - m) * out
+    out = n / d
+
+The three reductions carry H/TP (D + 2) numbers of each new token, however long the sequence is; the library that
+carries them makes the tree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longctx.attention.core import CoreAttention, Started
+from longctx.attention.decoding.cache import SequenceCache
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.partial import Partial
+from longctx.attention.runtime.registry import Sizes
+from longctx.comm import MAX, SUM, Group, all_reduce
+from longctx.sequence import plan_of
+
+
+class CachedAttention:
+    """Core attention of one layer that keeps keys and values in a cache.
+
+    A prompt, cut over the ranks by a plan, is computed by ``whole``, a strategy; new tokens, of which every rank has
+    all, by tree decoding. Which of them comes is the cache's knowledge.
+    """
+
+    def __init__(self, whole: CoreAttention, cache: SequenceCache, layer: int, kernel: str = "auto") -> None:
+        self._whole = whole
+        self._cache = cache
+        self._shard = cache.shards[layer]
+        self._kernel = kernel
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` of a prompt's local tokens, or ``[B, n, ...]`` of
+        n new ones; of these ``plan`` is not read."""
+        cache = self._cache
+        if cache.arrivals is None:
+            mine = slice(0, len(plan_of(plan).positions(cache.group.rank)))
+            self._shard.append(k[:, mine], v[:, mine])
+            return self._whole.start(q, k, v, plan)
+        kept = cache.arrivals.kept.to(k.device, non_blocking=True)
+        self._shard.append(k[:, kept], v[:, kept])
+        partial = Partial(q)
+        keys, values = self._shard.keys, self._shard.values
+        kernel_for(self._kernel, q, k).forward(q, keys, values, cache.arrivals.tiles, q.shape[-1] ** -0.5, partial)
+        out, _ = reduce(partial.out, partial.lse, cache.group)
+        return Started(out.to(q.dtype))
+
+    def finish(self, started: Started) -> Tensor:
+        return self._whole.finish(started) if self._cache.arrivals is None else started.out
+
+
+def reduce(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of all ranks, from out ``[B, n, H/TP, D]`` and lse ``[B, n, H/TP]`` over those of each.
+
+    Some rank's lse of every query is finite: it has seen itself.
+    """
+    largest = all_reduce(group, lse.clone(), MAX)
+    weights = torch.exp(lse - largest).unsqueeze(-1)
+    denominator = all_reduce(group, weights.clone(), SUM)
+    numerator = all_reduce(group, weights * out, SUM)
+    return numerator / denominator, largest + denominator.squeeze(-1).log()
+
+
+def volume(world: int, tokens: int, sizes: Sizes) -> int:
+    """Bytes that a rank sends in one layer for so many new tokens of each sequence."""
+    return sum(2 * (world - 1) * tokens * each // world for each in (sizes.lse, sizes.lse, sizes.query_gradients))

@@ -1,0 +1,216 @@
+"""A strategy as a pair of torch custom operators.
+
+An ``autograd.Function`` would hide attention from selective recompute and break ``torch.compile``'s graph.
+As operators, the forward can be marked MUST_SAVE, so that recompute keeps (out, lse) and attention neither
+runs nor communicates twice, and the compiler sees one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longctx.attention.runtime.local_kernel import LocalKernel, kernel_for
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.comm import Group, group_named
+from longctx.errors import ConfigError
+from longctx.sequence import SequencePlan, plan_of
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """What a user may choose of a strategy; defaults leave it to the strategy.
+
+    ``backward``: what travels in the backward pass: ``keys`` (with values and their gradients), ``queries``
+    (with theirs), or ``auto``, whichever moves fewer bytes. ``travel``: ``wide`` sums gradients on their way, in
+    the accumulation dtype; ``narrow`` sends each rank's share straight home in the inputs' dtype, and sums there.
+    """
+
+    backward: str = "auto"
+    travel: str = "wide"
+
+
+DEFAULT = StrategyOptions()
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """All that a strategy is told besides its tensors."""
+
+    plan: SequencePlan
+    group: Group
+    kernel: LocalKernel
+    scale: float
+    options: StrategyOptions
+
+
+class Forward(Protocol):
+    """q, k, v ``[B, T/SP, H/TP, D]`` to (out in the accumulation dtype, lse ``[B, T/SP, H/TP]``)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]: ...
+
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, out (in the dtype of q), lse
+
+
+class Backward(Protocol):
+    """Upstream gradient and what the forward saved to (dq, dk, dv) in the accumulation dtype."""
+
+    def __call__(self, dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Attend(Protocol):
+    """(out, lse) of local queries: a registered operator, or several in a row.
+
+    ``plan`` is a handle, ``group`` a name; ``names``: the kernel's, the scale, and those of ``StrategyOptions``. Whose
+    lse it is, is up to the strategy: it may be of other queries than out.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+# Of a strategy's operator: what completes its (out, lse), of which only the tail was kept (``tail_of``).
+COMPLETIONS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+# What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+
+CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto", str travel="wide"'
+CONTEXT_SIZE = 6
+
+
+def register(name: str, run: Callable[..., Any], schema: str) -> Any:
+    """The operator ``longctx::<name>``, which tools that look inside know too. It changes none of its arguments."""
+    operator = torch.library.custom_op(f"longctx::{name}", run, mutates_args=(), schema=schema)
+    IMPLEMENTATIONS[operator._opoverload] = run
+    return operator
+
+
+def define_operator(
+    name: str, forward: Forward, backward: Backward, tail: bool = False, fits: Callable[..., None] | None = None
+) -> Attend:
+    """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd.
+
+    ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
+    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses queries that
+    a plan is not for; ``require_fit`` by default.
+    """
+    require = fits or require_fit
+
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        call = call_of(q, k, *context)
+        require(q, call.plan, call.group)
+        out, lse = forward(q, k, v, call)
+        return out.to(q.dtype), lse
+
+    def run_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *context: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = backward(dout, (q, k, v, out, lse), call_of(q, k, *context))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    forward_op = register(name, run_forward, f"(Tensor q, Tensor k, Tensor v, {CONTEXT}) -> (Tensor, Tensor)")
+    backward_op = register(
+        f"{name}_backward",
+        run_backward,
+        f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {CONTEXT}) -> (Tensor, Tensor, Tensor)",
+    )
+
+    @forward_op.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+    @backward_op.register_fake
+    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, plan, *ctx.names = inputs
+        ctx.save_for_backward(q, k, v, *output, plan)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * (3 + CONTEXT_SIZE)
+        q, k, v, out, lse, plan = ctx.saved_tensors
+        grads = backward_op(dout, q, k, v, out, lse, plan, *ctx.names)
+        return (*grads, *(None,) * CONTEXT_SIZE)
+
+    forward_op.register_autograd(differentiate, setup_context=remember)
+    if tail:
+        COMPLETIONS[forward_op._opoverload] = _define_completion(name, forward)
+    attend: Attend = forward_op
+    return attend
+
+
+def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
+    """q, k, v ``[B, T/SP, H/TP, D]`` and the kept tails of out and lse to the whole of both."""
+
+    def complete(
+        q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *context: Any
+    ) -> tuple[Tensor, Tensor]:
+        call = call_of(q, k, *context)
+        head = q[:, : call.plan.head.queries(call.group.rank)]
+        out, lse = forward(head, k, v, replace(call, plan=call.plan.head))
+        return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
+
+    schema = f"(Tensor q, Tensor k, Tensor v, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor, Tensor)"
+    operator = register(f"{name}_completion", complete, schema)
+
+    @operator.register_fake
+    def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+    completion: Callable[..., tuple[Tensor, Tensor]] = operator
+    return completion
+
+
+def tail_of(out: Tensor, lse: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Copies of the rows that ``SequencePlan.head`` leaves: the later half of the local queries, and padding."""
+    first = plan_of(plan).head.queries(group_named(group).rank)
+    return out[:, first:].clone(), lse[:, first:].clone()
+
+
+def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
+    """Refuses local queries ``[B, T/SP, H, D]`` of another batch, length or number of ranks than the plan's."""
+    if (plan.world, plan.shard, len(plan.documents)) != (group.size, q.shape[1], q.shape[0]):
+        raise ConfigError(
+            f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
+            f"[{len(plan.documents)}, {plan.shard}, H, D] on {plan.world} ranks"
+        )
+
+
+def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
+    """Likewise, where several sequence groups in a row make the group of ranks."""
+    if group.size % plan.world or (plan.shard, len(plan.documents)) != (q.shape[1], q.shape[0]):
+        raise ConfigError(
+            f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
+            f"[{len(plan.documents)}, {plan.shard}, H, D] on a part of them of {plan.world}"
+        )
+
+
+def call_of(
+    q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str
+) -> AttentionContext:
+    """torch leaves out arguments that equal their defaults. Refuses query heads that key/value heads do not divide."""
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(
+            f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads; nearest valid: "
+            f"{max(1, q.shape[2] // k.shape[2]) * k.shape[2]} query heads"
+        )
+    return AttentionContext(
+        plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale, StrategyOptions(*options)
+    )

@@ -1,0 +1,1 @@
+"""One file per strategy of softmax attention, each readable as its paper's pseudocode."""

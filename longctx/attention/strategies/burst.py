@@ -1,0 +1,183 @@
+"""BurstAttention: a double ring of keys forward; backward, whichever side is smaller travels.
+
+Sun, Zhao, Han, Yang, Liu, Shi, Sun, "BurstAttention: An Efficient Distributed Attention Framework for Extremely
+Long Sequences" (2024); "BurstEngine: an Efficient Distributed Framework for Training Transformers on Extremely Long
+Sequences of over 1M Tokens" (2025), whose topology-aware ring and backward communication these are.
+
+Ranks are a grid: rows of ``inner`` neighbours (of one node), N rows.
+
+    forward:                                       backward on the queries' side, K, V, dK, dV stay:
+    for lap = 0 .. N-1:                            delta = rowsum(dO * O)
+        copy my block to the next row                  for the same hops, of (Q, dO, lse, delta) for K, V:
+        for step = 0 .. inner-1:                           pass my block on, expect the next
+            pass my block on, expect the next              dK, dV += ..., dQ of my block = ...
+            merge attention of q over my block             + the dQ that rode behind it
+            take the block that arrived                    send dQ after its block, one step behind
+        take the copy that arrived                     at a lap's end dQ goes home
+
+The copy between rows is under way for a whole lap. It carries what later laps read; blocks inside a lap carry
+what the lap still reads. A lap's sum of gradients goes straight home, on a channel of its own, instead of waiting
+for the next lap's: as many bytes cross, and the lap after it hides them. One row of all ranks, or rows of one, are
+the plain ring. The keys' side is the ring's backward over this route.
+
+Queries' side costs 2 h (D e + w) + h D w bytes a row, keys' side 2 k D (e + w): h heads, k of them of keys, e bytes
+a number and w an accumulator, times what each side's masks leave to be sent (``longctx.sequence.ring_schedule``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from longctx.attention.costs.memory import alive_on_way, blocks_alive
+from longctx.attention.runtime.delta import delta_of, stand_in
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.attention.runtime.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
+from longctx.attention.runtime.ring_transport import Block, GradientReturn, travel, zeros
+from longctx.attention.strategies.ring import keys_peak, pass_keys, pass_keys_backward
+from longctx.comm import Group
+from longctx.sequence import RingSchedule, Rows, SequencePlan
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
+    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    return pass_keys(q, k, v, call, call.plan.key_rotation_in(_inner(call.group)))
+
+
+def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v. Every rank comes to the same side: it depends on the plan and on shapes."""
+    q, k, *_ = saved
+    sizes = Sizes(
+        batch=q.shape[0],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        element=q.element_size(),
+        wide=accumulation_dtype(q.dtype).itemsize,
+        inner=_inner(call.group),
+        options=call.options,
+    )
+    if side_of(call.plan, sizes) == "keys":
+        return pass_keys_backward(dout, saved, call, call.plan.key_rotation_in(sizes.inner))
+    straight = q.dtype if call.options.travel == "narrow" else None
+    return pass_queries_backward(dout, saved, call, call.plan.query_rotation_in(sizes.inner), straight)
+
+
+def pass_queries_backward(
+    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule, straight: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
+    q, k, v, out, _ = saved
+    dtype, me = accumulation_dtype(q.dtype), call.group.rank
+    dk, dv = zeros(k, dtype), zeros(v, dtype)
+    homeward = GradientReturn((zeros(q, dtype),), rotation, call.group, straight)
+    for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(
+        _queries(dout, saved, rotation.carried(me, 0)), rotation, call.group
+    ):
+        tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
+        [dq] = homeward.room(hop, rows)
+        outputs = stand_in(upstream, delta) if hop else rows.take(out)
+        given = (upstream, queries, k, v, outputs, block_lse)
+        call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
+        homeward.settle(hop)
+        del queries, upstream, block_lse, delta, outputs, given, dq
+    [dq] = homeward.finish()
+    return dq, dk, dv
+
+
+def _queries(dout: Tensor, saved: Saved, rows: Rows) -> Block:
+    """The rank's block: queries and dout ``[2, B, rows, H/TP, D]``, lse and delta ``[2, B, rows, H/TP]``."""
+    q, _, _, out, lse = saved
+    delta = delta_of(dout, out)
+    return torch.stack((rows.take(q), rows.take(dout))), torch.stack((rows.take(lse), rows.take(delta)))
+
+
+def side_of(plan: SequencePlan, sizes: Sizes) -> str:
+    """What travels in the backward pass: as asked, or what costs all ranks together fewer bytes."""
+    if sizes.options.backward != "auto":
+        return sizes.options.backward
+
+    def cost(side: str) -> int:
+        rotation, block, gradients = _route(plan, side, sizes)
+        summed, straight = rotation.gradient_rows
+        return sum(rotation.cost) * block + (straight if sizes.options.travel == "narrow" else summed) * gradients
+
+    return min(("keys", "queries"), key=cost)
+
+
+def _route(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule, int, int]:
+    """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
+    narrow = sizes.options.travel == "narrow"
+    if side == "keys":
+        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if narrow else sizes.key_gradients)
+    gradients = sizes.queries if narrow else sizes.query_gradients
+    return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
+
+
+def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
+    """Keys and values of the rows that a rank passes on; backward, those of the side that travels, and gradients."""
+    side = side_of(plan, sizes)
+    rotation, block, gradients = _route(plan, side, sizes)
+    tensors = 1 if side == "keys" else 2
+    passed = plan.key_rotation_in(sizes.inner).leaving(rank)
+    returned = rotation.returning(rank, sizes.options.travel == "narrow")
+    return [
+        *((to, Volume(2 * len(rows) * sizes.keys, 0, 1, 0)) for to, rows in passed),
+        *((to, Volume(0, len(rows) * block, 0, tensors)) for to, rows in rotation.leaving(rank)),
+        *((to, Volume(0, len(rows) * gradients, 0, 1)) for to, rows in returned),
+    ]
+
+
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """As the ring around the same route; backward of the side that travels."""
+    keys = keys_peak(plan, plan.key_rotation_in(sizes.inner), sizes)
+    if side_of(plan, sizes) == "keys":
+        return keys
+    straight = sizes.options.travel == "narrow"
+    return Peak(keys.forward, queries_peak(plan, plan.query_rotation_in(sizes.inner), sizes, straight))
+
+
+def queries_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes, straight: bool) -> int:
+    """Backward, on the rank with most: out and lse; dq, dk and dv; blocks of (Q, dO, lse, delta), their dq, and the
+    stand-in for out. ``straight``: as ``pass_queries_backward`` is told, in whatever dtype."""
+    rows, block, wide = plan.shard, sizes.held(queries=2, sums=2), sizes.held(outputs=1)
+    home = sizes.held(queries=1) if sizes.options.travel == "narrow" else wide
+    most = rows * max(sizes.held(outputs=3), sizes.held(queries=1, keys=1))  # delta; results in their dtype
+    for rank in range(rotation.world):
+        blocks = blocks_alive(rotation, rank)
+        for hop, moments in enumerate(alive_on_way(rotation, rank, straight, sizes)):
+            here = len(rotation.carried(rotation.owner(rank, hop), hop))
+            stand_in = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)) if hop else (0, 0, 0)
+            for (on_way, going), beside in zip(astuple(moments), stand_in, strict=True):
+                most = max(most, blocks[hop] * block + on_way * wide + going * home + beside)
+    return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most
+
+
+def _inner(group: Group) -> int:
+    """Ranks in a row; a group that is no grid, of one rank, is one row."""
+    return group.size if group.inner is None else group.inner.size
+
+
+def _one_row(case: AttentionCase) -> int:
+    """Without word of nodes all ranks are neighbours."""
+    return case.world
+
+
+STRATEGIES = {
+    "burst": Strategy(
+        "burst",
+        define_operator("burst", forward, backward, tail=True),
+        "zigzag",
+        lambda case: None,
+        summed(sends),
+        peak,
+        frozenset({"backward", "travel", "inner"}),
+        inner=_one_row,
+        two_way=True,
+        tail=True,
+        sends=sends,
+    )
+}

@@ -1,0 +1,187 @@
+"""Disaggregated attention whose servers are the ranks of all pipeline stages: one plan over the stages for each tick.
+
+Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), in place and
+with a pipeline. All stages run the same phase (``disaggregated.lockstep``), so that in every exchange all of them
+compute the forward or all the backward pass of attention:
+
+    tick:
+        a stage with a microbatch   layer by layer: its tokens leave, it serves, its results come home
+        afterwards, and without     it serves what is left of the tick's exchanges, with no tokens of its own
+
+Which exchange of which tick an operator's call is, is known to the attention object whose tick is running.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.attention.core import Started
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.operator import (
+    DEFAULT,
+    AttentionContext,
+    Saved,
+    StrategyOptions,
+    define_operator,
+    require_rows,
+)
+from longctx.attention.runtime.partial import accumulation_dtype
+from longctx.attention.strategies.disaggregated.assignment import topology_of
+from longctx.attention.strategies.disaggregated.dispatch import Dispatch
+from longctx.attention.strategies.disaggregated.execute import BackwardRun, ForwardRun, widths_of
+from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, Phase, lockstep_plan_of
+from longctx.comm import Group
+from longctx.planner import AttentionShape
+from longctx.sequence import SequencePlan
+
+_running: weakref.WeakKeyDictionary[dist.ProcessGroup, RunningTick] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class RunningTick:
+    """One tick as one rank goes through it. ``made``: exchanges that it has joined so far."""
+
+    ticks: LockstepPlan
+    phase: Phase
+    number: int
+    stage: int
+    made: int = 0
+
+    def next(self, phase: Phase, plan: SequencePlan) -> Dispatch:
+        """The exchange of the stage's next layer, forward, or of the one before, backward."""
+        microbatch = self.ticks.microbatch(self.phase, self.number, self.stage)
+        assert phase is self.phase, f"{phase.value} pass of attention in {self._name}"
+        assert self.made < self.ticks.layers[self.stage], f"call {self.made} of attention in {self._name}"
+        assert microbatch is not None and plan is self.ticks.plans[microbatch], f"another microbatch in {self._name}"
+        self.made += 1
+        return self.ticks.dispatch(phase, self.number, self.made - 1)
+
+    def rest(self) -> Iterator[Dispatch]:
+        """The exchanges in which this stage has no tokens."""
+        microbatch = self.ticks.microbatch(self.phase, self.number, self.stage)
+        own = 0 if microbatch is None else self.ticks.layers[self.stage]
+        assert self.made == own, f"{self.made} of {own} layers attended in {self._name}"
+        for call in range(own, self.ticks.calls(self.phase, self.number)):
+            yield self.ticks.dispatch(self.phase, self.number, call)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.phase.value} tick {self.number} on stage {self.stage}"
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
+    run = ForwardRun(q, k, v, call, _tick_of(call.group).next(Phase.FORWARD, call.plan))
+    run.serve()
+    return run.finish()
+
+
+def _backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    run = BackwardRun(dout, saved, call, _tick_of(call.group).next(Phase.BACKWARD, call.plan))
+    run.serve()
+    return run.finish()
+
+
+def _tick_of(group: Group) -> RunningTick:
+    running = None if group.process_group is None else _running.get(group.process_group)
+    assert running is not None, "attention across stages is computed inside StageAttention.tick"
+    return running
+
+
+_attend = define_operator("disaggregated_across_stages", _forward, _backward, fits=require_rows)
+
+
+@dataclass(frozen=True)
+class Empty:
+    """What a rank brings to an exchange in which it only serves: tensors of its heads and no tokens."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def widths(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.dtype.itemsize)
+
+    @property
+    def saved(self) -> Saved:
+        """q, k, v, out and lse."""
+        q = torch.empty(1, 0, self.heads, self.head_dim, dtype=self.dtype, device=self.device)
+        k = q.new_empty(1, 0, self.kv_heads, self.head_dim)
+        return q, k, k, q, q.new_empty(q.shape[:3], dtype=accumulation_dtype(self.dtype))
+
+
+class StageAttention:
+    """Core attention on the ranks of all stages that share sequences, which serve one another tick by tick.
+
+    ``group``: those ranks, stage by stage, on a channel that carries nothing else. ``layers``: softmax layers of every
+    stage; ``stage``: this rank's. ``empty``: what it brings where it only serves. ``planner``: who assigns tasks.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        layers: Sequence[int],
+        stage: int,
+        empty: Empty,
+        planner: str,
+        kernel: str = "auto",
+        options: StrategyOptions = DEFAULT,
+    ) -> None:
+        self.layers, self.stage = tuple(layers), stage
+        self._group, self._empty, self._planner = group, empty, planner
+        self._kernel, self._options = kernel, options
+        self._ticks: LockstepPlan | None = None
+
+    def open(self, plans: Sequence[SequencePlan]) -> LockstepPlan:
+        """The ticks of a step on these microbatches; all ranks of all stages have the same."""
+        self._ticks = lockstep_plan_of(
+            plans, self.layers, self._planner, self._empty.widths, topology_of(self._group.ranks)
+        )
+        return self._ticks
+
+    @contextmanager
+    def tick(self, phase: Phase, number: int) -> Iterator[None]:
+        """Inside, the stage takes its microbatch through its layers, if it holds one; at the end it serves the rest."""
+        group = self._group.process_group
+        assert self._ticks is not None and group is not None, "a step is opened before its ticks"
+        running = RunningTick(self._ticks, phase, number, self.stage)
+        _running[group] = running
+        try:
+            yield
+            with torch.no_grad():
+                for dispatch in running.rest():
+                    self._serve(phase, dispatch)
+        finally:
+            del _running[group]
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan."""
+        assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
+        scale, options = q.shape[-1] ** -0.5, (self._options.backward, self._options.travel)
+        return Started(_attend(q, k, v, plan, self._group.name, self._kernel, scale, *options)[0])
+
+    def finish(self, started: Started) -> Tensor:
+        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        return started.out
+
+    def _serve(self, phase: Phase, dispatch: Dispatch) -> None:
+        assert self._ticks is not None, "inside a tick"
+        saved = q, k, v, _, _ = self._empty.saved
+        # Who asks nothing has no batch of its own; any will do.
+        plan, kernel = self._ticks.plans[0], kernel_for(self._kernel, q, k)
+        call = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options)
+        if phase is Phase.FORWARD:
+            run: ForwardRun | BackwardRun = ForwardRun(q, k, v, call, dispatch)
+        else:
+            run = BackwardRun(q, saved, call, dispatch)
+        run.serve()
+        run.finish()

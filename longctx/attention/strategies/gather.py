@@ -1,0 +1,212 @@
+"""Gather: all keys and values that my queries see are brought here, a few heads at a time.
+
+Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2 (context parallelism); its balance comes from the zigzag
+layout. Unlike there, a rank receives only the rows that its queries see.
+
+    for each group of key/value heads:             for each group of key/value heads:
+        start gathering the next group                 start gathering the next group
+        merge attention over all keys at once          dq, and dk, dv of all keys that are here
+                                                       send dk, dv to the keys' owners, who sum them
+
+Gathered keys are put in order of position, so that a zigzag shard owes two bands rather than tiles of every owner.
+dk and dv are reduced by an all-to-all and a sum in rank order, in the accumulation dtype: what Gloo has for a
+reduce-scatter sends twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
+from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume
+from longctx.comm import Pending, exchange
+from longctx.sequence import Rows, SequencePlan
+
+GROUPS = 4  # of key/value heads: so many times less memory for gathered keys, and all but the first arrive hidden
+ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
+    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    whole = Partial(q)
+    tiles = call.plan.gathered(call.group.rank).tiles
+    for heads, keys in gather_groups(q, k, v, call):
+        own = heads.queries
+        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, whole.of_heads(own))
+        del keys  # or they would be here when those of the next heads are put in order
+    return whole.out, whole.lse
+
+
+def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse = saved
+    dtype = accumulation_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
+    tiles = call.plan.gathered(call.group.rank).tiles
+    before: Returned | None = None  # gradients of the group of heads before, on their way while this one computes
+    for heads, keys in gather_groups(q, k, v, call):
+        own = heads.queries
+        shares = torch.zeros_like(keys, dtype=dtype)
+        call.kernel.backward(
+            dout[:, :, own], q[:, :, own], keys[0], keys[1], out[:, :, own], lse[:, :, own], tiles, call.scale,
+            (dq[:, :, own], shares[0], shares[1]),
+        )  # fmt: skip
+        del keys
+        if before:
+            before.add_to(dk, dv, call)
+            before = None
+        before = send_home(shares, heads, k.dtype, call)
+        del shares
+    if before:
+        before.add_to(dk, dv, call)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A group of key/value heads, and the query heads that read them."""
+
+    keys: slice
+    queries: slice
+
+
+def head_groups(heads: int, kv_heads: int) -> list[Heads]:
+    width, per_key = -(-kv_heads // GROUPS), heads // kv_heads
+    bounds = [(first, min(first + width, kv_heads)) for first in range(0, kv_heads, width)]
+    return [Heads(slice(a, b), slice(a * per_key, b * per_key)) for a, b in bounds]
+
+
+def gather_groups(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> Iterator[tuple[Heads, Tensor]]:
+    """Yields each group of heads with its keys and values ``[2, B, keys, heads, D]`` in order of position, while
+    those of the next group are in flight."""
+    groups = head_groups(q.shape[2], k.shape[2])
+    coming = gather(k, v, groups[0], call)
+    for heads, following in zip(groups, [*groups[1:], None], strict=True):
+        arrived = coming
+        if following is not None:
+            coming = gather(k, v, following, call)
+        keys = in_order(arrived, k, v, heads, call)
+        del arrived  # or its buffers would last as long as the computing
+        yield heads, keys
+        del keys
+
+
+def gather(k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Pending:
+    """Sends every other rank the rows that it sees, and expects those that this rank sees."""
+    plan, me = call.plan, call.group.rank
+    keys, values = k[:, :, heads.keys], v[:, :, heads.keys]
+    sends, receives = [], []
+    packed: dict[Rows, Tensor] = {}  # ranks that see the same rows are sent one buffer
+    for other in call.group.others:
+        rows = plan.reads(other, me)
+        if rows not in packed:
+            packed[rows] = torch.stack((rows.take(keys), rows.take(values)))
+        sends.append((other, packed[rows]))
+        shape = (2, k.shape[0], len(plan.reads(me, other)), *keys.shape[2:])
+        receives.append((other, k.new_empty(shape)))
+    return exchange(call.group, sends, receives)
+
+
+def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Tensor:
+    """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
+    me, gathered = call.group.rank, call.plan.gathered(call.group.rank)
+    keys, places = k[:, :, heads.keys], gathered.places
+    whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
+    for part, own in zip(whole, (keys, v[:, :, heads.keys]), strict=True):
+        places.put(me, gathered.rows[me].take(own), part)
+    for other, block in zip(call.group.others, arrived.wait(), strict=True):
+        places.put(other, block, whole, ROWS)
+    return whole
+
+
+@dataclass(frozen=True)
+class Returned:
+    """dk and dv of this rank's keys on their way home, beside its own share ``[2, B, rows, heads, D]``."""
+
+    pending: Pending
+    own: Tensor
+    heads: Heads
+
+    def add_to(self, dk: Tensor, dv: Tensor, call: AttentionContext) -> None:
+        """Sums in rank order, so that the result does not depend on who came first."""
+        me = call.group.rank
+        arrived = self.pending.wait()
+        arrived.insert(me, self.own)
+        for reader, share in enumerate(arrived):
+            for whole, part in zip((dk, dv), share, strict=True):
+                call.plan.reads(reader, me).add_to(whole[:, :, self.heads.keys], part)
+
+
+def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: AttentionContext) -> Returned:
+    """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``narrow``: in ``dtype``."""
+    plan, me = call.plan, call.group.rank
+    travel = dtype if call.options.travel == "narrow" else shares.dtype
+    sends, receives = [], []
+    for other in call.group.others:
+        sends.append((other, _picked(shares, other, call).to(travel)))
+        shape = (*shares.shape[:ROWS], len(plan.reads(other, me)), *shares.shape[ROWS + 1 :])
+        receives.append((other, shares.new_empty(shape, dtype=travel)))
+    return Returned(exchange(call.group, sends, receives), _picked(shares, me, call), heads)
+
+
+def _picked(shares: Tensor, owner: int, call: AttentionContext) -> Tensor:
+    """Those of the owner's keys."""
+    places = call.plan.gathered(call.group.rank).places
+    part = shares.new_empty(*shares.shape[:ROWS], places.counts[owner], *shares.shape[ROWS + 1 :])
+    places.pick(owner, shares, part, ROWS)
+    return part
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends: its keys and values to each rank that sees them, in the backward pass once more, and
+    dk and dv of all keys that it saw of others."""
+    ranks = [other for other in range(plan.world) if other != rank]
+    sent = [len(plan.reads(other, rank)) for other in ranks]
+    seen = [len(plan.reads(rank, other)) for other in ranks]
+    groups = len(head_groups(sizes.heads, sizes.kv_heads))
+    gradient = sizes.keys if sizes.options.travel == "narrow" else sizes.key_gradients
+    forward_bytes = 2 * sum(sent) * sizes.keys
+    messages = groups * sum(map(bool, sent))
+    return Volume(
+        forward_bytes,
+        forward_bytes + 2 * sum(seen) * gradient,
+        messages,
+        messages + groups * sum(map(bool, seen)),
+    )
+
+
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of the rank with most. Of each group of heads its keys in order, what they came in and what was sent, these two
+    for the next group too; backward their gradients, and those of the group before on their way home."""
+    rows, world = plan.shard, plan.world
+    part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
+    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
+    for rank in range(world):
+        others = [other for other in range(world) if other != rank]
+        own, seen = len(plan.reads(rank, rank)), [len(plan.reads(rank, other)) for other in others]
+        sent = sum(len(reads) for reads in {plan.reads(other, rank) for other in others})
+        asked, here = sum(len(plan.reads(other, rank)) for other in others), sum(seen) + own
+        keys, picked = here + sum(seen) + sent, max([own, *seen])
+        following = sum(seen) + sent if part < 1 else 0
+        forward = max(forward, sizes.held(keys=(keys + following) * part))
+        summed, home = here + own, sum(seen) + asked
+        if not plan.gathered(rank).places.in_runs:
+            summed += picked
+        if sizes.options.travel == "narrow":
+            keys, summed, home = keys + home, summed + picked, 0
+        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + home) * part))
+    return Peak(
+        rows * sizes.held(outputs=1, sums=1) + forward,
+        rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward,
+    )
+
+
+attend = define_operator("gather", forward, backward, tail=True)
+
+STRATEGIES = {
+    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, peak, frozenset({"travel"}), tail=True)
+}

@@ -1,0 +1,125 @@
+"""TokenRing: keys and values stay, queries travel one way, and their attention comes home the other way.
+
+Wang et al., "TokenRing: An Efficient Parallelism Framework for Infinite-Context LLMs via Bidirectional
+Communication" (2024). The published code has no backward pass; this one is of the same kind.
+
+    for hop = 0 .. P-1:                            for hop = 0 .. P-1, of (Q, dO, lse, delta):
+        pass my queries on, expect the next            pass my block on, expect the next
+        (O, lse) of them over my keys                  dK, dV += ..., dQ of my block = ...
+        send (O, lse) home                             send dQ home
+        merge what the hop before has brought home     add what the hop before has brought home
+
+Queries move one neighbour per hop, in the direction that moves fewer rows; what comes of them returns straight,
+hop ranks the other way, while the next hop computes, on a channel of its own, so that both directions of the links
+are in use. The last hop's returns are exposed. Outputs and dq return in the accumulation dtype or, where
+``travel`` is narrow, in that of the inputs, and only for queries that the sender's keys are seen by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from longctx.attention.costs.memory import alive_on_way, blocks_alive
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
+from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume, work_at_keys
+from longctx.attention.runtime.ring_transport import narrowed, send_home, tally, travel
+from longctx.attention.strategies.burst import pass_queries_backward, queries_peak
+from longctx.comm import Pending
+from longctx.sequence import Rows, SequencePlan
+
+Return = tuple[int, Rows, Pending]  # a holder, the local queries that it attended to, their (out, lse) under way
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
+    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    plan, rotation, me = call.plan, call.plan.query_rotation, call.group.rank
+    partial = Partial(q)
+    returning: Return | None = None
+    own = rotation.carried(me, 0)
+    # Blocks are [1, B, rows, H/TP, D].
+    for hop, rows, [[queries]] in travel((own.take(q).contiguous().unsqueeze(0),), rotation, call.group):
+        owner, holder = rotation.owner(me, hop), rotation.holder(me, hop)
+        tiles = plan.visiting_tiles(owner, me, rows)
+        share = Partial(queries) if hop else partial
+        call.kernel.forward(queries, k, v, tiles, call.scale, share)
+        if hop == 0:
+            continue
+        leaving, coming = rotation.at(owner, hop).read, rotation.at(me, hop).read
+        out = narrowed(share.out.unsqueeze(0), rows, leaving).to(_returned(q, call))
+        lse = narrowed(share.lse.unsqueeze(0), rows, leaving)
+        following = holder, coming, send_home((out, lse), hop, leaving, coming, rotation, call.group)
+        if returning:
+            _merge(returning, plan, me, partial)
+        returning = following
+    if returning:
+        _merge(returning, plan, me, partial)
+    return partial.out, partial.lse
+
+
+def _merge(returning: Return, plan: SequencePlan, me: int, into: Partial) -> None:
+    """Takes in what the holder's keys are to local queries; rows that none of them concerns came without meaning."""
+    holder, rows, pending = returning
+    [out], [lse] = pending.wait()
+    for batch, seen in plan.sees_by_row(me, holder):
+        for start, stop in seen.intervals:
+            place = rows.locate(start, stop)
+            packed = slice(place, place + stop - start)
+            into.merge(batch, slice(start, stop), out[batch, packed], lse[batch, packed])
+
+
+def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v."""
+    return pass_queries_backward(dout, saved, call, call.plan.query_rotation, _returned(saved[0], call))
+
+
+def _returned(q: Tensor, call: AttentionContext) -> torch.dtype:
+    """In what dtype outputs and gradients come home."""
+    return q.dtype if call.options.travel == "narrow" else accumulation_dtype(q.dtype)
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
+    passed, blocks = tally(plan.query_rotation.leaving(rank))
+    returned, shares = tally(plan.query_rotation.returning(rank, straight=True))
+    home = sizes.queries if sizes.options.travel == "narrow" else sizes.query_gradients
+    return Volume(
+        passed * sizes.queries + returned * (home + sizes.lse),
+        passed * 2 * (sizes.queries + sizes.lse) + returned * home,
+        blocks + 2 * shares,
+        2 * blocks + shares,
+    )
+
+
+def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
+    at hand, leaving and coming."""
+    rows, rotation, narrow = plan.shard, plan.query_rotation, sizes.options.travel == "narrow"
+    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if narrow else sizes.held(outputs=1, sums=1)
+    merging = rows * sizes.held(outputs=int(narrow), sums=2) if plan.world > 1 else 0
+    forward = rows * sizes.held(queries=1)
+    for rank in range(plan.world):
+        for blocks, moments in zip(
+            blocks_alive(rotation, rank), alive_on_way(rotation, rank, True, sizes), strict=True
+        ):
+            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
+    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
+
+
+STRATEGIES = {
+    "token_ring": Strategy(
+        "token_ring",
+        define_operator("token_ring", forward, backward),
+        "zigzag",
+        lambda case: None,
+        volume,
+        peak,
+        frozenset({"travel"}),
+        two_way=True,
+        work=work_at_keys,
+    )
+}

@@ -1,0 +1,165 @@
+"""Tensors of a checkpoint: each rank writes the shards that it owns and reads the shards that it needs.
+
+PyTorch's checkpoint planners say which box of a global tensor a rank holds and which saved boxes overlap it;
+that is what makes any layout readable on any other. Their storage layer pickles, so this one is our own:
+a safetensors file per rank, written as a stream, read by byte ranges that the manifests state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.tensor import DTensor
+
+from longctx.checkpoint.agreement import this_rank
+from longctx.checkpoint.files import FileRecord, opened, read_range, write_new
+from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk
+from longctx.errors import StorageError
+
+Located = tuple[Path, Chunk]  # the file that holds a shard, and where in it
+
+
+def write_shards(
+    path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[FileRecord, list[Chunk]]:
+    """Writes this rank's part of ``tensors``, which other ranks share, and all of ``own``.
+
+    A replica is written once: of a DTensor by the first rank along each replicated axis, of a plain tensor by
+    rank 0.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    mine = {name: tensor for name, tensor in tensors.items() if _owns(tensor)} | dict(own)
+    planner.set_up_planner(mine, is_coordinator=this_rank() == 0)
+    boxes: list[tuple[Chunk, Tensor]] = []
+    for item in planner.create_local_plan().items:
+        data = item.tensor_data
+        assert data is not None, f"{item.index.fqn} is no tensor"
+        local = planner.resolve_data(item)
+        assert isinstance(local, Tensor) and local.shape == data.chunk.sizes, f"{item.index.fqn}: odd shard"
+        if local.dtype not in DTYPE_CODES:
+            raise StorageError(f"{item.index.fqn}: {local.dtype} has no code in safetensors")
+        if local.numel() or not math.prod(data.size):
+            offsets, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+            code, size = DTYPE_CODES[local.dtype], local.numel() * local.element_size()
+            boxes.append((Chunk(item.index.fqn, code, tuple(data.size), offsets, sizes, 0, size), local))
+    # Wide elements first, so that each tensor is aligned for readers that map the file.
+    boxes.sort(key=lambda box: (-box[1].element_size(), box[0].name))
+    return _write_safetensors(path, boxes)
+
+
+def read_shards(tensors: Mapping[str, Tensor], located: Mapping[str, list[Located]]) -> None:
+    """Fills this rank's part of ``tensors`` in place, from whatever layout was saved."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        planner.set_up_planner(dict(tensors), _metadata(located), is_coordinator=this_rank() == 0)
+        files: dict[Path, int] = {}
+        for item in planner.finish_plan(planner.create_local_plan()).items:
+            target = planner.resolve_tensor(item)
+            path, chunk = _find(located[item.storage_index.fqn], tuple(item.storage_index.offset or ()))
+            if path not in files:
+                files[path] = stack.enter_context(opened(path))
+            target.copy_(_read_box(files[path], path, chunk, item.storage_offsets, item.lengths))
+            planner.commit_tensor(item, target)
+
+
+def read_whole(located: list[Located]) -> Tensor:
+    """A plain tensor that one rank wrote whole."""
+    (path, chunk) = located[0]
+    if chunk.sizes != chunk.shape:
+        raise StorageError(f"{path} is damaged: {chunk.name!r:.120} is split, though one rank wrote it")
+    with opened(path) as handle:
+        return _read_box(handle, path, chunk, torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+
+
+def locate(chunks: Mapping[Path, list[Chunk]]) -> dict[str, list[Located]]:
+    """The shards of every tensor, by its name."""
+    located: defaultdict[str, list[Located]] = defaultdict(list)
+    for path, inside in chunks.items():
+        for chunk in inside:
+            located[chunk.name].append((path, chunk))
+    return dict(located)
+
+
+def _owns(tensor: Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return this_rank() == 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    return all(where == 0 for where, kind in zip(coordinate, tensor.placements) if kind.is_replicate())
+
+
+def _write_safetensors(path: Path, boxes: list[tuple[Chunk, Tensor]]) -> tuple[FileRecord, list[Chunk]]:
+    header: dict[str, object] = {}
+    end = 0
+    for chunk, _ in boxes:
+        header[chunk.name] = {
+            "dtype": chunk.dtype,
+            "shape": chunk.sizes,
+            "data_offsets": (end, end + chunk.bytes),
+        }
+        end += chunk.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    chunks, start = [], 8 + len(text)
+    for chunk, _ in boxes:
+        chunks.append(replace(chunk, start=start))
+        start += chunk.bytes
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for _, local in boxes:
+            # One tensor at a time leaves its device.
+            flat = local.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                yield flat.view(torch.uint8).numpy().data
+
+    return write_new(path, blocks()), chunks
+
+
+def _metadata(located: Mapping[str, list[Located]]) -> Metadata:
+    """What the load planner needs to know of the saved shards."""
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=DTYPES[shards[0][1].dtype]),
+                torch.Size(shards[0][1].shape),
+                [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for _, chunk in shards],
+            )
+            for name, shards in located.items()
+        }
+    )
+
+
+def _find(shards: list[Located], offsets: tuple[int, ...]) -> Located:
+    return next(shard for shard in shards if shard[1].offsets == offsets)
+
+
+def _read_box(handle: int, path: Path, chunk: Chunk, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    """A box of a shard; only the rows that hold it are read."""
+    dtype = DTYPES[chunk.dtype]
+    if not chunk.bytes:
+        return torch.empty(chunk.sizes, dtype=dtype)
+    if not chunk.sizes:
+        return torch.frombuffer(read_range(handle, chunk.start, chunk.bytes, path), dtype=dtype).reshape(())
+    row = chunk.bytes // chunk.sizes[0]
+    data = read_range(handle, chunk.start + offsets[0] * row, lengths[0] * row, path)
+    box = torch.frombuffer(data, dtype=dtype).reshape(lengths[0], *chunk.sizes[1:])
+    for dim in range(1, len(chunk.sizes)):
+        box = box.narrow(dim, offsets[dim], lengths[dim])
+    return box

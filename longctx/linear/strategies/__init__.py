@@ -1,0 +1,1 @@
+"""One file per strategy that moves the states of linear layers between ranks."""

@@ -1,0 +1,87 @@
+"""LASP: the state itself goes along the chain, from each segment to the next.
+
+Sun et al., "Linear Attention Sequence Parallelism" (2024).
+
+    summarize my segments: (A, B)                  what each segment owes the state that entered it
+    O = what chunks read of themselves             gradients of what does not wait for others
+    for each of my segments, in order:             for each of my segments, from the last:
+        receive S_in from the one before               receive D_out from the one behind
+        send A S_in + B to the one behind              send A^T D_out + (what it owes S_in) to the one before
+    O += Q S_in                                    gradients of my summaries
+
+A message is one state; transitions stay at home. A rank computes before it waits, and what a first segment sends, it
+sends before that. The chain follows positions, not ranks: under zigzag it runs to the last rank and back, under
+stripes round and round. Where no document crosses an edge of segments nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longctx.attention.runtime.registry import Volume
+from longctx.comm import exchange
+from longctx.linear.affine import applied
+from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
+from longctx.linear.segments import chain_of
+from longctx.linear.states import Arriving, LinearContext, Summary, stretch_of
+from longctx.sequence import SequencePlan
+
+
+def enter(summary: Summary, call: LinearContext) -> Arriving:
+    """S_in of this rank's segments."""
+    return _walk(summary, call, +1)
+
+
+def leave(summary: Summary, call: LinearContext) -> Arriving:
+    """D_out of this rank's segments."""
+    return _walk(summary, call, -1)
+
+
+def _walk(summary: Summary, call: LinearContext, direction: int) -> Arriving:
+    """Starts along the chain, as far as it goes without waiting."""
+    received = torch.zeros_like(summary.states)
+    steps = _steps(summary, call, direction, received)
+    next(steps, None)
+
+    def go_on() -> Tensor:
+        for _ in steps:
+            pass
+        return received
+
+    return go_on
+
+
+def _steps(summary: Summary, call: LinearContext, direction: int, received: Tensor) -> Iterator[None]:
+    """Fills ``received``, one segment after another; pauses before it waits."""
+    chain, sent = call.chain, []
+    joined = stretch_of(call.plan, range(len(chain)), received.device).joined
+    for element, place in list(enumerate(call.own))[::direction]:
+        # An edge of segments has the number of the place behind it.
+        edge, onward = (place, place + 1)[::direction]
+        state = torch.zeros_like(received[:, element])
+        if chain.crossed(edge):
+            coming = exchange(call.group, [], [(chain.segments[place - direction].rank, torch.empty_like(state))])
+            yield
+            state = coming.wait()[0] * joined[:, edge]
+            received[:, element] = state
+        if chain.crossed(onward):
+            transition = summary.transitions[:, element]
+            passed = applied(transition if direction > 0 else transition.mT, state) + summary.states[:, element]
+            sent.append(exchange(call.group, [(chain.segments[place + direction].rank, passed.contiguous())], []))
+    yield
+    for message in sent:
+        message.wait()
+
+
+def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
+    """A state over each edge of this rank's segments that a document crosses: forward behind, backward before."""
+    chain = chain_of(plan)
+    behind = sum(chain.crossed(place + 1) for place in chain.own(rank))
+    before = sum(chain.crossed(place) for place in chain.own(rank))
+    return Volume(behind * sizes.state, before * sizes.state, behind, before)
+
+
+STRATEGIES = {"lasp": LinearStrategy("lasp", enter, leave, "contiguous", causal_only, volume)}

@@ -1,0 +1,1 @@
+"""One file per planner: who computes which rows of attention."""

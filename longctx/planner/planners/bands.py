@@ -1,0 +1,144 @@
+"""Shipped query rows find servers where these are few: bands of rows, each cut for the room that it fills.
+
+The best band next, of all pieces of all donors and for all servers, by bytes against cells: rows that fill a large
+room, or whose prefix their server holds already. What is left in the end fits badly, and how badly hangs on what came
+first; so it is done in several orders, and whoever asks keeps what moves the fewest bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longctx.planner.document_placement import DocumentPlacement
+from longctx.planner.options import PlannerOptions
+from longctx.planner.planners.placement import Run
+from longctx.planner.slices import Int64
+
+Float64 = NDArray[np.float64]
+
+LOOKED_AT = 6  # pieces of a donor, longest prefix first
+APART = 8  # blocks that rows above a band have at least, or they stay
+MOST = 8  # bands for each server; an order that takes more is given up
+
+
+@dataclass(frozen=True)
+class Order:
+    """A band's price is ``bytes / cells ** power``: 1/2 treats small and large ones alike, 1 prefers the large.
+
+    ``thrift``: what Q and O of a row are taken for when the band is shaped, in multiples of their bytes; more means
+    fewer rows with a longer prefix, hence less egress.
+    """
+
+    power: float
+    thrift: float
+
+
+# Of 25 tried on real lengths those that between them find the best plan of nearly every draw.
+ORDERS = (Order(0.85, 2), Order(0.85, 3), Order(0.7, 1), Order(0.7, 1.5), Order(0.7, 4), Order(0.6, 1))
+
+
+# (document, first row, last + 1) at home on a donor
+Piece = tuple[int, int, int]
+
+
+class Bands:
+    """Causal documents on few servers. ``load``: cells of each rank; ``limit``: the most a server may compute;
+    ``spare``: query rows that each rank may send, ``[W]``."""
+
+    def __init__(self, home: DocumentPlacement, load: Int64, limit: int, spare: Int64, options: PlannerOptions) -> None:
+        self._spare, self._block = spare, options.block
+        self._ratio = 2 * options.widths.row / options.widths.kv
+        self._limits = (limit - load).astype(np.float64)  # below 0 where there is too much
+        self._spans: dict[int, list[Piece]] = {}
+        for donor in np.flatnonzero(load > limit).tolist():
+            self._spans[donor] = [(span.doc, span.start, span.stop) for span in home.spans(donor)]
+        self._begins = {piece[:2] for spans in self._spans.values() for piece in spans}
+        # Tokens of each document, from its start, that a server has: it reads what its own rows see.
+        held = np.zeros((home.ranks, len(home.lengths)))
+        np.maximum.at(held, (home.rank, home.doc), home.stop)
+        self._first_held = held
+
+    def place(self, order: Order) -> list[tuple[Run, int]] | None:
+        """(run, server) of rows that bring all donors below the limit; None where this order does not come to it."""
+        self._room, self._held = self._limits.copy(), self._first_held.copy()
+        self._pieces = {donor: sorted(spans, key=_by_prefix) for donor, spans in self._spans.items()}
+        sent = dict.fromkeys(self._pieces, 0)
+        placed: list[tuple[Run, int]] = []
+        while any(self._room[donor] < 0 for donor in self._pieces):
+            found = self._best(order) if len(placed) < MOST * len(self._room) else None
+            if found is None:
+                return None
+            placed.append(self._taken(*found))
+            run = placed[-1][0]
+            sent[run.home] += run.stop - run.start
+            if sent[run.home] > self._spare[run.home]:
+                return None
+        return placed
+
+    def _best(self, order: Order) -> tuple[int, Piece, int, int, int] | None:
+        """(donor, piece, server, first row, last + 1) of the band with the lowest price."""
+        rows = list(self._open())
+        servers = np.flatnonzero(self._room > 0)
+        if not rows or not len(servers):
+            return None
+        donor, doc, start, stop = (np.array(column)[:, None] for column in zip(*rows, strict=True))
+        room, need, held = self._room[servers][None], -self._room[donor], self._held[servers][:, doc[:, 0]].T
+        end, count = self._shaped(start, stop, np.minimum(need, room), held, need <= room, order.thrift)
+        area = count * end - count * (count - 1) / 2
+        fits = (end <= stop) & (end - count >= start) & (area <= room)
+        cost = self._ratio * count + np.maximum(0, end - held)
+        price = np.where(fits, cost / np.maximum(area, 1) ** order.power, np.inf)
+        at, server = np.unravel_index(int(np.argmin(price)), price.shape)
+        if not fits[at, server]:
+            return None
+        last = int(end[at, server])
+        return rows[at][0], rows[at][1:], int(servers[server]), last - int(count[at, server]), last
+
+    def _shaped(
+        self, start: Int64, stop: Int64, cells: Float64, held: Float64, all_of_it: NDArray[np.bool_], thrift: float
+    ) -> tuple[Float64, Float64]:
+        """(end, rows) of bands of so many ``cells``: a little less where there is no room for more, else
+        (``all_of_it``) a little more. The fewest bytes in whole blocks, moved down until the cells are met; short
+        pieces whole.
+
+        q rows that end at E and hold F cells cost ``g q + E - held``, least at ``q = sqrt(F / (g + 1/2))``.
+        """
+        best = np.sqrt(cells / (self._ratio * thrift + 0.5))
+        end = np.minimum(stop, np.maximum(cells / best + best / 2, held))
+        rows = end + 0.5 - np.sqrt(np.maximum(0, (end + 0.5) ** 2 - 2 * cells))
+        count = np.maximum(1, np.round(rows / self._block)) * self._block
+        # Towards the top a block may be too many, or too few.
+        count = np.where(count * stop - count * (count - 1) / 2 < cells, count + self._block, count)
+        exact = (cells + count * (count - 1) / 2) / count
+        end = np.where(all_of_it, np.maximum(np.ceil(exact), start + count), np.minimum(np.floor(exact), stop))
+        whole = (stop - start) * (start + stop + 1) / 2 <= cells
+        return np.where(whole, stop, end), np.where(whole, stop - start, count)
+
+    def _open(self) -> Iterator[tuple[int, int, int, int]]:
+        """(donor, document, first row, last + 1) of what may be cut next."""
+        for donor, pieces in self._pieces.items():
+            if self._room[donor] < 0:
+                yield from ((donor, *piece) for piece in pieces[:LOOKED_AT])
+
+    def _taken(self, donor: int, piece: Piece, server: int, first: int, last: int) -> tuple[Run, int]:
+        doc, start, stop = piece
+        run = Run(doc, first, last, donor, (last - first) * (first + last + 1) // 2)
+        # Whole blocks, but for what begins a span.
+        low = start if piece[:2] in self._begins else first - (first - start) // self._block * self._block
+        above = (stop - last) // self._block
+        left = [(doc, low, first)] if low < first else []
+        left += [(doc, last, last + above * self._block)] if above >= APART else []
+        kept = [one for one in self._pieces[donor] if one != piece]
+        self._pieces[donor] = sorted(kept + left, key=_by_prefix)
+        self._room[donor] += run.area
+        self._room[server] -= run.area
+        self._held[server, doc] = max(self._held[server, doc], last)
+        return run, server
+
+
+def _by_prefix(piece: Piece) -> int:
+    return -piece[2]

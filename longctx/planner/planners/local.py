@@ -1,0 +1,14 @@
+"""Every rank computes the queries that live on it; keys of documents that cross a boundary come to it."""
+
+from __future__ import annotations
+
+from longctx.planner.cost import Topology
+from longctx.planner.document_placement import DocumentPlacement
+from longctx.planner.options import PlannerOptions
+from longctx.planner.slices import MaskSlices
+from longctx.planner.tasks import TaskRuns
+
+
+def local(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
+    """Reads no option."""
+    return TaskRuns.at_home(home)

@@ -1,0 +1,52 @@
+"""Where rows are looked for before anything is balanced: at home, but for short ends of documents.
+
+A rank that holds the last rows of a document and little before them reads all that lies between for a few queries. The
+rank that holds the rows before has read that prefix for its own; seated there, the queries travel instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from longctx.planner.cost import AttentionShape
+from longctx.planner.document_placement import DocumentPlacement
+from longctx.planner.slices import Int64
+
+LIGHT = 0.05  # of a server's cells
+
+
+def seated(home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit: int) -> DocumentPlacement:
+    """The same tokens, as if a span lived where the rows before it do, wherever that moves fewer bytes under a causal
+    mask. ``limit``: cells that a server may compute, of which a span is a small part, for heavy ones have to find room
+    elsewhere anyway. No rank sends more than its ``spare`` rows for it, ``[W]``: of one that would, all stay.
+
+    q rows that a rank has last of a document cost ``g q`` in Q and O, and their own keys, against the keys between
+    them and the rank's rows before.
+    """
+    rank, ratio = home.rank[home.by_position], 2 * widths.row / widths.kv
+    _, doc, start, stop, *_ = home.table
+    before, last = _of_same_rank(doc * home.ranks + rank, stop)
+    rows = stop - start
+    light = rows * (start + stop + 1) // 2 <= LIGHT * limit
+    moved = last & light & (start - before > (ratio + 1) * rows)
+    moved[1:] &= (doc[1:] == doc[:-1]) & (rank[1:] != rank[:-1])
+    moved[:1] = False
+    sent = np.bincount(rank[moved], weights=rows[moved], minlength=home.ranks)
+    moved &= (sent <= spare)[rank]
+    if not moved.any():
+        return home
+    # An end behind an end goes where that one went.
+    seat = rank[np.maximum.accumulate(np.where(moved, 0, np.arange(len(rank))))]
+    order = np.lexsort((start, doc, seat))
+    return DocumentPlacement(home.lengths, home.ranks, [column[order] for column in (seat, doc, start, stop)])
+
+
+def _of_same_rank(key: Int64, stop: Int64) -> tuple[Int64, Int64]:
+    """Of spans in order of position: where the one before with the same key stops, 0 without; and whether it is the
+    last of its key."""
+    order = np.argsort(key, kind="stable")
+    same = key[order][1:] == key[order][:-1]
+    before, last = np.zeros_like(stop), np.ones(len(stop), dtype=bool)
+    before[order[1:]] = np.where(same, stop[order][:-1], 0)
+    last[order[:-1]] = ~same
+    return before, last

@@ -1,0 +1,1 @@
+"""What a run says of itself: metrics, progress line, report, memory by category, wandb."""

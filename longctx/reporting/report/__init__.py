@@ -1,0 +1,1 @@
+"""The page ``report.html``: its sections, each from the records of a run."""

@@ -1,0 +1,179 @@
+"""The route of blocks around a ring of ranks: who holds which rows at which hop.
+
+Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At hop h it carries only rows
+that the holder or some later one reads (but is not cut for a trifle), and it stops after its last reader;
+its gradients travel the same hops one step behind and go home from the last reader of each row. The
+direction is whichever moves fewer rows: causal zigzag turns downwards, where the later half of a block drops
+out after the wrap (a quarter of the bytes saved); a contiguous causal block never wraps at all (half the
+bytes).
+
+On a grid, rows of ``lap`` neighbours, the ring is double (BurstAttention): a block goes round one row of ranks, a
+lap, while a copy of it crosses to the same place in the next row, where the next lap begins. What only later laps
+read leaves with the copy; gradients are summed along a lap and go home from there. One row is a plain ring of
+neighbours, rows of one rank are a plain ring of crossings.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from longctx.sequence.rows import Rows
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A block at one hop, as sets of local rows of its owner.
+
+    ``carried``: what the block holds. ``summed``: those that the holder or a later one of this lap reads, so that
+    their gradients are under way. ``read``: those that the holder itself reads. Neither is cut for a trifle.
+    """
+
+    carried: Rows
+    summed: Rows
+    read: Rows
+
+
+NOWHERE = Stop(Rows(), Rows(), Rows())
+
+
+@dataclass(frozen=True)
+class RingSchedule:
+    """``stops[owner][hop]``; at hop 0 a block is all valid rows of its owner.
+
+    ``turns``: whether blocks move up (+1) or down (-1), across rows of ranks and along a row.
+    """
+
+    lap: int
+    turns: tuple[int, int]
+    stops: tuple[tuple[Stop, ...], ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.stops)
+
+    @property
+    def direction(self) -> int:
+        """Of a plain ring: +1, blocks move to the next rank, or -1, to the one before."""
+        return self.turns[0] if self.lap == 1 else self.turns[1]
+
+    def holder(self, owner: int, hop: int) -> int:
+        """Rank that holds ``owner``'s block at ``hop``."""
+        return _moved(owner, hop, self.turns, self.lap, self.world)
+
+    def owner(self, rank: int, hop: int) -> int:
+        """Owner of the block that ``rank`` holds at ``hop``."""
+        return _moved(rank, -hop, self.turns, self.lap, self.world)
+
+    def at(self, owner: int, hop: int) -> Stop:
+        """``owner``'s block at ``hop``; empty from the hop after its last reader on."""
+        return self.stops[owner][hop] if hop < self.world else NOWHERE
+
+    def carried(self, owner: int, hop: int) -> Rows:
+        """Rows of ``owner``'s block at ``hop``."""
+        return self.at(owner, hop).carried
+
+    def riding(self, owner: int, hop: int) -> Rows:
+        """Rows whose gradients the holder before passes on to the holder at ``hop``: none at a lap's start."""
+        return self.at(owner, hop).summed if hop % self.lap else Rows()
+
+    def ended(self, owner: int, hop: int) -> Rows:
+        """Rows whose last reader in this lap is the holder at ``hop``: their sums are complete and go home."""
+        return self.at(owner, hop).summed - self.riding(owner, hop + 1)
+
+    def leaving(self, rank: int) -> list[tuple[int, Rows]]:
+        """Receiver and rows of each message from ``rank`` in a pass around the ring; empty ones are not sent."""
+        found = []
+        for hop in range(self.world):
+            owner = self.owner(rank, hop)
+            if hop % self.lap == 0:
+                found.append((owner, hop + self.lap))
+            if (hop + 1) % self.lap:
+                found.append((owner, hop + 1))
+        sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
+        return [(receiver, rows) for receiver, rows in sent if rows]
+
+    def returning(self, rank: int, straight: bool) -> list[tuple[int, Rows]]:
+        """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
+
+        ``straight``: each holder's share goes home by itself, of the rows that it reads.
+        """
+        sent = []
+        for hop in range(1, self.world):
+            owner = self.owner(rank, hop)
+            if straight:
+                sent.append((owner, self.at(owner, hop).read))
+            else:
+                sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
+                sent.append((owner, self.ended(owner, hop)))
+        return [(receiver, rows) for receiver, rows in sent if rows]
+
+    def rows_sent(self, rank: int) -> int:
+        """Rows of a block that ``rank`` passes on in one pass around the ring."""
+        return sum(len(rows) for _, rows in self.leaving(rank))
+
+    @cached_property
+    def cost(self) -> tuple[int, int]:
+        """Rows passed on by all ranks together, across rows of ranks and along them."""
+        hops = [(hop, len(block[hop].carried)) for block in self.stops for hop in range(1, self.world)]
+        return sum(n for hop, n in hops if hop % self.lap == 0), sum(n for hop, n in hops if hop % self.lap)
+
+    @cached_property
+    def gradient_rows(self) -> tuple[int, int]:
+        """Rows of gradients that all ranks together send: summed on their way, and straight home."""
+        stops = [stop for block in self.stops for stop in block[1:]]
+        return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
+
+
+def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:
+    """``rank`` after so many hops of a double ring; fewer than 0 lead back."""
+    (row, place), (laps, steps) = divmod(rank, lap), divmod(abs(hops), lap)
+    sign = 1 if hops >= 0 else -1
+    return (row + sign * turns[0] * laps) % (world // lap) * lap + (place + sign * turns[1] * steps) % lap
+
+
+def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> RingSchedule:
+    """The cheapest turns for ``reads(reader, owner)``, the rows that each rank reads of each other.
+
+    ``shards``: valid rows of each rank. Fewest rows across, which is where links are slow, then along; +1 on a tie.
+    """
+    world = len(shards)
+    either, irrelevant = (+1, -1), (+1,)
+    turned = [
+        RingSchedule(lap, turns, tuple(_route(reads, shards, owner, lap, turns) for owner in range(world)))
+        for turns in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
+    ]
+    return min(turned, key=lambda rotation: rotation.cost)
+
+
+def _route(
+    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, turns: tuple[int, int]
+) -> tuple[Stop, ...]:
+    """The stops of one block."""
+    world = len(shards)
+    own = [reads(_moved(owner, hop, turns, lap, world), owner) for hop in range(world)]
+    to_lap_end = [*own]  # what the holder or a later one of its lap reads
+    for hop in range(world - 2, -1, -1):
+        if (hop + 1) % lap:
+            to_lap_end[hop] |= to_lap_end[hop + 1]
+    to_end = to_lap_end[::lap]  # by lap: what it or a later one reads
+    for number in range(len(to_end) - 2, -1, -1):
+        to_end[number] |= to_end[number + 1]
+    block = Rows(((0, shards[owner]),)) if shards[owner] else Rows()
+    stops = []
+    for hop in range(world):
+        if hop % lap == 0:
+            block = narrowed_rows(block, to_end[hop // lap]) if hop else block
+            inside = narrowed_rows(block, to_lap_end[hop]) if hop else block
+        else:
+            inside = narrowed_rows(inside, to_lap_end[hop])
+        stops.append(Stop(inside if hop % lap else block, inside, narrowed_rows(inside, own[hop])))
+    return tuple(stops)
+
+
+def narrowed_rows(block: Rows, needed: Rows) -> Rows:
+    """``needed``, or the whole block where cutting it would save a row or a thirty-second; an unread one stops."""
+    dropped = len(block) - len(needed)
+    return needed if not needed or dropped > max(1, len(block) // 32) else block

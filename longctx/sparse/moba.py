@@ -1,0 +1,351 @@
+"""MoBA: each query attends to its own block and to the few earlier ones that its gate chooses.
+
+Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs" (2025). Blocks of b tokens count from a document's
+start. A query of block c scores each earlier block j of its document by q . mean of the keys of j; its own block is
+always chosen, future ones never, and with it the ``top_k`` - 1 earlier ones of the highest scores (of equal scores the
+later block). Softmax goes over all tokens of the chosen blocks, causal in the own one. No gradient passes through the
+choice. With ``top_k`` = 1 this is attention inside blocks; with as many blocks as a document has it is dense.
+
+    sum the keys of my part of each block, exchange the sums
+    choose blocks for my queries; tell all ranks which of them any query chose
+    fetch keys and values of my own blocks and of chosen ones; backward, send their gradients home
+    attend to the own block by a kernel, to the others by queries grouped by (block, head); merge
+
+Sums are in fp64, so that the means do not depend on how blocks were cut; scores are in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.operator import register, require_fit
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
+from longctx.comm import Group, exchange, group_named
+from longctx.errors import ConfigError
+from longctx.linear.mixer import HeadDims, LinearCore, Mixer
+from longctx.sequence import Documents, Rows, SequencePlan, TileSet, plan_of
+from longctx.sequence.documents import Int64
+from longctx.sequence.tiles import group_rows, tiles_of
+from longctx.sparse.document_blocks import Blocks, Shard, blocks_of, shard_of
+from longctx.sparse.grouped_queries import MAX_SCORES, NONE, grouped
+from longctx.sparse.row_exchange import RowExchange
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int) -> Tensor:
+    """q, k, v ``[B, T/SP, H/TP, D]`` to ``[B, T/SP, H/TP, D]``; padding is 0."""
+    out: Tensor = _attend(q, k, v, plan, group, block, top_k)[0]
+    return out
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """One batch on one rank. ``held``: the places of every rank's tokens; ``own``: the block of each of mine."""
+
+    blocks: Blocks
+    held: Sequence[Int64]
+    shard: Shard
+    own: Int64
+    ranks: Group
+    block: int
+    scale: float
+
+
+def _call(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockContext:
+    blocks = blocks_of(plan.documents, plan.length, block)
+    held = [shard_of(plan, rank, torch.device("cpu")).places for rank in range(plan.world)]
+    own = blocks.of(held[ranks.rank])
+    return BlockContext(blocks, held, shard_of(plan, ranks.rank, q.device), own, ranks, block, q.shape[-1] ** -0.5)
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, the earlier blocks that each query chose ``[B, T/SP, H, top_k - 1]``); the latter two for the
+    backward pass."""
+    sequence, ranks = plan_of(plan), group_named(group)
+    require_fit(q, sequence, ranks)
+    call = _call(q, sequence, ranks, block)
+    queries, keys = call.shard.pack(q), call.shard.pack(k)
+    chosen = route(queries[0], keys[0], top_k - 1, call)
+    delivery = deliver(chosen, call)
+    x = torch.cat((keys, call.shard.pack(v)), -1)
+    brought = delivery.arrange(delivery.bring(x, ranks))
+    partial = Partial(queries)
+    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    keys, values = brought.chunk(2, -1)
+    kernel_for("auto", q, k).forward(queries, keys, values, tiles, call.scale, partial)
+    everyone = Rows.union([(0, queries.shape[1])])
+    for choice in chosen.unbind(-1):
+        out, lse = torch.zeros_like(partial.out), torch.full_like(partial.lse, -torch.inf)
+        for groups in grouped(choice, firsts, block):
+            scores, _, its_values = groups.scores(queries, brought, call.scale)
+            its_lse = torch.logsumexp(scores, -1)
+            groups.put(out, torch.exp(scores - its_lse[..., None]) @ its_values)
+            groups.put(lse, its_lse)
+        partial.merge_packed(everyone, out, lse)
+    unpack = call.shard.unpack
+    made = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
+    return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), made
+
+
+def run_backward(
+    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``saved``: q, k, v, out, lse, chosen."""
+    sequence, ranks = plan_of(plan), group_named(group)
+    q, k, v = saved[:3]
+    call = _call(q, sequence, ranks, block)
+    dout, queries, out, lse, chosen = (call.shard.pack(one) for one in (dout, q, *saved[3:]))
+    delivery = deliver(chosen[0], call)
+    brought = delivery.arrange(delivery.bring(call.shard.pack(torch.cat((k, v), -1)), ranks))
+    wide = lse.dtype
+    dq, dbrought = torch.zeros_like(queries, dtype=wide), torch.zeros_like(brought, dtype=wide)
+    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    (keys, values), (dkeys, dvalues) = brought.chunk(2, -1), dbrought.chunk(2, -1)
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, call.scale, (dq, dkeys, dvalues))
+    dout = dout.to(wide)
+    delta = (dout * out).sum(-1)
+    for choice in chosen[0].unbind(-1):
+        for groups in grouped(choice, firsts, block):
+            scores, its_keys, its_values = groups.scores(queries, brought, call.scale)
+            upstream, asked = groups.take(dout), groups.take(queries).to(wide)
+            weights = torch.exp(scores - groups.take(lse)[..., None]).masked_fill_(groups.missing[..., None], 0)
+            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * call.scale
+            groups.add(dq, dscores @ its_keys)
+            groups.add_to_keys(dbrought, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
+    home = delivery.total(delivery.take_home(dbrought, ranks))
+    dk, dv = (call.shard.unpack(one, k) for one in home.chunk(2, -1))
+    return call.shard.unpack(dq, q), dk, dv
+
+
+def route(q: Tensor, k: Tensor, choices: int, call: BlockContext) -> Tensor:
+    """The earlier blocks that each query ``[n, H, D]`` chose, int32 ``[n, H, choices]``, ascending after ``NONE``."""
+    chosen = torch.full((*q.shape[:2], choices), NONE, dtype=torch.int32, device=q.device)
+    eligible = call.blocks.followed
+    if not choices or not len(eligible):
+        return chosen
+    wide = accumulation_dtype(q.dtype)
+    means = pooled(k, call).to(wide)
+    # Eligible blocks [low, high) are those of a query's document before its own block.
+    low = np.searchsorted(eligible, call.blocks.first[call.own])
+    high = np.searchsorted(eligible, call.own)
+    numbers = torch.from_numpy(eligible).to(q.device, torch.int32)
+    step = max(1, MAX_SCORES // (q.shape[1] * len(means)))
+    for begin in range(0, len(q), step):
+        rows = slice(begin, begin + step)
+        first, last = int(low[rows].min()), int(high[rows].max())
+        if first >= last:
+            continue
+        scores = torch.einsum("nhd,jhd->nhj", q[rows].to(wide), means[first:last])
+        at = torch.arange(first, last, device=q.device)
+        start, stop = (torch.from_numpy(one[rows]).to(q.device)[:, None] for one in (low, high))
+        hidden = ((at < start) | (at >= stop))[:, None].expand_as(scores)
+        # Stable and from the last block on: of equal scores the later block comes first, on any device.
+        order = scores.masked_fill(hidden, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
+        taken = last - first - 1 - order[..., :choices]
+        found = numbers[first + taken].masked_fill_(hidden.gather(-1, taken), NONE)
+        chosen[rows, :, choices - found.shape[-1] :] = found.sort(-1).values
+    return chosen
+
+
+def pooled(k: Tensor, call: BlockContext) -> Tensor:
+    """keys ``[n, H, D]`` of this rank to the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``."""
+    eligible, me = call.blocks.followed, call.ranks.rank
+    parts = [np.searchsorted(eligible, its) for its in _parts(call.blocks, call.held)]
+    inside = np.flatnonzero(np.isin(call.own, eligible))
+    rows, at, *by_rank = (
+        torch.from_numpy(one).to(k.device) for one in (inside, np.searchsorted(eligible, call.own[inside]), *parts)
+    )
+    sums = k.new_zeros(len(eligible), *k.shape[1:], dtype=torch.float64)
+    sums.index_add_(0, at, k.index_select(0, rows).double())
+    total = torch.zeros_like(sums)
+    shares = _tell_all(sums.index_select(0, by_rank[me]), [len(part) for part in parts], call.ranks)
+    for touched, share in zip(by_rank, shares, strict=True):  # in rank order, so that all ranks have the same bits
+        total.index_add_(0, touched, share)
+    return total / call.block
+
+
+def deliver(chosen: Tensor, call: BlockContext) -> RowExchange:
+    """Brings what this rank's queries ``[n, H, choices]`` see: their own blocks up to themselves, and chosen ones.
+
+    All ranks tell each other what they chose, one byte a block: a message's sender must know its size.
+    """
+    count, ranks = len(call.blocks.starts), call.ranks
+    flags = torch.zeros(count + 1, dtype=torch.uint8, device=chosen.device)
+    flags[chosen.flatten().long()] = 1  # what was not chosen falls on the last
+    if chosen.shape[-1] and len(call.blocks.followed):
+        picked = torch.stack(_tell_all(flags[:-1], [count] * ranks.size, ranks)).cpu().numpy()
+    else:
+        picked = np.zeros((ranks.size, count))
+    return RowExchange(call.held, wanted_by(call.blocks, call.held, picked), ranks.rank, chosen.device)
+
+
+def wanted_by(blocks: Blocks, held: Sequence[Int64], picked: NDArray[Any]) -> list[Int64]:
+    """Places that each reader's queries see; ``picked`` ``[P, blocks]``: what any of its queries chose."""
+    wanted = []
+    for its, flags in zip(held, picked, strict=True):
+        stops = np.where(flags, blocks.stops, blocks.starts)
+        np.maximum.at(stops, blocks.of(its), its + 1)
+        wanted.append(blocks.places(np.arange(len(stops)), stops))
+    return wanted
+
+
+def volume(
+    plan: SequencePlan, rank: int, block: int, picked: NDArray[Any] | None, batch_row: tuple[int, int, int]
+) -> tuple[int, int]:
+    """Bytes that ``rank`` sends forward and backward; ``picked`` ``[P, blocks]``: what queries of each rank chose,
+    None with ``top_k`` 1; ``batch_row``: heads, head width, bytes of an element.
+
+    Forward, to all others the fp64 sums of its parts of blocks and its choices, and keys and values to who chose
+    them; backward the choices, keys and values again, and in the accumulation dtype the latter's gradients.
+    """
+    heads, width, size = batch_row
+    blocks = blocks_of(plan.documents, plan.length, block)
+    held = [shard_of(plan, one, torch.device("cpu")).places for one in range(plan.world)]
+    routed = picked is not None and len(blocks.followed) > 0
+    flags = picked if picked is not None else np.zeros((plan.world, len(blocks.starts)))
+    delivery = RowExchange(held, wanted_by(blocks, held, flags), rank, torch.device("cpu"))
+    sent, returned = delivery.rows_sent
+    choices = (plan.world - 1) * len(blocks.starts) if routed else 0
+    sums = (plan.world - 1) * len(_parts(blocks, held)[rank]) * heads * width * 8 if routed else 0
+    again = choices + 2 * sent * heads * width * size
+    return sums + again, again + 2 * returned * heads * width * max(size, 4)
+
+
+def _parts(blocks: Blocks, held: Sequence[Int64]) -> list[Int64]:
+    """Of the blocks that may be chosen, those of which each rank holds tokens."""
+    return [np.intersect1d(blocks.of(its), blocks.followed) for its in held]
+
+
+def _tell_all(mine: Tensor, lengths: Sequence[int], ranks: Group) -> list[Tensor]:
+    """What every rank tells all others, by rank; ``lengths``: of each one's first dim."""
+    others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+    buffers = [(rank, mine.new_empty(lengths[rank], *mine.shape[1:])) for rank in others]
+    told = exchange(ranks, [(rank, mine) for rank in others], buffers).wait()
+    told.insert(ranks.rank, mine)
+    return told
+
+
+def own_tiles(delivery: RowExchange, call: BlockContext) -> tuple[TileSet, ...]:
+    """What queries owe to the keys of their own blocks, among those that were brought."""
+    places = call.held[call.ranks.rank]
+    return group_rows([tiles_of(call.blocks.starts[call.own], places + 1, delivery.places)])
+
+
+def first_keys(delivery: RowExchange, call: BlockContext) -> Tensor:
+    """Where each block that was brought begins among what was brought."""
+    return torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(call.shard.rows.device)
+
+
+_CONTEXT = "Tensor plan, str group, int block"
+_attend = register(
+    "moba",
+    run_forward,
+    f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}, int top_k) -> (Tensor, Tensor, Tensor)",
+)
+_attend_backward = register(
+    "moba_backward",
+    run_backward,
+    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, q.new_empty(*q.shape[:3], top_k - 1, dtype=torch.int32)
+
+
+@_attend_backward.register_fake
+def _(dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (one.new_empty(one.shape) for one in saved[:3])
+    return q, k, v
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, plan, ctx.group, ctx.block, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, plan)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    *saved, plan = ctx.saved_tensors
+    return (*_attend_backward(dout, saved, plan, ctx.group, ctx.block), None, None, None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_remember)
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], block: int, top_k: int) -> Tensor:
+    """Whole sequences ``[B, S, H, D]``, token by token and head by head."""
+    out = [[[torch.zeros_like(q[row, t, 0])] * q.shape[2] for t in range(q.shape[1])] for row in range(len(q))]
+    for row, packed in enumerate(documents):
+        for start, stop in pairwise(packed.cu_seqlens.tolist()):
+            for t, head in product(range(start, stop), range(q.shape[2])):
+                queries, keys, values = q[row, t, head], k[row, :, head], v[row, :, head]
+                own = (t - start) // block
+                spans = [range(start + j * block, start + (j + 1) * block) for j in range(own)]
+                scores = [float(queries.detach() @ keys[span.start : span.stop].detach().mean(0)) for span in spans]
+                best = sorted(range(own), key=lambda j: (-scores[j], -j))[: top_k - 1]
+                seen = [place for j in best for place in spans[j]] + list(range(start + own * block, t + 1))
+                weights = torch.softmax(keys[seen] @ queries * q.shape[-1] ** -0.5, 0)
+                out[row][t][head] = weights @ values[seen]
+    return torch.stack([torch.stack([torch.stack(heads) for heads in rows]) for rows in out])
+
+
+def moba(block: int = 512, top_k: int = 3) -> Mixer:
+    """The mixer with ``top_k`` blocks of ``block`` tokens a query, its own among them; the paper's sizes by default."""
+    if block < 1 or top_k < 1:
+        raise ConfigError(
+            f"block {block} and top_k {top_k} of moba must be at least 1: a query sees itself; "
+            f"the nearest are block {max(block, 1)} and top_k {max(top_k, 1)}"
+        )
+
+    def tokens(widths: HeadDims) -> dict[str, int]:
+        if widths.key != widths.value:
+            raise ConfigError(
+                f"moba runs on attention's kernels: widths {widths.key} of keys and {widths.value} of values "
+                "must be equal"
+            )
+        return {"q": widths.key, "k": widths.key, "v": widths.value}
+
+    def mix(inputs: Mapping[str, Tensor], core: LinearCore, plan: Tensor) -> Tensor:
+        return attend_blocks(inputs["q"], inputs["k"], inputs["v"], plan, core.group_name, block, top_k)
+
+    def recurrence(inputs: Mapping[str, Tensor], documents: Sequence[Documents]) -> Tensor:
+        return definition(inputs["q"], inputs["k"], inputs["v"], documents, block, top_k)
+
+    def flops(widths: HeadDims, _: int) -> float:
+        """With all blocks that may be chosen, without the gate's one product a block of the document."""
+        return 2.0 * (widths.key + widths.value) * ((top_k - 1) * block + (block + 1) / 2)
+
+    return Mixer("moba", tokens, lambda _: {}, lambda *_: {}, _no_parameters, mix, recurrence, False, flops)
+
+
+def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
+    raise AssertionError(f"moba has no parameter {name}")
+
+
+def sized(block: int | None, top_k: int | None) -> Mixer:
+    """None: the paper's size."""
+    return moba(**{name: value for name, value in (("block", block), ("top_k", top_k)) if value is not None})
+
+
+MIXER = moba()
+
+
+MIXER = moba()

@@ -1,0 +1,316 @@
+"""RAT: a gated recurrence inside chunks, softmax attention over the states at their ends.
+
+Wei, Yadav, Pascanu and Gulcehre, "RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence
+Modeling" (2025). RatChunks of C tokens count from a document's start; with t in chunk c, g in (0, 1) by channel:
+
+    k~[t] = g[t] * k~[t-1] + (1 - g[t]) * k[t]      v~[t] likewise; both start anew, from 0, in every chunk
+    o[t]  = softmax over {ends of chunks before c of the document, t itself} of (q[t] . k~ / sqrt(K)), applied to v~
+
+The paper's form, but for its rotary embedding: layers of mixers rotate nothing. The output gate is the block's.
+
+    fetch the earlier tokens of my chunks           the same, then gradients backwards:
+    k~, v~ at my tokens                             of the ends, which go home to their owners
+    gather k~, v~ at the ends of chunks             of k~, v~ through the recurrence
+    attend to earlier ends, merge with own state    those of fetched tokens go home too
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.operator import register, require_fit
+from longctx.attention.runtime.partial import Partial, accumulation_dtype
+from longctx.comm import group_named
+from longctx.errors import ConfigError
+from longctx.linear.mixer import HeadDims, LinearCore, Mixer
+from longctx.sequence import Documents, SequencePlan, TileSet, plan_of
+from longctx.sequence.tiles import group_rows, tiles_of
+from longctx.sparse.document_blocks import Shard, blocks_of, shard_of
+from longctx.sparse.row_exchange import RowExchange
+
+
+def attend_chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int) -> Tensor:
+    """q, k, v and gate (in (0, 1)) ``[B, T/SP, H/TP, D]`` to ``[B, T/SP, H/TP, D]``; padding is 0."""
+    out: Tensor = _attend(q, k, v, gate, plan, group, chunk)[0]
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class RatChunks:
+    """What one rank needs to know of a plan's chunks.
+
+    ``near``: brings the earlier tokens of the rank's chunks. ``grid`` ``[chunks * C]``: which of them is the l-th of a
+    chunk; where there is none, some other of that chunk: no own token comes after it. ``own`` ``[n]``: cells of the
+    grid that hold the rank's own tokens. ``ends``: brings the last tokens of chunks; ``tiles``: who sees which.
+    """
+
+    shard: Shard
+    near: RowExchange
+    grid: Tensor
+    own: Tensor
+    ends: RowExchange
+    tiles: tuple[TileSet, ...]
+
+
+_chunks: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[int, int, torch.device], RatChunks]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> RatChunks:
+    """Made once per plan."""
+    made = _chunks.setdefault(plan, {})
+    key = (rank, chunk, device)
+    if key not in made:
+        made[key] = _plan_chunks(plan, rank, chunk, device)
+    return made[key]
+
+
+def _plan_chunks(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> RatChunks:
+    blocks = blocks_of(plan.documents, plan.length, chunk)
+    held = [shard_of(plan, one, torch.device("cpu")).places for one in range(plan.world)]
+    near, far = [], []
+    all_ends = blocks.stops[blocks.followed] - 1
+    for its in held:
+        touched, firsts = np.unique(blocks.of(its)[::-1], return_index=True)
+        near.append(blocks.places(touched, its[::-1][firsts] + 1))  # up to its last token of each
+        seen = np.zeros(len(blocks.starts) + 1, dtype=np.int64)
+        np.add.at(seen, blocks.first[touched], 1)
+        np.add.at(seen, touched, -1)
+        far.append(all_ends[np.cumsum(seen)[blocks.followed] > 0])
+    mine = blocks.of(held[rank])
+    touched, cell = np.unique(mine, return_inverse=True)
+    first = np.searchsorted(near[rank], blocks.starts[touched])
+    count = np.diff(np.append(first, len(near[rank])))
+    grid = first[:, None] + np.minimum(np.arange(chunk), count[:, None] - 1)
+    own = cell * chunk + held[rank] - blocks.starts[mine]
+    tiles = tiles_of(blocks.starts[blocks.first[mine]], blocks.starts[mine], far[rank])
+    return RatChunks(
+        shard_of(plan, rank, device),
+        RowExchange(held, near, rank, device),
+        torch.from_numpy(grid.reshape(-1)).to(device),
+        torch.from_numpy(own).to(device),
+        RowExchange(held, far, rank, device),
+        group_rows([tiles]),
+    )
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, the rank's own states ``[B, T/SP, H, 2 D]``), the latter two for the backward pass."""
+    sequence, ranks = plan_of(plan), group_named(group)
+    require_fit(q, sequence, ranks)
+    chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
+    x, queries = chunks.shard.pack(torch.cat((k, v, gate), -1)), chunks.shard.pack(q)
+    near = chunks.near.arrange(chunks.near.bring(x, ranks))
+    states = _recur(*_on_grid(near, chunks, chunk))[0].flatten(0, 1).index_select(0, chunks.own)[None].to(q.dtype)
+    coming = chunks.ends.bring(states, ranks)
+    own_keys, own_values = states.chunk(2, -1)
+    partial = Partial(queries)
+    scale, dtype = q.shape[-1] ** -0.5, partial.lse.dtype
+    own = (queries.to(dtype) * own_keys).sum(-1) * scale
+    keys, values = chunks.ends.arrange(coming).chunk(2, -1)
+    kernel_for("auto", q, k).forward(queries, keys, values, chunks.tiles, scale, partial)
+    partial.merge(slice(0, 1), slice(0, own.shape[1]), own_values, own)
+    unpack = chunks.shard.unpack
+    return unpack(partial.out, q), unpack(partial.lse, q.to(dtype)), unpack(states, q)
+
+
+def run_backward(
+    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``saved``: q, k, v, gate, out, lse, states."""
+    sequence, ranks = plan_of(plan), group_named(group)
+    q, k, v, gate = saved[:4]
+    chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
+    pack, wide = chunks.shard.pack, accumulation_dtype(q.dtype)
+    dout, queries, out, lse, states = (pack(one) for one in (dout, q, *saved[4:]))
+    coming_ends = chunks.ends.bring(states, ranks)
+    coming_near = chunks.near.bring(pack(torch.cat((k, v, gate), -1)), ranks)
+    scale = q.shape[-1] ** -0.5
+    dq, dstates = _through_own_state(dout.to(wide), queries.to(wide), out, lse, states, scale)
+    ends = chunks.ends.arrange(coming_ends)
+    dends = torch.zeros_like(ends, dtype=wide)
+    (keys, values), (dkeys, dvalues) = ends.chunk(2, -1), dends.chunk(2, -1)
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, chunks.tiles, scale, (dq, dkeys, dvalues))
+    going = chunks.ends.take_home(dends, ranks)
+    near = chunks.near.arrange(coming_near)
+    inputs, gates = _on_grid(near, chunks, chunk)
+    before = _recur(inputs, gates)[1]
+    dstates += chunks.ends.total(going)
+    on_grid = inputs.new_zeros(inputs.shape).flatten(0, 1).index_copy_(0, chunks.own, dstates[0]).view_as(inputs)
+    dgrid = _recur_back(on_grid, inputs, gates, before)
+    dnear = torch.zeros_like(near[0], dtype=wide).index_add_(0, chunks.grid, dgrid.flatten(0, 1))
+    dx = chunks.near.total(chunks.near.take_home(dnear[None], ranks))
+    dk, dv, dgate = (chunks.shard.unpack(one, k) for one in dx.chunk(3, -1))
+    return chunks.shard.unpack(dq, q), dk, dv, dgate
+
+
+def _on_grid(near: Tensor, chunks: RatChunks, chunk: int) -> tuple[Tensor, Tensor]:
+    """Keys and values beside one another, and their gates, each ``[chunks, C, H, 2 D]`` in the accumulation dtype."""
+    wide = near[0].index_select(0, chunks.grid).unflatten(0, (-1, chunk)).to(accumulation_dtype(near.dtype))
+    width = near.shape[-1] // 3
+    gate = wide[..., 2 * width :]
+    return wide[..., : 2 * width], torch.cat((gate, gate), -1)
+
+
+def _recur(inputs: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """The states at all cells of the grid, and those before each."""
+    states = inputs.new_zeros(inputs.shape[0], inputs.shape[1] + 1, *inputs.shape[2:])
+    for place in range(inputs.shape[1]):
+        gate = gates[:, place]
+        states[:, place + 1] = gate * states[:, place] + (1 - gate) * inputs[:, place]
+    return states[:, 1:], states[:, :-1]
+
+
+def _recur_back(dstates: Tensor, inputs: Tensor, gates: Tensor, before: Tensor) -> Tensor:
+    """Gradients of keys, values and gates on the grid, ``[chunks, C, H, 3 D]``; ``dstates``: from outside, at each."""
+    carried = torch.zeros_like(dstates[:, 0])
+    reached = torch.empty_like(dstates)
+    for place in reversed(range(dstates.shape[1])):
+        carried = carried + dstates[:, place]
+        reached[:, place] = carried
+        carried = carried * gates[:, place]
+    of_keys, of_values = (reached * (before - inputs)).chunk(2, -1)
+    return torch.cat((reached * (1 - gates), of_keys + of_values), -1)
+
+
+def _through_own_state(
+    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, states: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What queries and own states ``[1, n, H, 2 D]`` owe to each query's attention to its own state."""
+    keys, values = states.to(q.dtype).chunk(2, -1)
+    weight = torch.exp((q * keys).sum(-1) * scale - lse)[..., None]
+    score = weight * (dout * (values - out)).sum(-1, keepdim=True) * scale
+    return score * keys, torch.cat((score * q, weight * dout), -1)
+
+
+def volume(plan: SequencePlan, rank: int, chunk: int, batch_row: tuple[int, int, int]) -> tuple[int, int]:
+    """Bytes that ``rank`` sends forward and backward; ``batch_row``: heads, head width, bytes of an element.
+
+    Forward, k, v and the gate of tokens whose chunks go on elsewhere, and two states of ends that others see;
+    backward those again and, in the accumulation dtype, their gradients.
+    """
+    heads, width, size = batch_row
+    chunks = chunks_of(plan, rank, chunk, torch.device("cpu"))
+    near, far = chunks.near.rows_sent, chunks.ends.rows_sent
+    forward, back = ((3 * one + 2 * other) * heads * width for one, other in zip(near, far, strict=True))
+    return forward * size, forward * size + back * max(size, 4)
+
+
+_CONTEXT = "Tensor plan, str group, int chunk"
+_attend = register(
+    "rat",
+    run_forward,
+    f"(Tensor q, Tensor k, Tensor v, Tensor gate, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+)
+_attend_backward = register(
+    "rat_backward",
+    run_backward,
+    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, q.new_empty(*q.shape[:3], 2 * q.shape[3])
+
+
+@_attend_backward.register_fake
+def _(
+    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, gate = (one.new_empty(one.shape) for one in saved[:4])
+    return q, k, v, gate
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, plan, ctx.group, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, *output, plan)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    *saved, plan = ctx.saved_tensors
+    return (*_attend_backward(dout, saved, plan, ctx.group, ctx.chunk), None, None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_remember)
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int) -> Tensor:
+    """Whole sequences ``[B, S, H, D]``, token by token."""
+    rows = []
+    for row, packed in enumerate(documents):
+        out = [torch.zeros_like(q[row, 0])] * q.shape[1]
+        for start, stop in pairwise(packed.cu_seqlens.tolist()):
+            ends: list[tuple[Tensor, Tensor]] = []
+            key, value = torch.zeros_like(k[row, 0]), torch.zeros_like(v[row, 0])
+            for t in range(start, stop):
+                if t > start and (t - start) % chunk == 0:
+                    ends.append((key, value))
+                    key, value = torch.zeros_like(key), torch.zeros_like(value)
+                key = gate[row, t] * key + (1 - gate[row, t]) * k[row, t]
+                value = gate[row, t] * value + (1 - gate[row, t]) * v[row, t]
+                keys, values = (torch.stack(states) for states in zip(*ends, (key, value), strict=True))
+                weights = torch.softmax((q[row, t] * keys).sum(-1) * q.shape[-1] ** -0.5, 0)
+                out[t] = (weights[..., None] * values).sum(0)
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def rat(chunk: int = 16) -> Mixer:
+    """The mixer with chunks of ``chunk`` tokens; the paper's is 16. With 1 it is attention to single gated tokens."""
+    if chunk < 1:
+        raise ConfigError(f"chunk {chunk} of rat must be at least 1 token; 16 is the paper's")
+
+    def tokens(widths: HeadDims) -> dict[str, int]:
+        if widths.key != widths.value:
+            raise ConfigError(
+                f"rat gates keys and values alike: their widths {widths.key} and {widths.value} must be equal"
+            )
+        return {"q": widths.key, "k": widths.key, "v": widths.value, "g": widths.key}
+
+    def mix(inputs: Mapping[str, Tensor], core: LinearCore, plan: Tensor) -> Tensor:
+        q, k, v, gate = inputs["q"], inputs["k"], inputs["v"], torch.sigmoid(inputs["g"])
+        return attend_chunks(q, k, v, gate, plan, core.group_name, chunk)
+
+    def recurrence(inputs: Mapping[str, Tensor], documents: Sequence[Documents]) -> Tensor:
+        return definition(inputs["q"], inputs["k"], inputs["v"], torch.sigmoid(inputs["g"]), documents, chunk)
+
+    def flops(widths: HeadDims, _: int) -> float:
+        """Without the ends of earlier chunks, of which there are as many as the document has chunks."""
+        return 4.0 * (widths.key + widths.value) + 2.0 * (widths.key + widths.value)
+
+    return Mixer("rat", tokens, lambda _: {}, lambda *_: {}, _no_parameters, mix, recurrence, False, flops)
+
+
+def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
+    raise AssertionError(f"rat has no parameter {name}")
+
+
+def sized(block: int | None, _: int | None) -> Mixer:
+    """None: the paper's size."""
+    return rat() if block is None else rat(block)
+
+
+MIXER = rat()
+
+
+MIXER = rat()

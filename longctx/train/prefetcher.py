@@ -1,0 +1,63 @@
+"""The next step's batches, read and planned while the present one runs.
+
+Who serves which attention cells follows from document lengths alone, long before the tokens are needed; worked out
+in the first layer's forward it would stand still for all ranks. A thread of its own reads the samples and plans them;
+it makes nothing but host memory and talks to no rank. Cutting, and moving to the device, stay with the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from longctx.data import Loader
+from longctx.sequence import Batch, LocalBatch, SequencePlan
+from longctx.train.batch_sharder import BatchSharder
+
+Planned = list[tuple[Batch, SequencePlan]]
+Prepare = Callable[[list[SequencePlan]], None]
+
+# Ranks of a simulated cluster have the same batches, and share the plan that the first of them makes.
+_one_at_a_time = threading.Lock()
+
+
+class Prefetcher:
+    """``prepare``: what else the plans of one step's micro-batches are wanted for.
+
+    The loader's position stays that of the batches that were taken, so a checkpoint knows nothing of those read ahead.
+    """
+
+    def __init__(self, loader: Loader, border: BatchSharder, prepare: Prepare) -> None:
+        self._loader, self._border, self._prepare = loader, border, prepare
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+        self._made: tuple[int, Future[Planned]] | None = None  # of the step that begins at this sample
+
+    def take(self, more: bool) -> list[LocalBatch]:
+        """This rank's micro-batches of the next step; ``more``: begins with those of the step after it.
+
+        Raises what reading or planning them raised.
+        """
+        first = self._loader.next_sample
+        if self._made is None or self._made[0] != first:
+            self._begin(first)
+        assert self._made is not None, "it has been begun"
+        planned = self._made[1].result()
+        self._loader.advance()
+        if more:
+            self._begin(self._loader.next_sample)
+        return [self._border(batch, plan) for batch, plan in planned]
+
+    def close(self) -> None:
+        """Waits for what is under way and throws it away."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _begin(self, first: int) -> None:
+        self._made = first, self._worker.submit(self._plan, first)
+
+    def _plan(self, first: int) -> Planned:
+        batches = self._loader.batches(first)
+        with _one_at_a_time:
+            plans = [self._border.plan(batch) for batch in batches]
+            self._prepare(plans)
+        return list(zip(batches, plans, strict=True))

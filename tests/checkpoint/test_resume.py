@@ -1,0 +1,144 @@
+"""``--resume`` under another configuration: what is refused before anything is touched, and what is said."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longctx.checkpoint.checkpointer import Checkpointer
+from longctx.checkpoint.files import CheckpointDirectory
+from longctx.errors import ConfigError, StorageError
+from longctx.launcher import build
+from longctx.mesh import build_mesh
+from longctx.reporting.meter import Meter
+from longctx.sim import Cluster
+from tests.checkpoint.checkpoint_run import make, saved
+from tests.train.small_run import CPU, corpus, small_config
+
+
+def configured(directory, **sections):
+    return small_config(directory, **{"train": {"steps": 2}, "checkpoint": {"at_end": True}, **sections})
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """The tests' corpus in place of that of the configuration."""
+    monkeypatch.setattr(build, "open_corpus", lambda *args, **kwargs: corpus())
+
+
+def options_after_resume(config):
+    trainer = build.build_trainer(config, True, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer.sink.close({})
+    return [(g["betas"], g["eps"], g["weight_decay"]) for g in trainer.state.optimizer.param_groups]
+
+
+def test_the_optimizer_follows_the_configuration_of_now_and_changes_are_named(tmp_path, data, caplog):
+    build.run_sim(configured(tmp_path), False)
+    optim = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.3}
+    other = configured(
+        tmp_path, optim=optim, attention={"window": 7, "document_mask": False}, model={"rope_theta": 5e5}
+    )
+    with caplog.at_level(logging.WARNING):
+        (options,) = Cluster(1).run(options_after_resume, other)
+    assert options == [((0.5, 0.7), 1e-4, 0.3), ((0.5, 0.7), 1e-4, 0.0)]
+    (told,) = [r.getMessage() for r in caplog.records if "another configuration" in r.getMessage()]
+    for change in ("attention.window=7 (was null)", "attention.document_mask=false (was true)", "optim.beta1=0.5"):
+        assert change in told
+    assert "model.rope_theta=500000.0 (was 10000.0)" in told and "run." not in told and "train.steps" not in told
+
+
+def test_an_unchanged_configuration_is_not_spoken_of(tmp_path, data, caplog):
+    build.run_sim(configured(tmp_path), False)
+    with caplog.at_level(logging.WARNING):
+        Cluster(1).run(options_after_resume, configured(tmp_path, logger={"project": "other"}))
+    assert "another configuration" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sections,words",
+    [
+        ({"model": {"dim": 64}}, "the configuration makes it"),
+        ({"model": {"layers": 3}}, "holds another model"),
+        ({"train": {"steps": 2, "dtype": "float32"}}, "train.dtype of the run that wrote it"),
+        ({"train": {"steps": 2, "seed": 6}}, "train.seed: 5 in the checkpoint, 6 now"),
+        ({"data": {"seq_len": 64}}, "data.seq_len: 61 in the checkpoint, 64 now"),
+    ],
+)
+def test_preflight_refuses_a_checkpoint_of_another_model_or_other_data(tmp_path, data, sections, words):
+    build.run_sim(configured(tmp_path), False)
+    build.preflight(configured(tmp_path), resume=True)
+    with pytest.raises(ConfigError, match=words):
+        build.preflight(configured(tmp_path, **sections), resume=True)
+
+
+def test_a_refused_resume_leaves_config_yaml_as_it_was(tmp_path, capfd):
+    from longctx.launcher.cli import main
+
+    words = ["comm=sim", "model.layers=1", "model.dim=16", "model.heads=2", "model.kv_heads=1", "model.head_dim=8"]
+    words += ["model.hidden_dim=32", "data.seq_len=32", "data.max_documents=9", "logger.wandb=disabled"]
+    words += ["logger.progress=false", "logger.report=false", "train.steps=1", f"run.dir={tmp_path}/run"]
+    assert main(["train", *words]) == 0
+    written = (tmp_path / "run/config.yaml").read_bytes()
+    assert main(["train", "--resume", *words, "model.hidden_dim=64"]) == 78
+    assert "the configuration makes it" in capfd.readouterr().err
+    assert (tmp_path / "run/config.yaml").read_bytes() == written
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
+    saved(tmp_path, 4)
+    (tmp_path / "step-4" / "state.json").unlink()
+    checkpointer, state = Checkpointer(tmp_path, keep=2), make(None)
+    assert checkpointer.load(state) == 3
+    checkpointer.save(5, state)
+    assert {3, 5} <= set(CheckpointDirectory(tmp_path).steps())
+    assert Checkpointer(tmp_path).load(make(None), 3) == 3
+    checkpointer.save(6, state)
+    assert CheckpointDirectory(tmp_path).steps() == [5, 6]
+
+
+def test_a_step_written_anew_is_no_longer_damaged(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "step-3" / "state.json").unlink()
+    checkpointer, state = Checkpointer(tmp_path, keep=2), make(None)
+    checkpointer.load(state)
+    checkpointer.save(3, state)
+    assert CheckpointDirectory(tmp_path).steps() == [2, 3]
+
+
+def test_each_damaged_step_is_told_once_by_preflight_and_load_together(tmp_path, data, caplog):
+    config = configured(tmp_path, checkpoint={"every": 1, "at_end": True})
+    build.run_sim(config, False)
+    (tmp_path / "checkpoints/step-2/state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        build.preflight(config, resume=True)
+        build.run_sim(config, True)
+        assert caplog.text.count("step 2 is left out") == 1
+        caplog.clear()
+        for step in (1, 2):
+            (tmp_path / f"checkpoints/step-{step}/state.json").unlink()
+        with pytest.raises(StorageError, match="none of 2 checkpoints"):
+            build.preflight(config, resume=True)
+        assert not caplog.records
+
+
+def test_a_finished_run_says_what_to_raise(tmp_path, data, caplog):
+    config = configured(tmp_path)
+    build.run_sim(config, False)
+    with caplog.at_level(logging.WARNING):
+        build.run_sim(config, True)
+    assert "step 2 of 2 is done already; raise train.steps to go on" in caplog.text
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_empty_documents_are_told_and_recorded(tmp_path, monkeypatch, caplog, skipped):
+    source = replace(corpus(), skipped_empty=skipped)
+    monkeypatch.setattr(build, "open_corpus", lambda *args, **kwargs: source)
+    config = configured(tmp_path, parallel={"sp": 2})
+    with caplog.at_level(logging.WARNING):
+        build.run_sim(config, False)
+    assert caplog.text.count("3 empty documents are left out") == (1 if skipped else 0)
+    environment = json.loads((Path(config.run.dir) / "environment.json").read_text())
+    counts = {"documents": len(source), "tokens": source.total_tokens, "skipped_empty": skipped}
+    assert environment["data"] == counts
