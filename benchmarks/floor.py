@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention.runtime.local_kernel import KERNELS, KernelProblem, LocalKernel, kernel_for, load_kernel
+from longctx.attention.runtime.local_kernel import KernelProblem, LocalKernel, kernel_for, load_kernel
 from longctx.attention.runtime.partial import Partial
 from longctx.attention.strategies.rsa import hidden
+from longctx.catalog import KERNELS
 from longctx.comm import group_of
 from longctx.sequence import SequencePlan, TileSet
 from longctx.verify import VerifyCase

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from benchmarks.attention import Timing, local_inputs, slowest
 from longctx.attention import get_strategy
-from longctx.attention.runtime.local_kernel import KERNELS, KernelProblem
+from longctx.attention.costs.estimate import Volume
+from longctx.attention.runtime.local_kernel import KernelProblem
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
-from longctx.attention.runtime.registry import Sizes, Volume, inner_of
+from longctx.attention.runtime.registry import costs_of, inner_of
+from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import KERNELS
 from longctx.comm import group_of
 from longctx.sequence import TileSet
 from longctx.verify import VerifyCase
@@ -75,13 +78,13 @@ def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
 
     Nodes hold as many ranks each, in order.
     """
-    sends, ranks = get_strategy(case.strategy).sends, case.world // nodes
-    assert sends is not None, f"{case.strategy} publishes no closed form by receiver"
+    costs, ranks = costs_of(get_strategy(case.strategy)), case.world // nodes
+    assert costs is not None and costs.sends is not None, f"{case.strategy} publishes no closed form by receiver"
     assert case.world % nodes == 0, f"{case.world} ranks do not divide over {nodes} nodes"
     plan, sizes = case.plan(), sizes_of(case)
     found = {edge: Volume(0, 0, 0, 0) for edge in itertools.permutations(range(nodes), 2)}
     for rank in range(case.world):
-        for receiver, cost in sends(plan, rank, sizes):
+        for receiver, cost in costs.sends(plan, rank, sizes):
             edge = (rank // ranks, receiver // ranks)
             if edge in found:
                 found[edge] += cost

@@ -182,7 +182,7 @@ def rank_main(
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
     peak = peak_flops(device, compute_dtype(config.train.dtype))
-    meter = Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.servers == "pipeline")
+    meter = Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
     build_trainer(config, resume, corpus, meter).run()
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import longctx
-from longctx.config.rules import suggestion
 from longctx.errors import LongctxError
 from longctx.launcher.failures import CRASH, INTERRUPTED
+from longctx.rules import suggestion
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ the nearest valid choice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import longctx
+from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STRATEGIES, Registry
 from longctx.config import Config
 from longctx.config.parsing import dotted_paths, unknown_key
-from longctx.config.rules import suggestion
+from longctx.config.renamed import refuse_old_key
 from longctx.errors import ConfigError, UsageError
+from longctx.rules import suggestion
 
 CONF = Path(longctx.__file__).parent / "conf"
 
@@ -37,6 +40,7 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
+    _register()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONF.resolve()), version_base="1.3"):
             composed = hydra.compose("train", overrides=list(overrides))
@@ -47,13 +51,36 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in mapping.items() if key != "recipe"}
 
 
+# Groups whose options are names of the catalog -> the field that holds the name.
+NAMED: dict[str, tuple[str, tuple[Registry, ...]]] = {
+    "attention": ("strategy", (STRATEGIES, LINEAR_STRATEGIES)),
+    "data": ("source", (SOURCES,)),
+    "engine": ("name", (ENGINES,)),
+    "optim": ("name", (OPTIMIZERS,)),
+}
+
+
 def groups() -> dict[str, list[str]]:
-    """Every configuration group with its options."""
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(CONF.iterdir())
-        if folder.is_dir()
+    """Every configuration group with its options: those that have a file, and names of the catalog."""
+    found = {
+        folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONF.iterdir() if folder.is_dir()
     }
+    for group, (_, registries) in NAMED.items():
+        found.setdefault(group, set()).update(*registries)
+    return {group: sorted(options) for group, options in sorted(found.items())}
+
+
+def _register() -> None:
+    """Gives Hydra the schema with its defaults, and an option for each name that has no file."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config().to_dict())
+    for group, (field, registries) in NAMED.items():
+        for name in itertools.chain(*registries):
+            if (CONF / group / f"{name}.yaml").exists():
+                continue
+            store.store(group=group, name=name, node={field: name})
 
 
 def _check_override(text: str) -> None:
@@ -71,6 +98,7 @@ def _check_override(text: str) -> None:
     else:
         known = dotted_paths(Config)
         if key not in known:
+            refuse_old_key(key)
             raise unknown_key(key, known + list(groups()))
         fields = [path for path in known if path.startswith(f"{key}.")]
         if fields:

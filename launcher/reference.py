@@ -51,7 +51,8 @@ def _configuration() -> list[str]:
 
 
 def _section(name: str, values: Any) -> list[str]:
-    remarks = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(values)), re.MULTILINE))
+    source = "".join(inspect.getsource(one) for one in type(values).__mro__ if one is not object)
+    remarks = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     lines = [f"{type(values).__doc__}", "", "| key | type | default | |", "|---|---|---|---|"]
     for field in fields(values):
         default = json.dumps(getattr(values, field.name)).strip('"')

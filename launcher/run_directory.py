@@ -87,7 +87,7 @@ def read_config(path: Path) -> Config:
         mapping = _DataLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
-    return Config.from_dict(mapping)
+    return Config.from_run(mapping)
 
 
 class _DataLoader(yaml.SafeLoader):

@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks.attention import LIMIT, measure
 from benchmarks.peers import ATTENTION_PEERS
-from longctx.attention.runtime.registry import MODULES, get_strategy
+from longctx.attention import get_strategy
+from longctx.catalog import STRATEGIES as ALL
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.machine import described, load
@@ -30,7 +31,7 @@ from longctx.launcher.verify.ranks import check
 from longctx.verify import VerifyCase
 
 # "striped" is the ring on striped; "local" takes whole sequences.
-STRATEGIES = tuple(name for name in MODULES if name not in ("local", "striped"))
+STRATEGIES = tuple(name for name in ALL if name not in ("local", "striped"))
 LAYOUTS_OF = {"ring": ("contiguous", "zigzag", "striped")}  # of others, the one they prefer
 PATIENCE = 3600.0  # seconds
 NO_PEERS = "none"
@@ -82,7 +83,7 @@ def _check_python(python: str) -> None:
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
     """By key/value heads, then by tokens: every strategy on its layouts."""
-    strategies = words("strategies", arguments.strategies, [name for name in MODULES if name != "local"])
+    strategies = words("strategies", arguments.strategies, [name for name in ALL if name != "local"])
     ways = [
         (strategy, layout)
         for strategy in strategies

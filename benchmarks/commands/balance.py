@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.config import Config
-from longctx.config.choices import BALANCES
+from longctx.config.sections.data import BALANCES
 from longctx.data import Balance, Corpus
 from longctx.launcher.build import build_loader
 from longctx.planner import PlannerOptions, Topology, causal, make_plan

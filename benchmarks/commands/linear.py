@@ -21,22 +21,21 @@ from typing import Any
 from benchmarks.attention import Timing
 from benchmarks.commands import late_link as bench_late_link
 from benchmarks.linear import FLAT, SHARE, LinearCell, lengths_of, measure, unevenness
+from longctx.catalog import LINEAR_STRATEGIES, MIXERS
 from longctx.errors import ConfigError, NotAvailableError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
 from longctx.launcher.spread import spread
 from longctx.launcher.verify.ranks import check
-from longctx.linear import MIXERS
-from longctx.linear import MODULES as STRATEGIES
-from longctx.linear.mixer import SIZED
+from longctx.linear import get_mixer
 from longctx.verify import VerifyCase, refusal_of
 
 WORLD, HEADS, HEAD_DIM = 2, 8, 64
 GATE_TOKENS = 509
 PATIENCE = 3600.0  # seconds
 SEQUENCES = "2048,4096,8192,16384,32768"
-DEFAULTS = {"strategies": ",".join(STRATEGIES), "seq": SEQUENCES, "repeats": 5}
+DEFAULTS = {"strategies": ",".join(LINEAR_STRATEGIES), "seq": SEQUENCES, "repeats": 5}
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -79,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
     """Mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
-    stateful = [name for name in MIXERS if name not in SIZED]
+    stateful = [name for name in MIXERS if get_mixer(name).has_states]
     mixers = words("mixers", arguments.mixers, stateful)
-    strategies = words("strategies", arguments.strategies, STRATEGIES)
+    strategies = words("strategies", arguments.strategies, LINEAR_STRATEGIES)
     lengths = numbers("seq", arguments.seq)
     if min(lengths) < WORLD:
         raise ConfigError(f"--seq {min(lengths)} must be at least {WORLD}: a token for each process")

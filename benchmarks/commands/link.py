@@ -37,11 +37,16 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
 from longctx.launcher.verify.ranks import load_result, save_result
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sim import Cluster, mark_step
 from longctx.verify import VerifyCase, judge, run_rank
 
 NODES, RANKS = 2, 4
-ROUTES = {"flat ring": ("ring", None), "double ring": ("burst", RANKS // NODES), "USP": ("usp", RANKS // NODES)}
+ROUTES = {
+    "flat ring": ("ring", DEFAULT),
+    "double ring": ("burst", StrategyOptions(inner_ring=RANKS // NODES)),
+    "USP": ("usp", StrategyOptions(ulysses_degree=RANKS // NODES)),
+}
 GATE_TOKENS = 509
 
 
@@ -104,9 +109,9 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
             head_dim=64,
             dtype="float32",
             causal=arguments.link_causal,
-            inner=inner,
+            options=options,
         )
-        for strategy, inner in ROUTES.values()
+        for strategy, options in ROUTES.values()
     ]
 
 

@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recompute=full", {"recompute": "full"}),
     ("loss_chunk=256", {"loss_chunk": 256}),
     ("mlp_chunk=256", {"mlp_chunk": 256}),
-    ("recompute_keep=[attention_tail]", {"recompute_keep": ("attention_tail",)}),
+    ("recompute_keep=[attention_half]", {"recompute_keep": ("attention_half",)}),
     ("recompute_keep=[]", {"recompute_keep": ()}),
     ("recompute_keep=null offload=true", {"recompute_keep": None, "offload": True}),
 )

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.attention import AttentionCase, Strategy, StrategyOptions, get_strategy, inner_of, refusal
-from longctx.attention.runtime.operator import DEFAULT
-from longctx.attention.runtime.registry import Sizes, Volume, divisors
-from longctx.sequence import LAYOUTS, Documents, Mask, SequencePlan, make_layout, make_plan
+from longctx.attention.costs.estimate import Costs, Volume
+from longctx.attention.runtime.registry import costs_of
+from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import LAYOUTS
+from longctx.options import DEFAULT
+from longctx.rules import divisors
+from longctx.sequence import Documents, Mask, SequencePlan, make_layout, make_plan
 
 WORLDS = (2, 3, 4, 8)
 HEADS = ((32, 8), (32, 32))
@@ -30,7 +34,7 @@ ABOVE = {"gather": 1.1, "token_ring": 1.5, "tree": 1.3, "rsa": 1.2, "disaggregat
 
 PAGE = """# What each strategy sends, and keeps
 
-Made by `make docs` and `make matrix` from the closed forms that are in the strategies' files (`volume` and `peak`);
+Made by `make docs` and `make matrix` from the closed forms in `longctx/attention/costs` (`volume` and `peak_memory`);
 do not edit. `make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`:
 every strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal
 and full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
@@ -38,13 +42,14 @@ and full, with and without a window, with as many key/value heads as query heads
 One layer, one causal document of {shard} tokens a rank, heads of {dim} channels, {q_heads} of them of queries and
 {few} or {many} of keys and values, bfloat16. **KiB per local token** that a rank sends; where ranks differ, their mean
 and the busiest; {refused} where it refuses, because ranks do not divide {q_heads} heads. Messages are those of the
-busiest rank, forward + backward, with {few} key/value heads. `a×b` are `b` rows of `attention.inner=a` ranks; `keys`
-and `queries` stand for `attention.backward`, `narrow` for `attention.travel`.
+busiest rank, forward + backward, with {few} key/value heads. `a×b` are `b` rows of `a` ranks
+(`attention.ulysses_degree`, `attention.inner_ring`); `kv` and `q` stand for `attention.backward_rotates`, `compute`
+for `attention.grad_dtype`.
 
 **Peak** is memory, in the same unit: bytes of tensors alive at one time beside q, k, v and dout on the rank with most,
-results included, the local kernel's own workspace apart. `make matrix` holds `peak` to what is alive on `sim`, for the
-same strategies, choices and layouts, with every packing and every mask: as much, to within {small} bytes; where a form
-is a bound, at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
+results included, the local kernel's own workspace apart. `make matrix` holds `peak_memory` to what is alive on `sim`,
+for the same strategies, choices and layouts, with every packing and every mask: as much, to within {small} bytes;
+where a form is a bound, at most that, and at least a part of it: {above}. Scores of `rsa` grow with the whole sequence.
 
 {tables}
 """
@@ -66,24 +71,23 @@ class Choice:
     def name(self, world: int) -> str:
         words = [f"`{self.strategy}`"]
         words += [f"{self.inner(world)}×{world // (self.inner(world) or 1)}"] if self.rows else []
-        words += [f"{self.options.backward}"] if self.options.backward != "auto" else []
-        words += ["narrow"] if self.options.travel == "narrow" else []
+        words += list(self.options.chosen().values())
         return ", ".join(words)
 
 
-NARROW = StrategyOptions(travel="narrow")
+COMPUTE = StrategyOptions(grad_dtype="compute")
 CHOICES = (
     Choice("ring"),
-    Choice("ring", NARROW),
-    Choice("burst", StrategyOptions("queries")),
-    Choice("burst", StrategyOptions("queries", "narrow")),
-    Choice("burst", StrategyOptions("keys"), rows=True),
+    Choice("ring", COMPUTE),
+    Choice("burst", StrategyOptions(backward_rotates="q")),
+    Choice("burst", StrategyOptions(grad_dtype="compute", backward_rotates="q")),
+    Choice("burst", StrategyOptions(backward_rotates="kv"), rows=True),
     Choice("token_ring"),
-    Choice("token_ring", NARROW),
+    Choice("token_ring", COMPUTE),
     Choice("tree"),
-    Choice("tree", NARROW),
+    Choice("tree", COMPUTE),
     Choice("gather"),
-    Choice("gather", NARROW),
+    Choice("gather", COMPUTE),
     Choice("usp", rows=True),
     Choice("ulysses"),
     Choice("rsa"),
@@ -127,12 +131,12 @@ def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
     peaks: list[str] = []
     messages = ""
     for heads, kv_heads in HEADS:
-        case = AttentionCase(world, heads, kv_heads, layout, CAUSAL, choice.inner(world), choice.options)
+        case = AttentionCase(world, heads, kv_heads, layout, CAUSAL, options_of(choice, strategy, world))
         if refusal(strategy, case):
             found += [REFUSED, REFUSED]
             peaks += [REFUSED, REFUSED]
             continue
-        peak = strategy.peak(plan, sizes_of(strategy, case))
+        peak = closed_forms(strategy).peak_memory(plan, sizes_of(strategy, case))
         peaks += [_kib(peak.forward), _kib(peak.backward)]
         volumes = by_rank(strategy, case, plan)
         found += [_mean_and_most([one.forward for one in volumes]), _mean_and_most([one.backward for one in volumes])]
@@ -142,7 +146,23 @@ def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
 
 
 def by_rank(strategy: Strategy, case: AttentionCase, plan: SequencePlan) -> list[Volume]:
-    return [strategy.volume(plan, rank, sizes_of(strategy, case)) for rank in range(case.world)]
+    volume = closed_forms(strategy).volume
+    return [volume(plan, rank, sizes_of(strategy, case)) for rank in range(case.world)]
+
+
+def closed_forms(strategy: Strategy) -> Costs:
+    """The strategy's estimate, which all of this table have."""
+    found = costs_of(strategy)
+    assert found is not None, f"{strategy.name} has no closed forms: leave it out of CHOICES"
+    return found
+
+
+def options_of(choice: Choice, strategy: Strategy, world: int) -> StrategyOptions:
+    """The choice's options, with its rows of the grid."""
+    if choice.inner(world) is None:
+        return choice.options
+    assert strategy.grid is not None and strategy.grid.option is not None, "rows are chosen where there is a choice"
+    return StrategyOptions(**{**vars(choice.options), strategy.grid.option: choice.inner(world)})
 
 
 def sizes_of(strategy: Strategy, case: AttentionCase) -> Sizes:

@@ -7,24 +7,24 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longctx.attention.runtime.registry import MODULES, get_strategy
-from longctx.config.choices import STRATEGIES
-from longctx.config.rules import one_of
+from longctx.attention import get_strategy
+from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES, MIXERS, STRATEGIES
+from longctx.config.renamed import KEYS, refuse_old_value, told
 from longctx.errors import ConfigError, StorageError, UsageError
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.launcher.verify import parity_table as parity_page
 from longctx.launcher.verify.ranks import check
-from longctx.linear import MIXERS, get_linear
-from longctx.linear import MODULES as LINEAR
-from longctx.linear.mixer import SIZED
-from longctx.sequence import LAYOUTS
+from longctx.linear import get_linear, get_mixer
+from longctx.options import OPTIONS, StrategyOptions
+from longctx.rules import as_word, one_of
 from longctx.verify import Verdict, VerifyCase, refusal_of, refused
 from longctx.verify.case import DTYPES
 
@@ -36,14 +36,14 @@ PASSED, FAILED, REFUSED = 0, 70, 78
 CASE = {
     "strategy": "ring", "layout": None, "layout_block": 1, "mixer": None, "world": 4, "backend": "sim", "seq": None,
     "documents": None, "heads": 8, "kv_heads": 2, "head_dim": 32, "window": None, "non_causal": False, "batch": 1,
-    "seed": 0, "kernel": "auto", "inner": None, "backward": "auto", "travel": "wide", "dump": None,
-    "chunk": 64, "mixer_block": None, "mixer_top_k": None,
+    "seed": 0, "kernel": "auto", "dump": None, **OPTIONS, "chunk": 64, "mixer_block": None, "mixer_top_k": None,
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--strategy", help=f"one of {', '.join((*MODULES, *LINEAR))}; default: ring, or lasp2 with --mixer"
+        "--strategy",
+        help=f"one of {', '.join((*STRATEGIES, *LINEAR_STRATEGIES))}; default: ring, or lasp2 with --mixer",
     )
     parser.add_argument("--layout", help=f"one of {', '.join(LAYOUTS)}; default: what the strategy prefers")
     parser.add_argument("--layout-block", type=int, help="tokens per stripe of the striped layout; default: 1")
@@ -64,14 +64,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="default: 1")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--kernel", help="local kernel by name; default: auto")
-    parser.add_argument("--inner", type=int, help="neighbours in one row of the ranks seen as a grid")
-    parser.add_argument("--backward", help="what travels in the backward pass: auto (default), keys or queries")
-    parser.add_argument("--travel", help="gradients on their way: wide (default), summed there, or narrow")
+    add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list with --all)")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
     parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
     parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
     verify_mesh.add_arguments(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of ``StrategyOptions``; flags of earlier versions are refused with the new one."""
+    for one in fields(StrategyOptions):
+        words = one.metadata["words"]
+        parser.add_argument(
+            f"--{one.name.replace('_', '-')}",
+            type=str if words else int,
+            help=f"attention.{one.name}: {', '.join(words) or 'a number'}; default: {as_word(one.default)}",
+        )
+    for old, new in KEYS.items():
+        section, _, name = old.partition(".")
+        if section == "attention" and any(key.partition(".")[2] in OPTIONS for key in new):
+            parser.add_argument(f"--{name}", action=_Renamed, help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    """A flag that has another name now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(flags_told(f"attention.{self.dest}"))
+
+
+def flags_told(key: str) -> str:
+    """What a flag that stood for ``key`` is called now."""
+    words = told(key)
+    for name in (*KEYS[key], key):
+        words = words.replace(name, f"--{name.partition('.')[2].replace('_', '-')}")
+    return words
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.all:
         _refuse_of_one_case(arguments)
     defaults = {**CASE, "dtype": "float64"}
-    if arguments.mixer is not None or arguments.strategy in LINEAR:
+    if arguments.mixer is not None or arguments.strategy in LINEAR_STRATEGIES:
         heads = CASE["heads"] if arguments.heads is None else arguments.heads
         defaults |= {"strategy": "lasp2", "mixer": "basic", "kv_heads": heads}
     for name, default in defaults.items():
@@ -149,14 +177,16 @@ def _dump(tensors: dict[str, Tensor], file: Path) -> None:
 
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
     """The case that the command line describes; refuses what is unknown or not built."""
-    linear = arguments.strategy in LINEAR
-    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR))
+    linear = arguments.strategy in LINEAR_STRATEGIES
+    one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR_STRATEGIES))
+    for name in OPTIONS:
+        refuse_old_value(f"attention.{name}", getattr(arguments, name))
     if arguments.mixer is not None:
         one_of("--mixer", arguments.mixer, tuple(MIXERS))
         if not linear:
             raise ConfigError(
                 f"--mixer {arguments.mixer} is for linear strategies, not for {arguments.strategy}; "
-                f"valid strategies: {', '.join(LINEAR)}"
+                f"valid strategies: {', '.join(LINEAR_STRATEGIES)}"
             )
     for name in ("chunk", "mixer_block", "mixer_top_k"):
         value = getattr(arguments, name)
@@ -190,9 +220,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
         seed=arguments.seed,
         layout_block=arguments.layout_block,
         kernel=arguments.kernel,
-        inner=arguments.inner,
-        backward=arguments.backward,
-        travel=arguments.travel,
+        options=StrategyOptions(**{name: getattr(arguments, name) for name in OPTIONS}),
         mixer=arguments.mixer,
         chunk=arguments.chunk,
         mixer_block=arguments.mixer_block,
@@ -236,7 +264,7 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
     )
     heads = ((4, 4), (8, 2), (4, 1))
     for strategy, layout, mask, (q_heads, kv_heads), world in itertools.product(
-        MODULES, LAYOUTS, masks, heads, (1, 2, 3, 4, 8)
+        STRATEGIES, LAYOUTS, masks, heads, (1, 2, 3, 4, 8)
     ):
         yield VerifyCase(
             strategy,
@@ -253,8 +281,9 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
     # Of linear layers stripes are as long as chunks, or they are refused.
     linear_masks = masks[:3]
     for strategy, mixer, layout, mask, world in itertools.product(
-        LINEAR, MIXERS, LAYOUTS, linear_masks, (1, 2, 3, 4, 8)
+        LINEAR_STRATEGIES, MIXERS, LAYOUTS, linear_masks, (1, 2, 3, 4, 8)
     ):
+        reads = get_mixer(mixer).reads
         yield VerifyCase(
             strategy,
             layout,
@@ -267,9 +296,9 @@ def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
             dtype=dtype,
             layout_block=CHUNK if layout == "striped" else 1,
             mixer=mixer,
-            chunk=VerifyCase.chunk if mixer in SIZED else CHUNK,
-            mixer_block=SMALL_BLOCK if mixer in SIZED else None,
-            mixer_top_k=2 if "top_k" in SIZED.get(mixer, ()) else None,
+            chunk=CHUNK if get_mixer(mixer).has_states else VerifyCase.chunk,
+            mixer_block=SMALL_BLOCK if "mixer_block" in reads else None,
+            mixer_top_k=2 if "mixer_top_k" in reads else None,
             **mask,  # type: ignore[arg-type]
         )
 

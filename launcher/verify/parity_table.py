@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from longctx.catalog import LAYOUTS
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
 from longctx.launcher.verify import mesh as verify_mesh
-from longctx.sequence import LAYOUTS
 from longctx.train.canary.parity import Parity
 
 STEPS = 20

@@ -2,8 +2,16 @@
 
 from longctx.attention.core import CoreAttention, StrategyAttention
 from longctx.attention.reference import dense_attention
-from longctx.attention.runtime.operator import StrategyOptions
-from longctx.attention.runtime.registry import AttentionCase, Strategy, get_strategy, inner_of, refusal, require
+from longctx.attention.runtime.registry import (
+    AttentionCase,
+    Strategy,
+    get_strategy,
+    inner_of,
+    refusal,
+    require,
+    settled,
+)
+from longctx.options import StrategyOptions
 
 __all__ = [
     "AttentionCase",
@@ -16,4 +24,5 @@ __all__ = [
     "inner_of",
     "refusal",
     "require",
+    "settled",
 ]

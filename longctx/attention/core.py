@@ -8,10 +8,10 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
-from longctx.attention.runtime.registry import Strategy, choice_refused, get_strategy
+from longctx.attention.runtime.registry import Strategy, chosen_row, get_strategy, option_refused
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
+from longctx.options import DEFAULT, StrategyOptions
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class StrategyAttention:
     """A registered strategy on the ranks of one sequence group.
 
     ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
-    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``inner``:
-    neighbours in one row of the group, for strategies that see it as a grid, whose rows are single ranks by
-    default (``registry.inner_of`` has a better one); all ranks of the group then make this object at one point.
+    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``options``: what the
+    strategy lets users choose. Strategies that see the group as a grid have rows of single ranks where the options name
+    none (``registry.settled`` names the best); all ranks of the group then make this object at one point.
     """
 
     def __init__(
@@ -48,18 +48,17 @@ class StrategyAttention:
         group: dist.ProcessGroup | None = None,
         kernel: str = "auto",
         scale: float | None = None,
-        inner: int | None = None,
         options: StrategyOptions = DEFAULT,
     ) -> None:
         found = get_strategy(strategy)
-        reason = choice_refused(found, vars(options))
+        reason = option_refused(found, options)
         if reason:
             raise ConfigError(f"attention.strategy={strategy} refuses: {reason}")
         self._operator = found.operator
-        self._group = _ranks(found, group, inner).name
+        self._group = _ranks(found, group, options).name
         self._kernel = kernel
         self._scale = scale
-        self._options = (options.backward, options.travel)
+        self._options = (options.grad_dtype, options.backward_rotates)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
@@ -75,15 +74,15 @@ class StrategyAttention:
         return self.finish(self.start(q, k, v, plan))
 
 
-def _ranks(strategy: Strategy, process_group: dist.ProcessGroup | None, inner: int | None) -> Group:
+def _ranks(strategy: Strategy, process_group: dist.ProcessGroup | None, options: StrategyOptions) -> Group:
     """The group as the strategy sees it."""
-    group = group_of(process_group)
-    chosen = "inner" in strategy.takes
-    if inner is not None and (group.size % inner or not (chosen or inner in (1, group.size))):
-        raise ConfigError(
-            f"inner={inner}: attention.strategy={strategy.name} on {group.size} ranks "
-            + (f"takes divisors of {group.size}" if chosen else "has no such choice; leave it out")
-        )
-    if strategy.inner is not None:
-        group = grid_of(process_group, (inner or 1) if chosen else group.size)
+    group, grid = group_of(process_group), strategy.grid
+    if grid is not None:
+        row = group.size if grid.option is None else chosen_row(strategy, options) or 1
+        if group.size % row:
+            raise ConfigError(
+                f"attention.{grid.option}={row}: attention.strategy={strategy.name} on {group.size} ranks takes "
+                f"divisors of {group.size}"
+            )
+        group = grid_of(process_group, row)
     return two_way(group) if strategy.two_way else group

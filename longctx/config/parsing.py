@@ -16,8 +16,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
 
-from longctx.config.rules import as_word
+from longctx.config.renamed import refuse_old_key, refuse_old_value
 from longctx.errors import ConfigError
+from longctx.rules import as_word
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
     for key, value in mapping.items():
         path = f"{prefix}{key}"
         if key not in hints:
+            refuse_old_key(path)
             raise unknown_key(path, dotted_paths(cls, prefix))
         hint = hints[key]
         nested = isinstance(hint, type) and is_dataclass(hint)
@@ -113,6 +115,7 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
         if option is float and type(value) in (int, float):
             return _finite(path, float(value))
         if option is not type(None) and type(value) is option:
+            refuse_old_value(path, value)
             return _sound(path, value)
     got = f"{path} is null" if value is None else f"{path}={_written(value)} is {_kind(value)}"
     raise ConfigError(f"{got}, expected {_expected(options)}{_hint(options, value)}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longctx.config import choices
-from longctx.config.rules import one_of
 from longctx.errors import ConfigError
+from longctx.rules import one_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ RULES = {
 
 def virtual_stages(schedule: str, wish: int | None) -> int:
     """Stages per rank; None takes what the schedule needs. Raises ``ConfigError``."""
-    one_of("parallel.pp_schedule", schedule, choices.SCHEDULES)
+    one_of("parallel.pp_schedule", schedule, tuple(RULES))
     rules = RULES[schedule]
     if wish is None:
         return rules.virtual

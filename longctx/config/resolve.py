@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from longctx.config.pipeline import RULES, nearest_microbatches
-from longctx.config.rules import divisors, nearest_multiples, nearest_of
 from longctx.config.schema import Config
 from longctx.config.sections import ParallelConfig
 from longctx.errors import ConfigError
+from longctx.rules import at_least, divisors, nearest_multiples, nearest_of
 
 DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 
@@ -58,19 +58,26 @@ def _nearest_degree(parallel: ParallelConfig, world_size: int) -> str:
 def _check_batch(config: Config) -> None:
     train, parallel = config.train, config.parallel
     groups = parallel.dp_replicate * parallel.dp_shard
+    require_even_batch(train.global_batch, groups, train.micro_batch)
     unit = groups * train.micro_batch
-    if train.global_batch % unit:
-        raise ConfigError(
-            f"train.global_batch={train.global_batch} must be a multiple of {unit} "
-            f"(data-parallel groups {groups} × train.micro_batch {train.micro_batch}); "
-            f"nearest valid values: {nearest_multiples(train.global_batch, unit)}"
-        )
     count, schedule, pp = train.global_batch // unit, parallel.pp_schedule, parallel.pp
     if pp > 1 and not RULES[schedule].fits(pp, count):
         raise ConfigError(
             f"train.global_batch={train.global_batch} is {count} microbatch{'es' if count > 1 else ''} per "
             f"pipeline; parallel.pp_schedule={schedule} on parallel.pp={pp} takes {RULES[schedule].needs}; nearest "
             f"valid value: {unit * nearest_microbatches(schedule, pp, count)}"
+        )
+
+
+def require_even_batch(global_batch: int, groups: int, micro_batch: int) -> None:
+    """Refuse a batch that does not fall evenly on data-parallel groups and micro-batches. Raises ``ConfigError``."""
+    for name, value in (("train.global_batch", global_batch), ("train.micro_batch", micro_batch)):
+        at_least(name, value, 1)
+    unit = groups * micro_batch
+    if global_batch % unit:
+        raise ConfigError(
+            f"train.global_batch={global_batch} must be a multiple of {unit} (data-parallel groups {groups} × "
+            f"train.micro_batch {micro_batch}); nearest valid values: {nearest_multiples(global_batch, unit)}"
         )
 
 

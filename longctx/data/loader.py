@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longctx.config.resolve import require_even_batch
 from longctx.data.balance import STREAM, dealt
 from longctx.data.corpus import Int64
 from longctx.data.packing import Packing
@@ -41,7 +42,7 @@ class Loader:
         self, packing: Packing, global_batch: int, dp_rank: int = 0, dp_world: int = 1, micro_batch: int = 1
     ) -> None:
         assert 0 <= dp_rank < dp_world, f"rank {dp_rank} of {dp_world}"
-        check_split(global_batch, dp_world, micro_batch)
+        require_even_batch(global_batch, dp_world, micro_batch)
         self.packing = packing
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -119,18 +120,3 @@ class Loader:
                 "miss samples; restore these, or start a new run"
             )
         self.next_sample = position
-
-
-def check_split(global_batch: int, dp_world: int, micro_batch: int) -> None:
-    """Refuses, with ``ConfigError``, batches that do not divide evenly over ranks and micro-batches."""
-    for name, value in (("train.global_batch", global_batch), ("train.micro_batch", micro_batch)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}: at least 1 sequence")
-    unit = dp_world * micro_batch
-    if global_batch % unit:
-        below = global_batch // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
-        raise ConfigError(
-            f"train.global_batch={global_batch} does not divide by {dp_world} data-parallel ranks x "
-            f"train.micro_batch={micro_batch}; set train.global_batch={nearest}"
-        )

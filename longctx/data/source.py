@@ -1,16 +1,40 @@
-"""From ``data.source`` to a corpus."""
+"""What a data source declares, and the way from ``data.source`` to a corpus.
+
+Each source's file holds its declaration; ``longctx.catalog`` maps its name to it.
+"""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from longctx.catalog import SOURCES
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
-from longctx.data.text import BYTES, open_stdlib, open_text
-from longctx.data.tokens import open_tokens
 from longctx.errors import ConfigError
 
-SOURCES = ("python_stdlib", "text", "tokens")
+
+@dataclass(frozen=True)
+class Source:
+    """A source's declaration.
+
+    ``open(config, vocab_size, verify)``: its corpus; ``verify=False`` leaves out what only a first look has to check.
+    ``reads``: fields of the section ``data`` that it reads among those that not every source does. ``ids``: its tokens
+    are ids below this, where that is known before it is opened.
+    """
+
+    name: str
+    open: Callable[[DataConfig, int, bool], Corpus]
+    reads: frozenset[str] = frozenset()
+    ids: int = 0
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Refuses a vocabulary that lacks ids which the source delivers. Raises ``ConfigError``."""
+        if vocab_size < self.ids:
+            raise ConfigError(
+                f"model.vocab_size={vocab_size} must be at least {self.ids} for the bytes of data={self.name}; "
+                f"nearest valid value: {self.ids}"
+            )
 
 
 def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Corpus:
@@ -23,19 +47,9 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Cor
     limit = config.max_documents
     if limit is not None and limit < 1:
         raise ConfigError(f"data.max_documents={limit}: take at least 1 document, or null for all of them")
-    if config.source == "tokens":
-        return open_tokens(config.path, config.token_dtype, vocab_size, limit, verify)
-    if config.source not in SOURCES:
-        near = (get_close_matches(str(config.source), SOURCES, n=1) or SOURCES)[0]
-        raise ConfigError(f"data.source={config.source!r} must be one of {', '.join(SOURCES)}; did you mean {near}?")
-    if vocab_size < BYTES:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size}: data={config.source} delivers bytes, which need at least {BYTES}"
-            f"; set model.vocab_size={BYTES}"
-        )
-    if config.source == "text":
-        return open_text(config.path, config.text_key, limit)
-    return open_stdlib(limit)
+    source: Source = SOURCES.load(config.source)
+    source.require_vocabulary(vocab_size)
+    return source.open(config, vocab_size, verify)
 
 
 def preflight(config: DataConfig, vocab_size: int) -> None:

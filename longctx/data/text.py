@@ -14,6 +14,7 @@ import numpy as np
 
 from longctx.data.corpus import Corpus
 from longctx.data.files import data_path, excerpt, find_files, open_regular, read_bytes, shown
+from longctx.data.source import Source
 from longctx.errors import DataError
 
 BYTES = 256  # size of the byte vocabulary
@@ -160,3 +161,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+PYTHON_STDLIB = Source("python_stdlib", lambda config, vocab_size, verify: open_stdlib(config.max_documents), ids=BYTES)
+TEXT = Source(
+    "text",
+    lambda config, vocab_size, verify: open_text(config.path, config.text_key, config.max_documents),
+    reads=frozenset({"path", "text_key"}),
+    ids=BYTES,
+)

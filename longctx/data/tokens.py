@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from longctx.data.corpus import Corpus, Int64, Tokens, hash_tokens
 from longctx.data.files import data_path, excerpt, open_regular, shown
+from longctx.data.source import Source
 from longctx.errors import ConfigError, DataError, StorageError
 
 MAGIC = b"LCTXIDX1"
@@ -230,3 +231,12 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+
+
+TOKENS = Source(
+    "tokens",
+    lambda config, vocab_size, verify: open_tokens(
+        config.path, config.token_dtype, vocab_size, config.max_documents, verify
+    ),
+    reads=frozenset({"path", "token_dtype"}),
+)

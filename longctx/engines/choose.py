@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
+from longctx.catalog import ENGINES
 from longctx.config import Config
-from longctx.engines.contract import Engine
+from longctx.engines.contract import Engine, EngineKind
 from longctx.engines.native import NativeEngine
 from longctx.engines.pipeline import PipelineEngine
 from longctx.mesh import Mesh
@@ -14,7 +15,15 @@ from longctx.parallel.pipeline import Pipeline
 
 
 def engine_of(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh) -> Engine:
-    """``optimizer`` holds the parameters of ``model``."""
+    """The engine that the configuration names; ``optimizer`` holds the parameters of ``model``."""
+    kind: EngineKind = ENGINES.load(config.engine.name)
+    return kind.drive(model, optimizer, config, mesh)
+
+
+def _drive(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh) -> Engine:
     if isinstance(model, Pipeline):
         return PipelineEngine(model, optimizer, mesh, config.parallel.pp_schedule, config.train.dtype)
     return NativeEngine(model, optimizer)
+
+
+NATIVE = EngineKind("native", _drive)

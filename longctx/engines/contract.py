@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from longctx.config import Config
+from longctx.mesh import Mesh
 from longctx.sequence import LocalBatch
 
 
@@ -32,3 +36,21 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Drops the gradients."""
         ...
+
+
+def refuses_nothing(config: Config) -> str | None:
+    """Drives every run."""
+    return None
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """An engine's declaration; ``longctx.catalog`` maps its name to it.
+
+    ``drive(model, optimizer, config, mesh)``: the engine of a run. ``refuses``: why it does not execute a
+    configuration, with the nearest valid choice.
+    """
+
+    name: str
+    drive: Callable[[nn.Module, Optimizer, Config, Mesh], Engine]
+    refuses: Callable[[Config], str | None] = refuses_nothing

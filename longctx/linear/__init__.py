@@ -1,12 +1,10 @@
 """Linear attention under sequence parallelism: mixers, their core, and the strategies that join ranks."""
 
 from longctx.linear.core import LinearAttention
-from longctx.linear.mixer import MIXERS, HeadDims, Inputs, LinearCore, Mixer, get_mixer
-from longctx.linear.registry import MODULES, LinearCase, LinearStrategy, get_linear, refusal, require_linear
+from longctx.linear.mixer import HeadDims, Inputs, LinearCore, Mixer, get_mixer
+from longctx.linear.registry import LinearCase, LinearStrategy, get_linear, refusal, require_linear
 
 __all__ = [
-    "MIXERS",
-    "MODULES",
     "HeadDims",
     "Inputs",
     "LinearAttention",

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longctx.attention.costs.estimate import Volume
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.attention.runtime.registry import Volume
 from longctx.comm import SUM, start_all_reduce
 from longctx.linear.autograd import autograd
 from longctx.linear.chunks import Chunks, distinct, grid_of

@@ -6,7 +6,6 @@ by head, and maps them through a core, which alone knows of other ranks. Each fi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from longctx.catalog import MIXERS
 from longctx.errors import ConfigError
 from longctx.sequence import Documents
 
@@ -59,7 +59,8 @@ class LinearCore(Protocol):
 Inputs = Mapping[str, Tensor]  # of tokens [B, T/SP, H/TP, c], and of heads [H/TP, ...], by name
 
 
-FETCHES = "fetches"  # tokens, in place of states
+def unsized(**sizes: int) -> Mixer:
+    raise AssertionError("this mixer reads no sizes")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Mixer:
     ``mix(inputs, core, plan)`` gives ``[B, T/SP, H/TP, V]``. ``recurrence(inputs, documents)`` is its oracle, token by
     token over whole sequences ``[B, S, H, c]``. ``normed``: its output wants a norm by head. ``flops(widths, chunk)``:
     of a token and head in the core's forward pass. ``transition``: what its state does from token to token: ``none``,
-    ``constant``, ``scalar``, ``diagonal``, ``dense``; ``FETCHES`` for what has no state.
+    ``constant``, ``scalar``, ``diagonal``, ``dense``; None for a mixer that has no states and fetches tokens itself.
+    ``reads``: fields of the model's section that set its sizes, and ``sized(**fields)`` the mixer of those.
     """
 
     name: str
@@ -83,43 +85,28 @@ class Mixer:
     recurrence: Callable[[Inputs, Sequence[Documents]], Tensor]
     normed: bool
     flops: Callable[[HeadDims, int], float]
-    transition: str = FETCHES
+    transition: str | None = None
+    reads: frozenset[str] = frozenset()
+    sized: Callable[..., Mixer] = unsized
+
+    @property
+    def has_states(self) -> bool:
+        """Does it carry states, which a strategy moves?"""
+        return self.transition is not None
 
 
-# Name of the mixer -> module that holds its `MIXER`.
-MIXERS = {
-    "basic": "longctx.linear.mixers.basic",
-    "retnet": "longctx.linear.mixers.retnet",
-    "simple_gla": "longctx.linear.mixers.simple_gla",
-    "gla": "longctx.linear.mixers.gla",
-    "gated_deltanet": "longctx.linear.mixers.gated_deltanet",
-    "lightning": "longctx.linear.mixers.lightning",
-    "hgrn2": "longctx.linear.mixers.hgrn2",
-    "based": "longctx.linear.mixers.based",
-    "hedgehog": "longctx.linear.mixers.hedgehog",
-    "moba": "longctx.sparse.moba",
-    "rat": "longctx.sparse.rat",
-}
+def get_mixer(name: str, **sizes: int | None) -> Mixer:
+    """The mixer of that name; ``sizes``: fields of the model that it reads, None for the paper's.
 
-
-# Mixers that come in sizes -> which they take; their modules hold `sized(block, top_k)`.
-SIZED = {"moba": ("block", "top_k"), "rat": ("block",)}
-
-
-def get_mixer(name: str, block: int | None = None, top_k: int | None = None) -> Mixer:
-    """``block``: tokens of a block of moba, of a chunk of rat; ``top_k``: blocks that a query of moba reads. None
-    takes the paper's."""
-    if name not in MIXERS:
-        raise ConfigError(f"mixer {name!r} is unknown; valid mixers: {', '.join(MIXERS)}")
-    module = importlib.import_module(MIXERS[name])
-    for size, value in (("block", block), ("top_k", top_k)):
-        if value is not None and size not in SIZED.get(name, ()):
-            readers = ", ".join(mixer for mixer, sizes in SIZED.items() if size in sizes)
-            raise ConfigError(
-                f"model.mixer_{size}={value} is not read by mixer={name}; leave it at null, or set {readers}"
-            )
-    mixer: Mixer = module.MIXER if block is None and top_k is None else module.sized(block, top_k)
-    return mixer
+    Raises ``ConfigError`` for an unknown name, and for a size that the mixer does not read.
+    """
+    mixer: Mixer = MIXERS.load(name)
+    given = {size: value for size, value in sizes.items() if value is not None}
+    for size, value in given.items():
+        if size not in mixer.reads:
+            readers = ", ".join(other for other in MIXERS if size in MIXERS.load(other).reads)
+            raise ConfigError(f"model.{size}={value} is not read by mixer={name}; leave it at null, or set {readers}")
+    return mixer.sized(**given) if given else mixer
 
 
 def transition_numbers(transition: str, keys: int) -> int:

@@ -1,20 +1,20 @@
-"""What strategies linear layers have, and what each of them executes exactly.
+"""What a strategy of linear layers declares: how states come and go, and what it executes exactly.
 
-A strategy declares its limits here and nowhere else; the configuration, the library and ``longctx verify`` refuse by
-this declaration before any work.
+Each strategy's file ends with its declaration; ``longctx.catalog`` maps its name to it. The configuration, the library
+and ``longctx verify`` refuse by it before any work.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
+from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES
 from longctx.errors import ConfigError
-from longctx.linear.mixer import FETCHES, get_mixer
+from longctx.linear.mixer import get_mixer
 from longctx.linear.states import Arriving, LinearContext, Summary
-from longctx.sequence import LAYOUTS, SequencePlan
+from longctx.sequence import SequencePlan
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class LinearSizes:
 
 @dataclass(frozen=True)
 class LinearStrategy:
-    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form.
+    """A strategy's declaration.
 
     ``enter`` starts what brings the states that enter a rank's segments, ``leave`` the gradients of those that leave
-    them. ``layout``: what it prefers.
+    them. ``layout``: what it prefers. ``refuses``: why it does not execute a case exactly. ``volume(plan, rank,
+    sizes)``: its estimate of what a rank sends; nothing that runs needs one.
     """
 
     name: str
@@ -66,24 +67,13 @@ class LinearStrategy:
     leave: Callable[[Summary, LinearContext], Arriving]
     layout: str
     refuses: Callable[[LinearCase], str | None]
-    volume: Callable[[SequencePlan, int, LinearSizes], Volume]
-
-
-DEFAULT = "lasp2"
-
-# Name of the strategy -> module that registers it; each module holds `STRATEGIES`.
-MODULES = {
-    "lasp2": "longctx.linear.strategies.lasp2",
-    "lasp": "longctx.linear.strategies.lasp",
-    "headwise": "longctx.linear.strategies.headwise",
-}
+    volume: Callable[[SequencePlan, int, LinearSizes], Volume] | None = None
 
 
 def get_linear(name: str) -> LinearStrategy:
-    if name not in MODULES:
-        raise ConfigError(f"linear strategy {name!r} is unknown; valid strategies: {', '.join(MODULES)}")
-    strategies: dict[str, LinearStrategy] = importlib.import_module(MODULES[name]).STRATEGIES
-    return strategies[name]
+    """The strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
+    found: LinearStrategy = LINEAR_STRATEGIES.load(name)
+    return found
 
 
 def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
@@ -93,7 +83,7 @@ def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
     if case.layout not in (*LAYOUTS, "explicit"):
         return f"layout {case.layout!r} is unknown; valid layouts: {', '.join(LAYOUTS)}"
     mixer = get_mixer(case.mixer)
-    if mixer.transition == FETCHES:
+    if not mixer.has_states:
         return _refused_without_states(strategy, case)
     if case.layout == "striped" and case.world > 1 and case.layout_block < case.chunk:
         return (
@@ -105,11 +95,12 @@ def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
 
 
 def _refused_without_states(strategy: LinearStrategy, case: LinearCase) -> str | None:
-    """Of mixers that fetch tokens themselves: they read neither strategy nor chunk."""
-    if strategy.name != DEFAULT:
+    """Refuses what a mixer that fetches tokens itself does not read: neither strategy nor chunk."""
+    default = next(iter(LINEAR_STRATEGIES))
+    if strategy.name != default:
         return (
             f"model.mixer={case.mixer} fetches tokens and has no states that a strategy could move; nearest valid: "
-            f"{DEFAULT}, which stands for none"
+            f"{default}, which stands for none"
         )
     if case.chunk != LinearCase.chunk:
         return (
@@ -122,7 +113,7 @@ def _refused_without_states(strategy: LinearStrategy, case: LinearCase) -> str |
 
 
 def causal_only(case: LinearCase) -> str | None:
-    """Of strategies without a non-causal form."""
+    """Refuses queries that see later tokens, for strategies without a non-causal form."""
     if not case.causal:
         return "queries must not see later tokens here; attention.linear=lasp2 has a non-causal form"
     return None

@@ -18,7 +18,7 @@ from longctx.model.rotary import Rotation
 def mixer_of(config: ModelConfig) -> Mixer:
     """Of the model's linear layers."""
     assert config.mixer is not None, "a pattern with linear layers has a mixer"
-    return get_mixer(config.mixer, config.mixer_block, config.mixer_top_k)
+    return get_mixer(config.mixer, **config.mixer_sizes)
 
 
 class LinearBlock(Block):

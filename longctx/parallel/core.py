@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions, get_strategy, inner_of, require
+from longctx.attention import AttentionCase, StrategyAttention, get_strategy, inner_of, require, settled
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import topology_of
 from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
 from longctx.attention.strategies.disaggregated.pipeline import StageAttention
@@ -45,9 +45,8 @@ def attention_case(config: Config) -> AttentionCase:
         mask=mask_of(config),
         documents=config.attention.document_mask,
         kernel=config.attention.kernel,
-        inner=config.attention.inner,
-        options=StrategyOptions(config.attention.backward, config.attention.travel),
-        tail="attention_tail" in (config.train.recompute_keep or ()),
+        options=config.attention.options,
+        half="attention_half" in (config.train.recompute_keep or ()),
     )
 
 
@@ -58,7 +57,7 @@ def work_of(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan], int
     if "S" not in config.model.pattern:
         return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
-    if config.attention.servers == "pipeline":
+    if config.attention.server_pool == "pipeline":
         ticks, sp = ticks_by(config, mesh), config.parallel.sp
         return lambda plans, stage, rank: ticks(plans).work(stage * sp + rank)
     inner = inner_of(strategy, attention_case(config))
@@ -73,7 +72,7 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
     """Makes, of the plans of a step's micro-batches, what its softmax layers would plan at first use."""
     if "S" not in config.model.pattern:
         return lambda plans: None
-    if config.attention.servers == "pipeline":
+    if config.attention.server_pool == "pipeline":
         return prepare_ticks(config, mesh)
     case, strategy, dtype = attention_case(config), get_strategy(config.attention.strategy), config.train.dtype
     element, wide = (kind.itemsize for kind in (compute_dtype(dtype), accumulation_dtype(compute_dtype(dtype))))
@@ -101,13 +100,11 @@ def core_attention(config: Config, mesh: Mesh, device: torch.device) -> Strategy
     """
     if "S" not in config.model.pattern:
         return None
-    if config.attention.servers == "pipeline":
+    if config.attention.server_pool == "pipeline":
         return stage_attention(config, mesh, device)
     attention, case = config.attention, attention_case(config)
-    inner = inner_of(get_strategy(attention.strategy), case)
-    return StrategyAttention(
-        attention.strategy, mesh.sequence_group, attention.kernel, inner=inner, options=case.options
-    )
+    options = settled(get_strategy(attention.strategy), case)
+    return StrategyAttention(attention.strategy, mesh.sequence_group, attention.kernel, options=options)
 
 
 def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:

@@ -2,7 +2,7 @@
 
 What is kept is a list of names. As long as `attention` is one of them, the outputs (out, lse) of every operator
 of ours are kept, and recompute neither runs attention nor sends its traffic again; without it, it does both. Of an
-`attention_tail` the later half of each rank's rows is kept: recompute runs the earlier half, whose queries see half of
+`attention_half` the later half of each rank's rows is kept: recompute runs the earlier half, whose queries see half of
 the keys under a balanced layout, so for half of the memory a quarter of the causal work is done twice (BurstEngine,
 Sun et al. 2025, "sequence-level selective checkpointing", there for the striped layout). What tensor parallelism sends
 inside a block is repeated unless `collectives` are kept.
@@ -48,7 +48,7 @@ MATRIX_PRODUCTS = (
 KEPT = {"full": ("attention",), "selective": ("attention", "products", "collectives")}
 KINDS: dict[str, Callable[[Any], bool]] = {
     "attention": lambda operator: operator.namespace == ATTENTION_NAMESPACE,
-    "attention_tail": lambda operator: operator.namespace == ATTENTION_NAMESPACE,
+    "attention_half": lambda operator: operator.namespace == ATTENTION_NAMESPACE,
     "products": lambda operator: operator in MATRIX_PRODUCTS,
     "collectives": lambda operator: operator.namespace == COLLECTIVES_NAMESPACE,
 }
@@ -61,7 +61,7 @@ def keeps(kept: tuple[str, ...], operator: Any) -> bool:
 
 def halves(kept: tuple[str, ...], operator: Any) -> bool:
     """Is of what ``operator`` returned only the tail kept?"""
-    return "attention_tail" in kept and operator in COMPLETIONS
+    return "attention_half" in kept and operator in COMPLETIONS
 
 
 def names_kept(mode: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def contexts_of(kept: tuple[str, ...]) -> Contexts:
     """What a block is run under in the forward pass and when it is recomputed."""
     if not kept:
         return noop_context_fn
-    if "attention_tail" in kept:
+    if "attention_half" in kept:
         return partial(own_contexts, kept, _detached, _detached)
 
     def policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from longctx.attention import StrategyOptions
 from longctx.attention.strategies.disaggregated.assignment import topology_of
 from longctx.attention.strategies.disaggregated.execute import PLANNERS
 from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, lockstep_plan_of
@@ -28,8 +27,7 @@ def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAt
     # Where a sequence is whole on one rank these are the ranks of a pipeline, whose stages hand on hidden states.
     group = channel_of(mesh.servers(), mesh.sequence_group)
     empty, planner = empty_of(config, device), PLANNERS[attention.strategy]
-    options = StrategyOptions(attention.backward, attention.travel)
-    return StageAttention(group, softmax_layers(config), stage, empty, planner, attention.kernel, options)
+    return StageAttention(group, softmax_layers(config), stage, empty, planner, attention.kernel, attention.options)
 
 
 def empty_of(config: Config, device: torch.device) -> Empty:

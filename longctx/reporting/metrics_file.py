@@ -25,7 +25,6 @@ KEYS = (
     "memory_peak_bytes",
     "comm_bytes",
     "comm_bytes_between_nodes",
-    "exposed_comm_seconds",
     "balance",
     "work_by_rank",
     "bytes_by_rank",

@@ -3,7 +3,7 @@
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents
 from longctx.sequence.halo import Halo
-from longctx.sequence.layout import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
+from longctx.sequence.layout import Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
 from longctx.sequence.plan import Places, SequencePlan, make_plan, plan_of
 from longctx.sequence.ring_schedule import RingSchedule
@@ -13,7 +13,6 @@ from longctx.sequence.token_ownership import TokenOwnership
 
 __all__ = [
     "IGNORE",
-    "LAYOUTS",
     "Batch",
     "Contiguous",
     "Documents",

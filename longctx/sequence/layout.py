@@ -7,15 +7,14 @@ Lengths need not divide by anything: chunks differ by at most one token and rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from longctx.catalog import LAYOUTS
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Int64
-
-LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 @runtime_checkable
@@ -119,13 +118,13 @@ class Joined:
 
 
 def make_layout(name: str, block: int = 1) -> Layout:
-    """The layout that the configuration names; ``block`` is the striped layout's."""
-    if name not in LAYOUTS:
-        raise ConfigError(f"attention.layout {name!r} is unknown; valid layouts: {', '.join(LAYOUTS)}")
-    if name != "striped" and block != 1:
+    """The layout that the configuration names; ``block``: of layouts that have one. Raises ``ConfigError``."""
+    kind = LAYOUTS.load(name)
+    if any(one.name == "block" for one in fields(kind)):
+        return cast(Layout, kind(block))
+    if block != 1:
         raise ConfigError(f"attention.layout_block {block} applies to the striped layout, not to {name}; leave it at 1")
-    layouts: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(block)}
-    return layouts[name]
+    return cast(Layout, kind())
 
 
 def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> int:

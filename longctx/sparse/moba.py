@@ -333,19 +333,31 @@ def moba(block: int = 512, top_k: int = 3) -> Mixer:
         """With all blocks that may be chosen, without the gate's one product a block of the document."""
         return 2.0 * (widths.key + widths.value) * ((top_k - 1) * block + (block + 1) / 2)
 
-    return Mixer("moba", tokens, lambda _: {}, lambda *_: {}, _no_parameters, mix, recurrence, False, flops)
+    return Mixer(
+        "moba",
+        tokens,
+        lambda _: {},
+        lambda *_: {},
+        _no_parameters,
+        mix,
+        recurrence,
+        False,
+        flops,
+        reads=READS,
+        sized=sized,
+    )
 
 
 def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
     raise AssertionError(f"moba has no parameter {name}")
 
 
-def sized(block: int | None, top_k: int | None) -> Mixer:
-    """None: the paper's size."""
-    return moba(**{name: value for name, value in (("block", block), ("top_k", top_k)) if value is not None})
+def sized(**sizes: int) -> Mixer:
+    """The mixer of blocks of ``mixer_block`` tokens, of which a query reads ``mixer_top_k``; else the paper's."""
+    return moba(**{name.removeprefix("mixer_"): value for name, value in sizes.items()})
 
 
-MIXER = moba()
+READS = frozenset({"mixer_block", "mixer_top_k"})
 
 
 MIXER = moba()

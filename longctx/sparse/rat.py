@@ -298,19 +298,31 @@ def rat(chunk: int = 16) -> Mixer:
         """Without the ends of earlier chunks, of which there are as many as the document has chunks."""
         return 4.0 * (widths.key + widths.value) + 2.0 * (widths.key + widths.value)
 
-    return Mixer("rat", tokens, lambda _: {}, lambda *_: {}, _no_parameters, mix, recurrence, False, flops)
+    return Mixer(
+        "rat",
+        tokens,
+        lambda _: {},
+        lambda *_: {},
+        _no_parameters,
+        mix,
+        recurrence,
+        False,
+        flops,
+        reads=READS,
+        sized=sized,
+    )
 
 
 def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
     raise AssertionError(f"rat has no parameter {name}")
 
 
-def sized(block: int | None, _: int | None) -> Mixer:
-    """None: the paper's size."""
-    return rat() if block is None else rat(block)
+def sized(**sizes: int) -> Mixer:
+    """The mixer of chunks of ``mixer_block`` tokens."""
+    return rat(sizes["mixer_block"])
 
 
-MIXER = rat()
+READS = frozenset({"mixer_block"})
 
 
 MIXER = rat()

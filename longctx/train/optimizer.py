@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from longctx.catalog import OPTIMIZERS
 from longctx.config import OptimConfig
 from longctx.errors import StorageError
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, over the model's parameters."""
+    made: torch.optim.Optimizer = OPTIMIZERS.load(config.name)(model, config)
+    return made
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the model's parameters; only matrices decay, norms do not.
 
     The learning rate is set anew at every step. ``foreach`` costs one dispatch of DTensor per operation

@@ -105,7 +105,6 @@ class Trainer:
             "memory_peak_bytes": seen.memory_peak_bytes,
             "comm_bytes": seen.comm_bytes,
             "comm_bytes_between_nodes": seen.comm_bytes_between_nodes,
-            "exposed_comm_seconds": None,  # needs device timelines, which nothing reads yet
             "balance": seen.balance,
             "work_by_rank": seen.work,
             "bytes_by_rank": seen.bytes,

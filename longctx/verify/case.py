@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention import AttentionCase, StrategyOptions, get_strategy, refusal
+from longctx.attention import AttentionCase, get_strategy, refusal
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.errors import ConfigError
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout, make_plan
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,9 +42,7 @@ class VerifyCase:
     seed: int = 0
     layout_block: int = 1
     kernel: str = "auto"
-    inner: int | None = None
-    backward: str = "auto"
-    travel: str = "wide"
+    options: StrategyOptions = DEFAULT
     mixer: str | None = None  # of a linear strategy; None for softmax attention
     chunk: int = 64
     mixer_block: int | None = None  # of mixers that come in sizes; None: the paper's
@@ -52,7 +51,8 @@ class VerifyCase:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> VerifyCase:
         """From its fields as JSON has them."""
-        return cls(**{**plain, "documents": tuple(plain["documents"])})
+        options = StrategyOptions(**plain["options"])
+        return cls(**{**plain, "documents": tuple(plain["documents"]), "options": options})
 
     def __post_init__(self) -> None:
         for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block", "chunk"):
@@ -82,15 +82,11 @@ class VerifyCase:
         return (Documents.from_lengths(self.documents or (self.seq,)),) * self.batch
 
     @property
-    def options(self) -> StrategyOptions:
-        return StrategyOptions(self.backward, self.travel)
-
-    @property
     def attention_case(self) -> AttentionCase:
         """What is asked of the strategy."""
         packed = len(self.documents) > 1
         return AttentionCase(
-            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.inner, self.options, packed, self.kernel
+            self.world, self.heads, self.kv_heads, self.layout, self.mask, self.options, packed, self.kernel
         )
 
     def make_layout(self) -> Layout:

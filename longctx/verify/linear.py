@@ -18,15 +18,10 @@ from longctx.verify.case import DTYPES, VerifyCase
 def refused(case: VerifyCase) -> str | None:
     """Why this is not executed exactly: by the strategy's own declaration, the layout's, or for options that linear
     layers do not have; None if it is."""
-    for name, default in (
-        ("window", None),
-        ("kernel", "auto"),
-        ("inner", None),
-        ("backward", "auto"),
-        ("travel", "wide"),
-    ):
-        if getattr(case, name) != default:
-            return f"--{name} {getattr(case, name)}: linear layers have no such choice; leave it out"
+    given = {"window": case.window, "kernel": None if case.kernel == "auto" else case.kernel, **case.options.chosen()}
+    for name, value in given.items():
+        if value is not None:
+            return f"--{name.replace('_', '-')} {value}: linear layers have no such choice; leave it out"
     if case.kv_heads != case.heads:
         return (
             f"linear layers have as many key/value heads as query heads; nearest valid: --kv-heads {case.heads} for "
@@ -46,7 +41,7 @@ def refused(case: VerifyCase) -> str | None:
 
 def mixer_of(case: VerifyCase) -> Mixer:
     assert case.mixer is not None, "the command names one"
-    return get_mixer(case.mixer, case.mixer_block, case.mixer_top_k)
+    return get_mixer(case.mixer, mixer_block=case.mixer_block, mixer_top_k=case.mixer_top_k)
 
 
 def inputs(case: VerifyCase) -> dict[str, Tensor]:

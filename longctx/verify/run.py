@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.attention import StrategyAttention, dense_attention, get_strategy
+from longctx.attention import StrategyAttention, dense_attention, get_strategy, settled
 from longctx.attention.runtime.operator import IMPLEMENTATIONS
-from longctx.attention.runtime.registry import inner_of
 from longctx.comm import group_of
+from longctx.options import DEFAULT
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify import linear
 from longctx.verify.case import ROUNDING_FACTOR, TOLERANCE, RankResult, Verdict, VerifyCase
@@ -76,8 +76,8 @@ def _named(out: Tensor, inputs: Iterable[str], grads: Iterable[Tensor]) -> dict[
 
 def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
     """The case's strategy; ranks of the group call it at the same point."""
-    inner = inner_of(get_strategy(case.strategy), case.attention_case)
-    return StrategyAttention(case.strategy, group, case.kernel, inner=inner, options=case.options)
+    options = settled(get_strategy(case.strategy), case.attention_case)
+    return StrategyAttention(case.strategy, group, case.kernel, options=options)
 
 
 def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
@@ -168,9 +168,7 @@ def _limits(case: VerifyCase, truth: dict[str, Tensor]) -> dict[str, float]:
         layout="contiguous",
         layout_block=1,
         world=1,
-        inner=None,
-        backward="auto",
-        travel="wide",
+        options=DEFAULT,
     )
     single = run_rank(alone, None).tensors
     errors = tensor_errors(alone, alone.plan(), single, truth)

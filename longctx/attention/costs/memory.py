@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.sequence import RingSchedule
 
 
@@ -47,7 +47,7 @@ def alive_on_way(rotation: RingSchedule, rank: int, straight: bool, sizes: Sizes
     """By hop, of gradients of visiting blocks that are summed on their way or go straight home."""
     if not straight:
         return gradients_alive(rotation, rank)
-    return straight_alive(rotation, rank, sizes.options.travel == "narrow" and sizes.element < sizes.wide)
+    return straight_alive(rotation, rank, sizes.options.grad_dtype == "compute" and sizes.element < sizes.wide)
 
 
 def gradients_alive(rotation: RingSchedule, rank: int) -> list[GradientsAlive]:

@@ -21,7 +21,7 @@ from longctx.attention.core import CoreAttention, Started
 from longctx.attention.decoding.cache import SequenceCache
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.partial import Partial
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.comm import MAX, SUM, Group, all_reduce
 from longctx.sequence import plan_of
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.attention.runtime.registry import Sent, Sizes, Volume
 from longctx.comm import Group, Pending, exchange
 from longctx.sequence import Places, SequencePlan
 
@@ -213,24 +212,3 @@ def sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
 def work_in_rows(plan: SequencePlan, rank: int, inner: int) -> float:
     """Ranks of a row compute for all its queries, each in its own heads."""
     return plan.joined(inner).work(rank // inner) / inner
-
-
-def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
-    """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
-
-    The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
-    """
-    inner = sizes.inner
-    first, me = rank // inner * inner, rank % inner
-    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
-    split, messages = HeadSplit(sizes.heads, sizes.kv_heads, inner), groups.count
-    head = sizes.batch * sizes.head_dim * sizes.element
-    queries, mine, own = split.queries, split.queries + 2 * split.keys(me), len(plan.positions(rank))
-    sent = []
-    for other in range(inner):
-        theirs, together = len(plan.positions(first + other)), split.queries + 2 * split.keys(other)
-        if other != me and own:
-            sent.append((first + other, Volume(head * own * together, head * own * queries, messages, messages)))
-        if other != me and theirs:
-            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, messages, messages)))
-    return sent

@@ -7,7 +7,6 @@ longctx needs neither CUDA nor Triton.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention.runtime.partial import Partial
+from longctx.catalog import KERNELS
 from longctx.errors import ConfigError
 from longctx.sequence import TileSet
 
@@ -77,21 +77,10 @@ class LocalKernel(Protocol):
         ...
 
 
-# In order of preference. Values are "module:class", imported when the kernel is first considered.
-KERNELS: dict[str, str] = {
-    "flash_cuda": "longctx.kernels.flash_cuda:FlashCuda",
-    "flash_cpu": "longctx.kernels.flash_cpu:FlashCpu",
-    "dense": "longctx.kernels.dense:Dense",
-}
-
-
 @lru_cache
 def load_kernel(name: str) -> LocalKernel:
-    """The kernel of that name, one instance per process."""
-    if name not in KERNELS:
-        raise ConfigError(f"attention.kernel {name!r} is unknown; valid kernels: auto, {', '.join(KERNELS)}")
-    module, _, attribute = KERNELS[name].partition(":")
-    kernel: LocalKernel = getattr(importlib.import_module(module), attribute)()
+    """The kernel of that name, one instance per process; imported when it is first considered."""
+    kernel: LocalKernel = KERNELS.load(name)()
     return kernel
 
 

@@ -18,23 +18,8 @@ from longctx.attention.runtime.local_kernel import LocalKernel, kernel_for
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, group_named
 from longctx.errors import ConfigError
+from longctx.options import StrategyOptions
 from longctx.sequence import SequencePlan, plan_of
-
-
-@dataclass(frozen=True)
-class StrategyOptions:
-    """What a user may choose of a strategy; defaults leave it to the strategy.
-
-    ``backward``: what travels in the backward pass: ``keys`` (with values and their gradients), ``queries``
-    (with theirs), or ``auto``, whichever moves fewer bytes. ``travel``: ``wide`` sums gradients on their way, in
-    the accumulation dtype; ``narrow`` sends each rank's share straight home in the inputs' dtype, and sums there.
-    """
-
-    backward: str = "auto"
-    travel: str = "wide"
-
-
-DEFAULT = StrategyOptions()
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ COMPLETIONS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 # What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
-CONTEXT = 'Tensor plan, str group, str kernel, float scale, str backward="auto", str travel="wide"'
+CONTEXT = 'Tensor plan, str group, str kernel, float scale, str grad_dtype="fp32", str backward_rotates="auto"'
 CONTEXT_SIZE = 6
 
 
@@ -212,5 +197,9 @@ def call_of(
             f"{max(1, q.shape[2] // k.shape[2]) * k.shape[2]} query heads"
         )
     return AttentionContext(
-        plan_of(plan), group_named(group), kernel_for(kernel, q, k), scale, StrategyOptions(*options)
+        plan_of(plan),
+        group_named(group),
+        kernel_for(kernel, q, k),
+        scale,
+        StrategyOptions(*options),  # type: ignore[arg-type]
     )

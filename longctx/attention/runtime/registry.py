@@ -1,27 +1,30 @@
-"""What strategies exist, and what each of them executes exactly.
+"""What a strategy of softmax attention declares: its operator, what it reads and refuses, and who may rely on what.
 
-A strategy declares its limits here and nowhere else; the configuration, the library and ``longctx verify``
-refuse by this declaration before any work.
+Each strategy's file ends with its declaration; ``longctx.catalog`` maps its name to it. The configuration, the library
+and ``longctx verify`` refuse by it before any work.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from longctx.attention.runtime.operator import DEFAULT, Attend, StrategyOptions
+from longctx.attention.costs.estimate import Costs
+from longctx.attention.runtime.operator import Attend
+from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import LAYOUTS, STRATEGIES
 from longctx.errors import ConfigError
-from longctx.planner import Topology
-from longctx.sequence import LAYOUTS, Mask, SequencePlan
+from longctx.options import DEFAULT, OPTIONS, StrategyOptions
+from longctx.rules import as_word, divisors
+from longctx.sequence import Mask, SequencePlan
 
 
 @dataclass(frozen=True)
 class AttentionCase:
     """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
 
-    ``inner``: neighbours that make one row of the group seen as a grid; None leaves it to the strategy.
-    ``documents``: whether a sequence may hold several documents that do not see each other. ``tail``: whether
+    ``documents``: whether a sequence may hold several documents that do not see each other. ``half``: whether
     recompute keeps the later half of its outputs alone.
     """
 
@@ -30,170 +33,92 @@ class AttentionCase:
     kv_heads: int
     layout: str
     mask: Mask
-    inner: int | None = None
     options: StrategyOptions = DEFAULT
     documents: bool = False
     kernel: str = "auto"
-    tail: bool = False
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a layer's tensors weigh on their way. ``element``: bytes of a number of q, k and v; ``wide``: of an
-    accumulator. ``inner``: as in ``AttentionCase``, resolved. ``topology``: how ranks lie on nodes; None: on one."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    element: int
-    wide: int
-    inner: int = 1
-    options: StrategyOptions = DEFAULT
-    topology: Topology | None = None
-
-    @property
-    def keys(self) -> int:
-        """Bytes of one token's keys (or values) over the batch."""
-        return self.batch * self.kv_heads * self.head_dim * self.element
-
-    @property
-    def key_gradients(self) -> int:
-        """Bytes of one token's dk (or dv) as they are summed."""
-        return self.batch * self.kv_heads * self.head_dim * self.wide
-
-    @property
-    def queries(self) -> int:
-        """Bytes of one token's queries (or out, or dout)."""
-        return self.batch * self.heads * self.head_dim * self.element
-
-    @property
-    def query_gradients(self) -> int:
-        """Bytes of one token's dq, or of a partial out, as they are summed."""
-        return self.batch * self.heads * self.head_dim * self.wide
-
-    def held(
-        self, queries: float = 0, outputs: float = 0, sums: float = 0, keys: float = 0, gradients: float = 0
-    ) -> int:
-        """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
-        keys with values, and gradients of both."""
-        wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
-        return round(queries * self.queries + wide + 2 * keys * self.keys)
-
-    @property
-    def lse(self) -> int:
-        """Bytes of one token's log-sum-exp (or of its delta)."""
-        return self.batch * self.heads * self.wide
-
-
-@dataclass(frozen=True)
-class Volume:
-    """What one rank sends in one layer: bytes, then messages."""
-
-    forward: int
-    backward: int
-    messages_forward: int
-    messages_backward: int
-
-    def __add__(self, other: Volume) -> Volume:
-        return Volume(
-            self.forward + other.forward,
-            self.backward + other.backward,
-            self.messages_forward + other.messages_forward,
-            self.messages_backward + other.messages_backward,
-        )
+    half: bool = False
 
 
 def work_at_home(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Where each rank computes for its own queries."""
+    """The cells of a rank that computes for its own queries."""
     return plan.work(rank)
 
 
 def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Where queries visit the ranks whose keys they see."""
+    """The cells of a rank that is visited by the queries which see its keys."""
     return sum(tiles.cells for owner in range(plan.world) for tiles in plan.tiles(owner, rank))
 
 
 def nothing_ahead(plan: SequencePlan, rank: int, sizes: Sizes) -> None:
-    """Where plans follow from the layout alone."""
+    """Prepares nothing, for plans that follow from the layout alone."""
 
 
-Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver's rank in the sequence group
-
-
-def summed(sends: Callable[[SequencePlan, int, Sizes], list[Sent]]) -> Callable[[SequencePlan, int, Sizes], Volume]:
-    """The volume of a strategy that publishes what it sends to whom."""
-    return lambda plan, rank, sizes: sum((cost for _, cost in sends(plan, rank, sizes)), Volume(0, 0, 0, 0))
+def refuses_nothing(case: AttentionCase) -> str | None:
+    """Takes every case."""
+    return None
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Bytes of tensors alive at one time on a rank beside q, k, v and dout, results included, kernels' workspace apart.
+class Grid:
+    """How a strategy sees its ranks as rows of neighbours.
 
-    In 16-bit dtypes never less, under any mask, and of most strategies just that; docs/volume.md names the others.
+    ``row``: ranks in a row, where the user has not named a number. ``option``: the field of ``StrategyOptions`` that
+    names it; None: users have no choice.
     """
 
-    forward: int
-    backward: int
+    row: Callable[[AttentionCase], int]
+    option: str | None = None
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A registered strategy. ``volume(plan, rank, sizes)`` is its closed form, ``peak(plan, sizes)`` that of memory,
-    ``work(plan, rank, inner)`` the (query, key) cells that a rank computes, in all its heads. ``prepare(plan, rank,
-    sizes)`` makes on the host, ahead of time, what a strategy of tasks would otherwise plan at its first use.
+    """A strategy's declaration.
 
-    ``takes``: which of ``StrategyOptions`` and ``inner`` it reads; others are refused. ``inner``: for strategies that
-    see their ranks as a grid, its row where the user has not named one; None for all others. ``two_way``: it wants a
-    second channel between its ranks (``Group.back``). ``tail``: it can compute the earlier half of each rank's queries
-    alone, which sends ``volume(plan.head, rank, sizes).forward``. ``sends``: the terms of ``volume`` by receiver, from
-    strategies that publish them: what crosses between nodes follows from these.
+    ``layout``: what it prefers. ``refuses``: why it does not execute a case exactly. ``options``: the fields of
+    ``StrategyOptions`` that it reads; others are refused. ``one_rank``: it wants whole sequences. ``two_way``: it wants
+    a second channel between its ranks (``Group.back``). ``half``: it can compute the earlier half of each rank's
+    queries alone. ``serves_tasks``: any rank computes for any other, so that messages may be routed and stages may
+    serve one another. ``ping_pong``: it can be taken apart for two halves of a micro-batch that take turns.
+
+    ``work(plan, rank, inner)``: the (query, key) cells that a rank computes, in all its heads. ``prepare(plan, rank,
+    sizes)`` makes on the host, ahead of time, what a strategy of tasks would otherwise plan at its first use.
+    ``costs``: its estimate of bytes and memory, or ``module:attribute`` of it; nothing that runs needs one.
     """
 
     name: str
     operator: Attend
-    layout: str  # what it prefers
-    refuses: Callable[[AttentionCase], str | None]
-    volume: Callable[[SequencePlan, int, Sizes], Volume]
-    peak: Callable[[SequencePlan, Sizes], Peak]
-    takes: frozenset[str] = frozenset()
-    inner: Callable[[AttentionCase], int] | None = None
+    layout: str = "zigzag"
+    refuses: Callable[[AttentionCase], str | None] = refuses_nothing
+    options: frozenset[str] = frozenset()
+    grid: Grid | None = None
+    one_rank: bool = False
     two_way: bool = False
+    half: bool = False
+    serves_tasks: bool = False
+    ping_pong: bool = False
     work: Callable[[SequencePlan, int, int], float] = work_at_home
-    tail: bool = False
-    sends: Callable[[SequencePlan, int, Sizes], list[Sent]] | None = None
     prepare: Callable[[SequencePlan, int, Sizes], None] = nothing_ahead
-
-
-# Name of an option -> what leaves it to the strategy, and the words that are valid (none for a number).
-OPTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "backward": ("auto", ("auto", "keys", "queries")),
-    "travel": ("wide", ("wide", "narrow")),
-    "inner": (None, ()),
-}
-
-# Name of the strategy -> module that registers it; each module holds `STRATEGIES`.
-MODULES = {
-    "local": "longctx.attention.strategies.local",
-    "ring": "longctx.attention.strategies.ring",
-    "striped": "longctx.attention.strategies.ring",
-    "burst": "longctx.attention.strategies.burst",
-    "token_ring": "longctx.attention.strategies.token_ring",
-    "ulysses": "longctx.attention.strategies.ulysses",
-    "usp": "longctx.attention.strategies.usp",
-    "gather": "longctx.attention.strategies.gather",
-    "tree": "longctx.attention.strategies.tree",
-    "rsa": "longctx.attention.strategies.rsa",
-    "disaggregated": "longctx.attention.strategies.disaggregated.execute",
-    "zeppelin": "longctx.attention.strategies.disaggregated.execute",
-}
+    costs: Costs | str | None = None
 
 
 def get_strategy(name: str) -> Strategy:
-    if name not in MODULES:
-        raise ConfigError(f"attention.strategy {name!r} is unknown; valid strategies: {', '.join(MODULES)}")
-    strategies: dict[str, Strategy] = importlib.import_module(MODULES[name]).STRATEGIES
-    return strategies[name]
+    """The strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
+    found: Strategy = STRATEGIES.load(name)
+    return found
+
+
+def first_able(able: Callable[[Strategy], bool]) -> str:
+    """The name of the first strategy in the catalog that is ``able``, to be told in its place."""
+    return next(name for name in STRATEGIES if able(get_strategy(name)))
+
+
+def costs_of(strategy: Strategy) -> Costs | None:
+    """The strategy's estimate of bytes and memory, if it has one."""
+    if not isinstance(strategy.costs, str):
+        return strategy.costs
+    module, _, attribute = strategy.costs.partition(":")
+    found: Costs = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
@@ -206,52 +131,73 @@ def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
         )
     if case.layout not in (*LAYOUTS, "explicit"):
         return f"layout {case.layout!r} is unknown; valid layouts: {', '.join(LAYOUTS)}"
-    return _option_refused(strategy, case) or strategy.refuses(case)
+    if strategy.one_rank and case.world != 1:
+        other = first_able(lambda one: not one.one_rank)
+        return f"{case.world} ranks share the sequence; it computes on one: set parallel.sp=1, or attention={other}"
+    return option_refused(strategy, case.options) or _case_refused(strategy, case) or strategy.refuses(case)
+
+
+def option_refused(strategy: Strategy, options: StrategyOptions) -> str | None:
+    """Why one of these options is none of the strategy's, or no option at all; None if all are its own."""
+    for name, value in options.chosen().items():
+        if name not in strategy.options:
+            return f"attention.{name}={value}: it has no such choice; leave it at {as_word(OPTIONS[name])}"
+    try:
+        options.check()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _case_refused(strategy: Strategy, case: AttentionCase) -> str | None:
+    if case.half and not strategy.half:
+        able = first_able(lambda one: one.half and not one.one_rank)
+        return (
+            "train.recompute_keep=[attention_half]: it computes all of a rank's queries or none; use "
+            f"train.recompute_keep=[attention], or attention={able}"
+        )
+    row = chosen_row(strategy, case.options)
+    if row is not None and case.world % row:
+        assert strategy.grid is not None and strategy.grid.option is not None, "or no row is chosen"
+        option = strategy.grid.option
+        whole = [
+            n
+            for n in divisors(case.world)
+            if strategy.refuses(replace(case, options=_with_row(case.options, option, n))) is None
+        ]
+        nearest = min(whole, key=lambda n: abs(n - row))
+        return f"attention.{option}={row} must divide the {case.world} ranks of a sequence; nearest valid: {nearest}"
+    return None
+
+
+def chosen_row(strategy: Strategy, options: StrategyOptions) -> int | None:
+    """Ranks in a row of the grid that the user has named; None where there is no grid or no word of it."""
+    if strategy.grid is None or strategy.grid.option is None:
+        return None
+    row: int | None = getattr(options, strategy.grid.option)
+    return row
 
 
 def inner_of(strategy: Strategy, case: AttentionCase) -> int:
-    """Neighbours in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
-    if case.inner is not None:
-        return case.inner
-    return 1 if strategy.inner is None else strategy.inner(case)
+    """Ranks in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
+    if strategy.grid is None:
+        return 1
+    return chosen_row(strategy, case.options) or strategy.grid.row(case)
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def settled(strategy: Strategy, case: AttentionCase) -> StrategyOptions:
+    """The case's options, with the row of the grid that the strategy takes where the user has named none."""
+    if strategy.grid is None or strategy.grid.option is None:
+        return case.options
+    return _with_row(case.options, strategy.grid.option, inner_of(strategy, case))
 
 
-def choice_refused(strategy: Strategy, given: Mapping[str, object]) -> str | None:
-    """Why one of these of ``OPTIONS`` is none of the strategy's; None if all are."""
-    for name, value in given.items():
-        default, valid = OPTIONS[name]
-        if value == default:
-            continue
-        if name not in strategy.takes:
-            return f"attention.{name}={value}: it has no such choice; leave it at {default or 'null'}"
-        if valid and value not in valid:
-            return f"attention.{name}={value} is unknown; valid: {', '.join(valid)}"
-    return None
-
-
-def _option_refused(strategy: Strategy, case: AttentionCase) -> str | None:
-    reason = choice_refused(strategy, {**vars(case.options), "inner": case.inner})
-    if reason:
-        return reason
-    if case.tail and not strategy.tail:
-        return (
-            "train.recompute_keep=[attention_tail]: it computes all of a rank's queries or none; use "
-            "train.recompute_keep=[attention], or attention=burst"
-        )
-    if case.inner is not None and (case.inner < 1 or case.world % case.inner):
-        whole = [n for n in divisors(case.world) if strategy.refuses(replace(case, inner=n)) is None]
-        nearest = min(whole, key=lambda n: abs(n - (case.inner or 1)))
-        return (
-            f"attention.inner={case.inner} must divide the {case.world} ranks of a sequence; nearest valid: {nearest}"
-        )
-    return None
+def _with_row(options: StrategyOptions, name: str, row: int) -> StrategyOptions:
+    return StrategyOptions(**{**vars(options), name: row})
 
 
 def require(strategy: Strategy, case: AttentionCase) -> None:
+    """Refuses a case that the strategy does not execute exactly. Raises ``ConfigError``."""
     reason = refusal(strategy, case)
     if reason:
         raise ConfigError(f"attention.strategy={strategy.name} refuses: {reason}")

@@ -26,18 +26,16 @@ a number and w an accumulator, times what each side's masks leave to be sent (``
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 
-from longctx.attention.costs.memory import alive_on_way, blocks_alive
 from longctx.attention.runtime.delta import delta_of, stand_in
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.attention.runtime.registry import AttentionCase, Peak, Sent, Sizes, Strategy, Volume, summed
+from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.runtime.ring_transport import Block, GradientReturn, travel, zeros
-from longctx.attention.strategies.ring import keys_peak, pass_keys, pass_keys_backward
+from longctx.attention.runtime.sizes import Sizes
+from longctx.attention.strategies.ring import pass_keys, pass_keys_backward
 from longctx.comm import Group
 from longctx.sequence import RingSchedule, Rows, SequencePlan
 
@@ -60,9 +58,9 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
         inner=_inner(call.group),
         options=call.options,
     )
-    if side_of(call.plan, sizes) == "keys":
+    if side_of(call.plan, sizes) == "kv":
         return pass_keys_backward(dout, saved, call, call.plan.key_rotation_in(sizes.inner))
-    straight = q.dtype if call.options.travel == "narrow" else None
+    straight = q.dtype if call.options.grad_dtype == "compute" else None
     return pass_queries_backward(dout, saved, call, call.plan.query_rotation_in(sizes.inner), straight)
 
 
@@ -97,63 +95,24 @@ def _queries(dout: Tensor, saved: Saved, rows: Rows) -> Block:
 
 def side_of(plan: SequencePlan, sizes: Sizes) -> str:
     """What travels in the backward pass: as asked, or what costs all ranks together fewer bytes."""
-    if sizes.options.backward != "auto":
-        return sizes.options.backward
+    if sizes.options.backward_rotates != "auto":
+        return sizes.options.backward_rotates
 
     def cost(side: str) -> int:
-        rotation, block, gradients = _route(plan, side, sizes)
+        rotation, block, gradients = route_of(plan, side, sizes)
         summed, straight = rotation.gradient_rows
-        return sum(rotation.cost) * block + (straight if sizes.options.travel == "narrow" else summed) * gradients
+        return sum(rotation.cost) * block + (straight if sizes.options.grad_dtype == "compute" else summed) * gradients
 
-    return min(("keys", "queries"), key=cost)
+    return min(("kv", "q"), key=cost)
 
 
-def _route(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule, int, int]:
+def route_of(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule, int, int]:
     """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
-    narrow = sizes.options.travel == "narrow"
-    if side == "keys":
-        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if narrow else sizes.key_gradients)
-    gradients = sizes.queries if narrow else sizes.query_gradients
+    compute = sizes.options.grad_dtype == "compute"
+    if side == "kv":
+        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)
+    gradients = sizes.queries if compute else sizes.query_gradients
     return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
-
-
-def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
-    """Keys and values of the rows that a rank passes on; backward, those of the side that travels, and gradients."""
-    side = side_of(plan, sizes)
-    rotation, block, gradients = _route(plan, side, sizes)
-    tensors = 1 if side == "keys" else 2
-    passed = plan.key_rotation_in(sizes.inner).leaving(rank)
-    returned = rotation.returning(rank, sizes.options.travel == "narrow")
-    return [
-        *((to, Volume(2 * len(rows) * sizes.keys, 0, 1, 0)) for to, rows in passed),
-        *((to, Volume(0, len(rows) * block, 0, tensors)) for to, rows in rotation.leaving(rank)),
-        *((to, Volume(0, len(rows) * gradients, 0, 1)) for to, rows in returned),
-    ]
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """As the ring around the same route; backward of the side that travels."""
-    keys = keys_peak(plan, plan.key_rotation_in(sizes.inner), sizes)
-    if side_of(plan, sizes) == "keys":
-        return keys
-    straight = sizes.options.travel == "narrow"
-    return Peak(keys.forward, queries_peak(plan, plan.query_rotation_in(sizes.inner), sizes, straight))
-
-
-def queries_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes, straight: bool) -> int:
-    """Backward, on the rank with most: out and lse; dq, dk and dv; blocks of (Q, dO, lse, delta), their dq, and the
-    stand-in for out. ``straight``: as ``pass_queries_backward`` is told, in whatever dtype."""
-    rows, block, wide = plan.shard, sizes.held(queries=2, sums=2), sizes.held(outputs=1)
-    home = sizes.held(queries=1) if sizes.options.travel == "narrow" else wide
-    most = rows * max(sizes.held(outputs=3), sizes.held(queries=1, keys=1))  # delta; results in their dtype
-    for rank in range(rotation.world):
-        blocks = blocks_alive(rotation, rank)
-        for hop, moments in enumerate(alive_on_way(rotation, rank, straight, sizes)):
-            here = len(rotation.carried(rotation.owner(rank, hop), hop))
-            stand_in = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)) if hop else (0, 0, 0)
-            for (on_way, going), beside in zip(astuple(moments), stand_in, strict=True):
-                most = max(most, blocks[hop] * block + on_way * wide + going * home + beside)
-    return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most
 
 
 def _inner(group: Group) -> int:
@@ -166,18 +125,12 @@ def _one_row(case: AttentionCase) -> int:
     return case.world
 
 
-STRATEGIES = {
-    "burst": Strategy(
-        "burst",
-        define_operator("burst", forward, backward, tail=True),
-        "zigzag",
-        lambda case: None,
-        summed(sends),
-        peak,
-        frozenset({"backward", "travel", "inner"}),
-        inner=_one_row,
-        two_way=True,
-        tail=True,
-        sends=sends,
-    )
-}
+BURST = Strategy(
+    "burst",
+    define_operator("burst", forward, backward, tail=True),
+    options=frozenset({"grad_dtype", "backward_rotates", "inner_ring"}),
+    grid=Grid(_one_row, option="inner_ring"),
+    two_way=True,
+    half=True,
+    costs="longctx.attention.costs.burst:COSTS",
+)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
-from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume
+from longctx.attention.runtime.registry import Strategy
 from longctx.comm import Pending, exchange
-from longctx.sequence import Rows, SequencePlan
+from longctx.sequence import Rows
 
 GROUPS = 4  # of key/value heads: so many times less memory for gathered keys, and all but the first arrive hidden
 ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D]
@@ -142,9 +142,9 @@ class Returned:
 
 
 def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: AttentionContext) -> Returned:
-    """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``narrow``: in ``dtype``."""
+    """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``dtype``: of the inputs."""
     plan, me = call.plan, call.group.rank
-    travel = dtype if call.options.travel == "narrow" else shares.dtype
+    travel = dtype if call.options.grad_dtype == "compute" else shares.dtype
     sends, receives = [], []
     for other in call.group.others:
         sends.append((other, _picked(shares, other, call).to(travel)))
@@ -161,52 +161,10 @@ def _picked(shares: Tensor, owner: int, call: AttentionContext) -> Tensor:
     return part
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: its keys and values to each rank that sees them, in the backward pass once more, and
-    dk and dv of all keys that it saw of others."""
-    ranks = [other for other in range(plan.world) if other != rank]
-    sent = [len(plan.reads(other, rank)) for other in ranks]
-    seen = [len(plan.reads(rank, other)) for other in ranks]
-    groups = len(head_groups(sizes.heads, sizes.kv_heads))
-    gradient = sizes.keys if sizes.options.travel == "narrow" else sizes.key_gradients
-    forward_bytes = 2 * sum(sent) * sizes.keys
-    messages = groups * sum(map(bool, sent))
-    return Volume(
-        forward_bytes,
-        forward_bytes + 2 * sum(seen) * gradient,
-        messages,
-        messages + groups * sum(map(bool, seen)),
-    )
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most. Of each group of heads its keys in order, what they came in and what was sent, these two
-    for the next group too; backward their gradients, and those of the group before on their way home."""
-    rows, world = plan.shard, plan.world
-    part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
-    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
-    for rank in range(world):
-        others = [other for other in range(world) if other != rank]
-        own, seen = len(plan.reads(rank, rank)), [len(plan.reads(rank, other)) for other in others]
-        sent = sum(len(reads) for reads in {plan.reads(other, rank) for other in others})
-        asked, here = sum(len(plan.reads(other, rank)) for other in others), sum(seen) + own
-        keys, picked = here + sum(seen) + sent, max([own, *seen])
-        following = sum(seen) + sent if part < 1 else 0
-        forward = max(forward, sizes.held(keys=(keys + following) * part))
-        summed, home = here + own, sum(seen) + asked
-        if not plan.gathered(rank).places.in_runs:
-            summed += picked
-        if sizes.options.travel == "narrow":
-            keys, summed, home = keys + home, summed + picked, 0
-        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + home) * part))
-    return Peak(
-        rows * sizes.held(outputs=1, sums=1) + forward,
-        rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward,
-    )
-
-
-attend = define_operator("gather", forward, backward, tail=True)
-
-STRATEGIES = {
-    "gather": Strategy("gather", attend, "zigzag", lambda case: None, volume, peak, frozenset({"travel"}), tail=True)
-}
+GATHER = Strategy(
+    "gather",
+    define_operator("gather", forward, backward, tail=True),
+    options=frozenset({"grad_dtype"}),
+    half=True,
+    costs="longctx.attention.costs.gather:COSTS",
+)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.attention.runtime.registry import AttentionCase, Peak, Sizes, Strategy, Volume
+from longctx.attention.runtime.registry import AttentionCase, Strategy
 from longctx.comm import Pending, exchange
 from longctx.sequence import SequencePlan
 
@@ -100,7 +100,7 @@ def hidden(plan: SequencePlan, rank: int) -> Tensor:
 def ring(local: Tensor, call: AttentionContext) -> Iterator[tuple[int, slice, Tensor]]:
     """Yields (hop, columns, block) of every rank's keys or values, mine first, then those of the rank before me and
     so on, while the next block is in flight. ``local``: ``[B, T/SP, Hkv/TP, D]``."""
-    counts, me, world = _counts(call.plan), call.group.rank, call.group.size
+    counts, me, world = shard_lengths(call.plan), call.group.rank, call.group.size
     block = local[:, : counts[me]].contiguous()
     for hop in range(world):
         owner, following = (me - hop) % world, (me - hop - 1) % world
@@ -130,7 +130,7 @@ class KeyGradientReturn:
         if self._riding:
             share += self._riding.wait()[0]
         following = (self._call.group.rank - hop - 1) % self._call.group.size
-        self._riding = _to_next(share.contiguous(), _counts(self._call.plan)[following], self._call)
+        self._riding = _to_next(share.contiguous(), shard_lengths(self._call.plan)[following], self._call)
 
     def finish(self) -> None:
         if self._riding:
@@ -144,7 +144,8 @@ def _to_next(block: Tensor, coming: int, call: AttentionContext) -> Pending:
     return exchange(call.group, [((me + 1) % world, block)], [((me - 1) % world, buffer)])
 
 
-def _counts(plan: SequencePlan) -> list[int]:
+def shard_lengths(plan: SequencePlan) -> list[int]:
+    """Valid tokens of every rank."""
     return [len(plan.positions(rank)) for rank in range(plan.world)]
 
 
@@ -156,30 +157,6 @@ def _grouped(rows: Tensor, k: Tensor) -> Tensor:
 def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
     """Weights in place of the scores; 0 where a query (of padding) sees nothing and its lse is -inf."""
     return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp_()
-
-
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: all blocks but the next rank's, in two rings forward and three backward, and the gradients
-    of all blocks but its own, of k and of v."""
-    held = [_counts(plan)[(rank - hop) % plan.world] for hop in range(plan.world)]
-    passed, returned = held[:-1], held[1:]
-    return Volume(
-        2 * sum(passed) * sizes.keys,
-        3 * sum(passed) * sizes.keys + 2 * sum(returned) * sizes.key_gradients,
-        2 * sum(map(bool, passed)),
-        3 * sum(map(bool, passed)) + 2 * sum(map(bool, returned)),
-    )
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Whole rows of scores, those of one block, and what is hidden of them; backward weights, their gradients and the
-    product of both."""
-    rows = plan.shard
-    scores, mask = rows * plan.length * sizes.lse, sizes.batch * rows * plan.length
-    return Peak(
-        scores + scores // plan.world + mask + rows * sizes.held(outputs=3, sums=2),
-        3 * scores + rows * sizes.held(queries=2, outputs=4, sums=2, gradients=2),
-    )
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -198,12 +175,16 @@ def _refuses(case: AttentionCase) -> str | None:
     return None
 
 
-attend = define_operator("rsa", forward, backward)
-
-
 def work(plan: SequencePlan, rank: int, inner: int) -> float:
     """Whole rows of scores, hidden ones too."""
     return len(plan.documents) * len(plan.positions(rank)) * plan.length
 
 
-STRATEGIES = {"rsa": Strategy("rsa", attend, "contiguous", _refuses, volume, peak, work=work)}
+RSA = Strategy(
+    "rsa",
+    define_operator("rsa", forward, backward),
+    layout="contiguous",
+    refuses=_refuses,
+    work=work,
+    costs="longctx.attention.costs.rsa:COSTS",
+)

@@ -12,22 +12,19 @@ Communication" (2024). The published code has no backward pass; this one is of t
 Queries move one neighbour per hop, in the direction that moves fewer rows; what comes of them returns straight,
 hop ranks the other way, while the next hop computes, on a channel of its own, so that both directions of the links
 are in use. The last hop's returns are exposed. Outputs and dq return in the accumulation dtype or, where
-``travel`` is narrow, in that of the inputs, and only for queries that the sender's keys are seen by.
+``grad_dtype`` is ``compute``, in that of the inputs, and only for queries that the sender's keys are seen by.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 
-from longctx.attention.costs.memory import alive_on_way, blocks_alive
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
-from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume, work_at_keys
-from longctx.attention.runtime.ring_transport import narrowed, send_home, tally, travel
-from longctx.attention.strategies.burst import pass_queries_backward, queries_peak
+from longctx.attention.runtime.registry import Strategy, work_at_keys
+from longctx.attention.runtime.ring_transport import narrowed, send_home, travel
+from longctx.attention.strategies.burst import pass_queries_backward
 from longctx.comm import Pending
 from longctx.sequence import Rows, SequencePlan
 
@@ -78,48 +75,14 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
 
 def _returned(q: Tensor, call: AttentionContext) -> torch.dtype:
     """In what dtype outputs and gradients come home."""
-    return q.dtype if call.options.travel == "narrow" else accumulation_dtype(q.dtype)
+    return q.dtype if call.options.grad_dtype == "compute" else accumulation_dtype(q.dtype)
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
-    passed, blocks = tally(plan.query_rotation.leaving(rank))
-    returned, shares = tally(plan.query_rotation.returning(rank, straight=True))
-    home = sizes.queries if sizes.options.travel == "narrow" else sizes.query_gradients
-    return Volume(
-        passed * sizes.queries + returned * (home + sizes.lse),
-        passed * 2 * (sizes.queries + sizes.lse) + returned * home,
-        blocks + 2 * shares,
-        2 * blocks + shares,
-    )
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
-    at hand, leaving and coming."""
-    rows, rotation, narrow = plan.shard, plan.query_rotation, sizes.options.travel == "narrow"
-    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if narrow else sizes.held(outputs=1, sums=1)
-    merging = rows * sizes.held(outputs=int(narrow), sums=2) if plan.world > 1 else 0
-    forward = rows * sizes.held(queries=1)
-    for rank in range(plan.world):
-        for blocks, moments in zip(
-            blocks_alive(rotation, rank), alive_on_way(rotation, rank, True, sizes), strict=True
-        ):
-            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
-                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
-    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
-
-
-STRATEGIES = {
-    "token_ring": Strategy(
-        "token_ring",
-        define_operator("token_ring", forward, backward),
-        "zigzag",
-        lambda case: None,
-        volume,
-        peak,
-        frozenset({"travel"}),
-        two_way=True,
-        work=work_at_keys,
-    )
-}
+TOKEN_RING = Strategy(
+    "token_ring",
+    define_operator("token_ring", forward, backward),
+    options=frozenset({"grad_dtype"}),
+    two_way=True,
+    work=work_at_keys,
+    costs="longctx.attention.costs.token_ring:COSTS",
+)

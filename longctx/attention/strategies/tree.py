@@ -27,9 +27,9 @@ from torch import Tensor
 
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
-from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume, work_at_keys
+from longctx.attention.runtime.registry import Strategy, work_at_keys
 from longctx.comm import Pending, exchange
-from longctx.sequence import Rows, SequencePlan, TileSet
+from longctx.sequence import Rows, TileSet
 
 Block = tuple[Tensor, ...]  # tensors of the same tokens, [B, rows, H/TP, ...]
 
@@ -55,7 +55,7 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
     """dk and dv are complete where they are computed. Given the global lse, shares of dq just add up."""
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
-    travel = q.dtype if call.options.travel == "narrow" else dtype
+    travel = q.dtype if call.options.grad_dtype == "compute" else dtype
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
     returning: tuple[Rows, Pending] | None = None
     for step, (queries, upstream, outputs, sums), tiles in visits((q, dout, out, lse), call):
@@ -121,57 +121,11 @@ def _buffer(part: Tensor, rows: Rows) -> Tensor:
     return part.new_empty(part.shape[0], len(rows), *part.shape[2:])
 
 
-def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: queries that see keys of another to it (q; q, dout, out and lse in the backward pass), and
-    the partials (out and lse; dq) of others' queries that see its own keys."""
-    others = [other for other in range(plan.world) if other != rank]
-    visiting = [len(plan.sees(rank, other)) for other in others]
-    visited = [len(plan.sees(other, rank)) for other in others]
-    leaving, returned = sum(visiting), sum(visited)
-    hosts, guests = sum(map(bool, visiting)), sum(map(bool, visited))
-    gradient = sizes.queries if sizes.options.travel == "narrow" else sizes.query_gradients
-    return Volume(
-        leaving * sizes.queries + returned * (sizes.query_gradients + sizes.lse),
-        leaving * (3 * sizes.queries + sizes.lse) + returned * gradient,
-        hosts + 2 * guests,
-        4 * hosts + guests,
-    )
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most: results; visitors at hand and coming, copies of own tokens that visit a rank in part; what
-    is computed of visitors, and what has been on its way home from the step before."""
-    rows, world, narrow = plan.shard, plan.world, sizes.options.travel == "narrow"
-    partial, dq = sizes.held(outputs=1, sums=1), sizes.held(outputs=1)
-    home = sizes.held(queries=1) if narrow else dq
-    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
-    for rank in range(world):
-        guests = [0, *(len(plan.sees((rank - step) % world, rank)) for step in range(1, world)), 0]
-        visits = [0, *(len(plan.sees(rank, (rank + step) % world)) for step in range(1, world)), 0]
-        for step in range(world):
-            copied = visits[step + 1] if visits[step + 1] < rows else 0
-            visitors = guests[step] + guests[step + 1] + copied
-            before = guests[step - 1] + visits[step - 1] if step else 0
-            returning = guests[step] + visits[step] + before
-            merging = 2 * visits[step - 1] * sizes.lse if step else 0
-            forward = max(forward, visitors * sizes.held(queries=1) + returning * partial + merging)
-            shares = returning * home + guests[step] * dq if narrow else returning * dq
-            backward = max(backward, visitors * sizes.held(queries=3, sums=1) + shares)
-    return Peak(rows * partial + forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
-
-
-attend = define_operator("tree", forward, backward, tail=True)
-
-STRATEGIES = {
-    "tree": Strategy(
-        "tree",
-        attend,
-        "zigzag",
-        lambda case: None,
-        volume,
-        peak,
-        frozenset({"travel"}),
-        tail=True,
-        work=work_at_keys,
-    )
-}
+TREE = Strategy(
+    "tree",
+    define_operator("tree", forward, backward, tail=True),
+    options=frozenset({"grad_dtype"}),
+    half=True,
+    work=work_at_keys,
+    costs="longctx.attention.costs.tree:COSTS",
+)

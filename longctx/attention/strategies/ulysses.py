@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 
-from longctx.attention.costs.memory_all_to_all import peak_in_rows
 from longctx.attention.runtime.all_to_all import swapped
-from longctx.attention.runtime.head_sharding import swap_sends, work_in_rows
-from longctx.attention.runtime.registry import AttentionCase, Peak, Sizes, Strategy, divisors, summed
+from longctx.attention.runtime.head_sharding import work_in_rows
+from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.strategies import local
-from longctx.sequence import SequencePlan
+from longctx.rules import divisors
 
 
 def _refuses(case: AttentionCase) -> str | None:
@@ -30,25 +29,16 @@ def _refuses(case: AttentionCase) -> str | None:
     inner = math.gcd(case.heads, case.world)
     return (
         f"{case.world} ranks of a sequence must divide the {case.heads} query heads of a rank; nearest valid: "
-        f"parallel.sp={nearest}, or attention=usp with attention.inner={inner}, or attention=gather"
+        f"parallel.sp={nearest}, or attention=usp with attention.ulysses_degree={inner}, or attention=gather"
     )
 
 
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of swaps around whole sequences."""
-    return peak_in_rows(plan, sizes, local.alive)
-
-
-STRATEGIES = {
-    "ulysses": Strategy(
-        "ulysses",
-        swapped("ulysses", local.forward, local.backward),
-        "contiguous",
-        _refuses,
-        summed(swap_sends),
-        peak,
-        inner=lambda case: case.world,
-        work=work_in_rows,
-        sends=swap_sends,
-    )
-}
+ULYSSES = Strategy(
+    "ulysses",
+    swapped("ulysses", local.forward, local.backward),
+    layout="contiguous",
+    refuses=_refuses,
+    grid=Grid(lambda case: case.world),
+    work=work_in_rows,
+    costs="longctx.attention.costs.ulysses:COSTS",
+)

@@ -13,41 +13,22 @@ row follows from that (``SequencePlan.joined``).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-from longctx.attention.costs.memory_all_to_all import peak_in_rows
 from longctx.attention.runtime.all_to_all import swapped
-from longctx.attention.runtime.head_sharding import HeadGroups, swap_sends, work_in_rows
-from longctx.attention.runtime.registry import AttentionCase, Peak, Sent, Sizes, Strategy, divisors, summed
+from longctx.attention.runtime.head_sharding import work_in_rows
+from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.strategies import ring
-from longctx.sequence import SequencePlan
-
-
-def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
-    """What the row's exchanges send, and the ring of the column with this rank's share of the heads."""
-    inner = sizes.inner
-    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
-    row, column = divmod(rank, inner)
-    across = []
-    for group in range(groups.count):
-        keys = groups.split.local_keys(groups.part(column, group))
-        own = replace(sizes, heads=groups.split.queries, kv_heads=keys, inner=1)
-        across += [(to * inner + column, sent) for to, sent in ring.sends(plan.joined(inner), row, own)]
-    return [*swap_sends(plan, rank, sizes), *across]
-
-
-def peak(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of swaps around the ring of rows."""
-    return peak_in_rows(plan, sizes, lambda rows, own: ring.keys_alive(rows, rows.rotation, own))
+from longctx.rules import divisors
 
 
 def _refuses(case: AttentionCase) -> str | None:
-    if case.inner is None or case.heads % case.inner == 0:
+    degree = case.options.ulysses_degree
+    if degree is None or case.heads % degree == 0:
         return None
-    nearest = max(n for n in divisors(math.gcd(case.heads, case.world)) if n <= case.inner)
+    nearest = max(n for n in divisors(math.gcd(case.heads, case.world)) if n <= degree)
     return (
-        f"attention.inner={case.inner} must divide the {case.heads} query heads of a rank; nearest valid: "
-        f"attention.inner={nearest}"
+        f"attention.ulysses_degree={degree} must divide the {case.heads} query heads of a rank; nearest valid: "
+        f"attention.ulysses_degree={nearest}"
     )
 
 
@@ -56,17 +37,12 @@ def _row(case: AttentionCase) -> int:
     return math.gcd(case.heads, case.world)
 
 
-STRATEGIES = {
-    "usp": Strategy(
-        "usp",
-        swapped("usp", ring.forward, ring.backward),
-        "zigzag",
-        _refuses,
-        summed(sends),
-        peak,
-        frozenset({"inner", "travel"}),
-        _row,
-        work=work_in_rows,
-        sends=sends,
-    )
-}
+USP = Strategy(
+    "usp",
+    swapped("usp", ring.forward, ring.backward),
+    refuses=_refuses,
+    options=frozenset({"ulysses_degree", "grad_dtype"}),
+    grid=Grid(_row, option="ulysses_degree"),
+    work=work_in_rows,
+    costs="longctx.attention.costs.usp:COSTS",
+)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
 from longctx.comm import Group, exchange
 from longctx.linear.affine import affine_exscan, affine_exscan_adjoint
 from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
@@ -169,4 +169,4 @@ def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
     return Volume(forward, backward, messages, messages_back)
 
 
-STRATEGIES = {"headwise": LinearStrategy("headwise", enter, leave, "contiguous", causal_only, volume)}
+HEADWISE = LinearStrategy("headwise", enter, leave, "contiguous", causal_only, volume)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
 from longctx.comm import exchange
 from longctx.linear.affine import applied
 from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
@@ -84,4 +84,4 @@ def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
     return Volume(behind * sizes.state, before * sizes.state, behind, before)
 
 
-STRATEGIES = {"lasp": LinearStrategy("lasp", enter, leave, "contiguous", causal_only, volume)}
+LASP = LinearStrategy("lasp", enter, leave, "contiguous", causal_only, volume)

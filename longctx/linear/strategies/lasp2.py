@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
 from longctx.comm import exchange
 from longctx.linear.affine import affine_exscan, affine_exscan_adjoint
 from longctx.linear.bidirectional import total_volume
@@ -116,4 +116,4 @@ def _refuses(case: LinearCase) -> str | None:
     return None
 
 
-STRATEGIES = {"lasp2": LinearStrategy("lasp2", enter, leave, "contiguous", _refuses, volume)}
+LASP2 = LinearStrategy("lasp2", enter, leave, "contiguous", _refuses, volume)

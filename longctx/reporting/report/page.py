@@ -55,7 +55,7 @@ def render(run_dir: Path) -> str:
     """The page."""
     records = list(read_records(run_dir / METRICS))
     text = redacted(_read(run_dir / "config.yaml"))
-    config = Config.from_dict(yaml.safe_load(text)) if text else None
+    config = Config.from_run(yaml.safe_load(text)) if text else None
     name = (config.run.name if config else None) or run_dir.resolve().name
     return _PAGE.format(
         title=html.escape(name),

@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 
 from longctx.config import Config
-from longctx.config.choices import SIZED_MIXERS
 from longctx.config.pipeline import nearest_microbatches
+from longctx.linear import get_mixer
 from longctx.sequence import IGNORE, Batch, Documents
 
 SEED = 20_231_003
@@ -41,7 +41,8 @@ def shrink(config: Config) -> Config:
     length = max(SHORTEST, 4 * config.parallel.sp * block + 3)
     # Tensor parallelism wants equal parts of both.
     vocabulary, hidden = (-(-size // config.parallel.tp) * config.parallel.tp for size in (VOCABULARY, 2 * DIM))
-    by_blocks = config.model.mixer in SIZED_MIXERS["mixer_block"]
+    mixer = None if config.model.mixer is None else get_mixer(config.model.mixer)
+    by_blocks = mixer is not None and "mixer_block" in mixer.reads
     pattern = "".join(dict.fromkeys(config.model.pattern))  # each kind once
     sizes = {
         "vocab_size": vocabulary,
@@ -57,7 +58,7 @@ def shrink(config: Config) -> Config:
     if window is not None:
         # A window of one token would leave nothing to attend to.
         window = min(window, max(2, round(window * length / config.data.seq_len)))
-    scans = config.model.mixer is not None and not by_blocks
+    scans = mixer is not None and mixer.has_states
     chunk = min(attention.chunk, LARGEST_BLOCK) if scans else attention.chunk
     # More tiles than one on every rank, and a last one that is shorter.
     tile = None if config.train.mlp_chunk is None else 3

@@ -31,7 +31,8 @@ from torch import Tensor
 from longctx.attention.runtime.delta import delta_of, stand_in
 from longctx.attention.runtime.operator import AttentionContext, Backward, Forward, Saved, define_operator
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
-from longctx.attention.runtime.registry import Peak, Sizes, Strategy, Volume
+from longctx.attention.runtime.registry import Strategy
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import fitting, one_node, planned, topology_of
 from longctx.attention.strategies.disaggregated.dispatch import Bundle, Dispatch
 from longctx.comm import Group, Message, Pending, Relay, exchange
@@ -70,7 +71,7 @@ def dispatches(
     return known[key]
 
 
-def _dispatches_for(plan: SequencePlan, planner: str, sizes: Sizes) -> Dispatches:
+def dispatches_for(plan: SequencePlan, planner: str, sizes: Sizes) -> Dispatches:
     return dispatches(
         plan, planner, AttentionShape(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.element), sizes.topology
     )
@@ -83,7 +84,7 @@ def dispatches_of(call: AttentionContext, planner: str, q: Tensor, k: Tensor) ->
 
 def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
     """Plans a batch before its first layer asks, and works out all that ``rank`` will ask for in both passes."""
-    for dispatch in _dispatches_for(plan, planner, sizes):
+    for dispatch in dispatches_for(plan, planner, sizes):
         dispatch.served(rank)
         for bundle in itertools.chain(*bundles_of(dispatch, sizes)):
             dispatch.routes(bundle)
@@ -246,7 +247,7 @@ class Returning:
     """What was computed for tokens, queries or keys, on its way to their homes.
 
     ``of_queries`` or ``of_keys``: by place in the server's buffer, the other empty. ``narrow``: the dtype in which
-    ``attention.travel=narrow`` sends shares of gradients.
+    ``attention.grad_dtype=compute`` sends shares of gradients.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Returning:
         asked, places = crossing.rows, crossing.places
         self._asked, self._number = asked, len(block)
         self._own = tuple(_picked(places, self._me, part, part.dtype) for part in block)
-        dtypes = [narrow if narrow and call.options.travel == "narrow" else part.dtype for part in block]
+        dtypes = [narrow if narrow and call.options.grad_dtype == "compute" else part.dtype for part in block]
         sends, receives = [], []
         for other in call.group.others:
             for part, dtype in zip(block, dtypes, strict=True):
@@ -282,66 +283,20 @@ class Returning:
             yield rows, tuple(block)
 
 
-def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """Rows to servers and results home; a pass sends what its own dispatch says."""
-    there, back = (volume_of(dispatch, rank, sizes) for dispatch in _dispatches_for(plan, planner, sizes))
-    return Volume(there.forward, back.backward, there.messages_forward, back.messages_backward)
-
-
-def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass; of routed
-    messages also what it hands on for others."""
-    forward, backward = ([dispatch.sent(bundle, rank) for bundle in bundles] for bundles in bundles_of(dispatch, sizes))
-    (there, messages_there), (back, messages_back) = (map(sum, zip(*sent, strict=True)) for sent in (forward, backward))
-    return Volume(there, back, messages_there, messages_back)
-
-
 def bundles_of(dispatch: Dispatch, sizes: Sizes) -> tuple[list[Bundle], list[Bundle]]:
     """What the exchanges of the forward and of the backward pass move."""
-    one = _of_a_row(sizes, dispatch)
-    narrow = sizes.options.travel == "narrow"
-    dq, dk = (one.queries, one.keys) if narrow else (one.query_gradients, one.key_gradients)
+    one = of_a_row(sizes, dispatch)
+    compute = sizes.options.grad_dtype == "compute"
+    dq, dk = (one.queries, one.keys) if compute else (one.query_gradients, one.key_gradients)
     forward = [Bundle((one.queries,), (one.keys,) * 2), Bundle((one.query_gradients, one.lse), (), home=True)]
     upstream = Bundle((one.queries,) * 2 + (one.lse,) * 2, (one.keys,) * 2)
     return forward, [upstream, Bundle((dq,), (), home=True), Bundle((), (dk,) * 2, home=True)]
 
 
-def _of_a_row(sizes: Sizes, dispatch: Dispatch) -> Sizes:
+def of_a_row(sizes: Sizes, dispatch: Dispatch) -> Sizes:
     """Rows of the line are those of all sequences of the batch, each of one heads group."""
     groups = dispatch.plan.groups
     return replace(sizes, batch=1, heads=sizes.heads // groups, kv_heads=sizes.kv_heads // groups)
-
-
-def peak(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
-    """At most: everything that a pass makes, as if nothing were freed before its end, on the rank with most of it."""
-    found = [_alive(planner, plan, rank, sizes) for rank in range(plan.world)]
-    return Peak(max(forward for forward, _ in found), max(backward for _, backward in found))
-
-
-def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
-    there, back = _dispatches_for(plan, planner, sizes)
-    asked, read, queries, keys, one, own = _held(there, plan, rank, sizes)
-    # Sent, received, in order, computed; then what goes home and what comes from there.
-    forward = (asked + 2 * queries) * one.held(queries=1) + (read + 2 * keys) * one.held(keys=1)
-    forward += (2 * queries + asked) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
-    asked, read, queries, keys, one, own = _held(back, plan, rank, sizes)
-    backward = (asked + 2 * queries) * one.held(queries=2, sums=2) + (read + 2 * keys) * one.held(keys=1)
-    backward += (2 * queries + asked) * one.held(outputs=1) + (2 * keys + read) * one.held(gradients=1)
-    # Stand-ins of outputs and what they are made of; delta, and the gradients of this rank.
-    backward += queries * one.held(1, outputs=3, sums=3) + own * one.held(3, outputs=3, sums=2, keys=1, gradients=1)
-    # What is held for others on its way.
-    forward += sum(there.carried(bundle, rank) for bundle in bundles_of(there, sizes)[0])
-    backward += sum(back.carried(bundle, rank) for bundle in bundles_of(back, sizes)[1])
-    return forward, backward
-
-
-def _held(dispatch: Dispatch, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int, int, int, Sizes, int]:
-    """Rows of queries and of keys that are sent, and in the buffers; what one is, and how many the line has."""
-    served, groups = dispatch.served(rank), dispatch.plan.groups
-    queries, keys = (len(crossing.places.positions) for crossing in (served.queries, served.keys))
-    own = plan.shard * len(plan.documents) * groups
-    asked, read = (int(rows[rank].sum() - rows[rank, rank]) for rows in (dispatch.query_rows, dispatch.key_rows))
-    return asked, read, queries, keys, _of_a_row(sizes, dispatch), own
 
 
 def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
@@ -353,17 +308,21 @@ def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
 # The strategy's name -> who plans for it.
 PLANNERS = {"disaggregated": "cad", "zeppelin": "zeppelin"}
 
-STRATEGIES = {
-    name: Strategy(
+
+def _strategy(name: str, ping_pong: bool = False) -> Strategy:
+    planner = PLANNERS[name]
+    return Strategy(
         name,
         define_operator(name, *planned_by(planner)),
-        "contiguous",
-        lambda case: None,
-        partial(volume, planner),
-        partial(peak, planner),
-        frozenset({"travel"}),
+        layout="contiguous",
+        options=frozenset({"grad_dtype"}),
+        serves_tasks=True,
+        ping_pong=ping_pong,
         work=partial(work, planner),
         prepare=partial(prepare, planner),
+        costs=f"longctx.attention.costs.disaggregated:{planner.upper()}",
     )
-    for name, planner in PLANNERS.items()
-}
+
+
+DISAGGREGATED = _strategy("disaggregated", ping_pong=True)
+ZEPPELIN = _strategy("zeppelin")

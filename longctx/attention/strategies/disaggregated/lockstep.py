@@ -17,10 +17,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from longctx.attention.runtime.registry import Sizes, Volume
+from longctx.attention.costs.disaggregated import volume_of
+from longctx.attention.costs.estimate import Volume
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import one_node, planned
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
-from longctx.attention.strategies.disaggregated.execute import volume_of
 from longctx.planner import AttentionShape, Topology
 from longctx.sequence import SequencePlan, TokenOwnership
 

@@ -24,14 +24,13 @@ from torch import Tensor
 from longctx.attention.runtime.operator import (
     CONTEXT,
     CONTEXT_SIZE,
-    DEFAULT,
-    StrategyOptions,
     call_of,
     register,
     require_fit,
 )
 from longctx.attention.strategies.disaggregated.execute import PLANNERS, BackwardRun, ForwardRun, dispatches_of
 from longctx.comm import Group
+from longctx.options import DEFAULT, StrategyOptions
 
 TICKETS = 1 << 10  # lengths that are given out in turn: many more than runs are under way at a time
 
@@ -53,7 +52,7 @@ class PingPongAttention:
     """``StrategyAttention`` of the disaggregated strategy with a step between ``start`` and ``finish``."""
 
     def __init__(self, group: Group, kernel: str = "auto", options: StrategyOptions = DEFAULT) -> None:
-        self._group, self._kernel, self._options = group.name, kernel, (options.backward, options.travel)
+        self._group, self._kernel, self._options = group.name, kernel, (options.grad_dtype, options.backward_rotates)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Underway:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` leave for those who serve them."""

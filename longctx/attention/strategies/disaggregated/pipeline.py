@@ -25,10 +25,8 @@ from torch import Tensor
 from longctx.attention.core import Started
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import (
-    DEFAULT,
     AttentionContext,
     Saved,
-    StrategyOptions,
     define_operator,
     require_rows,
 )
@@ -38,6 +36,7 @@ from longctx.attention.strategies.disaggregated.dispatch import Dispatch
 from longctx.attention.strategies.disaggregated.execute import BackwardRun, ForwardRun, widths_of
 from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, Phase, lockstep_plan_of
 from longctx.comm import Group
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.planner import AttentionShape
 from longctx.sequence import SequencePlan
 
@@ -166,7 +165,7 @@ class StageAttention:
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan."""
         assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
-        scale, options = q.shape[-1] ** -0.5, (self._options.backward, self._options.travel)
+        scale, options = q.shape[-1] ** -0.5, (self._options.grad_dtype, self._options.backward_rotates)
         return Started(_attend(q, k, v, plan, self._group.name, self._kernel, scale, *options)[0])
 
     def finish(self, started: Started) -> Tensor:

@@ -1,15 +1,37 @@
-"""What ``runtime.all_to_all`` keeps in memory: of each group of heads, and of its neighbours under way."""
+"""What ``runtime.all_to_all`` sends, and keeps in memory: of each group of heads, and of its neighbours under way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from longctx.attention.runtime.head_sharding import HeadGroups
-from longctx.attention.runtime.registry import Peak, Sizes
+from longctx.attention.costs.estimate import Peak, Sent, Volume
+from longctx.attention.runtime.head_sharding import HeadGroups, HeadSplit
+from longctx.attention.runtime.sizes import Sizes
 from longctx.sequence import SequencePlan
 
 Around = Callable[[SequencePlan, Sizes], Peak]  # of the passes between rows, beside what is saved
+
+
+def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
+    """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
+
+    The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
+    """
+    inner = sizes.inner
+    first, me = rank // inner * inner, rank % inner
+    groups = HeadGroups.of(sizes.heads, sizes.kv_heads, inner)
+    split, messages = HeadSplit(sizes.heads, sizes.kv_heads, inner), groups.count
+    head = sizes.batch * sizes.head_dim * sizes.element
+    queries, mine, own = split.queries, split.queries + 2 * split.keys(me), len(plan.positions(rank))
+    sent = []
+    for other in range(inner):
+        theirs, together = len(plan.positions(first + other)), split.queries + 2 * split.keys(other)
+        if other != me and own:
+            sent.append((first + other, Volume(head * own * together, head * own * queries, messages, messages)))
+        if other != me and theirs:
+            sent.append((first + other, Volume(head * theirs * queries, head * theirs * mine, messages, messages)))
+    return sent
 
 
 def peak_in_rows(plan: SequencePlan, sizes: Sizes, around: Around) -> Peak:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from longctx.errors import ConfigError, NotAvailableError
+from longctx.errors import ConfigError
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
@@ -15,20 +15,17 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     return choice if score >= 0.5 else None
 
 
-def suggestion(word: str, choices: Sequence[str], planned: Sequence[str] = ()) -> str:
+def suggestion(word: str, choices: Sequence[str]) -> str:
     """The end of a message about an unknown ``word``: what it may mean, and all that is valid."""
-    near = closest(word, [*choices, *planned])
+    near = closest(word, choices)
     valid = f"valid: {', '.join(choices)}"
     return f"did you mean {near}? ({valid})" if near else valid
 
 
-def one_of(key: str, value: str, choices: Sequence[str], planned: Sequence[str] = ()) -> None:
-    """Refuse a name outside ``choices``; a name in ``planned`` is known but has no code yet."""
-    if value in choices:
-        return
-    if value in planned:
-        raise NotAvailableError(f"{key}={value} is not built yet; available: {', '.join(choices)}")
-    raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices, planned)}")
+def one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a name outside ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices)}")
 
 
 def as_word(value: object) -> str:

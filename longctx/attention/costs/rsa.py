@@ -1,0 +1,35 @@
+"""What ring self-attention sends and keeps in memory."""
+
+from __future__ import annotations
+
+from longctx.attention.costs.estimate import Costs, Peak, Volume
+from longctx.attention.runtime.sizes import Sizes
+from longctx.attention.strategies.rsa import shard_lengths
+from longctx.sequence import SequencePlan
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends: all blocks but the next rank's, in two rings forward and three backward, and the gradients
+    of all blocks but its own, of k and of v."""
+    held = [shard_lengths(plan)[(rank - hop) % plan.world] for hop in range(plan.world)]
+    passed, returned = held[:-1], held[1:]
+    return Volume(
+        2 * sum(passed) * sizes.keys,
+        3 * sum(passed) * sizes.keys + 2 * sum(returned) * sizes.key_gradients,
+        2 * sum(map(bool, passed)),
+        3 * sum(map(bool, passed)) + 2 * sum(map(bool, returned)),
+    )
+
+
+def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Whole rows of scores, those of one block, and what is hidden of them; backward weights, their gradients and the
+    product of both."""
+    rows = plan.shard
+    scores, mask = rows * plan.length * sizes.lse, sizes.batch * rows * plan.length
+    return Peak(
+        scores + scores // plan.world + mask + rows * sizes.held(outputs=3, sums=2),
+        3 * scores + rows * sizes.held(queries=2, outputs=4, sums=2, gradients=2),
+    )
+
+
+COSTS = Costs(volume, peak_memory)

@@ -1,0 +1,44 @@
+"""What TokenRing sends and keeps in memory."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+from longctx.attention.costs.burst import queries_peak
+from longctx.attention.costs.estimate import Costs, Peak, Volume
+from longctx.attention.costs.memory import alive_on_way, blocks_alive
+from longctx.attention.runtime.ring_transport import tally
+from longctx.attention.runtime.sizes import Sizes
+from longctx.sequence import SequencePlan
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
+    passed, blocks = tally(plan.query_rotation.leaving(rank))
+    returned, shares = tally(plan.query_rotation.returning(rank, straight=True))
+    home = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
+    return Volume(
+        passed * sizes.queries + returned * (home + sizes.lse),
+        passed * 2 * (sizes.queries + sizes.lse) + returned * home,
+        blocks + 2 * shares,
+        2 * blocks + shares,
+    )
+
+
+def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
+    at hand, leaving and coming."""
+    rows, rotation, compute = plan.shard, plan.query_rotation, sizes.options.grad_dtype == "compute"
+    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
+    merging = rows * sizes.held(outputs=int(compute), sums=2) if plan.world > 1 else 0
+    forward = rows * sizes.held(queries=1)
+    for rank in range(plan.world):
+        for blocks, moments in zip(
+            blocks_alive(rotation, rank), alive_on_way(rotation, rank, True, sizes), strict=True
+        ):
+            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
+    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
+
+
+COSTS = Costs(volume, peak_memory)

@@ -1,0 +1,49 @@
+"""What tree attention sends and keeps in memory."""
+
+from __future__ import annotations
+
+from longctx.attention.costs.estimate import Costs, Peak, Volume
+from longctx.attention.runtime.sizes import Sizes
+from longctx.sequence import SequencePlan
+
+
+def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
+    """What a rank sends: queries that see keys of another to it (q; q, dout, out and lse in the backward pass), and
+    the partials (out and lse; dq) of others' queries that see its own keys."""
+    others = [other for other in range(plan.world) if other != rank]
+    visiting = [len(plan.sees(rank, other)) for other in others]
+    visited = [len(plan.sees(other, rank)) for other in others]
+    leaving, returned = sum(visiting), sum(visited)
+    hosts, guests = sum(map(bool, visiting)), sum(map(bool, visited))
+    gradient = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
+    return Volume(
+        leaving * sizes.queries + returned * (sizes.query_gradients + sizes.lse),
+        leaving * (3 * sizes.queries + sizes.lse) + returned * gradient,
+        hosts + 2 * guests,
+        4 * hosts + guests,
+    )
+
+
+def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
+    """Of the rank with most: results; visitors at hand and coming, copies of own tokens that visit a rank in part; what
+    is computed of visitors, and what has been on its way home from the step before."""
+    rows, world, compute = plan.shard, plan.world, sizes.options.grad_dtype == "compute"
+    partial, dq = sizes.held(outputs=1, sums=1), sizes.held(outputs=1)
+    home = sizes.held(queries=1) if compute else dq
+    forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
+    for rank in range(world):
+        guests = [0, *(len(plan.sees((rank - step) % world, rank)) for step in range(1, world)), 0]
+        visits = [0, *(len(plan.sees(rank, (rank + step) % world)) for step in range(1, world)), 0]
+        for step in range(world):
+            copied = visits[step + 1] if visits[step + 1] < rows else 0
+            visitors = guests[step] + guests[step + 1] + copied
+            before = guests[step - 1] + visits[step - 1] if step else 0
+            returning = guests[step] + visits[step] + before
+            merging = 2 * visits[step - 1] * sizes.lse if step else 0
+            forward = max(forward, visitors * sizes.held(queries=1) + returning * partial + merging)
+            shares = returning * home + guests[step] * dq if compute else returning * dq
+            backward = max(backward, visitors * sizes.held(queries=3, sums=1) + shares)
+    return Peak(rows * partial + forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
+
+
+COSTS = Costs(volume, peak_memory)

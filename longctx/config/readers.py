@@ -1,0 +1,32 @@
+"""Fields that only some choices of another field read: the sizes of a mixer, the options of a data source."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Any
+
+from longctx.catalog import Registry
+from longctx.errors import ConfigError
+from longctx.rules import as_word
+
+
+def for_some(default: Any) -> Any:
+    """A field that only what the section names may read; the object behind the name says so in its ``reads``."""
+    return field(default=default, metadata={"for_some": True})
+
+
+def refuse_unread(section: Any, prefix: str, registry: Registry, chosen: str | None, key: str) -> None:
+    """Refuses fields of ``section`` that are set although what is chosen of ``registry`` does not read them.
+
+    ``prefix``: of the section's keys. ``key``: what users write to choose. Raises ``ConfigError`` with who reads it.
+    """
+    reads = frozenset() if chosen is None else registry.load(chosen).reads
+    for one in fields(section):
+        value = getattr(section, one.name)
+        if not one.metadata.get("for_some") or one.name in reads or value == one.default:
+            continue
+        readers = [name for name in registry if one.name in registry.load(name).reads]
+        raise ConfigError(
+            f"{prefix}.{one.name}={as_word(value)} is not read by {key}={as_word(chosen)}; set "
+            f"{key}={' or '.join(readers)}, or leave {prefix}.{one.name} at {as_word(one.default)}"
+        )

@@ -1,0 +1,26 @@
+"""The sections of a configuration, each with the rules that look at it alone.
+
+A field means what the user set. Every rule names the value, itself and a valid choice.
+"""
+
+from longctx.config.sections.attention import AttentionConfig
+from longctx.config.sections.data import DataConfig
+from longctx.config.sections.model import ModelConfig
+from longctx.config.sections.parallel import CommConfig, ParallelConfig
+from longctx.config.sections.run import ClusterConfig, EngineConfig, LoggerConfig, RunConfig
+from longctx.config.sections.train import CheckpointConfig, OptimConfig, TrainConfig
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CommConfig",
+    "DataConfig",
+    "EngineConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+]
