@@ -62,9 +62,7 @@ NAMED: dict[str, tuple[str, tuple[Registry, ...]]] = {
 
 def groups() -> dict[str, list[str]]:
     """Every configuration group with its options: those that have a file, and names of the catalog."""
-    found = {
-        folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONF.iterdir() if folder.is_dir()
-    }
+    found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONF.iterdir() if folder.is_dir()}
     for group, (_, registries) in NAMED.items():
         found.setdefault(group, set()).update(*registries)
     return {group: sorted(options) for group, options in sorted(found.items())}

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 from longctx.checkpoint.agreement import this_rank
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk, plain
+from longctx.config import Config
+from longctx.config.renamed import translated
 from longctx.errors import ConfigError, StorageError
 
 # Prefixes that torch.compile and activation checkpointing put around a module's own name.
@@ -209,8 +211,13 @@ def recorded_config(config: Mapping[str, Any]) -> Any:
 
 
 def changed_keys(saved: Any, now: Any) -> list[str]:
-    """The keys whose values differ, each with both values, in words."""
-    before, after = dict(_leaves(saved, "")), dict(_leaves(now, ""))
+    """The keys whose values differ, each with both values, in words.
+
+    ``saved`` may be an earlier version's: old names are understood, and keys that it lacks had their defaults.
+    """
+    before, after = dict(_leaves(translated(saved), "")), dict(_leaves(now, ""))
+    defaults = dict(_leaves(Config().to_dict(), ""))
+    before = {**{key: defaults[key] for key in after if key in defaults}, **before}
     return [
         f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
         for key in sorted(before.keys() | after.keys())

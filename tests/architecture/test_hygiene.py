@@ -4,10 +4,11 @@ import ast
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from longctx.config import choices
+from longctx import catalog
 from tests.architecture.source_tree import ROOT, Module, modules
 
 LARGEST_FILE = 450
@@ -125,28 +126,44 @@ def test_nothing_in_the_tree_is_generated_or_left_over():
     assert not wrong
 
 
-def test_configuration_and_code_know_the_same_names():
-    from longctx.attention.runtime.local_kernel import KERNELS
-    from longctx.attention.runtime.registry import MODULES
-    from longctx.data import SOURCES
-    from longctx.linear import MIXERS, get_mixer
-    from longctx.linear import MODULES as LINEAR
-    from longctx.linear.mixer import FETCHES, SIZED
-    from longctx.parallel.recompute import KEPT, KINDS
-    from longctx.sequence import LAYOUTS
+REGISTRIES = {name: one for name, one in vars(catalog).items() if isinstance(one, catalog.Registry)}
 
-    assert set(choices.STRATEGIES) == set(MODULES)
-    assert set(choices.LAYOUTS) == set(LAYOUTS)
-    assert set(choices.KERNELS) == {"auto", *KERNELS}
-    assert set(choices.SOURCES) == set(SOURCES)
-    assert set(choices.KEEPABLE) == set(KINDS)
-    assert set(choices.RECOMPUTE) == {"none", *KEPT}
-    assert not set(choices.STRATEGIES) & set(choices.LINEAR_STRATEGIES)
-    assert set(choices.LINEAR_STRATEGIES) == set(LINEAR) and set(choices.MIXERS) == set(MIXERS)
-    assert {name.removeprefix("mixer_"): set(read_by) for name, read_by in choices.SIZED_MIXERS.items()} == {
-        size: {mixer for mixer, sizes in SIZED.items() if size in sizes} for size in ("block", "top_k")
-    }
-    assert {name for name in MIXERS if get_mixer(name).transition == FETCHES} == set(SIZED)
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_every_line_of_the_catalog_leads_to_an_object_of_that_name(registry):
+    lines = REGISTRIES[registry]
+    assert lines
+    for name in lines:
+        found = lines.load(name)
+        assert getattr(found, "name", None) == name or getattr(found, "__name__", None) == name, (registry, name)
+
+
+def test_no_name_stands_in_two_lists():
+    assert not set(catalog.STRATEGIES) & set(catalog.LINEAR_STRATEGIES)
+
+
+def test_what_recompute_may_keep_is_what_it_knows():
+    from longctx.config.sections.train import KEEPABLE, RECOMPUTE
+    from longctx.parallel.recompute import KEPT, KINDS
+
+    assert set(KEEPABLE) == set(KINDS)
+    assert set(RECOMPUTE) == {"none", *KEPT}
+
+
+def test_what_objects_read_are_fields_of_their_section():
+    from longctx.attention import get_strategy
+    from longctx.config import DataConfig, ModelConfig
+    from longctx.linear import get_mixer
+    from longctx.options import OPTIONS
+
+    for name in catalog.STRATEGIES:
+        grid = get_strategy(name).grid
+        assert get_strategy(name).options <= set(OPTIONS), name
+        assert grid is None or grid.option is None or grid.option in get_strategy(name).options, name
+    for section, registry in ((ModelConfig, catalog.MIXERS), (DataConfig, catalog.SOURCES)):
+        told = {one.name for one in fields(section) if one.metadata.get("for_some")}
+        assert set().union(*(registry.load(name).reads for name in registry)) == told
+    assert all(get_mixer(name).has_states or get_mixer(name).reads for name in catalog.MIXERS)
 
 
 BLOCKED = (
@@ -182,3 +199,12 @@ def test_the_library_imports_without_its_optional_companions():
         check=False,
     )
     assert done.stdout == "done\n", done.stdout + done.stderr
+
+
+def test_a_configuration_is_read_without_torch_and_the_package_without_companions():
+    """Nor does either import the objects behind names."""
+    script = "import sys, longctx, longctx.config; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "longctx" in done.stdout
+    for name in ("torch", "numpy", "benchmarks", *BLOCKED):
+        assert f"'{name}'" not in done.stdout

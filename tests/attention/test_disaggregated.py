@@ -6,14 +6,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.attention import get_strategy
-from longctx.attention.runtime import local_kernel as contract
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import home_of, mask_of
 from longctx.attention.strategies.disaggregated.execute import assign, dispatches
 from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
+from longctx.catalog import KERNELS
 from longctx.comm import group_of
 from longctx.errors import ConfigError
+from longctx.options import StrategyOptions
 from longctx.planner import PLANNERS, AttentionShape, Plan, PlannerOptions, Topology, make_plan
 from longctx.sequence import SequencePlan, TokenOwnership
 from longctx.sim import Cluster, Event, RankFailed, mark_step
@@ -22,7 +22,7 @@ from longctx.verify.run import judge, run_rank
 from tests.attention import marking_kernel
 from tests.attention.cuts import plan_of, random_plan
 from tests.attention.travelling import spans
-from tests.volume.measure import BACKWARD, FORWARD
+from tests.volume.measure import BACKWARD, FORWARD, costs
 
 
 def plan_at_random(case: VerifyCase, seed: int, groups: int = 1) -> Plan:
@@ -39,16 +39,16 @@ def check(case: VerifyCase, forward=None, backward=None):
     assert verdict.passed, verdict.errors
     sizes = Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, 8, 8, options=case.options)
     for rank in range(case.world):
-        volume = get_strategy(case.strategy).volume(plan, rank, sizes)
+        volume = costs(case.strategy).volume(plan, rank, sizes)
         sent = verdict.bytes_forward[rank], verdict.bytes_backward[rank]
         assert sent == (volume.forward, volume.backward)
     return plan
 
 
-def case_of(world, lengths, strategy="disaggregated", **options):
+def case_of(world, lengths, strategy="disaggregated", grad_dtype="fp32", **options):
     return VerifyCase(
         strategy, options.pop("layout", "contiguous"), world, seq=sum(lengths), documents=tuple(lengths),
-        head_dim=4, heads=2, kv_heads=1, **options,
+        head_dim=4, heads=2, kv_heads=1, options=StrategyOptions(grad_dtype), **options,
     )  # fmt: skip
 
 
@@ -118,8 +118,8 @@ def test_plans_that_are_not_of_the_batch_are_refused():
             assign(plan, legal, other)
 
 
-def test_shares_may_go_home_narrow():
-    case = case_of(4, [40, 9, 1], travel="narrow")
+def test_shares_may_go_home_in_the_inputs_dtype():
+    case = case_of(4, [40, 9, 1], grad_dtype="compute")
     check(case, plan_at_random(case, 3), plan_at_random(case, 4))
 
 
@@ -140,7 +140,7 @@ def test_served_at_home_only_keys_travel():
     case = case_of(3, [30])
     plan = check(case, at_home(case.plan()))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
-    volumes = [get_strategy("disaggregated").volume(plan, rank, sizes) for rank in range(3)]
+    volumes = [costs("disaggregated").volume(plan, rank, sizes) for rank in range(3)]
     # Ten tokens a rank; the keys of rank 0 go to both others, those of rank 1 to the last, and nothing comes home.
     assert [volume.forward for volume in volumes] == [2 * 20 * sizes.keys, 2 * 10 * sizes.keys, 0]
 
@@ -149,7 +149,7 @@ def test_a_token_crosses_once_however_many_tasks_read_it():
     case = case_of(2, [16])
     pieces = [(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
     plan = check(case, plan_of(TokenOwnership.of(case.plan()), pieces))
-    volume = get_strategy("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
+    volume = costs("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
     assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
 
@@ -193,7 +193,7 @@ def test_a_long_document_among_short_ones_is_balanced():
 
 @pytest.fixture
 def marking(monkeypatch):
-    monkeypatch.setitem(contract.KERNELS, "marking", f"{marking_kernel.__name__}:Marking")
+    monkeypatch.setitem(KERNELS, "marking", f"{marking_kernel.__name__}:Marking")
 
 
 def hidden_behind(events: list[Event], step: int) -> list[list[int]]:

@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx import catalog
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
-from longctx.attention.runtime import local_kernel as contract
-from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
-from longctx.attention.runtime.registry import MODULES
+from longctx.catalog import KERNELS
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster, Event, mark_step
 from tests.attention import marking_kernel
 from tests.attention.travelling import spans
 from tests.equivalence.pairwise import pairwise
-from tests.volume.measure import BACKWARD, FORWARD, LAYOUTS, MASKS, plan_of
+from tests.volume.measure import BACKWARD, FORWARD, LAYOUTS, MASKS, plan_of, with_row
 
 WORLD, H, K, D = 4, 8, 4, 8
 
@@ -52,7 +52,7 @@ class Row:
     options: StrategyOptions = DEFAULT
 
     def __str__(self) -> str:
-        return f"{self.strategy}-{self.inner}-{self.options.backward}-{self.options.travel}"
+        return f"{self.strategy}-{self.inner}-{self.options.backward_rotates}-{self.options.grad_dtype}"
 
 
 def forward(what: str, shape: tuple[int, ...], behind: tuple[int, ...], dtype: str = "bfloat16") -> Transfer:
@@ -79,7 +79,7 @@ QUERIES_BACK = (
 SCHEDULE = (
     Row("ring", KEY_RING),
     Row("striped", KEY_RING),
-    Row("burst", (forward("keys and values", KEYS, EACH), *QUERIES_BACK), 4, StrategyOptions("queries")),
+    Row("burst", (forward("keys and values", KEYS, EACH), *QUERIES_BACK), 4, StrategyOptions(backward_rotates="q")),
     Row(
         "burst",
         (
@@ -88,7 +88,7 @@ SCHEDULE = (
             backward("the last dk and dv", KEYS, (2, 1, 0), WIDE),
         ),
         2,
-        StrategyOptions("keys"),
+        StrategyOptions(backward_rotates="kv"),
     ),
     Row(
         "burst",  # two rows of two: the first is the copy that crosses, under way for a lap of two
@@ -100,7 +100,7 @@ SCHEDULE = (
             backward("the last dq", (1, 1, H, D), (2, 1, 0), WIDE),
         ),
         2,
-        StrategyOptions("queries"),
+        StrategyOptions(backward_rotates="q"),
     ),
     Row(
         "token_ring",
@@ -168,7 +168,7 @@ SCHEDULE = (
 
 @pytest.fixture(autouse=True)
 def marking(monkeypatch):
-    monkeypatch.setitem(contract.KERNELS, "marking", f"{marking_kernel.__name__}:Marking")
+    monkeypatch.setitem(KERNELS, "marking", f"{marking_kernel.__name__}:Marking")
 
 
 def run(row: Row, plan: SequencePlan) -> None:
@@ -177,7 +177,8 @@ def run(row: Row, plan: SequencePlan) -> None:
         torch.randn(batch, plan.shard, heads, D).to(torch.bfloat16).requires_grad_() for heads in (H, K, K, H)
     )
     kernel = "auto" if row.strategy == "rsa" else "marking"
-    attention = StrategyAttention(row.strategy, dist.group.WORLD, kernel, inner=row.inner, options=row.options)
+    options = with_row(row.strategy, row.inner, row.options)
+    attention = StrategyAttention(row.strategy, dist.group.WORLD, kernel, options=options)
     mark_step(FORWARD)
     out = attention(q, k, v, plan.handle)
     mark_step(BACKWARD)
@@ -199,7 +200,7 @@ def calls(row: Row, events: list[Event], step: int) -> list[int]:
 
 def kinds_of(row: Row, event: Event) -> list[Transfer]:
     """Kinds whose shape the message has but for its rows, which are the second or third dim. Where sums travel
-    narrow their dtype does not tell them from what else has their shape."""
+    in the inputs' dtype their dtype does not tell them from what else has their shape."""
     [shape] = event.shapes
     shapes = [(*shape[:rows], *shape[rows + 1 :]) for rows in (1, 2)]
     return [
@@ -207,13 +208,13 @@ def kinds_of(row: Row, event: Event) -> list[Transfer]:
         for one in row.transfers
         if one.step == event.step
         and one.shape in shapes
-        and (one.dtype == event.dtype or row.options.travel == "narrow")
+        and (one.dtype == event.dtype or row.options.grad_dtype == "compute")
     ]
 
 
 def test_every_strategy_is_there():
     # Those whose messages are as a planner has assigned them have their schedule in test_disaggregated.
-    assert {row.strategy for row in SCHEDULE} == set(MODULES) - {"local", "disaggregated", "zeppelin"}
+    assert {row.strategy for row in SCHEDULE} == set(catalog.STRATEGIES) - {"local", "disaggregated", "zeppelin"}
 
 
 @pytest.mark.parametrize("row", SCHEDULE, ids=str)
@@ -232,12 +233,12 @@ def test_each_transfer_hides_behind_what_the_table_says(row, operation):
 
 
 @pytest.mark.parametrize(
-    ("row", "travel", "layout", "mask", "lengths"),
-    pairwise((SCHEDULE, ("wide", "narrow"), tuple(LAYOUTS), tuple(MASKS), ((64,), (20, 1, 43), (16, 16, 32), (3,)))),
+    ("row", "grad_dtype", "layout", "mask", "lengths"),
+    pairwise((SCHEDULE, ("fp32", "compute"), tuple(LAYOUTS), tuple(MASKS), ((64,), (20, 1, 43), (16, 16, 32), (3,)))),
     ids=str,
 )
-def test_under_any_mask_only_the_named_are_exposed_and_they_could_not_be_hidden(row, travel, layout, mask, lengths):
-    row = replace(row, options=replace(row.options, travel=travel))
+def test_under_any_mask_only_the_named_are_exposed_and_they_could_not_be_hidden(row, grad_dtype, layout, mask, lengths):
+    row = replace(row, options=replace(row.options, grad_dtype=grad_dtype))
     case = AttentionCase(
         WORLD, H, K, layout.removesuffix("4"), MASKS[mask], options=row.options, documents=len(lengths) > 1
     )

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.attention.runtime.operator import StrategyOptions
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
 from longctx.attention.strategies.disaggregated.execute import dispatches
 from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, Phase, lockstep_plan_of
 from longctx.attention.strategies.disaggregated.pipeline import Empty, StageAttention
 from longctx.comm import group_of
+from longctx.options import StrategyOptions
 from longctx.planner import Topology
 from longctx.sequence import SequencePlan
 from longctx.sim import Cluster, RankFailed
@@ -44,7 +44,7 @@ class Problem:
     batch: int = 1
     seed: int = 0
     planner: str = "cad"
-    travel: str = "wide"
+    grad_dtype: str = "fp32"
 
     @property
     def world(self) -> int:
@@ -71,7 +71,7 @@ def run_rank(problem: Problem) -> tuple[dict[Layer, dict[str, torch.Tensor]], tu
     """What a rank finds of each layer of its stage, and the bytes that it sends forward and backward."""
     group = group_of(dist.group.WORLD)
     stage, shard = divmod(dist.get_rank(), problem.shards)
-    options = StrategyOptions(travel=problem.travel)
+    options = StrategyOptions(grad_dtype=problem.grad_dtype)
     attention = StageAttention(group, problem.layers, stage, EMPTY, problem.planner, "dense", options)
     ticks, traffic, found = attention.open(problem.plans), group.traffic, {}
     for number in range(ticks.count):
@@ -107,7 +107,9 @@ def check(problem: Problem) -> None:
         own = ranks[key[1] * problem.shards : (key[1] + 1) * problem.shards]
         verdict, _ = judge(problem.case(key), [RankResult(results[key], 0, 0, 0) for results, _ in own])
         assert verdict.passed, (key, verdict.errors)
-    sizes = Sizes(problem.batch, HEADS, KV_HEADS, HEAD_DIM, 8, 8, options=StrategyOptions(travel=problem.travel))
+    sizes = Sizes(
+        problem.batch, HEADS, KV_HEADS, HEAD_DIM, 8, 8, options=StrategyOptions(grad_dtype=problem.grad_dtype)
+    )
     for rank, (_, sent) in enumerate(ranks):
         volume = ticks.volume(rank, sizes)
         assert sent == (volume.forward, volume.backward)
@@ -154,7 +156,7 @@ def test_any_partition_of_any_tick_is_exact(problem):
 @pytest.mark.parametrize(("layers", "shards"), [((2, 1, 2), 1), ((1, 1), 2), ((1, 3, 0), 2)], ids=str)
 def test_what_planners_assign_is_exact(planner, microbatches, layers, shards):
     documents = ((101, 1, 40), (142,), (3, 70, 69), (142,), (71, 71))[:microbatches]
-    check(Problem(documents, layers, shards, "zigzag", planner=planner, travel="narrow"))
+    check(Problem(documents, layers, shards, "zigzag", planner=planner, grad_dtype="compute"))
 
 
 @given(st.integers(1, 6), st.integers(1, 6))

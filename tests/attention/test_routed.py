@@ -3,15 +3,16 @@
 import pytest
 import torch.distributed as dist
 
-from longctx.attention import get_strategy
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import one_node, topology_of
 from longctx.attention.strategies.disaggregated.execute import bundles_of, dispatches
 from longctx.comm import Links, settle_nodes
+from longctx.options import StrategyOptions
 from longctx.planner import AttentionShape, Topology
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
+from tests.volume.measure import costs
 
 
 def check(case, per_node, links):
@@ -30,9 +31,9 @@ def check(case, per_node, links):
     [topology] = asked
     assert topology == Topology(case.world, per_node, links.link, links.nic, links.nics)
     sizes = Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, 8, 8, options=case.options, topology=topology)
-    strategy, total = get_strategy(case.strategy), 0
+    volume_of, total = costs(case.strategy).volume, 0
     for rank in range(case.world):
-        volume = strategy.volume(plan, rank, sizes)
+        volume = volume_of(plan, rank, sizes)
         assert (verdict.bytes_forward[rank], verdict.bytes_backward[rank]) == (volume.forward, volume.backward)
         total += volume.forward + volume.backward
     assert cluster.ledger.by_operation().get("send", 0) == total
@@ -43,10 +44,10 @@ def check(case, per_node, links):
     return sum(one is not None for one in made)
 
 
-def case_of(world, lengths, strategy, **options):
+def case_of(world, lengths, strategy, grad_dtype="fp32", **options):
     return VerifyCase(
         strategy, options.pop("layout", "contiguous"), world, seq=sum(lengths), documents=tuple(lengths),
-        head_dim=4, heads=2, kv_heads=1, **options,
+        head_dim=4, heads=2, kv_heads=1, options=StrategyOptions(grad_dtype), **options,
     )  # fmt: skip
 
 
@@ -63,7 +64,9 @@ def test_routed_attention_is_exact(world, per_node, strategy, lengths):
 
 
 @pytest.mark.parametrize(
-    "options", [{"layout": "zigzag"}, {"batch": 2}, {"travel": "narrow"}, {"window": 5}, {"causal": False}], ids=str
+    "options",
+    [{"layout": "zigzag"}, {"batch": 2}, {"grad_dtype": "compute"}, {"window": 5}, {"causal": False}],
+    ids=str,
 )
 def test_with_every_layout_and_option(options):
     assert check(case_of(8, LENGTHS["long and short"], "zeppelin", **options), 4, Links(nics=4, link=5000e9)) > 0

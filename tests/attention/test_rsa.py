@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal, require
+from longctx.catalog import LAYOUTS
 from longctx.config import AttentionConfig, Config
 from longctx.errors import ConfigError
 from longctx.parallel.core import attention_case
-from longctx.sequence import LAYOUTS, Documents, Mask, SequencePlan, Striped, Zigzag
+from longctx.sequence import Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase, judge, run_rank
 from tests.equivalence.attention_cases import LAYOUTS as CASE_LAYOUTS

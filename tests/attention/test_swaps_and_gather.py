@@ -7,15 +7,15 @@ import torch
 
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
 from longctx.attention.runtime.head_sharding import HeadSplit
-from longctx.attention.runtime.operator import StrategyOptions
 from longctx.attention.runtime.registry import inner_of
 from longctx.errors import ConfigError
+from longctx.options import StrategyOptions
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase, judge, run_rank
 from tests.attention.travelling import assert_no_order_matters, spans, traced
 from tests.equivalence.pairwise import pairwise
-from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
+from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of, with_row
 
 # Query and key/value heads: fewer of the latter than ranks, and shares of ranks that do not fall on their edges.
 HEADS = ((8, 8), (8, 2), (24, 8), (24, 3), (6, 3), (12, 4), (6, 1))
@@ -24,30 +24,31 @@ LENGTHS = (1, 5, 31, 64)
 STRATEGIES = ("ulysses", "usp", "gather")
 
 
+def degree(ranks: int) -> StrategyOptions:
+    return StrategyOptions(ulysses_degree=ranks)
+
+
 def group(world: int):
     return None if world == 1 else torch.distributed.group.WORLD
 
 
-def options(strategy: str, grid: tuple[int, int], travel: str) -> dict:
-    taken = get_strategy(strategy).takes
-    return {
-        "inner": grid[1] if "inner" in taken else None,
-        "travel": travel if "travel" in taken else "wide",
-    }
+def options(strategy: str, grid: tuple[int, int], grad_dtype: str) -> StrategyOptions:
+    taken = get_strategy(strategy).options
+    return with_row(strategy, grid[1], StrategyOptions(grad_dtype if "grad_dtype" in taken else "fp32"))
 
 
-def case_of(strategy, layout, mask, heads, length, grid, travel) -> VerifyCase:
+def case_of(strategy, layout, mask, heads, length, grid, grad_dtype) -> VerifyCase:
     documents = () if length < 5 or mask.endswith("one") else (length // 2 - 1, 1, length - length // 2)
     window = max(1, length // 4) if "window" in mask else None
     return VerifyCase(
         strategy, layout, grid[0], seq=length, documents=documents, heads=heads[0], kv_heads=heads[1], head_dim=4,
-        window=window, causal="full" not in mask, batch=2, **options(strategy, grid, travel),
+        window=window, causal="full" not in mask, batch=2, options=options(strategy, grid, grad_dtype),
     )  # fmt: skip
 
 
 def check(case: VerifyCase) -> None:
     if case.refused():
-        assert case.heads % (case.inner or case.world), case.refused()
+        assert case.heads % (case.options.ulysses_degree or case.world), case.refused()
         return
     ranks = Cluster(case.world, trace=False).run(run_on_world, case)
     verdict, _ = judge(case, ranks)
@@ -65,7 +66,7 @@ AXES = (
     HEADS,
     LENGTHS,
     GRIDS,
-    ("wide", "narrow"),
+    ("fp32", "compute"),
 )
 
 
@@ -79,24 +80,22 @@ def test_sampled_cases_are_exact(axes):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_case_is_exact(strategy, heads):
     for layout, mask, length, grid in itertools.product(*AXES[1:3], (*LENGTHS, 997), GRIDS):
-        check(case_of(strategy, layout, mask, heads, length, grid, "wide"))
+        check(case_of(strategy, layout, mask, heads, length, grid, "fp32"))
 
 
 @pytest.mark.parametrize(
-    ("strategy", "layout", "packing", "mask", "heads", "grid", "travel"),
-    pairwise((STRATEGIES, tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS), HEADS, GRIDS, ("wide", "narrow"))),
+    ("strategy", "layout", "packing", "mask", "heads", "grid", "grad_dtype"),
+    pairwise((STRATEGIES, tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS), HEADS, GRIDS, ("fp32", "compute"))),
 )
-def test_the_closed_form_is_what_was_sent(strategy, layout, packing, mask, heads, grid, travel):
+def test_the_closed_form_is_what_was_sent(strategy, layout, packing, mask, heads, grid, grad_dtype):
     world = grid[0]
-    chosen = options(strategy, grid, travel)
-    case = AttentionCase(
-        world, *heads, "zigzag", MASKS[mask], chosen["inner"], StrategyOptions(travel=chosen["travel"])
-    )
+    chosen = options(strategy, grid, grad_dtype)
+    case = AttentionCase(world, *heads, "zigzag", MASKS[mask], chosen)
     if refusal(get_strategy(strategy), case):
         return
     inner = inner_of(get_strategy(strategy), case)
     plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 96, world)
-    dtype = torch.bfloat16 if travel == "narrow" else torch.float32
+    dtype = torch.bfloat16 if grad_dtype == "compute" else torch.float32
     assert_volume(strategy, plan, heads, dtype, inner, case.options)
 
 
@@ -151,18 +150,30 @@ def test_heads_are_shared_and_copied_only_where_they_must_be():
         (
             "ulysses",
             {"world": 4, "heads": 6},
-            ["4 ranks", "6 query heads", "parallel.sp=3", "attention.inner=2", "attention=gather"],
+            ["4 ranks", "6 query heads", "parallel.sp=3", "attention.ulysses_degree=2", "attention=gather"],
         ),
-        ("usp", {"inner": 4, "heads": 6}, ["attention.inner=4", "6 query heads", "attention.inner=2"]),
-        ("usp", {"inner": 5, "heads": 6}, ["attention.inner=5 must divide the 8 ranks", "nearest valid: 2"]),
-        ("usp", {"inner": 3}, ["attention.inner=3 must divide the 8 ranks", "nearest valid: 2"]),
-        ("ulysses", {"inner": 2}, ["attention.inner=2: it has no such choice"]),
-        ("gather", {"options": StrategyOptions(backward="keys")}, ["attention.backward=keys: it has no such choice"]),
-        ("ulysses", {"options": StrategyOptions(travel="narrow")}, ["attention.travel=narrow: it has no such choice"]),
+        (
+            "usp",
+            {"options": degree(4), "heads": 6},
+            ["ulysses_degree=4", "6 query heads", "ulysses_degree=2"],
+        ),
+        ("usp", {"options": degree(5), "heads": 6}, ["ulysses_degree=5 must divide the 8 ranks", "nearest valid: 2"]),
+        ("usp", {"options": degree(3)}, ["attention.ulysses_degree=3 must divide the 8 ranks", "nearest valid: 2"]),
+        ("ulysses", {"options": degree(2)}, ["attention.ulysses_degree=2: it has no such choice"]),
         (
             "gather",
-            {"options": StrategyOptions(travel="thin")},
-            ["attention.travel=thin is unknown; valid: wide, narrow"],
+            {"options": StrategyOptions(backward_rotates="kv")},
+            ["attention.backward_rotates=kv: it has"],
+        ),
+        (
+            "ulysses",
+            {"options": StrategyOptions(grad_dtype="compute")},
+            ["attention.grad_dtype=compute: it has"],
+        ),
+        (
+            "gather",
+            {"options": StrategyOptions(grad_dtype="thin")},
+            ["attention.grad_dtype=thin is not known; valid: fp32, compute"],
         ),
     ],
 )
@@ -177,9 +188,9 @@ def test_what_cannot_be_is_refused_with_the_nearest_choice(strategy, changes, wo
 def test_a_library_user_is_told_of_rows_that_do_not_fit():
     def body():
         with pytest.raises(ConfigError, match="takes divisors of 4"):
-            StrategyAttention("usp", torch.distributed.group.WORLD, inner=3)
+            StrategyAttention("usp", torch.distributed.group.WORLD, options=degree(3))
         with pytest.raises(ConfigError, match="has no such choice"):
-            StrategyAttention("gather", torch.distributed.group.WORLD, inner=2)
+            StrategyAttention("gather", torch.distributed.group.WORLD, options=degree(2))
 
     Cluster(4).run(body)
 
@@ -201,7 +212,7 @@ def test_opcheck(strategy):
     q, k, v = (torch.randn(1, 31, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     attention = StrategyAttention(strategy)
     operator = getattr(torch.ops.longctx, strategy).default
-    torch.library.opcheck(operator, (q, k, v, plan.handle, attention._group, "auto", 0.4, "auto", "wide"))
+    torch.library.opcheck(operator, (q, k, v, plan.handle, attention._group, "auto", 0.4, "fp32", "auto"))
 
 
 @pytest.mark.parametrize(
@@ -217,17 +228,17 @@ def test_a_library_user_is_told_of_heads_that_do_not_divide(strategy, heads, wor
 
     def body():
         q, k = (torch.zeros(1, plan.shard, n, 4) for n in heads)
-        inner = 2 if strategy == "usp" else None
+        attention = StrategyAttention(strategy, torch.distributed.group.WORLD, options=with_row(strategy, 2))
         with pytest.raises(ConfigError, match=words):
-            StrategyAttention(strategy, torch.distributed.group.WORLD, inner=inner)(q, k, k, plan.handle)
+            attention(q, k, k, plan.handle)
 
     Cluster(2).run(body)
 
 
 def test_a_library_user_is_told_of_options_that_nobody_reads():
     for strategy, options in (
-        ("ring", StrategyOptions(backward="queries")),
-        ("gather", StrategyOptions(travel="thin")),
+        ("ring", StrategyOptions(backward_rotates="q")),
+        ("gather", StrategyOptions(grad_dtype="thin")),
     ):
         with pytest.raises(ConfigError, match=f"attention.strategy={strategy} refuses: attention"):
             StrategyAttention(strategy, options=options)

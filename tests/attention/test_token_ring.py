@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.attention.runtime.operator import StrategyOptions
+from longctx.options import StrategyOptions
 from longctx.sequence import Explicit, Mask
 from longctx.sim import Cluster, Event
 from tests.attention.travelling import HEADS, assert_no_order_matters, spans, traced
@@ -14,42 +14,44 @@ from tests.equivalence.pairwise import pairwise
 from tests.volume.measure import BYTES, DIM, LAYOUTS, MASKS, PACKINGS, assert_volume, plan_of
 
 WORLDS = (3, 4, 2, 8, 1)
-TRAVELS = ("wide", "narrow")
+GRAD_DTYPES = ("fp32", "compute")
 
 
-def check(case: Case, travel: str, kernel: str = "auto") -> None:
-    ranks = Cluster(case.world, trace=False).run(compute, case, "token_ring", kernel, 1, StrategyOptions(travel=travel))
+def check(case: Case, grad_dtype: str, kernel: str = "auto") -> None:
+    ranks = Cluster(case.world, trace=False).run(
+        compute, case, "token_ring", kernel, 1, StrategyOptions(grad_dtype=grad_dtype)
+    )
     for rank, computed in enumerate(ranks):
         assert_exact(case, rank, computed)
 
 
-AXES = (tuple(attention_cases.LAYOUTS), attention_cases.MASKS, ("gqa4", "mha", "mqa"), (31, 3, 1), WORLDS, TRAVELS)
+AXES = (tuple(attention_cases.LAYOUTS), attention_cases.MASKS, ("gqa4", "mha", "mqa"), (31, 3, 1), WORLDS, GRAD_DTYPES)
 
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=str)
 def test_sampled_cases_are_exact(case):
-    *fields, travel = case
-    check(Case(*fields), travel)
+    *fields, grad_dtype = case
+    check(Case(*fields), grad_dtype)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("case", list(attention_cases.all_cases()), ids=str)
 def test_every_case_is_exact(case):
-    check(case, "wide")
+    check(case, "fp32")
 
 
 def test_the_dense_kernel_is_exact_behind_it():
-    check(Case("zigzag", "documents window causal", "gqa4", 31, 4), "wide", "dense")
+    check(Case("zigzag", "documents window causal", "gqa4", 31, 4), "fp32", "dense")
 
 
 @pytest.mark.parametrize(
-    ("layout", "packing", "mask", "heads", "world", "travel"),
-    pairwise((tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS), tuple(HEADS), WORLDS, TRAVELS)),
+    ("layout", "packing", "mask", "heads", "world", "grad_dtype"),
+    pairwise((tuple(LAYOUTS), tuple(PACKINGS), tuple(MASKS), tuple(HEADS), WORLDS, GRAD_DTYPES)),
 )
-def test_the_closed_form_is_what_was_sent(layout, packing, mask, heads, world, travel):
+def test_the_closed_form_is_what_was_sent(layout, packing, mask, heads, world, grad_dtype):
     plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], 96, world)
-    dtype = torch.bfloat16 if travel == "narrow" else torch.float32
-    assert_volume("token_ring", plan, HEADS[heads], dtype, options=StrategyOptions(travel=travel))
+    dtype = torch.bfloat16 if grad_dtype == "compute" else torch.float32
+    assert_volume("token_ring", plan, HEADS[heads], dtype, options=StrategyOptions(grad_dtype=grad_dtype))
 
 
 def test_an_explicit_layout_with_an_idle_rank():
@@ -64,9 +66,9 @@ def test_without_a_mask_it_costs_what_the_paper_says(world, dtype):
     """P - 1 times Q one way and (O, lse) the other; narrow, h (2 D e + w) a row, as TokenRing's 16-bit outputs."""
     rows, h, (e, w) = 6, 4, BYTES[dtype]
     plan = plan_of([(rows * world,)], Mask(False), LAYOUTS["zigzag"], rows * world, world)
-    for travel in TRAVELS:
-        back = e if travel == "narrow" else w
-        for one in assert_volume("token_ring", plan, (h, 2), dtype, options=StrategyOptions(travel=travel)):
+    for grad_dtype in GRAD_DTYPES:
+        back = e if grad_dtype == "compute" else w
+        for one in assert_volume("token_ring", plan, (h, 2), dtype, options=StrategyOptions(grad_dtype=grad_dtype)):
             assert one.forward == (world - 1) * rows * h * (DIM * (e + back) + w)
             assert one.backward == (world - 1) * rows * h * (2 * (DIM * e + w) + DIM * back)
             assert (one.messages_forward, one.messages_backward) == ((world - 1) * 3, (world - 1) * 3)
@@ -106,5 +108,5 @@ def test_queries_and_returns_go_opposite_ways_on_channels_of_their_own():
 def test_no_order_of_hand_overs_changes_a_bit():
     for layout in LAYOUTS.values():
         plan = plan_of([(20, 1, 40)], Mask(window=30), layout, 67, 4)
-        for travel in TRAVELS:
-            assert_no_order_matters("token_ring", plan, options=StrategyOptions(travel=travel))
+        for grad_dtype in GRAD_DTYPES:
+            assert_no_order_matters("token_ring", plan, options=StrategyOptions(grad_dtype=grad_dtype))

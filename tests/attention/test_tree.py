@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import StrategyAttention, get_strategy
-from longctx.attention.runtime.operator import StrategyOptions
 from longctx.attention.runtime.partial import Partial
+from longctx.options import StrategyOptions
 from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, Fault
 from longctx.verify import VerifyCase, judge, run_rank
@@ -55,25 +55,27 @@ def test_rounding_is_within_the_judge_s_limits(dtype):
     assert verdict.passed, verdict.errors
 
 
-def attend(plan: SequencePlan, dtype: torch.dtype, travel: str = "wide", kernel: str = "auto") -> list[torch.Tensor]:
+def attend(
+    plan: SequencePlan, dtype: torch.dtype, grad_dtype: str = "fp32", kernel: str = "auto"
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     q, k, v, dout = (
         torch.randn(len(plan.documents), plan.shard, n, 8, generator=generator).to(dtype).requires_grad_()
         for n in (4, 2, 2, 4)
     )
-    attention = StrategyAttention("tree", dist.group.WORLD, kernel, options=StrategyOptions(travel=travel))
+    attention = StrategyAttention("tree", dist.group.WORLD, kernel, options=StrategyOptions(grad_dtype=grad_dtype))
     out = attention(q, k, v, plan.handle)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.detach())]
 
 
-def test_narrow_gradients_are_summed_wide():
+def test_gradients_that_travel_in_bf16_are_summed_in_fp32():
     """In bf16, dq of shares that were rounded on their way is not far off, and all else is the same.
 
     Of the dense kernel: the fused one rounds shares itself.
     """
     plan = SequencePlan([Documents.single(64)], Mask(), Zigzag(), 64, WORLD)
-    wide, narrow = (Cluster(WORLD).run(attend, plan, torch.bfloat16, travel, "dense") for travel in ("wide", "narrow"))
-    for (out, dq, dk, dv), (its_out, its_dq, its_dk, its_dv) in zip(wide, narrow, strict=True):
+    fp32, bf16 = (Cluster(WORLD).run(attend, plan, torch.bfloat16, one, "dense") for one in ("fp32", "compute"))
+    for (out, dq, dk, dv), (its_out, its_dq, its_dk, its_dv) in zip(fp32, bf16, strict=True):
         assert torch.equal(out, its_out) and torch.equal(dk, its_dk) and torch.equal(dv, its_dv)
         assert 0 < (dq - its_dq).norm() < 5e-3 * dq.norm()
 
@@ -124,7 +126,7 @@ def test_opcheck():
     plan = SequencePlan(documents, Mask(window=12), Zigzag(), 31, 1)
     q, k, v = (torch.randn(2, 31, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
     operator = get_strategy("tree").operator._opoverload
-    torch.library.opcheck(operator, (q, k, v, plan.handle, "", "auto", 0.4, "auto", "narrow"))
+    torch.library.opcheck(operator, (q, k, v, plan.handle, "", "auto", 0.4, "auto", "compute"))
     out, lse = (tensor.detach() for tensor in operator(q, k, v, plan.handle, "", "auto", 0.4))
     arguments = [tensor.detach() for tensor in (torch.randn_like(out), q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.longctx.tree_backward.default, (*arguments, plan.handle, "", "auto", 0.4))

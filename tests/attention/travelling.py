@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan
 from longctx.sim import Cluster, Event
 from tests.volume.measure import attend

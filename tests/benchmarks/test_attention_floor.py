@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.floor import NAME, BackwardCall, ForwardCall, KernelCall, floor_of, recorded
-from longctx.attention.runtime.local_kernel import KERNELS
-from longctx.attention.runtime.registry import MODULES, get_strategy
+from longctx import catalog
+from longctx.attention.runtime.registry import get_strategy
+from longctx.catalog import KERNELS
 from longctx.kernels.flash_cpu import FlashCpu
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
 from longctx.verify.run import reference, run_rank
 
-ASKING = [name for name in MODULES if name not in ("local", "rsa")]
+ASKING = [name for name in catalog.STRATEGIES if name not in ("local", "rsa")]
 
 
 def case_of(strategy: str, world: int, **changes) -> VerifyCase:

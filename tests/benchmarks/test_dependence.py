@@ -97,9 +97,9 @@ def test_what_nobody_sends_is_a_mistake():
 
 
 def case_of(route: str, causal: bool, layout: str = "zigzag") -> VerifyCase:
-    strategy, inner = ROUTES[route]
+    strategy, options = ROUTES[route]
     return VerifyCase(
-        strategy, layout, 4, seq=256, heads=8, kv_heads=8, head_dim=8, dtype="float32", causal=causal, inner=inner
+        strategy, layout, 4, seq=256, heads=8, kv_heads=8, head_dim=8, dtype="float32", causal=causal, options=options
     )
 
 

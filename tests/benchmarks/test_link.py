@@ -21,13 +21,15 @@ from benchmarks.link import (
     sizes_of,
 )
 from longctx.attention import get_strategy
-from longctx.attention.runtime.local_kernel import KERNELS
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
+from longctx.catalog import KERNELS
 from longctx.comm import group_of
+from longctx.options import StrategyOptions
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
 from longctx.verify.run import attention_of
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import costs, with_row
 
 GRIDS = ((4, 2), (8, 4), (8, 2), (6, 3))  # ranks, of which on one node
 ROUTES = ("ring", "burst", "usp", "ulysses")
@@ -41,7 +43,7 @@ MASKS = {
     "edges full": {"documents": (48, 48, 96), "causal": False},
     "window full": {"causal": False, "window": 5},
 }
-WAYS = ((), ("travel", "narrow"), ("backward", "queries"), ("backward", "keys"))
+WAYS = ((), ("grad_dtype", "compute"), ("backward_rotates", "q"), ("backward_rotates", "kv"))
 
 
 def sent(case: VerifyCase, with_backward: bool) -> dict[int, int]:
@@ -69,11 +71,11 @@ def carried(case: VerifyCase) -> tuple[dict[tuple[int, int], int], dict[tuple[in
 
 def check(case: VerifyCase, nodes: int) -> None:
     forward, both = carried(case)
-    strategy, plan, sizes = get_strategy(case.strategy), case.plan(), sizes_of(case)
+    forms, plan, sizes = costs(case.strategy), case.plan(), sizes_of(case)
     by_edge: dict[tuple[int, int], Volume] = {}
     for rank in range(case.world):
-        messages = strategy.sends(plan, rank, sizes)
-        assert sum((cost for _, cost in messages), Volume(0, 0, 0, 0)) == strategy.volume(plan, rank, sizes)
+        messages = forms.sends(plan, rank, sizes)
+        assert sum((cost for _, cost in messages), Volume(0, 0, 0, 0)) == forms.volume(plan, rank, sizes)
         for to, cost in messages:
             by_edge[rank, to] = by_edge.get((rank, to), Volume(0, 0, 0, 0)) + cost
     assert {edge: cost.forward for edge, cost in by_edge.items() if cost.forward} == forward
@@ -88,7 +90,7 @@ def check(case: VerifyCase, nodes: int) -> None:
 @pytest.mark.parametrize("axes", pairwise((ROUTES, GRIDS, LAYOUTS, HEADS, tuple(MASKS), WAYS)), ids=str)
 def test_closed_forms_by_receiver_are_the_ledgers_edges(axes):
     strategy, (world, inner), layout, (heads, kv_heads), mask, way = axes
-    takes = get_strategy(strategy).takes
+    chosen = dict([way] if way and way[0] in get_strategy(strategy).options else [])
     case = VerifyCase(
         strategy,
         layout,
@@ -98,9 +100,8 @@ def test_closed_forms_by_receiver_are_the_ledgers_edges(axes):
         kv_heads=kv_heads,
         head_dim=4,
         dtype="bfloat16" if layout == "zigzag" else "float32",
-        inner=inner if "inner" in takes else None,
+        options=with_row(strategy, inner, StrategyOptions(**chosen)),
         **MASKS[mask],
-        **({way[0]: way[1]} if way and way[0] in takes else {}),
     )
     assert case.refused() is None
     check(case, world // inner)
@@ -109,11 +110,11 @@ def test_closed_forms_by_receiver_are_the_ledgers_edges(axes):
 @pytest.mark.parametrize("strategy", ROUTES)
 @pytest.mark.parametrize("length", [1, 3, 37])
 def test_empty_ranks_and_odd_lengths_on_every_edge(strategy, length):
-    inner = 2 if "inner" in get_strategy(strategy).takes else None
-    check(VerifyCase(strategy, "zigzag", 4, seq=length, heads=4, kv_heads=2, head_dim=4, batch=2, inner=inner), 2)
+    sizes = {"seq": length, "heads": 4, "kv_heads": 2, "head_dim": 4, "batch": 2}
+    check(VerifyCase(strategy, "zigzag", 4, **sizes, options=with_row(strategy, 2)), 2)
 
 
-def case_of(strategy: str, inner: int | None, kv_heads: int = 8, causal: bool = False) -> VerifyCase:
+def case_of(strategy: str, inner: int = 1, kv_heads: int = 8, causal: bool = False) -> VerifyCase:
     return VerifyCase(
         strategy,
         "zigzag",
@@ -124,14 +125,14 @@ def case_of(strategy: str, inner: int | None, kv_heads: int = 8, causal: bool = 
         head_dim=8,
         dtype="float32",
         causal=causal,
-        inner=inner,
+        options=with_row(strategy, inner),
     )
 
 
 def test_without_a_mask_a_flat_ring_crosses_three_blocks_and_the_others_two():
     """A block is a rank's keys and values; a flat ring has one edge each way between the nodes."""
     block = 2 * 16 * 8 * 8 * 4
-    flat, double, swapping = (crossing(case_of(*route), 2) for route in (("ring", None), ("burst", 2), ("usp", 2)))
+    flat, double, swapping = (crossing(case_of(*route), 2) for route in (("ring",), ("burst", 2), ("usp", 2)))
     for way in ((0, 1), (1, 0)):
         assert [routes[way].forward for routes in (flat, double, swapping)] == [3 * block, 2 * block, 2 * block]
         assert (flat[way].backward, swapping[way].backward) == (6 * block, 4 * block)
@@ -147,9 +148,9 @@ def test_the_busiest_link_counts_all_that_a_node_sends_or_receives():
 
 def test_what_has_no_closed_form_by_receiver_is_a_mistake_of_the_caller():
     with pytest.raises(AssertionError, match="gather"):
-        crossing(replace(case_of("ring", None), strategy="gather"), 2)
+        crossing(replace(case_of("ring"), strategy="gather"), 2)
     with pytest.raises(AssertionError, match="3 nodes"):
-        crossing(case_of("ring", None), 3)
+        crossing(case_of("ring"), 3)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def silent_kernel(monkeypatch):
     monkeypatch.setitem(KERNELS, "silent", "benchmarks.link:Silent")
 
 
-@pytest.mark.parametrize(("strategy", "inner"), [("ring", None), ("burst", 2), ("usp", 2)])
+@pytest.mark.parametrize(("strategy", "inner"), [("ring", 1), ("burst", 2), ("usp", 2)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_exchange_only_posts_what_the_real_pass_posts(strategy, inner, causal, silent_kernel):
     """The same messages of the same sizes in the same order, waits included, and no attention."""
@@ -176,7 +177,7 @@ def test_exchange_only_posts_what_the_real_pass_posts(strategy, inner, causal, s
 
 def test_measuring_counts_each_pass_of_each_repeat(silent_kernel):
     """On sim time means nothing, but bytes do: what ranks count is the closed form in every repeat."""
-    cases = [case_of("ring", None), case_of("burst", 2), case_of("usp", 2, causal=True)]
+    cases = [case_of("ring"), case_of("burst", 2), case_of("usp", 2, causal=True)]
     ranks = Cluster(4, trace=False).run(lambda: measure(cases, 2, lambda: (0, 0)))
     for number, case in enumerate(cases):
         rows = judged(case, 2, 200, [rank[number] for rank in ranks], (1.0, 1.0))
@@ -192,7 +193,7 @@ def seen(case: VerifyCase, seconds: float, beyond: int = 0, stray: int = 0) -> l
         both = []
         for name in PASSES:
             by: dict[int, int] = {}
-            for to, cost in get_strategy(case.strategy).sends(plan, rank, sizes):
+            for to, cost in costs(case.strategy).sends(plan, rank, sizes):
                 by[to] = by.get(to, 0) + getattr(cost, name)
             by[3 - rank] = by.get(3 - rank, 0) + stray
             node = rank // 2

@@ -96,7 +96,7 @@ def test_schedules_need_their_microbatches(schedule, batch, nearest):
 
 
 SERVED = {
-    "attention": {"strategy": "disaggregated", "servers": "pipeline"},
+    "attention": {"strategy": "disaggregated", "server_pool": "pipeline"},
     "parallel": {"pp": 2, "pp_schedule": "gpipe"},
     "train": {"micro_batch": 2, "recompute": "full"},
 }
@@ -107,24 +107,28 @@ SERVED = {
 def test_stages_may_serve_one_another(strategy, kept):
     attention = {**SERVED["attention"], "strategy": strategy}
     train = {**SERVED["train"], "recompute_keep": kept}
-    assert Config.from_dict({**SERVED, "attention": attention, "train": train}).attention.servers == "pipeline"
+    assert Config.from_dict({**SERVED, "attention": attention, "train": train}).attention.server_pool == "pipeline"
 
 
 @pytest.mark.parametrize(
     ("section", "fields", "told"),
     [
-        ("attention", {"servers": "stages"}, r"attention\.servers=stages is not known; .*valid: sequence, pipeline"),
+        (
+            "attention",
+            {"server_pool": "stages"},
+            r"server_pool=stages is not known; .*valid: sequence, pipeline",
+        ),
         ("attention", {"strategy": "ring"}, "attention.strategy=ring has no servers; nearest valid: attention=disagg"),
         ("attention", {"ping_pong": True}, "a tick has one; nearest valid: attention.ping_pong=false"),
         ("parallel", {"pp": 1, "pp_schedule": "1f1b"}, "no other stages; nearest valid: .*pp=2 with .*=gpipe"),
         ("parallel", {"pp_schedule": "1f1b"}, "pp_schedule=1f1b has stages in both.*nearest valid: .*=gpipe"),
         ("parallel", {"pp_schedule": "interleaved_1f1b"}, "nearest valid: parallel.pp_schedule=gpipe"),
-        ("parallel", {"pp_schedule": "zbv"}, "nearest valid: parallel.pp_schedule=gpipe, or attention.servers=seq"),
+        ("parallel", {"pp_schedule": "zbv"}, "nearest valid: parallel.pp_schedule=gpipe, or attention.server_pool=seq"),
         ("parallel", {"pp_schedule": "dualpipev"}, "nearest valid: parallel.pp_schedule=gpipe"),
         ("train", {"compile": True}, "nearest valid: train.compile=false"),
         ("train", {"recompute_keep": []}, r"recompute_keep=\[\] would run attention again.*keep=\[attention\]"),
         ("train", {"recompute_keep": ["products"]}, r"nearest valid: train\.recompute_keep=\[attention\]"),
-        ("train", {"recompute_keep": ["attention_tail"]}, r"nearest valid: train\.recompute_keep=\[attention\]"),
+        ("train", {"recompute_keep": ["attention_half"]}, r"nearest valid: train\.recompute_keep=\[attention\]"),
     ],
 )
 def test_stages_that_serve_one_another_go_in_step(section, fields, told):

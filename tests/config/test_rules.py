@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.catalog import LAYOUTS, STRATEGIES
 from longctx.config import Config, resolve, simulated_world_size
-from longctx.config.choices import DTYPES, LAYOUTS, STRATEGIES
-from longctx.errors import ConfigError, NotAvailableError
+from longctx.config.sections.train import DTYPES
+from longctx.errors import ConfigError
 
 
 def with_value(path: str, value: object) -> Config:
@@ -27,7 +28,11 @@ def with_value(path: str, value: object) -> Config:
         ("attention.layout", "zig-zag", ["did you mean zigzag?", "contiguous"]),
         ("attention.layout_block", 0, ["attention.layout_block=0", "at least 1"]),
         ("attention.window", 0, ["attention.window=0", "at least 1"]),
-        ("attention.inner", 0, ["attention.inner=0", "at least 1", "nearest valid value: null"]),
+        ("attention.ulysses_degree", 0, ["attention.ulysses_degree=0", "at least 1", "nearest valid value: null"]),
+        ("attention.inner_ring", 0, ["attention.inner_ring=0", "at least 1", "nearest valid value: null"]),
+        ("attention.grad_dtype", "bf16", ["attention.grad_dtype=bf16", "valid: fp32, compute"]),
+        ("attention.backward_rotates", "kq", ["attention.backward_rotates=kq", "auto, kv, q"]),
+        ("attention.server_pool", "all", ["attention.server_pool=all", "sequence, pipeline"]),
         ("attention.chunk", 0, ["attention.chunk=0", "at least 1", "nearest valid value: 64"]),
         ("parallel.sp", 0, ["parallel.sp=0", "at least 1"]),
         ("parallel.dp_shard", 0, ["parallel.dp_shard=0", "-1"]),
@@ -42,7 +47,7 @@ def with_value(path: str, value: object) -> Config:
         ("data.source", "parquet", ["data.source=parquet", "tokens"]),
         ("data.source", "text", ["data.path=null", "data=text"]),
         ("data.path", "corpus", ["data.path=corpus", "not read by data=python_stdlib"]),
-        ("data.text_key", "body", ["data.text_key=body", "not read by data=python_stdlib", "data=text", "leave text"]),
+        ("data.text_key", "body", ["data.text_key=body", "not read by data=python_stdlib", "data=text", "at text"]),
         ("data.token_dtype", "uint32", ["data.token_dtype=uint32", "not read by data=python_stdlib", "data=tokens"]),
         ("attention.kernel", "flash", ["attention.kernel=flash", "auto"]),
         ("data.token_dtype", "int16", ["did you mean uint16?"]),
@@ -82,17 +87,50 @@ def test_refusal_names_value_rule_and_choice(path, value, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "megatron"])
+def test_engines_that_do_not_exist_are_unknown(name):
+    with pytest.raises(ConfigError, match=rf"engine={name} is not known; valid: native"):
+        with_value("engine.name", name)
+
+
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("path", "value", "told"),
     [
-        ("engine.name", "deepspeed"),
-        ("engine.name", "megatron"),
-        ("logger.trace", True),
+        ("attention.travel", "narrow", "attention.travel is now attention.grad_dtype; .*narrow is now compute"),
+        (
+            "attention.backward",
+            "keys",
+            "attention.backward is now attention.backward_rotates; keys is now kv; queries is",
+        ),
+        ("attention.inner", 2, "attention.inner is now attention.ulysses_degree or attention.inner_ring"),
+        ("attention.servers", "pipeline", "attention.servers is now attention.server_pool"),
+        ("attention.grad_dtype", "narrow", "attention.grad_dtype: narrow is now compute"),
+        ("attention.backward_rotates", "queries", "attention.backward_rotates: queries is now q"),
+        ("train.recompute_keep", ["attention_tail"], "train.recompute_keep: attention_tail is now attention_half"),
+        ("logger.trace", True, "logger.trace is gone"),
     ],
 )
-def test_other_parts_without_code_are_not_available(path, value):
-    with pytest.raises(NotAvailableError, match="not built yet; available"):
+def test_names_of_earlier_versions_are_refused_with_todays(path, value, told):
+    with pytest.raises(ConfigError, match=told):
         with_value(path, value)
+
+
+def test_a_run_of_an_earlier_version_is_read_in_todays_names():
+    old = {"strategy": "usp", "inner": 2, "backward": "auto", "travel": "narrow", "servers": "sequence"}
+    train = {"recompute": "full", "recompute_keep": ["attention_tail", "products"]}
+    config = Config.from_run({"attention": old, "train": train, "logger": {"trace": False}})
+    assert config == Config.from_dict(
+        {
+            "attention": {"strategy": "usp", "ulysses_degree": 2, "grad_dtype": "compute"},
+            "train": {"recompute": "full", "recompute_keep": ["attention_half", "products"]},
+        }
+    )
+    assert Config.from_run({"attention": {"strategy": "burst", "inner": 4}}).attention.inner_ring == 4
+    assert Config.from_run({"attention": {"strategy": "ring", "inner": None}}) == Config()
+    with pytest.raises(ConfigError, match=r"unknown configuration key attention\.wide"):
+        Config.from_run({"attention": {"wide": 1}})
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        Config.from_run([])
 
 
 @pytest.mark.parametrize(
@@ -204,14 +242,14 @@ def layered(pattern, mixer=None, **attention):
 
 
 def test_half_of_softmax_attention_is_kept_where_there_is_some():
-    train = {"recompute": "full", "recompute_keep": ["attention_tail"]}
+    train = {"recompute": "full", "recompute_keep": ["attention_half"]}
     model = {"pattern": "L", "mixer": "retnet"}
     with pytest.raises(ConfigError, match=r"pattern=L has none; nearest valid: train\.recompute_keep=\[attention\]"):
         Config.from_dict({"model": model, "attention": {"strategy": "lasp2"}, "train": train})
 
 
 def test_a_size_that_no_mixer_reads_is_no_number_to_correct():
-    with pytest.raises(ConfigError, match=r"mixer_block=0 is read by .*nearest valid: model\.mixer_block=null"):
+    with pytest.raises(ConfigError, match=r"mixer_block=0 is not read by .*mixer=moba or rat, .*mixer_block at null"):
         Config.from_dict({"model": {"mixer_block": 0}})
 
 
@@ -231,7 +269,7 @@ def test_a_pattern_is_repeated_over_the_layers():
         ("LS", None, {}, r"model\.mixer=null: model\.pattern=LS has linear layers.*nearest valid: basic"),
         ("S", "retnet", {}, r"model\.mixer=retnet: model\.pattern=S has no linear layer.*nearest valid: null"),
         ("LS", "retnett", {}, r"model\.mixer=retnett is not known; did you mean retnet"),
-        ("LS", "retnet", {"strategy": "lasp2"}, r"attention\.strategy=lasp2 .*has softmax layers.*attention=lasp2h"),
+        ("LS", "retnet", {"strategy": "lasp2"}, r"strategy=lasp2 .*softmax layers.*ring with attention\.linear=lasp2"),
         ("S", None, {"strategy": "lasp2"}, r"has softmax layers; nearest valid: attention\.strategy=ring"),
         ("L", "retnet", {"strategy": "ring"}, r"is for softmax .*nearest valid: attention=lasp2"),
         ("S", None, {"linear": "lasp"}, r"linear=lasp is for linear layers.*linear at null"),
@@ -263,8 +301,14 @@ def test_balance_is_for_rows_of_different_work(sections, told):
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ({"mixer": "retnet", "mixer_block": 4}, r"mixer_block=4 is read by model\.mixer=moba or rat.*mixer_block=null"),
-        ({"mixer": "rat", "mixer_top_k": 2}, r"mixer_top_k=2 is read by model\.mixer=moba.*mixer_top_k=null"),
+        (
+            {"mixer": "retnet", "mixer_block": 4},
+            r"mixer_block=4 is not read by model\.mixer=retnet; set model\.mixer=moba or rat.*mixer_block at null",
+        ),
+        (
+            {"mixer": "rat", "mixer_top_k": 2},
+            r"mixer_top_k=2 is not read by .*mixer=rat; .*mixer=moba, .*mixer_top_k at null",
+        ),
         ({"mixer": "moba", "mixer_block": 0}, r"model\.mixer_block=0 must be at least 1"),
     ],
 )

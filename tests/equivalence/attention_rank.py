@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import StrategyAttention
-from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan
 from tests.equivalence.attention_cases import HEADS, LAYOUTS, MASKS, Case, inputs
 from tests.equivalence.attention_definition import reference
 from tests.equivalence.pairwise import pairwise
+from tests.volume.measure import with_row
 
 TOLERANCE = 1e-10
 GLOO_WORLD = 2
@@ -36,7 +37,7 @@ def compute(
     q, k, v, dout = (cut(whole[name], plan, dist.get_rank()) for name in ("q", "k", "v", "dout"))
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, inner=inner, options=options)
+    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, options=with_row(strategy, inner, options))
     out = attention(q, k, v, plan.handle)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention.runtime.registry import MODULES
+from longctx import catalog
+from longctx.options import StrategyOptions
 from longctx.sequence import unshard
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
@@ -22,14 +23,14 @@ TENSORS = ("out", "dq", "dk", "dv")
 SEQ = 96
 MASKS = {"causal": {}, "full": {"causal": False}, "documents": {"documents": (47, 1, 1, 47)}, "window": {"window": 19}}
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
-CHOICES = (("auto", "wide"), ("queries", "wide"), ("auto", "narrow"), ("queries", "narrow"))
+CHOICES = (("auto", "fp32"), ("q", "fp32"), ("auto", "compute"), ("q", "compute"))
 
 
-def case_of(strategy: str, layout: str, mask: str, heads: str, world: int, backward: str, travel: str) -> VerifyCase:
+def case_of(strategy: str, layout: str, mask: str, heads: str, world: int, rotates: str, grad_dtype: str) -> VerifyCase:
     q_heads, kv_heads = HEADS[heads]
     return VerifyCase(
         strategy, layout, world, seq=SEQ, heads=q_heads, kv_heads=kv_heads, head_dim=16, dtype="bfloat16",
-        backward=backward, travel=travel, **MASKS[mask],
+        options=StrategyOptions(grad_dtype, rotates), **MASKS[mask],
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def errors_of(cases: list[VerifyCase]) -> list[dict[str, float]]:
 @cache
 def alone(mask: str, heads: str) -> dict[str, float]:
     """Of the same kernel on one device."""
-    return errors_of([case_of("local", "contiguous", mask, heads, 1, "auto", "wide")])[0]
+    return errors_of([case_of("local", "contiguous", mask, heads, 1, "auto", "fp32")])[0]
 
 
 def check(strategy: str, mask: str, heads: str, world: int, asked: list[tuple[str, tuple[str, str]]]) -> int:
@@ -75,7 +76,7 @@ def check(strategy: str, mask: str, heads: str, world: int, asked: list[tuple[st
     return len(cases)
 
 
-STRATEGIES = tuple(name for name in MODULES if name != "local")
+STRATEGIES = tuple(name for name in catalog.STRATEGIES if name != "local")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated import lockstep as ticks
 from longctx.attention.strategies.disaggregated.assignment import planned
 from longctx.launcher import build
@@ -46,7 +46,7 @@ def config_of(directory, case, steps, **train):
         directory,
         model={"layers": layers, **more.get("model", {})},
         parallel={**mesh, "pp_schedule": "gpipe"},
-        attention={"strategy": "disaggregated", "layout": None, "servers": "pipeline", **more.get("attention", {})},
+        attention={"strategy": "disaggregated", "layout": None, "server_pool": "pipeline", **more.get("attention", {})},
         train={"steps": steps, "global_batch": sequences, **more.get("train", {}), **train},
         comm={"shuffle_seed": steps},  # of the order in which ranks take turns
     )

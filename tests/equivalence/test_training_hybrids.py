@@ -2,7 +2,7 @@
 
 import pytest
 
-from longctx.config.choices import MIXERS
+from longctx.catalog import MIXERS
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import small_config, train_on_sim
 

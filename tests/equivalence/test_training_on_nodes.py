@@ -73,7 +73,7 @@ def test_plans_follow_the_nodes_of_the_sequence_group(tmp_path, monkeypatch, par
 def test_plans_of_all_stages_follow_their_nodes(tmp_path, monkeypatch):
     asked, plan = [], ticks.planned
     monkeypatch.setattr(ticks, "planned", lambda *args: asked.append(args) or plan(*args))
-    attention = {"strategy": "zeppelin", "layout": None, "servers": "pipeline"}
+    attention = {"strategy": "zeppelin", "layout": None, "server_pool": "pipeline"}
     mesh = {"pp": 2, "sp": 2, "pp_schedule": "gpipe"}
     train_on_sim(config_of(tmp_path, mesh, 2, attention=attention))
     assert {(topology.servers, topology.per_node) for *_, topology in asked} == {(4, 2)}
@@ -85,7 +85,7 @@ ROUTED = {
     "in turns": ({"sp": 4}, {"strategy": "disaggregated", "layout": None, "ping_pong": True}, {"micro_batch": 2}),
     "stages": (
         {"pp": 2, "sp": 2, "pp_schedule": "gpipe"},
-        {"strategy": "disaggregated", "layout": None, "servers": "pipeline"},
+        {"strategy": "disaggregated", "layout": None, "server_pool": "pipeline"},
         {"global_batch": 3},  # ticks in which one stage has nothing
     ),
 }

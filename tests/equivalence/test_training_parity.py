@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from longctx.catalog import LAYOUTS
 from longctx.launcher.verify import parity_table as parity_page
-from longctx.sequence import LAYOUTS
 from tests.train.small_run import small_config, train_on_sim
 
 WORKER = Path(__file__).with_name("gloo_training_worker.py")

@@ -2,13 +2,13 @@
 
 import pytest
 
-from longctx.config.choices import STRATEGIES
+from longctx.catalog import STRATEGIES
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import small_config, train_on_sim
 
 SHARED = [name for name in STRATEGIES if name != "local"]
 MESHES = {"sp 4": {"sp": 4}, "tp 2 x sp 2": {"tp": 2, "sp": 2}, "pp 2 x sp 2": {"pp": 2, "sp": 2}}
-INNER = {"burst": 2, "usp": 2}
+ROWS = {"usp": {"ulysses_degree": 2}, "burst": {"inner_ring": 2}}
 SHORT, LONG = 3, 20
 
 
@@ -38,8 +38,7 @@ def alone(tmp_path_factory):
 
 
 def check(alone, directory, strategy: str, mesh: str, steps: int, **attention) -> None:
-    inner = INNER.get(strategy)
-    found = train(directory, strategy, MESHES[mesh], steps, **({"inner": inner} if inner else {}), **attention)
+    found = train(directory, strategy, MESHES[mesh], steps, **ROWS.get(strategy, {}), **attention)
     assert largest_difference(found, alone(strategy != "rsa", steps)) <= 1e-9
 
 

@@ -11,7 +11,7 @@ from longctx.attention import StrategyAttention, dense_attention
 from longctx.attention.core import Started
 from longctx.attention.decoding.cache import KeyValueShard, SequenceCache
 from longctx.attention.decoding.tree_decoding import CachedAttention, reduce, volume
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
 from longctx.comm import Group, broadcast, group_of
 from longctx.config import ModelConfig

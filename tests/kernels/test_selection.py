@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longctx.attention.runtime import local_kernel as contract
-from longctx.attention.runtime.local_kernel import KERNELS, KernelProblem, kernel_for, load_kernel, select_kernel
+from longctx.attention.runtime.local_kernel import KernelProblem, kernel_for, load_kernel, select_kernel
+from longctx.catalog import KERNELS
 from longctx.errors import ConfigError
 
 

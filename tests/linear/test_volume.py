@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import StrategyAttention
-from longctx.attention.runtime.registry import Volume
+from longctx.attention.costs.estimate import Volume
 from longctx.comm import group_of
 from longctx.linear import LinearAttention, get_linear, get_mixer
 from longctx.linear.mixer import transition_numbers

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.config import AttentionConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from longctx.config.choices import SCHEDULES
 from longctx.config.pipeline import RULES
+from longctx.config.pipeline import RULES as SCHEDULES
 from longctx.model import Decoder, Part, initialize
 from longctx.parallel.pipeline import ONE_STAGE, SEVERAL_STAGES
 from longctx.parallel.stages import Costs, estimate_costs, parts_of, split_layers, stage_numbers

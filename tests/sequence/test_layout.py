@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.catalog import LAYOUTS
 from longctx.errors import ConfigError
-from longctx.sequence import LAYOUTS, Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
+from longctx.sequence import Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.layout import shard_length
 from tests.sequence.brute_force import layouts
 

@@ -47,7 +47,7 @@ RIGHT = [
     {
         "parallel": {"pp": 2, "sp": 2, "pp_schedule": "gpipe"},
         "model": {"layers": 3},
-        "attention": {"strategy": "disaggregated", "layout": None, "servers": "pipeline"},
+        "attention": {"strategy": "disaggregated", "layout": None, "server_pool": "pipeline"},
         "train": {"dtype": "bfloat16", "recompute": "selective", "offload": True},
     },
     {

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longctx.attention.runtime.registry import MODULES
+from longctx import catalog
+from longctx.catalog import LINEAR_STRATEGIES, MIXERS
 from longctx.kernels.dense import Dense
 from longctx.launcher import cli
 from longctx.launcher.commands import verify as verify_command
 from longctx.launcher.commands.verify import matrix, table
 from longctx.launcher.verify import ranks as verify_ranks
-from longctx.linear import MIXERS, HeadDims, LinearAttention, get_mixer
-from longctx.linear import MODULES as LINEAR
+from longctx.linear import HeadDims, LinearAttention, get_mixer
 from longctx.verify import Verdict, VerifyCase, judge, refused
 from longctx.verify.case import TOLERANCE
 from tests.equivalence.attention_definition import attention
@@ -278,7 +278,7 @@ def test_gloo_gives_the_numbers_of_sim(capsys):
 @pytest.mark.gloo
 def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys):
     words = ["--mixer", "gated_deltanet", "--seq", "31", "--heads", "3", "--head-dim", "4", "--world", "2"]
-    for strategy in LINEAR:
+    for strategy in LINEAR_STRATEGIES:
         case = [*words, "--strategy", strategy, "--documents", "9,1,21", "--layout", "zigzag"]
         _, simulated = verify_json(capsys, *case)
         status, real = verify_json(capsys, *case, "--backend", "gloo")
@@ -341,11 +341,11 @@ def test_the_matrix_as_json_is_a_list_of_the_same_objects(capsys, monkeypatch):
 def test_the_matrix_holds_every_axis():
     cases = list(matrix(40, "float64", "sim"))
     linear = [case for case in cases if case.mixer]
-    assert len(linear) == len(set(linear)) == len(LINEAR) * len(MIXERS) * 3 * 3 * 5
+    assert len(linear) == len(set(linear)) == len(LINEAR_STRATEGIES) * len(MIXERS) * 3 * 3 * 5
     assert {case.world for case in linear} == {1, 2, 3, 4, 8}
     assert any(1 in case.documents for case in linear)
     cases = [case for case in cases if not case.mixer]
-    assert len(cases) == len(set(cases)) == len(MODULES) * 3 * 6 * 3 * 5
+    assert len(cases) == len(set(cases)) == len(catalog.STRATEGIES) * 3 * 6 * 3 * 5
     assert {case.world for case in cases} == {1, 2, 3, 4, 8}
     assert {(case.heads // case.kv_heads, case.kv_heads) for case in cases} == {(1, 4), (4, 2), (4, 1)}
     assert {bool(case.window) for case in cases} == {case.causal for case in cases} == {True, False}

@@ -81,7 +81,7 @@ def test_a_process_settles_the_nodes_and_nics_of_its_run(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["steps"]
 
 
-STAGES = ["attention=disaggregated", "attention.servers=pipeline", "parallel.pp=2", "parallel.pp_schedule=gpipe"]
+STAGES = ["attention=disaggregated", "attention.server_pool=pipeline", "parallel.pp=2", "parallel.pp_schedule=gpipe"]
 
 
 @pytest.mark.parametrize("sp", [1, 2])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
-from longctx.attention.runtime.operator import DEFAULT, StrategyOptions
-from longctx.attention.runtime.registry import Sizes, Volume, divisors
+from longctx.attention.costs.estimate import Costs, Volume
+from longctx.attention.runtime.registry import costs_of
+from longctx.attention.runtime.sizes import Sizes
 from longctx.comm import group_of
+from longctx.options import DEFAULT, StrategyOptions
+from longctx.rules import divisors
 from longctx.sequence import Contiguous, Documents, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, mark_step
 
@@ -39,19 +42,31 @@ def plan_of(packing, mask: Mask, layout: Layout, length: int, world: int) -> Seq
     return SequencePlan([Documents.from_lengths(row) for row in packing], mask, layout, length, world)
 
 
+def with_row(strategy: str, inner: int, options: StrategyOptions = DEFAULT) -> StrategyOptions:
+    """These options, and rows of ``inner`` ranks where the strategy lets users choose them."""
+    grid = get_strategy(strategy).grid
+    return options if grid is None or grid.option is None else replace(options, **{grid.option: inner})
+
+
 def choices(strategy: str, case: AttentionCase) -> Iterator[tuple[int, StrategyOptions]]:
     """Every (inner, options) that the strategy tells apart and takes for a case; none where it refuses the case."""
     found = get_strategy(strategy)
-    inners = divisors(case.world) if "inner" in found.takes else [None]
-    sides = ("keys", "queries") if "backward" in found.takes else ("auto",)
-    travels = ("wide", "narrow") if "travel" in found.takes else ("wide",)
-    for inner, side, travel in itertools.product(inners, sides, travels):
-        options = StrategyOptions(side, travel)
-        asked = AttentionCase(
-            case.world, case.heads, case.kv_heads, case.layout, case.mask, inner, options, case.documents
-        )
+    chosen = found.grid is not None and found.grid.option is not None
+    inners = divisors(case.world) if chosen else [1 if found.grid is None else case.world]
+    sides = ("kv", "q") if "backward_rotates" in found.options else ("auto",)
+    grad_dtypes = ("fp32", "compute") if "grad_dtype" in found.options else ("fp32",)
+    for inner, side, grad_dtype in itertools.product(inners, sides, grad_dtypes):
+        options = StrategyOptions(grad_dtype, side)
+        asked = replace(case, options=with_row(strategy, inner, options))
         if refusal(found, asked) is None:
-            yield inner or (1 if found.inner is None else case.world), options
+            yield inner, options
+
+
+def costs(strategy: str) -> Costs:
+    """The strategy's closed forms."""
+    found = costs_of(get_strategy(strategy))
+    assert found is not None, strategy
+    return found
 
 
 class Nothing:
@@ -90,7 +105,7 @@ class Case:
 
     def closed(self) -> list[Volume]:
         """What the strategy says that it sends, by rank."""
-        volume = get_strategy(self.strategy).volume
+        volume = costs(self.strategy).volume
         return [volume(self.plan, rank, self.sizes) for rank in range(self.plan.world)]
 
 
@@ -114,7 +129,8 @@ def attend_case(case: Case, before: int = 0) -> tuple[list[torch.Tensor], Volume
         torch.randn(len(plan.documents), plan.shard, n, DIM, generator=generator).to(case.dtype).requires_grad_()
         for n in (q_heads, kv_heads, kv_heads, q_heads)
     )
-    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel, inner=case.inner, options=case.options)
+    options = with_row(case.strategy, case.inner, case.options)
+    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel, options=options)
     traffic = group_of(dist.group.WORLD).traffic
     start = traffic.bytes, traffic.messages
     mark_step(before + FORWARD)

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from longctx.attention import get_strategy
-from longctx.attention.runtime.operator import StrategyOptions
-from longctx.attention.runtime.registry import MODULES, Sizes
+from longctx import catalog
+from longctx.attention.runtime.sizes import Sizes
+from longctx.options import StrategyOptions
 from longctx.sequence import Mask
-from tests.volume.measure import LAYOUTS, plan_of
+from tests.volume.measure import LAYOUTS, costs, plan_of
 
 PAGE = Path(__file__).parents[2] / "docs/attention.md"
 ROW = re.compile(
-    r"^\| `(\w+)`(?:, (keys|queries|one group|two groups))?(?:, \w+ divides \w)? \| (\S.*) \| (\S.*) \|$", re.MULTILINE
+    r"^\| `(\w+)`(?:, (kv|q|one group|two groups))?(?:, \w+ divides \w)? \| (\S.*) \| (\S.*) \|$", re.MULTILINE
 )
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-# Those of which nothing wide travels but gradients, so that w = e is all that `travel=narrow` changes.
-GRADIENTS_ALONE = {("ring", ""), ("gather", ""), ("burst", "keys"), ("usp", "")}
+# Those of which nothing wide travels but gradients, so that w = e is all that `grad_dtype=compute` changes.
+GRADIENTS_ALONE = {("ring", ""), ("gather", ""), ("burst", "kv"), ("usp", "")}
 
 
 def value(formula: str, names: dict[str, int]) -> Fraction:
@@ -44,7 +44,12 @@ def documented() -> list[tuple[str, str, str, str]]:
 
 def test_every_strategy_that_sends_is_there():
     # What disaggregated attention sends is what its planner has assigned.
-    assert {row[0] for row in documented()} == set(MODULES) - {"local", "striped", "disaggregated", "zeppelin"}
+    assert {row[0] for row in documented()} == set(catalog.STRATEGIES) - {
+        "local",
+        "striped",
+        "disaggregated",
+        "zeppelin",
+    }
 
 
 @pytest.mark.parametrize(("strategy", "side", "forward", "backward"), documented())
@@ -54,11 +59,11 @@ def test_it_is_what_the_closed_form_gives(strategy, side, forward, backward, h, 
     n, dim, element = 32, 8, 2
     plan = plan_of([(n * world,)], Mask(False), LAYOUTS["zigzag"], n * world, world)
     row = world if strategy == "ulysses" else inner
-    for travel, wide in (("wide", 4), ("narrow", 2)):
-        if travel == "narrow" and (strategy, side) not in GRADIENTS_ALONE:
+    for grad_dtype, wide in (("fp32", 4), ("compute", 2)):
+        if grad_dtype == "compute" and (strategy, side) not in GRADIENTS_ALONE:
             continue
-        sizes = Sizes(1, h, k, dim, element, 4, row, StrategyOptions(side or "auto", travel))
+        sizes = Sizes(1, h, k, dim, element, 4, row, StrategyOptions(grad_dtype, side or "auto"))
         names = {"P": world, "n": n, "h": h, "k": k, "D": dim, "e": element, "w": wide, "u": row}
         for rank in range(world):
-            volume = get_strategy(strategy).volume(plan, rank, sizes)
+            volume = costs(strategy).volume(plan, rank, sizes)
             assert (volume.forward, volume.backward) == (value(forward, names), value(backward, names))

@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import StrategyAttention, get_strategy
-from longctx.attention.runtime import local_kernel as contract
+from longctx.attention import StrategyAttention
 from longctx.attention.runtime.head_sharding import HeadGroups
-from longctx.attention.runtime.operator import DEFAULT, IMPLEMENTATIONS, StrategyOptions
-from longctx.attention.runtime.registry import Sizes
+from longctx.attention.runtime.operator import IMPLEMENTATIONS
+from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import KERNELS
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
-from tests.volume.measure import LAYOUTS, Nothing, plan_of
+from tests.volume.measure import LAYOUTS, Nothing, costs, plan_of, with_row
 from tests.volume.test_documented_forms import PAGE, ROW, value
 
 WORLD, ROWS, DIM = 8, 64, 8
@@ -24,7 +25,7 @@ WORLD, ROWS, DIM = 8, 64, 8
 
 @pytest.fixture(autouse=True)
 def nothing(monkeypatch):
-    monkeypatch.setitem(contract.KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
+    monkeypatch.setitem(KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
 
 
 def peaks(
@@ -40,7 +41,7 @@ def peaks(
         torch.randn(len(plan.documents), plan.shard, n, DIM).bfloat16().requires_grad_()
         for n in (heads[0], heads[1], heads[1], heads[0])
     )
-    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, inner=inner, options=options)
+    attention = StrategyAttention(strategy, dist.group.WORLD, kernel, options=with_row(strategy, inner, options))
     with PeakMemory(IMPLEMENTATIONS) as memory:
         out = attention(q, k, v, plan.handle)
         forward = memory.peak
@@ -82,7 +83,7 @@ def inner_of(strategy: str) -> int:
 
 
 def options_of(side: str) -> StrategyOptions:
-    return StrategyOptions(side) if side in ("keys", "queries") else DEFAULT
+    return StrategyOptions(backward_rotates=side) if side in ("kv", "q") else DEFAULT
 
 
 def ratios(row, layout: str, mask: Mask, lengths: tuple[int, ...], heads: tuple[int, int]) -> list[tuple[int, Any]]:
@@ -106,7 +107,7 @@ def test_it_is_what_the_strategies_publish(row, heads):
     (strategy, side, *formulas), (h, k) = row, heads
     plan = plan_of([(ROWS * WORLD,)], Mask(False), LAYOUTS["contiguous"], ROWS * WORLD, WORLD)
     sizes = Sizes(1, h, k, DIM, 2, 4, inner_of(strategy), options_of(side))
-    published = get_strategy(strategy).peak(plan, sizes)
+    published = costs(strategy).peak_memory(plan, sizes)
     names = {"Q": ROWS * h * DIM, "V": 2 * ROWS * k * DIM, "L": ROWS * h, "P": WORLD, "e": 2, "w": 4}
     assert (published.forward, published.backward) == tuple(value(one, names) for one in formulas)
 
@@ -116,9 +117,9 @@ def test_what_the_table_has_no_row_for_is_a_bound_too(strategy):
     """Whole sequences, a double ring, and rows of scores (by its own products, not by a kernel)."""
     world, inner = {"local": (1, 1), "burst": (8, 2), "rsa": (4, 1)}[strategy]
     plan = plan_of([(ROWS * world,)], Mask(False), LAYOUTS["contiguous"], ROWS * world, world)
-    options = StrategyOptions("keys") if strategy == "burst" else DEFAULT
+    options = StrategyOptions(backward_rotates="kv") if strategy == "burst" else DEFAULT
     kernel = "auto" if strategy == "rsa" else "nothing"
-    published = get_strategy(strategy).peak(plan, Sizes(1, 8, 8, DIM, 2, 4, inner, options))
+    published = costs(strategy).peak_memory(plan, Sizes(1, 8, 8, DIM, 2, 4, inner, options))
     ranks = Cluster(world, trace=False).run(peaks, strategy, plan, (8, 8), inner, options, kernel)
     for forward, backward in ranks:
         assert published.forward * 0.9 <= forward <= published.forward + 100
@@ -146,6 +147,6 @@ def test_what_a_planner_has_assigned_has_a_bound(strategy, layout):
     for lengths in ((ROWS * WORLD,), (300, 1, 1, 150, 60)):
         plan = plan_of([lengths], Mask(), LAYOUTS[layout], ROWS * WORLD, WORLD)
         ranks = Cluster(WORLD, trace=False).run(peaks, strategy, plan, (16, 8), 1, DEFAULT)
-        peak = get_strategy(strategy).peak(plan, Sizes(1, 16, 8, DIM, 2, 4))
+        peak = costs(strategy).peak_memory(plan, Sizes(1, 16, 8, DIM, 2, 4))
         assert max(forward for forward, _ in ranks) <= peak.forward
         assert 0.4 * peak.backward <= max(both for _, both in ranks) <= peak.backward

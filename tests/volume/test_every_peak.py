@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.tables.volume import ABOVE, WITHIN
-from longctx.attention import AttentionCase, StrategyAttention, get_strategy
-from longctx.attention.runtime import local_kernel as contract
+from longctx import catalog
+from longctx.attention import AttentionCase, StrategyAttention
 from longctx.attention.runtime.operator import IMPLEMENTATIONS
-from longctx.attention.runtime.registry import MODULES, Sizes
+from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import KERNELS
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
 from tests.equivalence.pairwise import pairwise
-from tests.volume.measure import LAYOUTS, MASKS, PACKINGS, Case, Nothing, choices, plan_of
+from tests.volume.measure import LAYOUTS, MASKS, PACKINGS, Case, Nothing, choices, costs, plan_of, with_row
 
 LENGTH, DIM = 96, 16
 WORLDS = (1, 2, 3, 4, 8)
@@ -25,7 +26,7 @@ HEADS = {"mha": (8, 8), "gqa": (8, 4), "mqa": (8, 1)}
 
 @pytest.fixture(autouse=True)
 def nothing(monkeypatch):
-    monkeypatch.setitem(contract.KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
+    monkeypatch.setitem(KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
 
 
 def alive(case: Case) -> tuple[int, int]:
@@ -35,7 +36,8 @@ def alive(case: Case) -> tuple[int, int]:
         torch.zeros(len(plan.documents), plan.shard, n, DIM, dtype=case.dtype).requires_grad_()
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel, inner=case.inner, options=case.options)
+    options = with_row(case.strategy, case.inner, case.options)
+    attention = StrategyAttention(case.strategy, dist.group.WORLD, case.kernel, options=options)
     with PeakMemory(IMPLEMENTATIONS) as memory:
         out = attention(q, k, v, plan.handle)
         forward = memory.peak
@@ -57,7 +59,7 @@ def check(cases: list[Case]) -> None:
     by_rank = Cluster(cases[0].plan.world, trace=False).run(lambda: [alive(case) for case in cases])
     for case, ranks in zip(cases, zip(*by_rank, strict=True), strict=True):
         sizes = Sizes(len(case.plan.documents), *case.heads, DIM, 2, 4, case.inner, case.options)
-        published = get_strategy(case.strategy).peak(case.plan, sizes)
+        published = costs(case.strategy).peak_memory(case.plan, sizes)
         forward, both = (max(peaks) for peaks in zip(*ranks, strict=True))
         most = max(published.forward, published.backward)
         said = f"{case.name}: {forward, both} of {published}"
@@ -66,7 +68,7 @@ def check(cases: list[Case]) -> None:
         assert forward * above >= published.forward - WITHIN and both * above >= most - WITHIN, said
 
 
-AXES = (tuple(MODULES), tuple(LAYOUTS), WORLDS, tuple(HEADS), tuple(PACKINGS), tuple(MASKS), range(4))
+AXES = (tuple(catalog.STRATEGIES), tuple(LAYOUTS), WORLDS, tuple(HEADS), tuple(PACKINGS), tuple(MASKS), range(4))
 
 
 @pytest.mark.parametrize("axes", pairwise(AXES), ids=str)
@@ -85,6 +87,6 @@ def test_every_peak_is_what_is_alive(world, heads, layout):
     """With every packing and every mask; over the layouts with all pairs of both."""
     cases, turn = [], list(LAYOUTS).index(layout)
     pairs = zip(PACKINGS, [*list(MASKS)[turn:], *list(MASKS)[:turn]], strict=True)
-    for strategy, (packing, mask) in itertools.product(MODULES, pairs):
+    for strategy, (packing, mask) in itertools.product(catalog.STRATEGIES, pairs):
         cases += cases_of(strategy, layout, world, heads, packing, mask)
     check(cases)

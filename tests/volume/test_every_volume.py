@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from longctx.attention import AttentionCase
-from longctx.attention.runtime import local_kernel as contract
-from longctx.attention.runtime.registry import MODULES
+from longctx.catalog import KERNELS, STRATEGIES
 from longctx.sequence import SequencePlan
 from tests.equivalence.pairwise import pairwise
 from tests.volume.measure import LAYOUTS, MASKS, PACKINGS, Case, Nothing, choices, measured_together, plan_of
@@ -26,7 +25,7 @@ def cases_of(
     documents = packing != "one"
     asked = AttentionCase(plan.world, *HEADS[heads], layout.removesuffix("4"), plan.mask, documents=documents)
     for inner, options in choices(strategy, asked):
-        dtype = torch.bfloat16 if options.travel == "narrow" else torch.float32
+        dtype = torch.bfloat16 if options.grad_dtype == "compute" else torch.float32
         yield Case(strategy, plan, HEADS[heads], dtype, inner, options, "auto" if strategy == "rsa" else kernel)
 
 
@@ -35,7 +34,7 @@ def check(cases: list[Case]) -> None:
         assert sent == case.closed(), case.name
 
 
-AXES = (tuple(MODULES), tuple(LAYOUTS), WORLDS, tuple(HEADS), tuple(PACKINGS), tuple(MASKS), range(4))
+AXES = (tuple(STRATEGIES), tuple(LAYOUTS), WORLDS, tuple(HEADS), tuple(PACKINGS), tuple(MASKS), range(4))
 
 
 @pytest.mark.parametrize("axes", pairwise(AXES), ids=str)
@@ -49,11 +48,13 @@ def test_sampled_volumes_are_what_was_sent(axes):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("heads", "strategies"), [("mha", MODULES), ("gqa", MODULES), ("gqa shared", SPLIT_HEADS)])
+@pytest.mark.parametrize(
+    ("heads", "strategies"), [("mha", STRATEGIES), ("gqa", STRATEGIES), ("gqa shared", SPLIT_HEADS)]
+)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_volume_is_what_was_sent(world, heads, strategies, layout, monkeypatch):
     """Strategies with all their choices, packings and masks. Kernels compute nothing here; in the sample they do."""
-    monkeypatch.setitem(contract.KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
+    monkeypatch.setitem(KERNELS, "nothing", f"{Nothing.__module__}:Nothing")
     cases = []
     for packing, mask in itertools.product(PACKINGS, MASKS):
         plan = plan_of(PACKINGS[packing], MASKS[mask], LAYOUTS[layout], LENGTH, world)

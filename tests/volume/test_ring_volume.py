@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from longctx.attention import get_strategy
-from longctx.attention.runtime.operator import StrategyOptions
-from longctx.attention.runtime.registry import Sizes, Volume
+from longctx.attention.costs.estimate import Volume
+from longctx.attention.runtime.sizes import Sizes
+from longctx.options import StrategyOptions
 from longctx.sequence import Contiguous, Explicit, Mask, SequencePlan
 from longctx.sim import Cluster
 from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
-from tests.volume.measure import BYTES, DIM, FORWARD, LAYOUTS, assert_volume, closed, measured, plan_of
+from tests.volume.measure import BYTES, DIM, FORWARD, LAYOUTS, assert_volume, closed, costs, measured, plan_of
 from tests.volume.ring_count import count
 
 
@@ -112,7 +112,7 @@ def test_an_explicit_layout_with_an_idle_rank():
 @given(examples())
 def test_closed_form_is_the_independent_count(example):
     plan = example.plan()
-    rows, volume = count(plan), get_strategy("ring").volume
+    rows, volume = count(plan), costs("ring").volume
     for rank in range(example.world):
         one = volume(plan, rank, Sizes(1, 1, 1, 1, 10, 1000))
         assert one.forward == 2 * 10 * rows.keys[rank]
@@ -140,12 +140,12 @@ def test_a_window_costs_its_own_width_under_the_contiguous_layout():
 
 def test_local_attention_sends_nothing():
     plan = plan_of([(9,)], Mask(), Contiguous(), 9, 1)
-    assert get_strategy("local").volume(plan, 0, Sizes(1, 1, 1, 1, 8, 8)) == Volume(0, 0, 0, 0)
+    assert costs("local").volume(plan, 0, Sizes(1, 1, 1, 1, 8, 8)) == Volume(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("travel", ["wide", "narrow"])
-def test_bytes_and_messages_of_either_way_home_are_the_closed_form(layout, mask, travel):
+@pytest.mark.parametrize("grad_dtype", ["fp32", "compute"])
+def test_bytes_and_messages_of_either_way_home_are_the_closed_form(layout, mask, grad_dtype):
     plan = plan_of(PACKINGS["mixed"], MASKS[mask], LAYOUTS[layout], 192, 4)
-    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=StrategyOptions(travel=travel))
+    assert_volume("ring", plan, (4, 2), torch.bfloat16, options=StrategyOptions(grad_dtype=grad_dtype))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from longctx.attention.runtime.operator import StrategyOptions
+from longctx.options import StrategyOptions
 from longctx.sequence import Documents, Mask, SequencePlan
 from tests.volume.measure import BYTES, DIM, LAYOUTS, closed, measured
 from tests.volume.ring_count import visible
 
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (4, 1)}
 MASKS = {"causal": Mask(), "full": Mask(False), "window": Mask(window=9), "window full": Mask(False, 9)}
-NARROW = StrategyOptions(travel="narrow")
+COMPUTE = StrategyOptions(grad_dtype="compute")
 
 
 def plan_of(layout: str, world: int, packing=((37,),), mask: Mask = MASKS["causal"], length: int = 37) -> SequencePlan:
@@ -39,7 +39,7 @@ def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: Stra
     for rank, volume in enumerate(found):
         leaving, returned = counts[rank].sum(), counts[:, rank].sum()
         assert volume.forward == numbers * (leaving * DIM * size + returned * (DIM + 1) * wide)
-        gradient = size if options is NARROW else wide
+        gradient = size if options is COMPUTE else wide
         assert volume.backward == numbers * (leaving * (3 * DIM * size + wide) + returned * DIM * gradient)
         hosts, guests = (counts[rank] > 0).sum(), (counts[:, rank] > 0).sum()
         assert (volume.messages_forward, volume.messages_backward) == (hosts + 2 * guests, 4 * hosts + guests)
@@ -49,7 +49,7 @@ def check_tree(plan: SequencePlan, heads: str, dtype: torch.dtype, options: Stra
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_tree_sends_what_sees_and_is_seen(layout, world):
     heads = tuple(HEADS)[world % 3]
-    check_tree(plan_of(layout, world), heads, torch.bfloat16, (StrategyOptions(), NARROW)[world % 2])
+    check_tree(plan_of(layout, world), heads, torch.bfloat16, (StrategyOptions(), COMPUTE)[world % 2])
 
 
 @pytest.mark.parametrize("mask", MASKS)

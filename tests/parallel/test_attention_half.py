@@ -8,9 +8,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 from benchmarks.tables.memory import measure
+from longctx import catalog
 from longctx.attention import AttentionCase, StrategyAttention, get_strategy, refusal
 from longctx.attention.runtime.operator import COMPLETIONS, tail_of
-from longctx.attention.runtime.registry import MODULES, Sizes
+from longctx.attention.runtime.sizes import Sizes
 from longctx.comm import group_of
 from longctx.config import AttentionConfig, Config, ModelConfig, ParallelConfig, TrainConfig
 from longctx.errors import ConfigError
@@ -21,10 +22,10 @@ from tests.equivalence.pairwise import pairwise
 from tests.parallel.small_decoder import MODEL, Outcome, batches, config_of, on_sim, worst
 from tests.sequence.brute_force import examples
 from tests.train.small_run import small_config, train_on_sim
-from tests.volume.measure import DIM, LAYOUTS, MASKS, PACKINGS, plan_of, sizes_of
+from tests.volume.measure import DIM, LAYOUTS, MASKS, PACKINGS, costs, plan_of, sizes_of, with_row
 
-TAIL = {"recompute": "full", "recompute_keep": ("attention_tail",)}
-STRATEGIES = tuple(name for name in MODULES if get_strategy(name).tail)
+HALF = {"recompute": "full", "recompute_keep": ("attention_half",)}
+STRATEGIES = tuple(name for name in catalog.STRATEGIES if get_strategy(name).half)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def completed(strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: 
         torch.randn(len(plan.documents), plan.shard, n, DIM, generator=generator, dtype=torch.float64)
         for n in (heads[0], heads[1], heads[1])
     )
-    attention = StrategyAttention(strategy, dist.group.WORLD, inner=inner)
+    attention = StrategyAttention(strategy, dist.group.WORLD, options=with_row(strategy, inner))
     context = (plan.handle, attention._group, "auto", 0.5)
     operator = get_strategy(strategy).operator
     out, lse = operator(q, k, v, *context)
@@ -70,7 +71,7 @@ def check(strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: int 
             valid = len(plan.positions(rank))
             torch.testing.assert_close(other[:, :valid], one[:, :valid], rtol=1e-12, atol=1e-13)
             assert torch.equal(other[:, valid:], one[:, valid:])
-        volume = get_strategy(strategy).volume(plan.head, rank, sizes)
+        volume = costs(strategy).volume(plan.head, rank, sizes)
         assert sent == [volume.forward, volume.messages_forward]
 
 
@@ -125,7 +126,7 @@ def test_what_of_the_forward_pass_s_bytes_it_sends_again(layout, part):
     whole ones; contiguous: all, for the first query of a rank sees the keys of all ranks before it."""
     plan = plan_of([(1024,)], Mask(), LAYOUTS[layout], 1024, 8)
     sizes = sizes_of(plan, (4, 2), torch.float32)
-    volume = get_strategy("ring").volume
+    volume = costs("ring").volume
     sent = [sum(volume(one, rank, sizes).forward for rank in range(8)) for one in (plan.head, plan)]
     assert sent[0] / sent[1] == pytest.approx(part, abs=0.01)
 
@@ -140,20 +141,20 @@ def test_what_of_the_forward_pass_s_bytes_it_sends_again(layout, part):
         {"sp": 3, "layout": "striped"},
         {"dp_shard": 2, "sp": 2, "layout": "contiguous"},
         {"sp": 2, "tp": 2},
-        {"sp": 2, "tp": 2, "recompute_keep": ("attention_tail", "products", "collectives")},
+        {"sp": 2, "tp": 2, "recompute_keep": ("attention_half", "products", "collectives")},
         {"dp_replicate": 2, "sp": 2, "mlp_chunk": 6},
         {"sp": 2, "offload": True},
-        {"dp_shard": 2, "tp": 2, "offload": True, "recompute_keep": ("attention_tail", "products")},
+        {"dp_shard": 2, "tp": 2, "offload": True, "recompute_keep": ("attention_half", "products")},
     ],
     ids=str,
 )
 def test_gradients_are_those_without_recompute(single, options):
-    exact(on_sim(config_of(**{**TAIL, **options}))[0], single)
+    exact(on_sim(config_of(**{**HALF, **options}))[0], single)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_that_declares_it_trains_by_it(single, strategy):
-    config = with_strategy(config_of(sp=1 if strategy == "local" else 2, layout="striped", **TAIL), strategy)
+    config = with_strategy(config_of(sp=1 if strategy == "local" else 2, layout="striped", **HALF), strategy)
     exact(on_sim(config)[0], single)
 
 
@@ -165,13 +166,13 @@ def test_in_the_stages_of_a_pipeline(tmp_path):
         )  # fmt: skip
         return [number for step in train_on_sim(config)[0][:3] for number in step[:2]]
 
-    found = run("tail", {"pp": 2, "sp": 2, "pp_schedule": "interleaved_1f1b"}, TAIL)
+    found = run("tail", {"pp": 2, "sp": 2, "pp_schedule": "interleaved_1f1b"}, HALF)
     assert found == pytest.approx(run("one", {}, {}), rel=1e-9)
 
 
 def test_bf16_trains_by_it():
     """Halves are rounded as the whole is, in rows and by their merges."""
-    found, _ = on_sim(config_of(sp=2, dtype="bfloat16", **TAIL))
+    found, _ = on_sim(config_of(sp=2, dtype="bfloat16", **HALF))
     kept, _ = on_sim(config_of(sp=2, dtype="bfloat16", recompute="full"))
     assert worst(found, kept) < 2e-2
 
@@ -179,7 +180,7 @@ def test_bf16_trains_by_it():
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_block_sends_again_what_is_stated_and_no_more(offload):
     sent = {}
-    for keep in ("attention", "attention_tail"):
+    for keep in ("attention", "attention_half"):
         _, cluster = on_sim(config_of(sp=3, recompute="full", recompute_keep=(keep,), offload=offload))
         sent[keep] = [cluster.ledger.by_operation(rank)["send"] for rank in range(3)]
     more = [0] * 3
@@ -187,8 +188,8 @@ def test_the_block_sends_again_what_is_stated_and_no_more(offload):
         plan = SequencePlan(batch.documents, Mask(), LAYOUTS["zigzag"], 31, 3)
         sizes = Sizes(1, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 8, 8)
         for rank in range(3):
-            more[rank] += MODEL.layers * get_strategy("ring").volume(plan.head, rank, sizes).forward
-    assert [tail - whole for tail, whole in zip(sent["attention_tail"], sent["attention"], strict=True)] == more
+            more[rank] += MODEL.layers * costs("ring").volume(plan.head, rank, sizes).forward
+    assert [tail - whole for tail, whole in zip(sent["attention_half"], sent["attention"], strict=True)] == more
 
 
 def test_it_keeps_half_of_what_attention_keeps():
@@ -196,7 +197,7 @@ def test_it_keeps_half_of_what_attention_keeps():
     and of lse less; of its own the whole was completed, and what was kept is gone. x, a block's input, stays."""
     tokens, layers, width = 512, 6, 64
     found = {}
-    for keep in ("attention", "attention_tail"):
+    for keep in ("attention", "attention_half"):
         config = Config(
             ModelConfig(vocab_size=64, dim=width, layers=layers, heads=4, kv_heads=4, head_dim=16, hidden_dim=16),
             AttentionConfig(strategy="ring"),
@@ -205,28 +206,28 @@ def test_it_keeps_half_of_what_attention_keeps():
         )
         found[keep] = Cluster(1).run(measure, config, tokens)[0]
     half = tokens // 2 * (width + 4) * 4
-    saved = found["attention"]["activations"] - found["attention_tail"]["activations"]
+    saved = found["attention"]["activations"] - found["attention_half"]["activations"]
     assert saved == (layers - 1) * half + 2 * half
 
 
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("strategy", [name for name in MODULES if name not in STRATEGIES])
+@pytest.mark.parametrize("strategy", [name for name in catalog.STRATEGIES if name not in STRATEGIES])
 def test_strategies_without_it_refuse_by_name(strategy):
-    case = AttentionCase(2, 8, 8, "contiguous", Mask(), tail=True)
+    case = AttentionCase(2, 8, 8, "contiguous", Mask(), half=True)
     said = refusal(get_strategy(strategy), case)
     assert said is not None
-    assert "train.recompute_keep=[attention_tail]" in said and "train.recompute_keep=[attention]" in said
-    assert attention_case(with_strategy(config_of(sp=2, **TAIL), strategy)).tail
+    assert "train.recompute_keep=[attention_half]" in said and "train.recompute_keep=[attention]" in said
+    assert attention_case(with_strategy(config_of(sp=2, **HALF), strategy)).half
 
 
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"recompute": "full", "recompute_keep": ("attention", "attention_tail")}, "leave one out"),
-        ({**TAIL, "compile": True}, r"train.recompute_keep=\[attention_tail\] does not go .* train.compile=false"),
-        ({"recompute_keep": ("attention_tail",)}, "set train.recompute=full"),
+        ({"recompute": "full", "recompute_keep": ("attention", "attention_half")}, "leave one out"),
+        ({**HALF, "compile": True}, r"train.recompute_keep=\[attention_half\] does not go .* train.compile=false"),
+        ({"recompute_keep": ("attention_half",)}, "set train.recompute=full"),
     ],
 )
 def test_the_configuration_refuses_what_cannot_be(train, words):

@@ -1,57 +1,65 @@
-"""conf/ holds the schema's keys and nothing else, and what it composes by default is the schema's default."""
+"""conf/ says only what differs from the schema, whose defaults are what is composed by default."""
 
 from dataclasses import fields
 
 import pytest
 import yaml
 
+from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STRATEGIES
 from longctx.config import Config
-from longctx.config.choices import BACKENDS, ENGINES, ENGINES_PLANNED, LINEAR_STRATEGIES, SOURCES, STRATEGIES
-from longctx.launcher.compose import CONF, compose, groups
+from longctx.config.sections.parallel import BACKENDS
+from longctx.launcher.compose import CONF, NAMED, compose, groups
 
-SECTIONS = {field.name: set(getattr(Config(), field.name).__dataclass_fields__) for field in fields(Config)}
+DEFAULTS = Config().to_dict()
 FILES = sorted(CONF.glob("*/*.yaml"))
 
 
 def plain(file):
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
 @pytest.mark.parametrize(
     "file", [f for f in FILES if f.parent.name != "recipe"], ids=lambda f: f"{f.parent.name}/{f.stem}"
 )
-def test_an_option_states_every_field_of_its_section(file):
-    if file.parent.name == "attention" or file.parent.name in SECTIONS:
-        assert set(plain(file)) == SECTIONS[file.parent.name]
+def test_an_option_states_what_differs_from_the_schema_and_says_what_it_is(file):
+    section, said = DEFAULTS[file.parent.name], plain(file)
+    assert set(said) <= set(section)
+    # What names the option may be a default.
+    assert [key for key, value in said.items() if section[key] == value] == []
+    assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_name_alone_has_no_file():
+    alone = [file for file in FILES if file.parent.name in NAMED and len(plain(file)) < 2]
+    assert not alone
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("recipe/*.yaml")), ids=lambda f: f.stem)
 def test_a_recipe_sets_known_keys_only(file):
     for section, values in plain(file).items():
         if section != "defaults":
-            assert set(values) <= SECTIONS[section]
+            assert set(values) <= set(DEFAULTS[section])
     assert file.read_text(encoding="utf-8").startswith("# @package _global_")
 
 
-def test_the_defaults_list_covers_the_schema():
+def test_the_defaults_list_names_every_group_and_the_schema_first():
     train = plain(CONF / "train.yaml")
+    assert list(train) == ["defaults"] and train["defaults"][0] == "schema"
     listed = [next(iter(entry)) for entry in train["defaults"] if isinstance(entry, dict)]
-    in_place = [key for key in train if key != "defaults"]
-    assert sorted([*listed, *in_place]) == sorted([*SECTIONS, "recipe"])
     assert sorted(listed) == sorted(groups())
-    for section in in_place:
-        assert set(train[section]) == SECTIONS[section]
+    assert set(listed) - {"recipe"} == {one.name for one in fields(Config)} - {"train", "run"}
 
 
 def test_the_default_composition_is_the_default_configuration():
     assert compose([]) == Config()
 
 
-def test_groups_offer_what_the_schema_knows():
+def test_groups_offer_what_the_catalog_knows():
     assert set(groups()["comm"]) == set(BACKENDS)
     assert set(groups()["data"]) == set(SOURCES)
     assert set(groups()["attention"]) == {*STRATEGIES, *LINEAR_STRATEGIES, "lasp2h"}
-    assert set(groups()["engine"]) == {*ENGINES, *ENGINES_PLANNED}
+    assert set(groups()["engine"]) == set(ENGINES)
+    assert set(groups()["optim"]) == set(OPTIMIZERS)
 
 
 # Options that need another one beside them.
@@ -66,12 +74,7 @@ COMPANIONS = {
 
 @pytest.mark.parametrize(
     "choice",
-    [
-        f"{group}={option}"
-        for group, options in groups().items()
-        for option in options
-        if f"{group}={option}" not in ("engine=deepspeed", "engine=megatron")
-    ],
+    [f"{group}={option}" for group, options in groups().items() for option in options],
 )
 def test_every_option_composes(choice):
     compose([choice, *COMPANIONS.get(choice, [])]).check()
