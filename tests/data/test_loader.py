@@ -118,10 +118,10 @@ def test_a_damaged_position_is_refused(damage: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("global_batch", "world", "micro", "message"),
     [
-        (6, 4, 1, r"train.global_batch=6 .* 4 data-parallel ranks.*train.global_batch=4 or 8"),
-        (2, 2, 2, r"train.micro_batch=2; set train.global_batch=4"),
-        (0, 1, 1, "train.global_batch=0: at least 1"),
-        (4, 1, 0, "train.micro_batch=0: at least 1"),
+        (6, 4, 1, r"train.global_batch=6 .*data-parallel groups 4 .*nearest valid values: 4 or 8"),
+        (2, 2, 2, r"train.micro_batch 2\); nearest valid values: 4"),
+        (0, 1, 1, "train.global_batch=0 must be at least 1"),
+        (4, 1, 0, "train.micro_batch=0 must be at least 1"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(global_batch: int, world: int, micro: int, message: str) -> None:

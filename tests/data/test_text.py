@@ -223,10 +223,10 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["python_stdlib", "text"])
 def test_bytes_need_256_ids(source: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.vocab_size=255.*at least 256.*model.vocab_size=256"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=255.*at least 256.*nearest valid value: 256"):
         preflight(DataConfig(source=source, path=str(tmp_path)), 255)
 
 
 def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.source='token'.*python_stdlib, text, tokens.*mean tokens"):
+    with pytest.raises(ConfigError, match=r"data.source=token is.*mean tokens.*python_stdlib, text, tokens"):
         preflight(DataConfig(source="token"), 256)

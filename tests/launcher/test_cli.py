@@ -79,7 +79,7 @@ def test_usage_errors_end_with_2(words, capsys):
     [
         (["train", "data.seqlen=5"], 78),
         (["train", "seqlen"], 2),
-        (["train", "engine=megatron"], 69),
+        (["train", "engine=megatron"], 78),
         (["train", "parallel.sp=2"], 78),
         (["launch", "--nproc", "2", "comm=sim"], 78),
         (["launch", "--nproc", "0"], 78),

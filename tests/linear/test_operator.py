@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused():
         core.attend(q, q, q, plan.handle, q[..., 0, 0])
     with pytest.raises(ConfigError, match="delta rule wants log_decay and beta"):
         core.attend(q, q, q, plan.handle, beta=q[..., 0])
-    with pytest.raises(ConfigError, match="valid strategies: lasp2, lasp, headwise"):
+    with pytest.raises(ConfigError, match="valid: lasp2, lasp, headwise"):
         LinearAttention("lasp3")
     with pytest.raises(ConfigError, match="chunk=0 must be at least 1"):
         LinearAttention("lasp", chunk=0)
