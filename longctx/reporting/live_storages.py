@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from longctx.attention.runtime.operands import tensors_in
 
 
 @dataclass
@@ -82,7 +83,7 @@ class LiveStorages(TorchDispatchMode):
             return func(*args, **kwargs)
         self.time += 1
         self._notice_resized()
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(tensors_in(args, kwargs))
         for tensor in given:
             self._notice(tensor, given=True)
         if func.namespace == "fsdp":
@@ -94,9 +95,8 @@ class LiveStorages(TorchDispatchMode):
         else:
             with self.region("attention"), self:
                 result = inside(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._notice(leaf)
+        for tensor in tensors_in(result):
+            self._notice(tensor)
         return result
 
     @contextmanager

@@ -22,6 +22,7 @@ from longctx.sim.faults import Fault, FaultInjector, FaultPlan
 from longctx.sim.ledger import Ledger
 from longctx.sim.process_group import create_group
 from longctx.sim.runtime import Runtime, Seat, current_seat, take_seat
+from longctx.sim.sharding_decisions import shared_sharding_decisions
 from longctx.sim.store import SimStore
 from longctx.sim.trace import Event, Trace
 from longctx.sim.world import BACKEND_NAME, isolated_world
@@ -105,7 +106,7 @@ class Cluster:
         if not _one_run_at_a_time.acquire(blocking=False):
             raise RuntimeError("another Cluster.run() goes on in this process; only one can at a time")
         try:
-            with isolated_world(create_group), _random_state_kept():
+            with isolated_world(create_group), shared_sharding_decisions(), _random_state_kept():
                 run = _Run(self._new_runtime(), self._trace_compute, self._fake)
                 return run(functools.partial(function, *args, **kwargs))
         finally:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from longctx.attention.runtime.operands import tensors_in
 
 
 class PeakMemory(TorchDispatchMode):
@@ -32,12 +33,10 @@ class PeakMemory(TorchDispatchMode):
         else:
             with self:
                 result = inside(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self._take_as_given(leaf.untyped_storage())
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._notice(leaf.untyped_storage())
+        for tensor in tensors_in(args, kwargs):
+            self._take_as_given(tensor.untyped_storage())
+        for tensor in tensors_in(result):
+            self._notice(tensor.untyped_storage())
         return result
 
     def _take_as_given(self, storage: torch.UntypedStorage) -> None:

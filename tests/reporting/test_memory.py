@@ -18,7 +18,7 @@ LEVERS = {"recompute": "full", "mlp_chunk": 8, "offload": True}
 
 
 def run_of(directory, **sections):
-    config = small_config(directory, **sections)
+    config = small_config(directory, **{"logger": {"memory": None}, **sections})
     seen, cluster = train_on_sim(config)
     path = directory / "memory.json"
     return seen, cluster, json.loads(path.read_text()) if path.exists() else None

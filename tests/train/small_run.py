@@ -59,7 +59,8 @@ def small_config(directory: Path | str, **sections: dict[str, Any]) -> Config:
         optim=OptimConfig(lr=1e-2, warmup_steps=3),
         train=TrainConfig(steps=20, seed=5, dtype="float64", global_batch=2, loss_chunk=9, canary=False),
         checkpoint=CheckpointConfig(at_end=False),
-        logger=LoggerConfig(progress=False, wandb="disabled", report=False),
+        # Measuring memory costs as much as five steps; tests of it ask for it, and the matrix measures every mesh.
+        logger=LoggerConfig(progress=False, wandb="disabled", report=False, memory=False),
         run=RunConfig(dir=str(directory)),
     )
     Path(directory).mkdir(parents=True, exist_ok=True)
