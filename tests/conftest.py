@@ -26,7 +26,16 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "matrix: the full product of axes; only runs when asked for by -m matrix")
 
 
+def pytest_pycollect_makeitem(collector, obj):
+    """The ten thousand cases of the matrix are not even made unless they are asked for."""
+    if "matrix" in collector.config.option.markexpr:
+        return None
+    marks = getattr(obj, "pytestmark", None)
+    return [] if isinstance(marks, list) and any(mark.name == "matrix" for mark in marks) else None
+
+
 def pytest_collection_modifyitems(config, items):
+    """Single cases that are marked among the parameters of a test."""
     if "matrix" in config.option.markexpr:
         return
     chosen = [item for item in items if not item.get_closest_marker("matrix")]

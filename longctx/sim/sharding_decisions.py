@@ -32,7 +32,7 @@ def shared_sharding_decisions() -> Iterator[None]:
     def look_up(schema: OpSchema) -> OutputSharding:
         return _decision(schema, decide, schema.op in placed)
 
-    propagator.propagate_op_sharding_non_cached = look_up  # type: ignore[method-assign]
+    propagator.propagate_op_sharding_non_cached = look_up  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
