@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from longctx.linear import HeadDims, LinearAttention, get_mixer
 from longctx.verify import Verdict, VerifyCase, judge, refused
 from longctx.verify.case import TOLERANCE
 from tests.equivalence.attention_definition import attention
+from tests.verify.cases_in_turn import on_gloo_in_turn
 
+ROOT = Path(__file__).parents[2]
 FIELDS = [
     "strategy", "layout", "mixer", "world", "backend", "dtype", "refused", "errors", "bytes_forward",
     "bytes_backward", "peak_extra_bytes", "passed",
@@ -276,15 +279,24 @@ def test_gloo_gives_the_numbers_of_sim(capsys):
 
 
 @pytest.mark.gloo
-def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys):
+def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys, monkeypatch, tmp_path):
+    """The command asks for each case; the processes that answer are started once for all of them."""
     words = ["--mixer", "gated_deltanet", "--seq", "31", "--heads", "3", "--head-dim", "4", "--world", "2"]
-    for strategy in LINEAR_STRATEGIES:
-        case = [*words, "--strategy", strategy, "--documents", "9,1,21", "--layout", "zigzag"]
-        _, simulated = verify_json(capsys, *case)
-        status, real = verify_json(capsys, *case, "--backend", "gloo")
+    commands = [[*words, "--strategy", one, "--documents", "9,1,21", "--layout", "zigzag"] for one in LINEAR_STRATEGIES]
+    simulated = [verify_json(capsys, *command)[1] for command in commands]
+    asked = []
+    monkeypatch.setattr(verify_ranks, "run_on_gloo", lambda case: asked.append(case) or verify_ranks.run_on_sim(case))
+    for command in commands:
+        verify_json(capsys, *command, "--backend", "gloo")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    answers = dict(zip(asked, on_gloo_in_turn(asked, tmp_path), strict=True))
+    monkeypatch.setattr(verify_ranks, "run_on_gloo", answers.pop)
+    for command, expected in zip(commands, simulated, strict=True):
+        status, real = verify_json(capsys, *command, "--backend", "gloo")
         assert status == 0 and real["backend"] == "gloo" and real["passed"]
         for field in ("errors", "bytes_forward", "bytes_backward"):
-            assert real[field] == simulated[field]
+            assert real[field] == expected[field]
+    assert len(asked) == len(LINEAR_STRATEGIES) and not answers
 
 
 @pytest.mark.gloo
