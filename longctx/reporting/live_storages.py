@@ -83,7 +83,7 @@ class LiveStorages(TorchDispatchMode):
             return func(*args, **kwargs)
         self.time += 1
         self._notice_resized()
-        given = list(tensors_in(args, kwargs))
+        given = tensors_in(args, kwargs)
         for tensor in given:
             self._notice(tensor, given=True)
         if func.namespace == "fsdp":

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors_in(*operands: Any) -> Iterator[Tensor]:
+def tensors_in(*operands: Any) -> list[Tensor]:
     """Tensors among arguments or results, in order; they nest in tuples, lists and dictionaries alone.
 
     torch's ``tree_leaves`` finds the same; in a mode that sees every operator it takes longer than the operators.
     """
+    found: list[Tensor] = []
     for operand in operands:
         if isinstance(operand, Tensor):
-            yield operand
+            found.append(operand)
         elif isinstance(operand, tuple | list):
-            yield from tensors_in(*operand)
-        elif isinstance(operand, dict):
-            yield from tensors_in(*operand.values())
+            if operand:
+                found += tensors_in(*operand)
+        elif isinstance(operand, dict) and operand:
+            found += tensors_in(*operand.values())
+    return found
