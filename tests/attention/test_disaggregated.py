@@ -52,15 +52,30 @@ def case_of(world, lengths, strategy="disaggregated", grad_dtype="fp32", **optio
     )  # fmt: skip
 
 
-@given(
+partitions = given(
     st.lists(st.integers(1, 23), min_size=1, max_size=7),
     st.integers(1, 5),
     st.sampled_from(["contiguous", "zigzag", "striped"]),
     st.integers(0, 2**16),
 )
-def test_any_partition_is_exact(lengths, world, layout, seed):
+
+
+def check_partition(lengths, world, layout, seed):
     case = case_of(world, lengths, layout=layout, seed=seed)
     check(case, plan_at_random(case, seed), plan_at_random(case, seed + 1))
+
+
+@settings(max_examples=30)
+@partitions
+def test_any_partition_is_exact(lengths, world, layout, seed):
+    check_partition(lengths, world, layout, seed)
+
+
+@pytest.mark.matrix
+@settings(max_examples=100)
+@partitions
+def test_any_of_a_hundred_partitions_is_exact(lengths, world, layout, seed):
+    check_partition(lengths, world, layout, seed)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])

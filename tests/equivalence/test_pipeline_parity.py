@@ -26,6 +26,7 @@ def run_config(directory, layout: str = "zigzag", tied: bool = True, **changes) 
         data={"seq_len": 37},
         parallel=changes.pop("parallel", {}),
         train={"global_batch": 8, "steps": SHORT, **changes},
+        logger={"memory": changes.get("steps") == LONG},
     )
 
 

@@ -48,6 +48,7 @@ def config_of(directory, case, steps, **train):
         parallel={**mesh, "pp_schedule": "gpipe"},
         attention={"strategy": "disaggregated", "layout": None, "server_pool": "pipeline", **more.get("attention", {})},
         train={"steps": steps, "global_batch": sequences, **more.get("train", {}), **train},
+        logger={"memory": steps == MANY},
         comm={"shuffle_seed": steps},  # of the order in which ranks take turns
     )
 

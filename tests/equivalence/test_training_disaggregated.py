@@ -15,6 +15,7 @@ def run(directory, parallel, steps, strategy="disaggregated", **train):
         parallel=parallel,
         attention={"strategy": strategy, "layout": None, "ping_pong": strategy == "disaggregated"},
         train={"steps": steps, "global_batch": 4, "micro_batch": 2, **train},
+        logger={"memory": steps == 20},
     )
     return train_on_sim(config)
 

@@ -22,6 +22,7 @@ def train(directory, parallel, steps, mixer, pattern="LS", **attention):
         parallel=parallel,
         attention={"strategy": "gather" if "S" in pattern else "lasp2", "chunk": 4, **attention},
         train={"steps": steps},
+        logger={"memory": steps == 20},
     )
     return train_on_sim(config)[0]
 

@@ -44,6 +44,9 @@ MORE_MESHES = [
 ]
 
 
+SHORT, LONG = 4, 20  # steps of make test and of the matrix, which measures memory as well
+
+
 def largest_difference(left, right):
     assert len(left) == len(right)
     return max(abs(a[i] - b[i]) / max(1.0, abs(b[i])) for a, b in zip(left, right, strict=True) for i in (0, 1))
@@ -51,23 +54,32 @@ def largest_difference(left, right):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return train_on_sim(small_config(tmp_path_factory.mktemp("single")))[0]
+    """One rank's run of so many steps, once."""
+    found = {}
+
+    def of(steps):
+        if steps not in found:
+            found[steps] = train_on_sim(small_config(tmp_path_factory.mktemp("single"), train={"steps": steps}))[0]
+        return found[steps]
+
+    return of
 
 
 def test_the_run_learns_something(single):
-    assert single[19][0] < 0.8 * single[0][0]
+    assert single(20)[19][0] < 0.8 * single(20)[0][0]
 
 
 @pytest.mark.parametrize("dp_shard,sp,layout,micro_batch,recompute", MESHES)
-def test_twenty_fp64_steps_agree_with_one_rank(single, tmp_path, dp_shard, sp, layout, micro_batch, recompute):
+@pytest.mark.parametrize("steps", [6, pytest.param(LONG, marks=pytest.mark.matrix)])
+def test_fp64_steps_agree_with_one_rank(single, tmp_path, steps, dp_shard, sp, layout, micro_batch, recompute):
     config = small_config(
         tmp_path,
         parallel={"dp_shard": dp_shard, "sp": sp},
         attention={"layout": layout},
-        train={"micro_batch": micro_batch, "recompute": recompute},
+        train={"micro_batch": micro_batch, "recompute": recompute, "steps": steps},
     )
-    steps, _ = train_on_sim(config)
-    assert largest_difference(steps, single) <= 1e-9
+    found, _ = train_on_sim(config)
+    assert largest_difference(found, single(steps)) <= 1e-9
 
 
 def train(directory, parallel, model, layout, micro_batch, recompute, steps):
@@ -78,6 +90,7 @@ def train(directory, parallel, model, layout, micro_batch, recompute, steps):
         model=model,
         attention={"layout": layout},
         train={"micro_batch": micro_batch, "recompute": recompute, "steps": steps, "global_batch": 4},
+        logger={"memory": steps == LONG},
     )
     return train_on_sim(config)[0]
 
@@ -101,8 +114,8 @@ def alone(tmp_path_factory):
 def test_split_tensors_and_replicas_agree_with_one_rank(
     alone, tmp_path, parallel, model, layout, micro_batch, recompute
 ):
-    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, 6)
-    assert largest_difference(steps, alone(model, 6)) <= 1e-9
+    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, SHORT)
+    assert largest_difference(steps, alone(model, SHORT)) <= 1e-9
 
 
 @pytest.mark.matrix
@@ -110,16 +123,16 @@ def test_split_tensors_and_replicas_agree_with_one_rank(
 def test_twenty_steps_of_more_meshes_agree_with_one_rank(
     alone, tmp_path, parallel, model, layout, micro_batch, recompute
 ):
-    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, 20)
-    assert largest_difference(steps, alone(model, 20)) <= 1e-9
+    steps = train(tmp_path, parallel, model, layout, micro_batch, recompute, LONG)
+    assert largest_difference(steps, alone(model, LONG)) <= 1e-9
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parallel", parity_page.MESHES, ids=str)
 def test_the_trainer_agrees_with_one_rank_on_every_mesh_of_the_page(alone, tmp_path, parallel, layout):
-    steps = train(tmp_path, parallel, TIED, layout, 1, "none", 20)
-    assert largest_difference(steps, alone(TIED, 20)) <= 1e-9
+    steps = train(tmp_path, parallel, TIED, layout, 1, "none", LONG)
+    assert largest_difference(steps, alone(TIED, LONG)) <= 1e-9
 
 
 def test_two_runs_are_bit_identical_whatever_order_ranks_take(tmp_path):

@@ -19,6 +19,7 @@ def train(directory, strategy: str, parallel: dict[str, int], steps: int, **atte
         # Ring self-attention knows no documents, so neither does the run that it is compared with.
         attention={"strategy": strategy, "layout": None, "document_mask": strategy != "rsa", **attention},
         train={"steps": steps},
+        logger={"memory": steps == LONG},
     )
     return train_on_sim(config)[0]
 
