@@ -2,7 +2,7 @@
 
 torch keeps these decisions per thread, so every rank of every run would find them anew; for a small model that is
 most of a first step. A decision names the device mesh of the rank that asked; another rank gets it with its own.
-Checked on torch 2.13.0.
+The attributes below are torch's own and not promised: other versions than 2.13 decide for every rank anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -23,8 +24,11 @@ _decisions: dict[Any, OutputSharding] = {}
 
 @contextlib.contextmanager
 def shared_sharding_decisions() -> Iterator[None]:
-    """Decisions are looked up among those of all ranks before they are made."""
+    """Looks decisions up among those of all ranks before it makes them."""
     propagator = DTensor._op_dispatcher.sharding_propagator
+    if not torch.__version__.startswith("2.13.") or "propagate_op_sharding_non_cached" in vars(propagator):
+        yield  # within another cluster's
+        return
     decide = propagator.propagate_op_sharding_non_cached
     # Decisions about these hold the sizes of a rank's own shard.
     placed = {*propagator.op_to_shape_and_stride_idx, *propagator.op_to_scalar_shape_adjuster}
