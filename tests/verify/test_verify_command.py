@@ -122,7 +122,11 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--all", "--seq", "0"], 78, "--seq 0 must be at least 1"),
         (["--layout", "zigzag", "--layout-block", "4"], 78, "layout_block 4 applies to the striped layout"),
         (["--layout", "explicit"], 78, "attention.layout=explicit is not known; valid: contiguous, zigzag, striped"),
-        (["--kernel", "flsh"], 78, "attention.kernel=flsh is not known; did you mean flash_cpu? (valid: auto, flash_cuda, flash_cpu, dense)"),
+        (
+            ["--kernel", "flsh"],
+            78,
+            "attention.kernel=flsh is not known; did you mean flash_cpu? (valid: auto, flash_cuda, flash_cpu, dense)",
+        ),
         (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
         (["--strategy", "rign"], 78, "did you mean ring?"),
         (["--mixer", "retnett"], 78, "did you mean retnet?"),
