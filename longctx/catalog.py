@@ -116,7 +116,17 @@ SOURCES = Registry(
 )
 
 # Who owns the step: objects of longctx.engines.contract.EngineKind.
-ENGINES = Registry("engine", {"native": "longctx.engines.choose:NATIVE"})
+ENGINES = Registry(
+    "engine",
+    {
+        "native": "longctx.engines.choose:NATIVE",
+    },
+)
 
 # Functions from a model and its optim section to a torch optimizer.
-OPTIMIZERS = Registry("optim.name", {"adamw": "longctx.train.optimizer:adamw"})
+OPTIMIZERS = Registry(
+    "optim.name",
+    {
+        "adamw": "longctx.train.optimizer:adamw",
+    },
+)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.attention.runtime.operator import encoded
 from longctx.attention.runtime.registry import Strategy, chosen_row, get_strategy, option_refused
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
@@ -58,12 +59,12 @@ class StrategyAttention:
         self._group = _ranks(found, group, options).name
         self._kernel = kernel
         self._scale = scale
-        self._options = (options.grad_dtype, options.backward_rotates)
+        self._options = encoded(options)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
-        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, *self._options)
+        out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, self._options)
         return Started(out)
 
     def finish(self, started: Started) -> Tensor:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,12 @@ def test_what_is_not_exact_is_refused_with_78(capsys, words, reason):
         (["--seq", "0"], 78, "--seq 0 must be at least 1"),
         (["--all", "--seq", "0"], 78, "--seq 0 must be at least 1"),
         (["--layout", "zigzag", "--layout-block", "4"], 78, "layout_block 4 applies to the striped layout"),
-        (["--layout", "explicit"], 78, "'explicit' is unknown; valid layouts: contiguous, zigzag, striped"),
-        (["--kernel", "flsh"], 78, "'flsh' is unknown; valid kernels: auto, flash_cuda, flash_cpu, dense"),
+        (["--layout", "explicit"], 78, "attention.layout=explicit is not known; valid: contiguous, zigzag, striped"),
+        (
+            ["--kernel", "flsh"],
+            78,
+            "attention.kernel=flsh is not known; did you mean flash_cpu? (valid: auto, flash_cuda, flash_cpu, dense)",
+        ),
         (["--kernel", "flash_cuda"], 78, "device cpu: it runs on cuda; use attention.kernel=auto"),
         (["--strategy", "rign"], 78, "did you mean ring?"),
         (["--mixer", "retnett"], 78, "did you mean retnet?"),
@@ -302,7 +307,7 @@ def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys, monkeypatch, tmp_path)
 @pytest.mark.gloo
 def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
     words = [*SMALL, "--world", "2", "--backend", "gloo"]
-    monkeypatch.setattr(verify_ranks, "asdict", lambda case: {**vars(case), "kernel": "flash_cuda"})
+    monkeypatch.setattr(verify_ranks, "asdict", lambda case: {**asdict(case), "kernel": "flash_cuda"})
     status, out, err = verify(capsys, *words)
     assert (status, out) == (70, "")
     assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)

@@ -37,7 +37,7 @@ from longctx.errors import ConfigError
 
 # Without defaults, for torch leaves out arguments that equal them, and where a list is returned it wants a gradient of
 # just as many as were given.
-_CONTEXT = "Tensor plan, str group, str kernel, float scale, str grad_dtype, str backward_rotates"
+_CONTEXT = "Tensor plan, str group, str kernel, float scale, str options"
 
 
 def forward_in_rows(

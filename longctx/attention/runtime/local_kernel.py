@@ -19,6 +19,7 @@ from torch import Tensor
 from longctx.attention.runtime.partial import Partial
 from longctx.catalog import KERNELS
 from longctx.errors import ConfigError
+from longctx.rules import one_of
 from longctx.sequence import TileSet
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class LocalKernel(Protocol):
 @lru_cache
 def load_kernel(name: str) -> LocalKernel:
     """The kernel of that name, one instance per process; imported when it is first considered."""
+    one_of(KERNELS.key, name, ("auto", *KERNELS))
     kernel: LocalKernel = KERNELS.load(name)()
     return kernel
 

@@ -7,8 +7,10 @@ runs nor communicates twice, and the compiler sees one node.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from longctx.attention.runtime.local_kernel import LocalKernel, kernel_for
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, group_named
 from longctx.errors import ConfigError
-from longctx.options import StrategyOptions
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan, plan_of
 
 
@@ -51,7 +53,7 @@ class Backward(Protocol):
 class Attend(Protocol):
     """(out, lse) of local queries: a registered operator, or several in a row.
 
-    ``plan`` is a handle, ``group`` a name; ``names``: the kernel's, the scale, and those of ``StrategyOptions``. Whose
+    ``plan`` is a handle, ``group`` a name; ``names``: the kernel's, the scale, and the options as ``encoded``. Whose
     lse it is, is up to the strategy: it may be of other queries than out.
     """
 
@@ -66,8 +68,23 @@ COMPLETIONS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 # What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
-CONTEXT = 'Tensor plan, str group, str kernel, float scale, str grad_dtype="fp32", str backward_rotates="auto"'
-CONTEXT_SIZE = 6
+CONTEXT = 'Tensor plan, str group, str kernel, float scale, str options=""'
+CONTEXT_SIZE = 5
+
+
+@lru_cache(maxsize=64)
+def encoded(options: StrategyOptions) -> str:
+    """The options as an operator takes them: JSON of those that are not left to the strategy, or nothing."""
+    chosen = {one.name: getattr(options, one.name) for one in fields(options)}
+    default = asdict(DEFAULT)
+    found = {name: value for name, value in chosen.items() if value != default[name]}
+    return json.dumps(found, sort_keys=True) if found else ""
+
+
+@lru_cache(maxsize=64)
+def decoded(options: str) -> StrategyOptions:
+    """The inverse."""
+    return StrategyOptions(**json.loads(options)) if options else DEFAULT
 
 
 def register(name: str, run: Callable[..., Any], schema: str) -> Any:
@@ -188,7 +205,7 @@ def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
 
 
 def call_of(
-    q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, *options: str
+    q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, options: str = ""
 ) -> AttentionContext:
     """torch leaves out arguments that equal their defaults. Refuses query heads that key/value heads do not divide."""
     if q.shape[2] % k.shape[2]:
@@ -201,5 +218,5 @@ def call_of(
         group_named(group),
         kernel_for(kernel, q, k),
         scale,
-        StrategyOptions(*options),  # type: ignore[arg-type]
+        decoded(options),
     )

@@ -25,6 +25,7 @@ from longctx.attention.runtime.operator import (
     CONTEXT,
     CONTEXT_SIZE,
     call_of,
+    encoded,
     register,
     require_fit,
 )
@@ -52,7 +53,7 @@ class PingPongAttention:
     """``StrategyAttention`` of the disaggregated strategy with a step between ``start`` and ``finish``."""
 
     def __init__(self, group: Group, kernel: str = "auto", options: StrategyOptions = DEFAULT) -> None:
-        self._group, self._kernel, self._options = group.name, kernel, (options.grad_dtype, options.backward_rotates)
+        self._group, self._kernel, self._options = group.name, kernel, encoded(options)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Underway:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` leave for those who serve them."""
@@ -68,7 +69,7 @@ class PingPongAttention:
         return out
 
     def _context(self, q: Tensor) -> tuple[Any, ...]:
-        return (self._group, self._kernel, q.shape[-1] ** -0.5, *self._options)
+        return (self._group, self._kernel, q.shape[-1] ** -0.5, self._options)
 
 
 def ticket_of(number: int, like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from longctx.attention.runtime.operator import (
     AttentionContext,
     Saved,
     define_operator,
+    encoded,
     require_rows,
 )
 from longctx.attention.runtime.partial import accumulation_dtype
@@ -165,8 +166,8 @@ class StageAttention:
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan."""
         assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
-        scale, options = q.shape[-1] ** -0.5, (self._options.grad_dtype, self._options.backward_rotates)
-        return Started(_attend(q, k, v, plan, self._group.name, self._kernel, scale, *options)[0])
+        scale, options = q.shape[-1] ** -0.5, encoded(self._options)
+        return Started(_attend(q, k, v, plan, self._group.name, self._kernel, scale, options)[0])
 
     def finish(self, started: Started) -> Tensor:
         """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
