@@ -19,7 +19,7 @@ from longctx.errors import StorageError
 from longctx.reporting.metrics import open_sink
 from longctx.reporting.metrics_file import KEYS
 from longctx.reporting.report.balance import balance_section
-from longctx.reporting.report.chart import line_chart
+from longctx.reporting.report.chart import HEIGHT, WIDTH, line_chart
 from longctx.reporting.report.page import render, write_report
 from tests.checkpoint.checkpoint_run import make
 
@@ -155,7 +155,7 @@ def test_a_chart_holds_every_point_inside_its_frame(values, smooth):
     ]
     points += [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in picture.iter("circle")]
     assert len(points) >= sum(value is not None for value in values)
-    assert all(0 <= x <= 640 and 0 <= y <= 260 for x, y in points)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
 
 
 def test_long_runs_stay_small(tmp_path):
