@@ -23,7 +23,7 @@ _GAP = 2  # columns between two words
 
 @dataclass(frozen=True)
 class Progressed:
-    """One step in words, and which share of all steps is done."""
+    """Holds one step in words, and which share of all steps is done."""
 
     share: float
     step: str
@@ -34,15 +34,15 @@ class Progressed:
     left: str
 
     def line(self) -> str:
-        """All of it, as a log keeps it."""
+        """Writes all of it, as a log keeps it."""
         return "  ".join((self.step, self.loss, self.grad, self.lr, f"{self.speed} tokens/s", f"ETA {self.left}"))
 
     def before_bar(self, width: int) -> list[str]:
-        """What stands left of the bar in a terminal of ``width`` columns; the step comes first, then the loss."""
+        """Chooses what stands left of the bar in a terminal of ``width`` columns: the step, then the loss."""
         return _fitting([self.step, self.loss], width)
 
     def after_bar(self, width: int) -> list[str]:
-        """What stands right of the bar in the ``width`` columns that are left; the time left comes first."""
+        """Chooses what stands right of the bar in ``width`` columns; the time left is dropped last."""
         for words, bar in (
             ([self.grad, f"{self.speed} tokens/s", f"{self.left} left"], 2 * _NARROWEST_BAR),
             ([f"{self.speed} tokens/s", f"{self.left} left"], _NARROWEST_BAR),
@@ -56,7 +56,7 @@ class Progressed:
 
 
 class Progress:
-    """Shows how a run goes on: on a terminal by one line that is rewritten, elsewhere by a line now and then."""
+    """Shows how far a run is: on a terminal one line that is rewritten, elsewhere a line now and then."""
 
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self._steps = steps

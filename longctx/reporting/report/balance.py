@@ -20,7 +20,7 @@ _OPEN = 8  # ranks whose table is open from the start
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank computed over the mean of all, its bar's length from 0 to 1, and what it sent."""
+    """Holds what one rank computed over the mean of all, its bar's length from 0 to 1, and what it sent."""
 
     rank: int
     share: float

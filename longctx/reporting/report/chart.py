@@ -21,16 +21,16 @@ Points = list[Point]
 Form = Callable[[float], str]
 
 WIDTH, HEIGHT = 560, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 24, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 24, 40
 _MOST_BUCKETS = 400  # more than a screen shows are thinned
 _MOST_HINTS = 100  # values that the pointer can ask for
 _MOST_GAPS = 100  # marks of steps without a value
-_SMOOTH_FROM = 8  # values; fewer are shown as they are
+SMOOTH_FROM = 8  # values; fewer are shown as they are
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The range of values that a chart shows, and where in the picture each of them lies."""
+    """Holds the range of values that a chart shows, and places each of them in the picture."""
 
     x_low: float
     x_high: float
@@ -42,17 +42,17 @@ class Frame:
     bottom: float = HEIGHT - _BOTTOM
 
     def x(self, value: float) -> float:
-        """Where a step lies, from the left."""
+        """Places a step, from the left."""
         return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """Where a value lies, from the top."""
+        """Places a value, from the top."""
         return self.bottom - (value - self.y_low) / (self.y_high - self.y_low) * (self.bottom - self.top)
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A number on an axis, and where it lies."""
+    """Holds a number on an axis, and where it lies."""
 
     at: float
     label: str
@@ -60,7 +60,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Hint:
-    """A stretch of the chart that tells a step and its value to the pointer."""
+    """Holds a stretch of the chart that tells a step and its value to the pointer."""
 
     left: float
     width: float
@@ -71,14 +71,14 @@ class Hint:
 
 @dataclass(frozen=True)
 class Line:
-    """A stretch of a curve without gaps; ``kind`` is its class in the page's style."""
+    """Holds a stretch of a curve without gaps; ``kind`` is its class in the page's style."""
 
     kind: str
     points: Points
 
     @property
     def corners(self) -> str:
-        """The points as a ``polyline`` lists them."""
+        """Lists the points as a ``polyline`` does."""
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
 
 
@@ -94,7 +94,7 @@ def line_chart(
         return fill("empty.html.jinja")
     y_low, y_high, y_ticks = round_scale(min(y for _, y in known), max(y for _, y in known))
     frame = Frame(float(steps[0]), float(max(steps[-1], steps[0] + 1)), y_low, y_high)
-    smooth = smooth and len(known) >= _SMOOTH_FROM
+    smooth = smooth and len(known) >= SMOOTH_FROM
     raw = [_extremes(piece) for piece in _pieces(steps, values)]
     lines = [_placed("raw" if smooth else "line", piece, frame) for piece in raw]
     if smooth:
@@ -116,7 +116,7 @@ def line_chart(
 
 
 def round_scale(low: float, high: float) -> tuple[float, float, list[float]]:
-    """Round limits around the values, and the round numbers between them."""
+    """Finds round limits around the values, and the round numbers between them."""
     spread = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(spread / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if spread / (power * factor) <= 4)

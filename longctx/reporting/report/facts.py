@@ -23,7 +23,7 @@ _MOST_STEPS = 20  # that a list names
 
 @dataclass(frozen=True)
 class Figure:
-    """One headline figure: what it is, its value, and a note below it."""
+    """Holds one headline figure: what it is, its value, and a note below it."""
 
     label: str
     value: str
@@ -32,7 +32,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Fact:
-    """A line of a card: its name, and what is so."""
+    """Holds one line of a card: what it is about, and what is so."""
 
     name: str
     value: str
@@ -40,7 +40,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Card:
-    """Facts about one topic; ``verdict`` is True for passed, False for failed, None where nothing was judged."""
+    """Holds facts about one topic; ``verdict``: passed, failed, or None where nothing was judged."""
 
     title: str
     facts: list[Fact]
@@ -48,7 +48,7 @@ class Card:
 
 
 def outcome(run: RunFiles) -> str:
-    """How far the run came."""
+    """Says how far the run came."""
     done = _steps_done(run)
     steps = run.setting("train", "steps")
     if type(steps) is not int:
@@ -57,12 +57,12 @@ def outcome(run: RunFiles) -> str:
 
 
 def figures(run: RunFiles) -> list[Figure]:
-    """The headline."""
+    """Computes the headline figures."""
     mesh = Mesh.of(run)
     peak = max(run.known("memory_peak_bytes"), default=None)
     shown = [
         _loss(run),
-        Figure("tokens per second", run.median("tokens_per_second", quantity), "median of all steps"),
+        Figure("tokens/s", run.median("tokens_per_second", quantity), "median of all steps"),
         Figure("steps", f"{_steps_done(run)}", f"{run.median('step_seconds', _seconds)} each, median"),
         Figure("tokens", quantity(sum(run.known("tokens"))), f"{run.median('tokens', quantity)} a step"),
         Figure("time in steps", duration(sum(run.known("step_seconds"))), "without start and checkpoints"),
@@ -72,7 +72,7 @@ def figures(run: RunFiles) -> list[Figure]:
 
 
 def cards(run: RunFiles) -> list[Card]:
-    """Facts by topic; topics of which nothing is known are left out."""
+    """Collects facts by topic; topics of which nothing is known are left out."""
     every = [_setup(run), _costs(run), _canary(run), _checkpoints(run), _environment(run)]
     return [card for card in every if card.facts]
 
@@ -91,7 +91,7 @@ def _loss(run: RunFiles) -> Figure:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The mesh in words: how many ranks, the axes of more than one, and the same with what they split."""
+    """Holds the mesh in words: how many ranks, the axes above 1, and the same with what they split."""
 
     ranks: str
     axes: str
@@ -99,7 +99,7 @@ class Mesh:
 
     @classmethod
     def of(cls, run: RunFiles) -> Mesh:
-        """Reads ``parallel`` of the configuration."""
+        """Puts ``parallel`` of the configuration into words."""
         degrees = {axis: run.setting("parallel", axis) for axis in AXES}
         if not all(type(degree) is int for degree in degrees.values()):
             return cls(UNKNOWN, "", "")
@@ -163,7 +163,9 @@ def _canary(run: RunFiles) -> Card:
         return Card("Start-up canary", [])
     passed = canary["passed"] is True
     error, worst, tolerance = (canary.get(key) for key in ("error", "worst", "tolerance"))
-    verdict = f"{'passed' if passed else 'failed'}: worst error {_short(error)} in {worst}, tolerance {_short(tolerance)}"
+    verdict = (
+        f"{'passed' if passed else 'failed'}: worst error {_short(error)} in {worst}, tolerance {_short(tolerance)}"
+    )
     return Card("Start-up canary", [Fact("against the dense step", verdict)], passed)
 
 
@@ -177,9 +179,8 @@ def _checkpoints(run: RunFiles) -> Card:
 
 def _environment(run: RunFiles) -> Card:
     told = run.environment
-    packages = told.get("packages") if type(told.get("packages")) is dict else {}
-    data = told.get("data") if type(told.get("data")) is dict else {}
-    devices = told.get("devices") if type(told.get("devices")) is list else []
+    packages, data = (_mapping(told.get(key)) for key in ("packages", "data"))
+    devices = _names(told.get("devices"))
     memory = told.get("memory_bytes")
     lines: list[tuple[str, Any]] = [
         ("commit", told.get("git_commit")),
@@ -193,6 +194,14 @@ def _environment(run: RunFiles) -> Card:
         *((f"{name} in the corpus".replace("_", " "), value) for name, value in data.items()),
     ]
     return Card("Environment", [Fact(str(name), str(value)) for name, value in lines if value not in (None, "", {})])
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if type(value) is dict else {}
+
+
+def _names(value: Any) -> list[str]:
+    return [str(item) for item in value] if type(value) is list else []
 
 
 def _processor(told: dict[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """Bytes of one category, and their share of the peak."""
+    """Holds the bytes of one category, and their share of the peak."""
 
     label: str
     size: str

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from longctx.errors import StorageError
 from longctx.reporting.report.balance import balance_section
-from longctx.reporting.report.chart import Form, line_chart
+from longctx.reporting.report.chart import SMOOTH_FROM, Form, line_chart
 from longctx.reporting.report.facts import cards, figures, outcome
 from longctx.reporting.report.memory_bars import memory_section
 from longctx.reporting.report.run_files import RunFiles
@@ -29,7 +29,7 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Curve:
-    """What one chart shows of each step: a key of ``metrics.jsonl``, what it is, and how its values are written."""
+    """Says what one chart shows: a key of ``metrics.jsonl``, its title, and how its values are written."""
 
     key: str
     title: str
@@ -77,6 +77,7 @@ def render(run_dir: Path) -> str:
         cards=cards(run),
         changed=changed_settings(run.config),
         config_text=run.config_text,
+        is_smooth=len(run.records) >= SMOOTH_FROM,
     )
 
 

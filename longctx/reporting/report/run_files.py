@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from longctx.checkpoint.files import CheckpointDirectory
+from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.reporting.memory import MEMORY
 from longctx.reporting.metrics_file import METRICS, read_records
 from longctx.reporting.tracker import redacted
@@ -22,7 +22,7 @@ _LARGEST_FILE = 1 << 20  # of config.yaml, environment.json and memory.json
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run. What is missing or damaged is empty; URLs in them hold no passwords.
+    """Holds the files of one run. What is missing or damaged is empty; URLs in them hold no passwords.
 
     ``records``: the lines of ``metrics.jsonl``, ascending by step. ``config``: the sections of ``config.yaml``,
     ``config_text`` as it was written. ``memory``: the text of ``memory.json``. ``checkpoints``: committed steps.
@@ -38,7 +38,7 @@ class RunFiles:
 
     @classmethod
     def read(cls, directory: Path) -> RunFiles:
-        """Reads them all."""
+        """Reads all files of a run."""
         text = redacted(_text(directory / "config.yaml"))
         return cls(
             directory,
@@ -52,35 +52,35 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What the run is called: ``run.name``, or its directory's name."""
+        """Names the run: ``run.name``, or its directory's name."""
         return str(self.setting("run", "name") or self.directory.resolve().name)
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of ``config.yaml``; None where it has none."""
+        """Looks up a value of ``config.yaml``; None where it has none."""
         inside = self.config.get(section)
         return inside.get(key) if type(inside) is dict else None
 
     def column(self, key: str) -> list[float | None]:
-        """A number per step; None where it is unknown or was not finite."""
+        """Lists a number per step; None where it is unknown or was not finite."""
         return [plain_number(record.get(key)) for record in self.records]
 
     def known(self, key: str) -> list[float]:
-        """The numbers that are known, by step."""
+        """Lists the numbers that are known, by step."""
         return [value for value in self.column(key) if value is not None]
 
     def median(self, key: str, form: Callable[[float], str]) -> str:
-        """The median over all steps in words."""
+        """Writes the median over all steps in words."""
         values = self.known(key)
         return form(statistics.median(values)) if values else UNKNOWN
 
 
 def plain_number(value: Any) -> float | None:
-    """The value, if it is a number."""
+    """Returns the value, if it is a number."""
     return value if type(value) in (int, float) else None
 
 
 def numbers_below(values: Sequence[Any], limit: int) -> bool:
-    """Whether all values are numbers from 0 up to ``limit``."""
+    """Tells whether all values are numbers from 0 up to ``limit``."""
     return all(type(value) in (int, float) and 0 <= value < limit for value in values)
 
 

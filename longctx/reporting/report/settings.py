@@ -12,7 +12,7 @@ from longctx.config import Config
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of the configuration as an override names it, with its value and its default."""
+    """Holds one key of the configuration as an override names it, with its value and its default."""
 
     key: str
     value: str
@@ -20,7 +20,7 @@ class Setting:
 
 
 def changed_settings(config: Mapping[str, Any]) -> list[Setting]:
-    """The keys of ``config``, a mapping of sections, whose values are not the defaults, in their order there."""
+    """Lists the keys of ``config``, a mapping of sections, whose values are not the defaults."""
     defaults = dict(_leaves(Config.from_dict({}).to_dict()))
     return [
         Setting(key, value, defaults.get(key, "no default"))
