@@ -25,8 +25,8 @@ def changed_keys(saved: Any, now: Any) -> list[str]:
 
     ``saved`` may be an earlier version's: old names are understood, and keys that it lacks had their defaults.
     """
-    before, after = dict(_leaves(translated(saved), "")), dict(_leaves(now, ""))
-    defaults = dict(_leaves(Config().to_dict(), ""))
+    before, after = dict(leaves(translated(saved))), dict(leaves(now))
+    defaults = dict(leaves(Config().to_dict()))
     before = {**{key: defaults[key] for key in after if key in defaults}, **before}
     return [
         f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
@@ -35,10 +35,10 @@ def changed_keys(saved: Any, now: Any) -> list[str]:
     ]
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Dotted keys, and values as a user writes them."""
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Lists dotted keys, and values as a user writes them."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
+        yield prefix, value if isinstance(value, str) else json.dumps(value, default=str)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from longctx.checkpoint.directory import CheckpointDirectory
+from longctx.config.renamed import translated
 from longctx.reporting.memory import MEMORY
 from longctx.reporting.metrics_file import METRICS, read_records
 from longctx.reporting.tracker import redacted
@@ -24,8 +25,9 @@ _LARGEST_FILE = 1 << 20  # of config.yaml, environment.json and memory.json
 class RunFiles:
     """Holds the files of one run. What is missing or damaged is empty; URLs in them hold no passwords.
 
-    ``records``: the lines of ``metrics.jsonl``, ascending by step. ``config``: the sections of ``config.yaml``,
-    ``config_text`` as it was written. ``memory``: the text of ``memory.json``. ``checkpoints``: committed steps.
+    ``records``: the lines of ``metrics.jsonl``, ascending by step. ``config``: the sections of ``config.yaml``
+    in today's names, ``config_text`` as it was written. ``memory``: the text of ``memory.json``. ``checkpoints``:
+    committed steps.
     """
 
     directory: Path
@@ -43,7 +45,7 @@ class RunFiles:
         return cls(
             directory,
             list(read_records(directory / METRICS)),
-            _sections(yaml.safe_load, text),
+            _sections(lambda text: translated(yaml.safe_load(text)), text),
             text,
             _sections(json.loads, redacted(_text(directory / "environment.json"))),
             _text(directory / MEMORY),
@@ -87,7 +89,7 @@ def numbers_below(values: Sequence[Any], limit: int) -> bool:
 def _sections(parse: Callable[[str], Any], text: str) -> dict[str, Any]:
     try:
         found = parse(text) if text else {}
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
     return found if type(found) is dict else {}
 
