@@ -131,12 +131,15 @@ def _placed(kind: str, points: Points, frame: Frame) -> Line:
 
 
 def _averaged(values: Sequence[float]) -> list[float]:
-    """The mean of about a twentieth of the run around each value, fewer towards both ends: it never lags."""
+    """The mean of about a twentieth of the run around each value, fewer towards both ends, where it would lag."""
     sums = [0.0, *itertools.accumulate(values)]
+    widest, count = len(values) // 40 + 1, len(values)
     averages = []
-    for place in range(len(values)):
-        reach = min(len(values) // 40 + 1, place, len(values) - 1 - place)
-        averages.append((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
+    for place in range(count):
+        # Never so few that the ends of the curve show nothing but noise.
+        reach = max(min(widest, place, count - 1 - place), widest // 4)
+        start, stop = max(place - reach, 0), min(place + reach + 1, count)
+        averages.append((sums[stop] - sums[start]) / (stop - start))
     return averages
 
 
