@@ -146,7 +146,7 @@ def test_errors_of_ranks_reach_the_command_as_they_are(tmp_path):
     "sections,error,message",
     [
         ({"attention": {"strategy": "striped", "layout": "zigzag"}}, ConfigError, "attention.layout=striped"),
-        ({"attention": {"kernel": "fast"}}, ConfigError, "valid kernels"),
+        ({"attention": {"kernel": "fast"}}, ConfigError, "attention.kernel=fast is not known; valid: flash_cuda"),
         ({"data": {"source": "text", "path": "/nowhere/at/all"}}, DataError, "/nowhere/at/all"),
     ],
 )
