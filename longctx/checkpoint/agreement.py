@@ -17,17 +17,17 @@ from longctx.errors import LongctxError, StorageError
 
 
 def this_rank() -> int:
-    """Rank in the world; 0 in a lone process without process group."""
+    """Returns the rank in the world; 0 in a lone process without process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Ranks in the world; 1 in a lone process without process group."""
+    """Counts the ranks in the world; 1 in a lone process without process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def exchange(payload: bytes) -> list[bytes]:
-    """Every rank's payload, by rank."""
+    """Gathers every rank's payload, by rank."""
     if not dist.is_initialized():
         return [payload]
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -51,18 +51,18 @@ _NAME = re.compile(r"(?!.*\.\.)[^\x00-\x1f\x7f/\\]{1,1024}", re.DOTALL)
 
 
 def shard_file(rank: int) -> str:
-    """Name of the safetensors file that ``rank`` wrote."""
+    """Names the safetensors file that ``rank`` writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def manifest_file(rank: int) -> str:
-    """Name of the list of what is in ``shard_file(rank)``."""
+    """Names the list of what is in ``shard_file(rank)``."""
     return f"rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One shard of one tensor: a box of the global tensor, at a byte offset of its rank's file."""
+    """Describes one shard: a box of a global tensor, at a byte offset of its rank's file."""
 
     name: str
     dtype: str
@@ -75,7 +75,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Commit:
-    """The record whose presence makes a directory a checkpoint."""
+    """Holds the record whose presence makes a directory a checkpoint."""
 
     step: int
     world: int
@@ -83,12 +83,12 @@ class Commit:
 
 
 def encode(value: Any) -> bytes:
-    """The one way in which a plain value is written, so that equal values are equal bytes."""
+    """Writes a plain value in the one way in which equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(data: bytes, where: str) -> Any:
-    """The plain value in ``data``, which must be exactly what ``encode`` writes of it.
+    """Reads the plain value in ``data``, which must be exactly what ``encode`` writes of it.
 
     That refuses duplicate keys, numbers that are none, unusual spellings and trailing bytes in one rule.
     """
@@ -103,7 +103,7 @@ def decode(data: bytes, where: str) -> Any:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """``value`` with tuples as lists, after a check that JSON holds it without loss."""
+    """Returns ``value`` with tuples as lists, after a check that JSON holds it without loss."""
     if depth > _MAX_DEPTH:
         raise _damaged(where, f"nested deeper than {_MAX_DEPTH}")
     if isinstance(value, Mapping):
@@ -118,13 +118,13 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def encode_commit(commit: Commit) -> bytes:
-    """Bytes of ``commit.json``; the record's own hash guards it."""
+    """Writes the bytes of ``commit.json``; the record's own hash guards it."""
     record = {"version": VERSION, **asdict(commit)}
     return encode({"record": record, "sha256": hashlib.sha256(encode(record)).hexdigest()})
 
 
 def decode_commit(data: bytes, where: str, step: int) -> Commit:
-    """The commit record of ``step``, complete and consistent."""
+    """Reads the commit record of ``step``, complete and consistent."""
     outer = _keys(decode(data, where), ("record", "sha256"), where)
     if hashlib.sha256(encode(outer["record"])).hexdigest() != outer["sha256"]:
         raise _damaged(where, "its SHA-256 is not that of what was written")
@@ -140,12 +140,12 @@ def decode_commit(data: bytes, where: str, step: int) -> Commit:
 
 
 def encode_manifest(rank: int, chunks: Iterable[Chunk]) -> bytes:
-    """Bytes of ``rank-R.json``."""
+    """Writes the bytes of ``rank-R.json``."""
     return encode({"version": VERSION, "rank": rank, "chunks": [plain(asdict(c), c.name) for c in chunks]})
 
 
 def decode_manifest(data: bytes, where: str, rank: int, file_bytes: int) -> list[Chunk]:
-    """Shards of one rank, each inside its tensor and inside the file, none on another's bytes."""
+    """Reads the shards of one rank, each inside its tensor and its file, none on another's bytes."""
     manifest = _keys(decode(data, where), ("version", "rank", "chunks"), where)
     if manifest["version"] != VERSION or manifest["rank"] != rank:
         raise _damaged(where, f"not a manifest of rank {rank} in version {VERSION}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rng_state() -> dict[str, Tensor]:
-    """``uint8`` states by device type, on the CPU."""
+    """Returns the generators' ``uint8`` states by device type, on the CPU."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

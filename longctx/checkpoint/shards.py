@@ -78,7 +78,7 @@ def read_shards(tensors: Mapping[str, Tensor], located: Mapping[str, list[Locate
 
 
 def read_whole(located: list[Located]) -> Tensor:
-    """A plain tensor that one rank wrote whole."""
+    """Reads a plain tensor that one rank wrote whole."""
     (path, chunk) = located[0]
     if chunk.sizes != chunk.shape:
         raise StorageError(f"{path} is damaged: {chunk.name!r:.120} is split, though one rank wrote it")
@@ -87,7 +87,7 @@ def read_whole(located: list[Located]) -> Tensor:
 
 
 def locate(chunks: Mapping[Path, list[Chunk]]) -> dict[str, list[Located]]:
-    """The shards of every tensor, by its name."""
+    """Lists the shards of every tensor, by its name."""
     located: defaultdict[str, list[Located]] = defaultdict(list)
     for path, inside in chunks.items():
         for chunk in inside:

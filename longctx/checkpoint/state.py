@@ -7,9 +7,8 @@ A rank of a pipeline has only some of them; what it writes of the whole is joine
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longctx.checkpoint.agreement import this_rank
+from longctx.checkpoint.agreement import this_rank, together
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk, plain
-from longctx.config import Config
-from longctx.config.renamed import translated
 from longctx.errors import ConfigError, StorageError
 
 # Prefixes that torch.compile and activation checkpointing put around a module's own name.
@@ -37,12 +34,9 @@ _IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
 # What a schedule sets from step to step is state; all other options are the configuration's, which may change.
 _SCHEDULED = ("lr", "initial_lr")
 
-# Where a run lies and what it tells nobody needs to know about when it is resumed.
-_INCIDENTAL = ("run.", "logger.")
-
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers themselves, each once: tied weights under their first name."""
+    """Lists parameters and persistent buffers themselves, each once: tied weights under their first name."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -60,17 +54,17 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_tensors(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint stores of ``live_tensors``; shares their storage."""
+    """Names what a checkpoint stores of ``live_tensors``; shares their storage."""
     return {f"model.{name}": tensor.detach() for name, tensor in live.items()}
 
 
 def originals(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are no copies of another stage's."""
+    """Leaves out tensors that are copies of another stage's."""
     return {name: tensor for name, tensor in names.items() if COPY not in name}
 
 
 def leads(tensor: Tensor) -> bool:
-    """Whether this rank is the first of those that hold the tensor."""
+    """Tells whether this rank is the first of those that hold the tensor."""
     if not isinstance(tensor, DTensor):
         return this_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate()
@@ -78,7 +72,7 @@ def leads(tensor: Tensor) -> bool:
 
 
 def optimizer_tensors(optimizer: Optimizer, live: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of the optimizer that are sharded like their parameters, and whole ones that this rank writes."""
+    """Splits the optimizer's tensors into those sharded like their parameters and whole ones that this rank writes."""
     names = {id(tensor): name for name, tensor in live.items()}
     sharded: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
@@ -93,8 +87,13 @@ def optimizer_tensors(optimizer: Optimizer, live: Mapping[str, Tensor]) -> tuple
     return originals(sharded), originals(whole)
 
 
+def describe_together(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Names the whole model, and the optimizer without its tensors, from the ranks that hold them."""
+    return join(together(lambda: describe(optimizer, live_tensors(model))))
+
+
 def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """This rank's part of the model by name, and the rest of its optimizer, as a plain value.
+    """Describes this rank's part of the model by name, and the rest of its optimizer, as a plain value.
 
     None where other ranks hold the same and one of them describes it.
     """
@@ -122,7 +121,7 @@ def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any]
 
 
 def join(descriptions: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """What all ranks together hold; a parameter that several describe counts once."""
+    """Joins what all ranks hold; a parameter that several describe counts once."""
     parts = [part for part in descriptions if part is not None]
     groups = [
         {
@@ -144,7 +143,7 @@ def optimizer_targets(
     first: Mapping[str, Chunk],
     where: str,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Empty tensors to read this rank's optimizer into, and the state dict that holds them.
+    """Makes empty tensors to read this rank's optimizer into, and the state dict that holds them.
 
     ``saved`` is the description in the checkpoint, ``present`` that of the run now; ``first`` has one shard of
     each saved tensor, which tells its dtype and shape.
@@ -172,7 +171,7 @@ def optimizer_targets(
 
 
 def saved_tensors(saved: Mapping[str, Any]) -> set[str]:
-    """Full names of the optimizer's tensors by a description."""
+    """Lists the full names of the optimizer's tensors by a description."""
     return {
         f"optimizer.{name}.{key}"
         for name, entries in saved["state"].items()
@@ -202,36 +201,6 @@ def check_tensors(
                 f"{where}: {name} is {saved.dtype} {list(saved.shape)}, the configuration makes it "
                 f"{now[0]} {list(now[1])}; resume with the model and train.dtype of the run that wrote it"
             )
-
-
-def recorded_config(config: Mapping[str, Any]) -> Any:
-    """What a checkpoint keeps of the configuration, so that a run that resumes can tell what has changed."""
-    kept = {key: value for key, value in config.items() if f"{key}." not in _INCIDENTAL}
-    return plain(kept, "configuration")
-
-
-def changed_keys(saved: Any, now: Any) -> list[str]:
-    """The keys whose values differ, each with both values, in words.
-
-    ``saved`` may be an earlier version's: old names are understood, and keys that it lacks had their defaults.
-    """
-    before, after = dict(_leaves(translated(saved), "")), dict(_leaves(now, ""))
-    defaults = dict(_leaves(Config().to_dict(), ""))
-    before = {**{key: defaults[key] for key in after if key in defaults}, **before}
-    return [
-        f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Dotted keys, and values as a user writes them."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
 
 
 def _check_groups(saved: Any, present: Mapping[str, Any], where: str) -> None:

@@ -25,7 +25,7 @@ from longctx.attention.runtime.operands import tensors_in
 
 @dataclass
 class Life:
-    """One storage. ``sizes``: (time, bytes from then on), times being numbers of operators.
+    """Tells one storage's life. ``sizes``: (time, bytes from then on); a time is a number of operators.
 
     ``tag``: what it is known to be; ``region``: the work that it was born in. ``backward`` and ``recording``:
     was it born in a backward pass, and while a graph was being recorded? ``given``: it was there before.
@@ -41,12 +41,13 @@ class Life:
     died: int | None = None
 
     def bytes_at(self, time: int) -> int:
+        """Tells how large it was at a time; 0 after its death."""
         if self.died is not None and time > self.died:
             return 0
         return next((size for start, size in reversed(self.sizes) if start <= time), 0)
 
     def changes(self) -> Iterator[tuple[int, int]]:
-        """(time, how many bytes more than before)."""
+        """Lists (time, how many bytes more than before)."""
         before = 0
         for time, size in self.sizes:
             yield time, size - before
@@ -60,7 +61,9 @@ FSDP_TAGS = {"all_gather_copy_in": "gathered", "split_with_sizes_copy": "gathere
 
 
 class LiveStorages(TorchDispatchMode):
-    """Storages on devices of type ``device``; ``implementations``: operators to look inside, and what each runs.
+    """Follows all storages on devices of type ``device``.
+
+    ``implementations``: operators to look inside, and what each runs.
 
     What was there before is known from the first operator that takes it, or from being tagged.
     """
@@ -101,7 +104,7 @@ class LiveStorages(TorchDispatchMode):
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """What is born here is born in ``name``."""
+        """Notes storages that are born inside as born in ``name``."""
         before, self._region = self._region, name
         try:
             yield
@@ -118,12 +121,12 @@ class LiveStorages(TorchDispatchMode):
                 self._watched.pop(tensor.untyped_storage()._cdata, None)
 
     def keep(self) -> None:
-        """What forward has made and is alive now is kept for the backward pass."""
+        """Notes that what forward has made and is alive now is kept for the backward pass."""
         for _, life in list(self._alive.values()):
             life.kept = life.kept or not (life.backward or life.given)
 
     def peak(self) -> tuple[int, int]:
-        """The time at which most bytes were alive, the first of several, and how many."""
+        """Finds the first time at which most bytes were alive, and how many."""
         changes = [0] * (self.time + 2)
         for life in self.lives:
             for time, change in life.changes():

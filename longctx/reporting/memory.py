@@ -49,7 +49,7 @@ CATEGORIES = {
 
 
 def category_of(life: Life) -> str:
-    """What a storage was, knowing all that became of it."""
+    """Tells what a storage was, from all that became of it."""
     if life.tag in CATEGORIES and life.region != "loss":
         return life.tag
     if life.region == "loss":
@@ -103,7 +103,7 @@ class StepMemory:
         found.update(by_category(storages))
 
     def write(self, found: dict[str, int], step: int, mesh: Mesh) -> None:
-        """``memory.json``, by rank 0, of what each rank found in ``step``; all ranks call it."""
+        """Writes what each rank found in ``step`` into ``memory.json``; all ranks call it, rank 0 writes."""
         host = sum(buffer.numel() for model in self._models for buffer in host_buffers(model))
         names = [*found, "host"]
         rows = gather_numbers([*found.values(), host], mesh.world_group, self._device)
@@ -130,7 +130,7 @@ class StepMemory:
 
 
 def by_category(storages: LiveStorages) -> dict[str, int]:
-    """Bytes at the peak; every storage is in one category."""
+    """Counts the bytes of each category at the peak; every storage is in one category."""
     time, peak = storages.peak()
     found = {**dict.fromkeys(CATEGORIES, 0), "peak": peak}
     for life in storages.lives:
@@ -174,5 +174,8 @@ class _WatchedVocabulary(Vocabulary):
 
 
 def is_measured(config: Config) -> bool:
-    """``logger.memory``, null being all runs but compiled ones: under a mode a compiled block would not be run."""
+    """Tells whether a step's memory is measured: ``logger.memory``, or null for all runs but compiled ones.
+
+    Under a mode a compiled block would not be run.
+    """
     return not config.train.compile if config.logger.memory is None else config.logger.memory

@@ -25,16 +25,16 @@ class MetricsSink(Protocol):
     """Takes one record per step, and a summary at the end of the run or of what there was of it."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """``record`` has the keys ``KEYS``; None stands for what cannot be known."""
+        """Takes a record with the keys ``KEYS``; None stands for what cannot be known."""
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Called once, also after a failure."""
+        """Takes the summary; called once, also after a failure."""
 
 
 def open_sink(
     config: Config, run_dir: Path, rank: int, resume_step: int | None, *, console: bool = True
 ) -> MetricsSink:
-    """The sinks that ``config.logger`` asks for on rank 0, nothing on other ranks.
+    """Opens the sinks that ``config.logger`` asks for on rank 0, nothing on other ranks.
 
     ``resume_step``: steps up to it are kept in ``metrics.jsonl``, later ones will be done again; None starts
     afresh. ``console=False`` leaves the progress line out.
@@ -58,17 +58,17 @@ def open_sink(
 
 
 class NullSink:
-    """What ranks other than 0 tell."""
+    """Drops what ranks other than 0 tell."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """Drops it."""
+        """Drops the record."""
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Nothing to close."""
+        """Closes nothing."""
 
 
 class Fanout:
-    """The store of record first, then those that may fail."""
+    """Hands each record to the store of record first, then to sinks that may fail."""
 
     def __init__(self, record: JsonLines, followers: list[MetricsSink], report: Callable[[], Path] | None) -> None:
         self._record = record
@@ -76,11 +76,13 @@ class Fanout:
         self._report = report
 
     def step(self, record: dict[str, Any]) -> None:
+        """Records a step, then tells the others."""
         assert tuple(record) == KEYS or set(record) == set(KEYS), f"keys {sorted(set(record) ^ set(KEYS))}"
         self._record.step(record)
         self._each(lambda follower: follower.step(record))
 
     def close(self, summary: dict[str, Any]) -> None:
+        """Closes all of them, and writes the report when the record is complete."""
         try:
             self._record.close(summary)
         finally:

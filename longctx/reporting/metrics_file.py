@@ -38,7 +38,7 @@ _LARGEST_LINE = 1 << 16
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per step, each step once, however often the run was resumed."""
+    """Writes ``metrics.jsonl``: one object per step, each step once, however often the run was resumed."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
@@ -72,7 +72,7 @@ class JsonLines:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records in a ``metrics.jsonl``, each step once and ascending; a line that a crash tore is left out."""
+    """Reads the records of a ``metrics.jsonl``, each step once and ascending; a line that a crash tore is left out."""
     if not path.exists():
         return
     last = 0

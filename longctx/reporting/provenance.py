@@ -33,7 +33,7 @@ def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict
 
 
 def describe() -> dict[str, Any]:
-    """Versions, commit and hardware as plain JSON values; None where there is nothing to say."""
+    """Describes versions, commit and hardware as plain JSON values; None where there is nothing to say."""
     return {
         "longctx": longctx.__version__,
         "python": platform.python_version(),

@@ -30,12 +30,12 @@ def require_tracker(mode: str) -> None:
 
 
 def open_tracker(config: Config, run_dir: Path) -> Tracker | None:
-    """The wandb run below ``run_dir``; None when it is disabled."""
+    """Opens the wandb run below ``run_dir``; None when it is disabled."""
     return None if config.logger.wandb == "disabled" else Tracker(config, run_dir)
 
 
 class Tracker:
-    """One wandb run. After a resume a further one begins, in the same group."""
+    """Writes one wandb run. After a resume a further one begins, in the same group."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb
@@ -82,7 +82,7 @@ class Tracker:
 
 
 def redacted(value: Any) -> Any:
-    """``value`` without user names and passwords in its URLs."""
+    """Leaves out user names and passwords in the URLs of ``value``."""
     if isinstance(value, dict):
         return {key: redacted(inner) for key, inner in value.items()}
     return _PASSWORD_IN_URL.sub(r"\1", value) if isinstance(value, str) else value

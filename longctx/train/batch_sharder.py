@@ -28,11 +28,12 @@ class BatchSharder:
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, device: torch.device) -> BatchSharder:
+        """Takes layout and mask from the configuration, and the rank's place from the mesh."""
         multiple = mesh.tensor.size()
         return cls(layout_of(config), mask_of(config), mesh.sequence_rank, mesh.sequence_size, device, multiple)
 
     def plan(self, batch: Batch) -> SequencePlan:
-        """Of the whole batch, the same on every rank; host memory alone."""
+        """Plans the whole batch, the same on every rank, in host memory alone."""
         length = batch.tokens.shape[1]
         return make_plan(batch.documents, self.mask, self.layout, length, self.size, self.multiple)
 

@@ -15,13 +15,13 @@ from longctx.errors import StorageError
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over the model's parameters."""
+    """Builds the optimizer that the configuration names, over the model's parameters."""
     made: torch.optim.Optimizer = OPTIMIZERS.load(config.name)(model, config)
     return made
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the model's parameters; only matrices decay, norms do not.
+    """Builds AdamW over the model's parameters; only matrices decay, norms do not.
 
     The learning rate is set anew at every step. ``foreach`` costs one dispatch of DTensor per operation
     rather than one per operation and parameter.
@@ -35,7 +35,9 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 class WarmupCosine:
-    """Linear warm-up to ``lr`` in ``warmup_steps``, then a cosine to ``min_lr_ratio * lr`` at ``steps``.
+    """Raises the learning rate linearly, then lets it fall by a cosine.
+
+    It reaches ``lr`` after ``warmup_steps`` and ``min_lr_ratio * lr`` at ``steps``.
 
     Its only state is how many steps are done.
     """
@@ -46,7 +48,7 @@ class WarmupCosine:
         self.done = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 1."""
+        """Computes the learning rate of step ``step``, counted from 1."""
         config = self._config
         if step <= config.warmup_steps:
             return config.lr * step / config.warmup_steps
@@ -61,9 +63,11 @@ class WarmupCosine:
         return self.rate(self.done)
 
     def state_dict(self) -> dict[str, int]:
+        """Returns how many steps are done."""
         return {"done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the steps that a checkpoint counts."""
         done = state.get("done")
         if type(done) is not int or done < 0:
             raise StorageError(f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps")

@@ -23,18 +23,20 @@ _one_at_a_time = threading.Lock()
 
 
 class Prefetcher:
-    """``prepare``: what else the plans of one step's micro-batches are wanted for.
+    """Reads and plans the next step's micro-batches while the present step runs.
+
+    ``prepare``: what else the plans of one step's micro-batches are wanted for.
 
     The loader's position stays that of the batches that were taken, so a checkpoint knows nothing of those read ahead.
     """
 
-    def __init__(self, loader: Loader, border: BatchSharder, prepare: Prepare) -> None:
-        self._loader, self._border, self._prepare = loader, border, prepare
+    def __init__(self, loader: Loader, sharder: BatchSharder, prepare: Prepare) -> None:
+        self._loader, self._sharder, self._prepare = loader, sharder, prepare
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
         self._made: tuple[int, Future[Planned]] | None = None  # of the step that begins at this sample
 
     def take(self, more: bool) -> list[LocalBatch]:
-        """This rank's micro-batches of the next step; ``more``: begins with those of the step after it.
+        """Hands over this rank's micro-batches of the next step; ``more``: begins with those of the step after.
 
         Raises what reading or planning them raised.
         """
@@ -46,7 +48,7 @@ class Prefetcher:
         self._loader.advance()
         if more:
             self._begin(self._loader.next_sample)
-        return [self._border(batch, plan) for batch, plan in planned]
+        return [self._sharder(batch, plan) for batch, plan in planned]
 
     def close(self) -> None:
         """Waits for what is under way and throws it away."""
@@ -58,6 +60,6 @@ class Prefetcher:
     def _plan(self, first: int) -> Planned:
         batches = self._loader.batches(first)
         with _one_at_a_time:
-            plans = [self._border.plan(batch) for batch in batches]
+            plans = [self._sharder.plan(batch) for batch in batches]
             self._prepare(plans)
         return list(zip(batches, plans, strict=True))

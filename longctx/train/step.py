@@ -29,7 +29,7 @@ _NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, equal on all ranks.
+    """Tells what a step came to, equal on all ranks.
 
     ``loss``: per valid token of the whole global batch; None when there was none. ``grad_norm``: before
     clipping. ``skipped``: the update was left out, because a number was not finite or no token was valid.
@@ -42,7 +42,10 @@ class StepResult:
 
 
 class TrainStep:
-    """``mesh``: who holds which tokens. ``grad_clip``: largest global norm, None for any."""
+    """Takes optimizer steps that all ranks decide alike.
+
+    ``mesh``: who holds which tokens. ``grad_clip``: largest global norm, None for any.
+    """
 
     def __init__(self, engine: Engine, mesh: Mesh, device: torch.device, grad_clip: float | None = None) -> None:
         self.engine = engine

@@ -23,12 +23,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """``state.step`` counts the optimizer steps that are done; the loop goes on from there."""
+    """Trains a run to its end.
+
+    ``state.step`` counts the optimizer steps that are done; the loop goes on from there.
+    """
 
     config: Config
     state: TrainState
     train_step: TrainStep
-    ahead: Prefetcher
+    prefetcher: Prefetcher
     meter: Meter
     checkpointer: Checkpointer
     sink: MetricsSink
@@ -39,7 +42,7 @@ class Trainer:
         self._measured_step = self.state.step + 2
 
     def run(self) -> None:
-        """Trains to the end.
+        """Takes all steps that are left.
 
         Raises ``RequeueError`` after a checkpoint when any rank was asked to stop, ``NumericsError`` when the
         run has diverged. The sink is closed in every case.
@@ -53,7 +56,7 @@ class Trainer:
         try:
             outcome, last = self._loop()
         finally:
-            self.ahead.close()
+            self.prefetcher.close()
             self.sink.close(
                 {
                     "outcome": outcome,
@@ -86,33 +89,33 @@ class Trainer:
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         started = time.perf_counter()
-        batches = self.ahead.take(more=self.state.step + 1 < self.config.train.steps)
+        batches = self.prefetcher.take(more=self.state.step + 1 < self.config.train.steps)
         rate = self.state.scheduler.advance()
         result = self._train(batches, rate, self.state.step + 1)
         self.state.step += 1
-        seen = self.meter.observe(batches)
+        observed = self.meter.observe(batches)
         seconds = time.perf_counter() - started
         record = {
             "step": self.state.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": rate,
-            "tokens": seen.tokens,
-            "tokens_per_second": seen.tokens / seconds,
+            "tokens": observed.tokens,
+            "tokens_per_second": observed.tokens / seconds,
             "step_seconds": seconds,
-            "mfu_causal": self.meter.utilization(self.config, seen.tokens, seen.cells, seconds),
-            "mfu_full": self.meter.utilization(self.config, seen.tokens, seen.full_cells, seconds),
-            "memory_peak_bytes": seen.memory_peak_bytes,
-            "comm_bytes": seen.comm_bytes,
-            "comm_bytes_between_nodes": seen.comm_bytes_between_nodes,
-            "balance": seen.balance,
-            "work_by_rank": seen.work,
-            "bytes_by_rank": seen.bytes,
-            "bytes_between_nodes_by_rank": seen.bytes_between_nodes,
-            "straggler_tokens": seen.straggler,
-            "padding": seen.padding,
+            "mfu_causal": self.meter.utilization(self.config, observed.tokens, observed.cells, seconds),
+            "mfu_full": self.meter.utilization(self.config, observed.tokens, observed.full_cells, seconds),
+            "memory_peak_bytes": observed.memory_peak_bytes,
+            "comm_bytes": observed.comm_bytes,
+            "comm_bytes_between_nodes": observed.comm_bytes_between_nodes,
+            "balance": observed.balance,
+            "work_by_rank": observed.work,
+            "bytes_by_rank": observed.bytes,
+            "bytes_between_nodes_by_rank": observed.bytes_between_nodes,
+            "straggler_tokens": observed.straggler,
+            "padding": observed.padding,
         }
-        return record, seen.stop
+        return record, observed.stop
 
     def _train(self, batches: list[LocalBatch], rate: float, step: int) -> StepResult:
         if self.memory is None or step != self._measured_step:

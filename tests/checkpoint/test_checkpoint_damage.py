@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longctx.checkpoint.checkpointer import Checkpointer
-from longctx.checkpoint.files import CheckpointDirectory
+from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.errors import StorageError
 from longctx.sim import RankFailed
 from tests.checkpoint.checkpoint_run import digest, make, on_cluster, saved, train

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.checkpoint.files import CheckpointDirectory
-from longctx.checkpoint.state import changed_keys, recorded_config
+from longctx.checkpoint.config_record import changed_keys, recorded_config
+from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.errors import ConfigError, StorageError
 from longctx.sim import RankFailed
 from tests.checkpoint.checkpoint_run import LAYOUTS, digest, make, on_cluster, optimizer_of, saved, train

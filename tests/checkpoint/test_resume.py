@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longctx.checkpoint.checkpointer import Checkpointer
-from longctx.checkpoint.files import CheckpointDirectory
+from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.errors import ConfigError, StorageError
 from longctx.launcher import build
 from longctx.mesh import build_mesh

@@ -52,14 +52,14 @@ def train(config: Config, resume: bool) -> tuple[list[tuple[float, float]], list
     trainer = build.build_trainer(config, resume, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
-    border, samples = trainer.ahead._border, [set() for _ in range(STEPS)]
+    border, samples = trainer.prefetcher._sharder, [set() for _ in range(STEPS)]
 
     def noted(batch, plan):
         samples[trainer.state.step] |= {hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch.tokens}
         return border(batch, plan)
 
     noted.plan = border.plan
-    trainer.ahead._border = noted
+    trainer.prefetcher._sharder = noted
     trainer.run()
     return [(record["loss"], record["grad_norm"]) for record in recorder.records], samples
 

@@ -65,7 +65,7 @@ def test_a_named_kernel_is_taken_or_refused_with_its_reason():
 
 
 def test_an_unknown_kernel_is_told_which_exist():
-    with pytest.raises(ConfigError, match="=flsh is not known; .*valid: auto, flash_cuda, flash_cpu, dense"):
+    with pytest.raises(ConfigError, match=r"=flsh is not known; .*valid: auto, flash_cuda, flash_cpu, dense"):
         select_kernel("flsh", problem())
 
 

@@ -50,7 +50,7 @@ def test_it_holds_one_name_with_code_configuration_and_templates(source, wheel):
     expected = [
         str(file.relative_to(source))
         for entry in (source / "longctx").iterdir()
-        for pattern in ("*.py", "*.yaml", "*.sbatch", "*.env", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.sbatch", "*.env", "*.jinja", "*.css", "py.typed")
         for file in ([entry] if entry.is_file() else entry.rglob(pattern))
         if file.match(pattern)
     ]

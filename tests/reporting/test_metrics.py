@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -151,7 +152,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_progress_line():
+def test_the_progress_line(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal, log = Terminal(), io.StringIO()
     for stream in (terminal, log):
         progress = Progress(400, stream)
@@ -162,7 +164,34 @@ def test_the_progress_line():
     assert written[0] == "step   1/400  loss 2.5000  grad 1.000  lr 1.00e-03  18.0k tokens/s  ETA 1:40"
     assert written[-1] == "step 400/400  loss nan  grad 1.000  lr 1.00e-03  18.0k tokens/s  ETA 0:00"
     assert len(written) == 41
-    assert terminal.getvalue().count("\r") == 400 and terminal.getvalue().count("\n") == 1
+    shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in terminal.getvalue().split("\r")]
+    assert len([line for line in shown if line.strip()]) - 1 == 400 and terminal.getvalue().count("\n") == 1
+    assert shown[-1].startswith("step 400/400  loss nan  ━") and shown[-1].endswith("18.0k tokens/s  0:00 left\n")
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_the_progress_line_never_wraps(monkeypatch, columns):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    progress = Progress(100_000, terminal)
+    for step in (1, 99_999, 100_000):
+        progress.step(record(step, loss=123456.789, tokens_per_second=999e9, step_seconds=86_400.0))
+    progress.close(SUMMARY)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).strip().split("\r")
+    assert max(map(len, shown)) < columns
+    assert all("step" in line and f"/{100_000}" in line for line in shown if line)
+    assert "\n" not in "".join(shown)
+
+
+def test_a_terminal_that_cannot_rewrite_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    progress = Progress(2, terminal)
+    for step in (1, 2):
+        progress.step(record(step))
+    progress.close(SUMMARY)
+    assert [line.split("  ")[0] for line in terminal.getvalue().splitlines()] == ["step 1/2", "step 2/2"]
 
 
 def test_progress_goes_to_the_console_when_asked(tmp_path, capsys):

@@ -19,7 +19,7 @@ from longctx.errors import StorageError
 from longctx.reporting.metrics import open_sink
 from longctx.reporting.metrics_file import KEYS
 from longctx.reporting.report.balance import balance_section
-from longctx.reporting.report.chart import line_chart
+from longctx.reporting.report.chart import HEIGHT, WIDTH, line_chart
 from longctx.reporting.report.page import render, write_report
 from tests.checkpoint.checkpoint_run import make
 
@@ -155,7 +155,7 @@ def test_a_chart_holds_every_point_inside_its_frame(values, smooth):
     ]
     points += [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in picture.iter("circle")]
     assert len(points) >= sum(value is not None for value in values)
-    assert all(0 <= x <= 640 and 0 <= y <= 260 for x, y in points)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
 
 
 def test_long_runs_stay_small(tmp_path):
@@ -182,3 +182,48 @@ def test_the_worst_balanced_step_is_shown():
     assert "7.00 tokens" in page or "7 tokens" in page
     assert re.search(r"rank 1<.*>5[.0]* ?B sent within the node, 3[.0]* ?B to other nodes", page)
     assert "padding 12.5%" in page and page.count("<tr>") == 2
+
+
+def with_mesh(directory, **parallel):
+    config = Config.from_dict({"run": {"dir": str(directory)}, "parallel": parallel})
+    (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    return Page(render(directory)).text
+
+
+def test_the_mesh_is_told_in_words(tmp_path):
+    one = with_mesh(tmp_path, dp_shard=1)
+    assert "one rank" in one and "None" not in one and "pipeline" not in one
+    several = with_mesh(tmp_path, dp_shard=2, sp=4, pp=2)
+    assert "16 ranks" in several and "dp_shard 2 × sp 4 × pp 2" in several and "None" not in several
+    assert "pipeline schedule 1f1b" in " ".join(several.split())
+
+
+def test_what_differs_from_the_defaults_stands_apart(tmp_path):
+    page = with_mesh(tmp_path, dp_shard=1, sp=3)
+    apart, everything = page.split("all of config.yaml")
+    assert re.search(r"parallel\.sp\s+3\s+1\s", apart) and "parallel.tp" not in apart
+    assert "tp: 1" in everything
+
+
+def test_a_configuration_of_an_earlier_version_is_compared_by_its_names_now(tmp_path):
+    (tmp_path / "config.yaml").write_text("attention: {travel: narrow}\nparallel: 7\n")
+    assert re.search(r"attention\.grad_dtype\s+compute\s+fp32", Page(render(tmp_path)).text)
+    (tmp_path / "config.yaml").write_text("{")
+    assert "0 steps" in Page(render(tmp_path)).text
+
+
+def test_a_spike_of_a_long_run_is_kept():
+    values = [1.0] * 100_000
+    values[77_777] = 1e6
+    points = re.search(r'class="raw" points="([^"]*)"', line_chart("norm", range(1, 100_001), values, str, True))[1]
+    heights = [float(corner.split(",")[1]) for corner in points.split()]
+    assert min(heights) < HEIGHT / 3 < 2 * HEIGHT / 3 < max(heights)
+
+
+def test_many_ranks_are_bars_and_a_folded_table():
+    work = [1.0] * 63 + [4.0]
+    record = {"step": 9, "work_by_rank": work, "bytes_by_rank": work, "bytes_between_nodes_by_rank": [0.0] * 64}
+    page = balance_section([record | {"straggler_tokens": 7, "padding": 0.0}])
+    seen = Page(page)
+    assert page.count("<tr>") == 64 and ("open", None) not in seen.attributes
+    assert "rank 63: 3.821 of the mean" in seen.text and "busiest of" not in seen.text

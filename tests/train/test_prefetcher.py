@@ -20,7 +20,7 @@ from longctx.train.prefetcher import Prefetcher
 from tests.train.small_run import CPU, Recorder, corpus, small_config, train_on_sim
 
 
-def loader_and_border():
+def loader_and_sharder():
     loader = Loader(Packing(corpus(), seq_len=61, seed=3), global_batch=4, micro_batch=2)
     return loader, BatchSharder(Contiguous(), Mask(), rank=1, size=3, device=CPU)
 
@@ -30,7 +30,7 @@ def threads_ahead():
 
 
 def test_batches_are_those_of_the_loader_in_its_order():
-    (loader, border), (other, _) = loader_and_border(), loader_and_border()
+    (loader, border), (other, _) = loader_and_sharder(), loader_and_sharder()
     ahead = Prefetcher(loader, border, lambda plans: None)
     for step in range(5):
         taken = ahead.take(more=step < 4)
@@ -44,7 +44,7 @@ def test_batches_are_those_of_the_loader_in_its_order():
 
 
 def test_the_position_is_that_of_the_batches_that_were_taken():
-    loader, border = loader_and_border()
+    loader, border = loader_and_sharder()
     planned = threading.Semaphore(0)
     ahead = Prefetcher(loader, border, lambda plans: planned.release())
     for step in range(3):
@@ -58,7 +58,7 @@ def test_the_position_is_that_of_the_batches_that_were_taken():
 
 
 def test_what_goes_wrong_ahead_is_raised_when_its_step_comes(monkeypatch):
-    loader, border = loader_and_border()
+    loader, border = loader_and_sharder()
     batches = loader.batches
     monkeypatch.setattr(loader, "batches", lambda first: batches(first) if first < 8 else refuse())
 
@@ -124,7 +124,7 @@ def failing(config):
         if next(calls) == 2:
             raise RuntimeError("no plan for the third step")
 
-    trainer.ahead._prepare = prepare
+    trainer.prefetcher._prepare = prepare
     with pytest.raises(RuntimeError, match="third step"):
         trainer.run()
     return trainer.state.step, recorder.summary["outcome"], trainer.state.loader.next_sample

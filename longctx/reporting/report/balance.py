@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from longctx.reporting.progress import quantity
+from longctx.reporting.report.run_files import numbers_below
+from longctx.reporting.report.templating import fill
+from longctx.reporting.units import quantity
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _BY_RANK = ("work_by_rank", "bytes_by_rank", "bytes_between_nodes_by_rank")
-_WIDTH, _HEIGHT, _MOST = 100, 4, 64  # of a bar; ranks that are shown
+_MOST = 64  # ranks that are shown
+_OPEN = 8  # ranks whose table is open from the start
 
 
-def balance_section(records: Iterable[dict[str, Any]]) -> str:
-    """``records``: what ``metrics.jsonl`` holds. Nothing, where no step tells of more than one rank."""
+@dataclass(frozen=True)
+class RankShare:
+    """Holds what one rank computed over the mean of all, its bar's length from 0 to 1, and what it sent."""
+
+    rank: int
+    share: float
+    length: float
+    within: str
+    across: str
+
+
+def balance_section(records: Iterable[dict[str, Any]]) -> Markup | str:
+    """Draws a bar for each rank; nothing, where no step of ``metrics.jsonl`` tells of more than one rank."""
     told = [record for record in records if _is_told(record)]
     if not told:
         return ""
     worst = max(told, key=lambda record: max(record["work_by_rank"]) / sum(record["work_by_rank"]))
-    work, sent, across = (worst[key] for key in _BY_RANK)
+    work = worst["work_by_rank"]
+    return fill(
+        "balance.html.jinja",
+        step=worst["step"],
+        largest=max(work) * len(work) / sum(work),
+        ranks=_busiest(*(worst[key] for key in _BY_RANK)),
+        world=len(work),
+        straggler=quantity(worst["straggler_tokens"]),
+        padding=worst["padding"],
+        open=len(work) <= _OPEN,
+    )
+
+
+def _busiest(work: list[float], sent: list[float], across: list[float]) -> list[RankShare]:
+    """The busiest ranks, by rank."""
     mean, largest = sum(work) / len(work), max(work)
     busiest = sorted(range(len(work)), key=lambda rank: -work[rank])[:_MOST]
-    rows = "".join(
-        _row(rank, work[rank] / mean, work[rank] / largest, sent[rank], across[rank]) for rank in sorted(busiest)
-    )
-    title = f"attention work by rank in step {worst['step']}, the worst balanced: {largest / mean:.3f} of the mean"
-    among = (
-        f"longest document of the busiest rank: {quantity(worst['straggler_tokens'])} tokens; "
-        f"padding {worst['padding']:.1%}"
-    )
-    if len(work) > _MOST:
-        among += f"; the {_MOST} busiest of {len(work)} ranks"
-    return (
-        f"<figure><figcaption>{html.escape(title)} <small>{html.escape(among)}</small></figcaption>"
-        f"<table>{rows}</table></figure>"
-    )
+    return [
+        RankShare(
+            rank,
+            work[rank] / mean,
+            work[rank] / largest,
+            f"{quantity(sent[rank] - across[rank])}B",
+            f"{quantity(across[rank])}B",
+        )
+        for rank in sorted(busiest)
+    ]
 
 
 def _is_told(record: dict[str, Any]) -> bool:
@@ -44,13 +71,4 @@ def _is_told(record: dict[str, Any]) -> bool:
     if not len(work) == len(sent) == len(across) > 1:
         return False
     numbers = [*work, *sent, *across, record.get("straggler_tokens"), record.get("padding")]
-    return all(type(number) in (int, float) and 0 <= number < 2**63 for number in numbers) and sum(work) > 0
-
-
-def _row(rank: int, share: float, length: float, sent: float, across: float) -> str:
-    bar = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{share:.3f}">'
-        f'<rect class="share" width="{_WIDTH * length:.2f}" height="{_HEIGHT}"/></svg>'
-    )
-    hops = f"{quantity(sent - across)}B sent within the node, {quantity(across)}B to other nodes"
-    return f"<tr><th>rank {rank}</th><td>{share:.3f}</td><td>{hops}</td><td>{bar}</td></tr>"
+    return numbers_below(numbers, 2**63) and sum(work) > 0

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import html
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from longctx.reporting.memory import CATEGORIES
-from longctx.reporting.progress import quantity
+from longctx.reporting.report.templating import fill
+from longctx.reporting.units import quantity
 
-_WIDTH, _HEIGHT = 100, 4
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
-def memory_section(text: str) -> str:
-    """``text``: what ``memory.json`` holds. Nothing, where that is not what a run writes."""
+@dataclass(frozen=True)
+class CategoryShare:
+    """Holds the bytes of one category, and their share of the peak."""
+
+    label: str
+    size: str
+    share: float
+
+
+def memory_section(text: str) -> Markup | str:
+    """Draws what ``memory.json`` holds; nothing, where ``text`` is not what a run writes there."""
     try:
         content = json.loads(text)
         step, ranks = int(content["step"]), [_checked(rank) for rank in content["ranks"]]
         fullest = max(ranks, key=lambda rank: rank["peak"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
-    rows = "".join(_row(label, fullest[name], fullest["peak"]) for name, label in CATEGORIES.items() if fullest[name])
-    among = f"rank {fullest['rank']}, the fullest of {len(ranks)}" if len(ranks) > 1 else "the only rank"
-    host = f"; {quantity(fullest['host'])}B of host buffers" if fullest["host"] else ""
-    title = f"memory at the peak of step {step}: {quantity(fullest['peak'])}B"
-    return (
-        f"<figure><figcaption>{html.escape(title)} <small>{html.escape(among + host)}</small></figcaption>"
-        f"<table>{rows}</table></figure>"
+    peak = fullest["peak"]
+    return fill(
+        "memory.html.jinja",
+        step=step,
+        peak=f"{quantity(peak)}B",
+        whose=f"rank {fullest['rank']}, the fullest of {len(ranks)}" if len(ranks) > 1 else "the only rank",
+        host=f"{quantity(fullest['host'])}B" if fullest["host"] else "",
+        categories=[
+            CategoryShare(label, f"{quantity(fullest[name])}B", fullest[name] / peak)
+            for name, label in CATEGORIES.items()
+            if fullest[name]
+        ],
     )
 
 
@@ -36,11 +52,3 @@ def _checked(rank: Any) -> dict[str, int]:
     if any(type(number) is not int or not 0 <= number < 2**53 for number in numbers.values()) or not numbers["peak"]:
         raise ValueError("numbers of bytes are whole")
     return numbers
-
-
-def _row(label: str, size: int, peak: int) -> str:
-    bar = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{size / peak:.0%}">'
-        f'<rect class="share" width="{_WIDTH * size / peak:.2f}" height="{_HEIGHT}"/></svg>'
-    )
-    return f"<tr><th>{html.escape(label)}</th><td>{quantity(size)}B</td><td>{size / peak:.1%}</td><td>{bar}</td></tr>"
