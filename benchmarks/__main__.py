@@ -6,95 +6,54 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
-from longctx.errors import ConfigError
-from longctx.launcher.cli import ended
+from longctx.launcher.cli import EXIT_CODES, ended
 
-# Each module provides ``add_arguments(group)`` and ``run(arguments) -> exit code``.
+# Name -> what it measures, in a line. Module benchmarks.commands.NAME provides ``add_arguments(parser)`` and
+# ``run(arguments) -> exit code``.
 BENCHES = {
-    "attention": "benchmarks.commands.attention",
-    "trainer": "benchmarks.commands.trainer",
-    "context": "benchmarks.commands.context",
-    "link": "benchmarks.commands.link",
-    "planning": "benchmarks.commands.planning",
-    "linear": "benchmarks.commands.linear",
-    "disaggregation": "benchmarks.commands.disaggregation",
+    "attention": "strategies beside their floors and other packages",
+    "trainer": "the trainer beside a bare loop of the same steps",
+    "context": "the longest sequence that trains in a fixed memory",
+    "link": "flat ring, double ring and USP over a slow link",
+    "planning": "planners on rows of long-context documents",
+    "linear": "linear layers without exchanges, and over late links",
+    "disaggregation": "a skewed batch beside the time of its mean work",
 }
-# Options of several benchmarks, whose modules say what they are when left out (``DEFAULTS``) -> type and help.
-SHARED: dict[str, tuple[type, str]] = {
-    "strategies": (str, "which of ours, comma-separated"),
-    "seq": (str, "tokens, comma-separated"),
-    "repeats": (int, "how often each is timed"),
-}
-SHARE_OPTIONS = ("attention", "linear")
-TAKE_OVERRIDES = ("trainer", "context")
-HAVE_PEERS = ("attention", "context")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bench", nargs="?", default="attention", help=f"one of {', '.join(BENCHES)}")
-    takers = ", ".join(TAKE_OVERRIDES)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help=f"what differs from conf/train.yaml, for {takers}"
+def parser_of_all() -> argparse.ArgumentParser:
+    """The parser of ``python -m benchmarks``, and one for each benchmark under its ``benches``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measurements of longctx: against bounds, against other packages, over shaped links.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=100),
+        epilog=f"{EXIT_CODES}. How long each takes: benchmarks/README.md",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--peer-python",
-        default=sys.executable,
-        help=f"interpreter in which the peers are installed, for {', '.join(HAVE_PEERS)}",
-    )
-    shared = parser.add_argument_group(f"bench {' and '.join(SHARE_OPTIONS)}")
-    for option, (kind, purpose) in SHARED.items():
-        defaults = ", ".join(f"{_module(name).DEFAULTS[option]} ({name})" for name in SHARE_OPTIONS)
-        shared.add_argument(f"--{option}", type=kind, help=f"{purpose}; default: {defaults}")
-    for name in BENCHES:
-        _module(name).add_arguments(parser.add_argument_group(f"bench {name}"))
-
-
-def run(arguments: argparse.Namespace) -> int:
-    name = arguments.bench
-    if name not in BENCHES:
-        raise ConfigError(f"bench {name!r} is unknown; valid: {', '.join(BENCHES)}")
-    if arguments.overrides and name not in TAKE_OVERRIDES:
-        raise ConfigError(f"bench {name} takes no overrides, got {arguments.overrides[0]!r}")
-    if arguments.peer_python != sys.executable and name not in HAVE_PEERS:
-        raise ConfigError(f"--peer-python belongs to bench {' and '.join(HAVE_PEERS)}, not to {name}")
-    _refuse_options_of_others(arguments)
-    _fill_shared(arguments)
-    status: int = _module(name).run(arguments)
-    return status
-
-
-def _refuse_options_of_others(arguments: argparse.Namespace) -> None:
-    for name in BENCHES:
-        parser = argparse.ArgumentParser(add_help=False)
-        _module(name).add_arguments(parser.add_argument_group())
-        for option, default in vars(parser.parse_args([])).items():
-            if name != arguments.bench and getattr(arguments, option) != default:
-                raise ConfigError(f"--{option.replace('_', '-')} belongs to bench {name}, not to {arguments.bench}")
-
-
-def _fill_shared(arguments: argparse.Namespace) -> None:
-    """What the benchmark says of options that were left out; refuses them where it does not read them."""
-    name = arguments.bench
-    for option in SHARED:
-        if name in SHARE_OPTIONS:
-            if getattr(arguments, option) is None:
-                setattr(arguments, option, _module(name).DEFAULTS[option])
-        elif getattr(arguments, option) is not None:
-            raise ConfigError(f"--{option} belongs to bench {' and '.join(SHARE_OPTIONS)}, not to {name}")
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(BENCHES[name])
+    benches = parser.add_subparsers(metavar="NAME", required=True)
+    for name, purpose in BENCHES.items():
+        module = importlib.import_module(f"benchmarks.commands.{name}")
+        one = benches.add_parser(name, help=purpose, description=f"Measures {purpose}.", allow_abbrev=False)
+        one.add_argument("--json", action="store_true", help="print one JSON object")
+        one.set_defaults(run=module.run)
+        module.add_arguments(one)
+    parser.set_defaults(benches=benches)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
-    add_arguments(parser)
-    return ended(lambda: run(parser.parse_intermixed_args(argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return ended(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    parser = parser_of_all()
+    chosen = parser.get_default("benches").choices.get(words[0]) if words else None
+    # Overrides may stand between options, which subparsers by themselves do not take.
+    arguments = chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
+    status: int = arguments.run(arguments)
+    return status
 
 
 if __name__ == "__main__":

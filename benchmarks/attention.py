@@ -8,7 +8,6 @@ attention in float64 at full size.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,33 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.floor import floor_of
 from benchmarks.peers import ATTENTION_PEERS
+from longctx.bench.floor import floor_of
+from longctx.bench.timing import CPU, Entrant, Report, Timing, seconds_of, silent, time_in_turn
 from longctx.errors import NumericsError
 from longctx.sequence import SequencePlan
 from longctx.verify import VerifyCase
 from longctx.verify.case import TOLERANCE
 from longctx.verify.run import attention_of, cut
 
-Pass = Callable[[], object]
 TENSORS = ("out", "dq", "dk", "dv")
 LIMIT = TOLERANCE["float32"][0]  # relative, of the worst of out, dq, dk, dv: beyond it nothing is compared
-SLOW = 3.0  # times the quickest pass of a cell, and
-SLOW_SECONDS = 2.0  # whoever takes longer than both is timed in the first round only
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one pass over all repeats: the slowest rank's, which is when the step is done."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
 @dataclass(frozen=True)
@@ -72,39 +55,34 @@ class AttentionCell:
     ahead: Timing | None = None
 
 
-@dataclass
-class _Entrant:
+@dataclass(kw_only=True)
+class _Entrant(Entrant):
     """``positions``: global, of the rows of what ``run`` returns: out, dq, dk, dv, padding after them."""
 
-    who: str
     setting: str
     peer: bool
     positions: Tensor
     run: Callable[[], tuple[Tensor, ...]]
-    floor: Pass | None = None
     errors: dict[str, float] = field(default_factory=dict)
-    first: float = 0.0  # seconds of the first pass, here
-    seconds: list[float] = field(default_factory=list)
-    floor_seconds: list[float] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
         return max(self.errors.values()) <= LIMIT
 
     def row(self) -> AttentionRow:
-        measured = AttentionRow(self.who, self.setting, self.peer, self.errors, time=Timing.of(self.seconds))
+        measured = AttentionRow(self.name, self.setting, self.peer, self.errors, time=Timing.of(self.seconds))
         if self.floor is None:
             return measured
-        shares = [floor / own for floor, own in zip(self.floor_seconds, self.seconds, strict=True)]
-        return replace(measured, floor=Timing.of(self.floor_seconds), share_of_floor=Timing.of(shares))
+        return replace(measured, floor=Timing.of(self.floor_seconds), share_of_floor=Timing.of(self.shares))
 
 
-def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int) -> AttentionCell:
+def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int, report: Report = silent) -> AttentionCell:
     """One cell: the same problem by every case's strategy and by every peer; all ranks call it together."""
     problem = cases[0]
     truth = reference(problem)
     entrants, refused = [], []
-    for case in cases:
+    for number, case in enumerate(cases):
+        report(number, len(cases), f"checking {case.strategy} on {case.layout}")
         entrant = _ours(case)
         entrant.errors = _errors(entrant, _begin(entrant), truth, case)
         if not entrant.exact:
@@ -112,7 +90,8 @@ def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int) -> Atte
                 f"{case.strategy} on {case.layout} is off by {entrant.errors}, more than {LIMIT}; it is not timed"
             )
         entrants.append(entrant)
-    for name in peers:
+    for number, name in enumerate(peers):
+        report(number, len(peers), f"checking {ATTENTION_PEERS[name].title}")
         begun = _peer(name, problem)
         if isinstance(begun, AttentionRow):
             refused.append(begun)
@@ -120,7 +99,7 @@ def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int) -> Atte
             peer, computed = begun
             peer.errors = _errors(peer, computed, truth, problem)
             entrants.append(peer)
-    _time(entrants, repeats)
+    time_in_turn(entrants, repeats, CPU, report)
     rows = [entrant.row() for entrant in entrants]
     cell = AttentionCell(problem.seq, problem.heads, problem.kv_heads, rows + refused)
     return _compared(cell, entrants)
@@ -165,15 +144,21 @@ def _ours(case: VerifyCase) -> _Entrant:
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
     positions = torch.from_numpy(plan.positions(dist.get_rank()))
-    return _Entrant(case.strategy, case.layout, False, positions, run, floor_of(case, dist.group.WORLD))
+    return _Entrant(
+        name=case.strategy,
+        setting=case.layout,
+        peer=False,
+        positions=positions,
+        run=run,
+        floor=floor_of(case, dist.group.WORLD),
+    )
 
 
 def _begin(entrant: _Entrant) -> tuple[Tensor, ...]:
     """The first pass; it warms up, is judged, and shows who is slow."""
-    start = time.perf_counter()
-    computed = entrant.run()
-    entrant.first = time.perf_counter() - start
-    return computed
+    computed: list[tuple[Tensor, ...]] = []
+    entrant.first = seconds_of(lambda: computed.append(entrant.run()), CPU)
+    return computed[0]
 
 
 def _peer(name: str, case: VerifyCase) -> tuple[_Entrant, tuple[Tensor, ...]] | AttentionRow:
@@ -183,7 +168,9 @@ def _peer(name: str, case: VerifyCase) -> tuple[_Entrant, tuple[Tensor, ...]] | 
     if reason is None:
         try:
             prepared = peer.prepare(case)
-            entrant = _Entrant(peer.title, prepared.setting, True, prepared.positions, prepared.run)
+            entrant = _Entrant(
+                name=peer.title, setting=prepared.setting, peer=True, positions=prepared.positions, run=prepared.run
+            )
             computed = _begin(entrant)
         except Exception as error:  # whatever another package raises is what its row says
             lines = str(error).strip().splitlines()
@@ -209,40 +196,6 @@ def _errors(
     return dict(zip(TENSORS, worst.tolist(), strict=True))
 
 
-def _time(entrants: list[_Entrant], repeats: int) -> None:
-    """All in turn, round after round; the order turns round each time, for the second finds warm caches.
-
-    Whoever is slow takes part in the first round only, or the slowest would take most of the time.
-    """
-    first = torch.tensor([entrant.first for entrant in entrants])
-    dist.all_reduce(first, dist.ReduceOp.MAX)
-    slow = (first > max(SLOW * float(first.min()), SLOW_SECONDS)).tolist()
-    for entrant, excused in zip(entrants, slow, strict=True):
-        if entrant.floor and not excused:
-            entrant.floor()
-    for repeat in range(repeats):
-        turns = [entrant for entrant, excused in zip(entrants, slow, strict=True) if not (excused and repeat)]
-        for entrant in turns[:: 1 if repeat % 2 else -1]:
-            for run in _turn(entrant, repeat):
-                seconds = entrant.floor_seconds if run is entrant.floor else entrant.seconds
-                seconds.append(slowest(run))
-
-
-def _turn(entrant: _Entrant, repeat: int) -> list[Pass]:
-    passes: list[Pass] = [entrant.run] if entrant.floor is None else [entrant.run, entrant.floor]
-    return passes[:: 1 if repeat % 2 else -1]
-
-
-def slowest(run: Pass) -> float:
-    """Seconds from a common start until the last rank is done."""
-    dist.barrier()
-    start = time.perf_counter()
-    run()
-    taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
-
-
 def _compared(cell: AttentionCell, entrants: list[_Entrant]) -> AttentionCell:
     """Our best beside the best of the peers that are exact, by medians."""
     exact = [entrant for entrant in entrants if entrant.exact]
@@ -252,4 +205,4 @@ def _compared(cell: AttentionCell, entrants: list[_Entrant]) -> AttentionCell:
         return cell
     mine, theirs = (min(some, key=lambda one: statistics.median(one.seconds)) for some in (ours, peers))
     ratios = [their / own for their, own in zip(theirs.seconds, mine.seconds, strict=False)]
-    return replace(cell, best=f"{mine.who} {mine.setting}", best_peer=theirs.who, ahead=Timing.of(ratios))
+    return replace(cell, best=f"{mine.name} {mine.setting}", best_peer=theirs.name, ahead=Timing.of(ratios))

@@ -4,7 +4,7 @@ Every rank has equal tokens, so the linear parts cost the same everywhere, and o
 step here is one layer, forward and backward: of attention by itself, and of a whole block. All ways take turns in one
 process group on the same tokens, and a step has ended when the last rank has.
 
-The mean work's time: every rank replays its own kernel calls (``benchmarks.floor``), all at once, and the ranks'
+The mean work's time: every rank replays its own kernel calls (``longctx.bench.floor``), all at once, and the ranks'
 times are averaged. That is what a step would take if work were equal to the last cell, nothing were sent or packed,
 and nobody waited. For a block the linear parts are added, as one block takes that has no attention.
 """
@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.attention import TENSORS, Timing
-from benchmarks.floor import NAME, ForwardCall, recorded_pass, replay
+from benchmarks.attention import TENSORS
 from longctx.attention import StrategyAttention
 from longctx.attention.core import CoreAttention, Started
 from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.bench.floor import NAME, ForwardCall, recorded_pass, replay
+from longctx.bench.timing import Report, Timing, silent
 from longctx.comm import group_of
 from longctx.config import ModelConfig
 from longctx.errors import NumericsError
@@ -214,11 +215,12 @@ class _Entrant:
         )
 
 
-def measure(problem: Problem, ways: list[str], repeats: int) -> dict[str, Any]:
+def measure(problem: Problem, ways: list[str], repeats: int, report: Report = silent) -> dict[str, Any]:
     """All ways in turn, round after round, in an order that turns round each time; all ranks call it together."""
     truth: list[Tensor] = []
-    entrants = []
+    entrants: list[_Entrant] = []
     for name in dict.fromkeys(["data_parallel", *ways]):  # the others are judged against it
+        report(len(entrants), len(ways), f"checking {name}")
         entrant = _entrant(problem, name, truth)
         if name in ways:
             entrants.append(entrant)
@@ -228,6 +230,7 @@ def measure(problem: Problem, ways: list[str], repeats: int) -> dict[str, Any]:
     for repeat in range(repeats):
         passes = [(seconds, run) for one in entrants for seconds, run in _turn(one, repeat)]
         passes.insert(len(passes) // 2, (linear, block))
+        report(repeat, repeats, "all ways in turn")
         for seconds, run in passes[:: -1 if repeat % 2 else 1]:
             seconds.append(timed(run))
     entrants.sort(key=lambda entrant: ways.index(entrant.name))

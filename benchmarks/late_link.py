@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.attention import Timing
 from benchmarks.link import PASSES
 from benchmarks.waiting import program_of, replay, waited
+from longctx.bench.timing import Report, Timing, silent
 from longctx.comm import ExchangeEvent, group_of
 from longctx.verify import VerifyCase
 from longctx.verify.run import core_of, local_inputs
@@ -76,11 +76,12 @@ def _paired(over: Sequence[float], under: Sequence[float]) -> Timing:
     return Timing.of([a / max(b, 1e-9) for a, b in zip(over, under, strict=True)])
 
 
-def measure(cases: list[VerifyCase], repeats: int) -> list[list[list[Seen]]]:
+def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[Seen]]]:
     """By case and repeat: the forward and the backward pass of this rank; cases are interleaved, and turn round."""
     found: list[list[list[Seen]]] = [[] for _ in cases]
     passes = [_Passes(case) for case in cases]
     for repeat in range(repeats + 1):
+        report(repeat, repeats + 1, "all routes in turn")
         for number in range(len(cases))[:: 1 if repeat % 2 else -1]:
             seen = [_seen(run) for run in (passes[number].forward, passes[number].backward)]
             if repeat:  # the first round opens connections and warms up

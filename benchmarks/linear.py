@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from benchmarks.attention import Timing, slowest
+from longctx.bench.timing import Report, Timing, silent, slowest
 from longctx.verify import VerifyCase
 from longctx.verify.linear import mixer_of
 from longctx.verify.run import core_of, local_inputs
@@ -66,7 +66,7 @@ class _Entrant:
         return LinearCell(self.case.strategy, mixer_of(self.case).name, self.case.seq, *timings)
 
 
-def measure(cases: list[VerifyCase], repeats: int) -> list[LinearCell]:
+def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[LinearCell]:
     """All cases of one mixer in turn, round after round; all ranks call it together.
 
     Each strategy and its floor go one after the other, A B, B A, ..., and the order of the cases turns round each time:
@@ -80,7 +80,9 @@ def measure(cases: list[VerifyCase], repeats: int) -> list[LinearCell]:
         entrant.run()
         entrant.floor()
     for repeat in range(repeats):
-        for entrant in entrants[:: -1 if repeat % 2 else 1]:
+        for number, entrant in enumerate(entrants[:: -1 if repeat % 2 else 1]):
+            what = f"{entrant.case.strategy}, {entrant.case.seq} tokens"
+            report(repeat * len(entrants) + number, repeats * len(entrants), what)
             for side in _sides(entrant, repeat):
                 own = side is entrant.run
                 (entrant.seconds if own else entrant.floor_seconds).append(slowest(side))

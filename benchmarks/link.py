@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.attention import Timing, local_inputs, slowest
+from benchmarks.attention import local_inputs
 from longctx.attention import get_strategy
 from longctx.attention.costs.estimate import Volume
 from longctx.attention.runtime.local_kernel import KernelProblem
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import costs_of, inner_of
 from longctx.attention.runtime.sizes import Sizes
+from longctx.bench.timing import Report, Timing, silent, slowest
 from longctx.catalog import KERNELS
 from longctx.comm import group_of
 from longctx.sequence import TileSet
@@ -112,7 +113,9 @@ class Passed:
     link_packets: int
 
 
-def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]]) -> list[list[list[Passed]]]:
+def measure(
+    cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]], report: Report = silent
+) -> list[list[list[Passed]]]:
     """By case and repeat: the forward and the backward pass of this rank, exchange-only; cases are interleaved.
 
     ``counters``: bytes and packets that this node has sent through its link. The silent kernel must be known.
@@ -120,6 +123,7 @@ def measure(cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[
     found: list[list[list[Passed]]] = [[] for _ in cases]
     exchanges = [LinkTraffic(case) for case in cases]
     for repeat, number in itertools.product(range(repeats + 1), range(len(cases))):
+        report(repeat * len(cases) + number, (repeats + 1) * len(cases), cases[number].strategy)
         passed = [_measured(run, counters) for run in (exchanges[number].forward, exchanges[number].backward)]
         if repeat:  # the first round opens connections and warms up
             found[number].append(passed)

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from longctx.train.canary.check import run_canary
 from longctx.train.optimizer import WarmupCosine, build_optimizer
 from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import TrainStep
+from longctx.train.step_parts import StepParts
 from longctx.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def device_type(config: Config) -> str:
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
     with joined(config) as device, stop_on_signal() as stop, deterministic(config):
-        rank_main(config, resume, _open(config), device, peak_memory(device), stop)
+        rank_main(config, resume, open_checked(config), device, peak_memory(device), stop)
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ def joined(config: Config) -> Iterator[torch.device]:
 
 def run_sim(config: Config, resume: bool) -> None:
     """Trains with all ranks in this process, on the simulated cluster."""
-    corpus = _open(config)
+    corpus = open_checked(config)
     with stop_on_signal() as stop:
         # The ranks share one process: what memory each of them takes cannot be told apart.
         simulate(config, rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
@@ -181,28 +183,42 @@ def rank_main(
     directory = directory_of(config)
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _told(corpus))
+    build_trainer(config, resume, corpus, meter_of(config, mesh, device, memory, stop)).run()
+
+
+def meter_of(
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    memory: Callable[[], int | None],
+    stop: Callable[[], bool] = lambda: False,
+) -> Meter:
+    """What observes this rank's steps. ``memory``: its peak bytes. ``stop``: whether it was asked to end."""
     peak = peak_flops(device, compute_dtype(config.train.dtype))
-    meter = Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
-    build_trainer(config, resume, corpus, meter).run()
+    return Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
 
 
 def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) -> Trainer:
     """A trainer at the run's first step, or at its newest checkpoint."""
+    directory = directory_of(config)
+    parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
+    if resume:
+        checkpointer.load(parts.state)
+    sink = open_sink(config, directory, dist.get_rank(), parts.state.step if resume else None)
+    return Trainer(config, parts.state, parts.step, parts.ahead, meter, checkpointer, sink, parts.memory)
+
+
+def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | None) -> StepParts:
+    """What takes the run's steps, from the first. ``directory``: where ``memory.json`` is written; None: nowhere."""
     mesh, device = meter.mesh, meter.device
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     loader = build_loader(config, corpus, mesh.data_rank, mesh.data_size)
-    schedule = WarmupCosine(config.optim, config.train.steps)
-    state = TrainState(model, optimizer, schedule, loader, step=0)
-    checkpointer = _checkpointer(config)
-    if resume:
-        checkpointer.load(state)
-    engine = engine_of(model, optimizer, config, mesh)
-    step = TrainStep(engine, mesh, device, config.optim.grad_clip)
-    sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
-    memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
+    state = TrainState(model, optimizer, WarmupCosine(config.optim, config.train.steps), loader, step=0)
+    step = TrainStep(engine_of(model, optimizer, config, mesh), mesh, device, config.optim.grad_clip)
+    memory = StepMemory(decoders(model), optimizer, device, directory) if is_measured(config) else None
     ahead = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
-    return Trainer(config, state, step, ahead, meter, checkpointer, sink, memory)
+    return StepParts(state, step, ahead, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
@@ -238,7 +254,8 @@ def deterministic(config: Config) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _open(config: Config) -> Corpus:
+def open_checked(config: Config) -> Corpus:
+    """The run's documents, which ``preflight`` has verified."""
     return open_corpus(config.data, config.model.vocab_size, verify=False)
 
 

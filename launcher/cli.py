@@ -22,7 +22,7 @@ from longctx.rules import suggestion
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the table: what a subcommand is for and where its code lies."""
+    """One row of the table: what a subcommand is for and where its code lies. ``name``: one word or two."""
 
     name: str
     purpose: str
@@ -79,6 +79,26 @@ COMMANDS = (
         ),
         "longctx.launcher.commands.verify",
     ),
+    Command(
+        "bench attention",
+        "time the run's attention strategies on its mesh and shapes",
+        (
+            "longctx bench attention parallel.sp=2 data.seq_len=4096 model=small",
+            "longctx bench attention --strategies ring,usp,gather --json parallel.sp=2 attention.layout=zigzag",
+            "torchrun --nproc-per-node 8 -m longctx.launcher.cli bench attention comm=nccl parallel.sp=8",
+        ),
+        "longctx.launcher.commands.bench.attention",
+    ),
+    Command(
+        "bench step",
+        "time a step of the run on its mesh, by what it is spent on; writes nothing",
+        (
+            "longctx bench step recipe=demo",
+            "longctx bench step --steps 10 --json parallel.sp=2 attention=gather data.seq_len=4096",
+            "srun longctx bench step comm=nccl parallel.sp=8 train.dtype=bfloat16",
+        ),
+        "longctx.launcher.commands.bench.step",
+    ),
 )
 
 EXIT_CODES = (
@@ -115,20 +135,39 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         top.parse_args(words)
         return 2
-    if words[0] not in commands:
-        top.error(f"{words[0]} is not a command; {suggestion(words[0], list(commands))}")
-    command = commands[words[0]]
+    name = _name_of(words, list(commands), top)
+    if name is None:
+        top.print_help()
+        return 0
+    command = commands[name]
     module = importlib.import_module(command.module)
     parser = parser_of(command)
     module.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(words[1:])
+    arguments = parser.parse_intermixed_args(words[len(name.split()) :])
     status: int = module.run(arguments)
     return status
 
 
+def _name_of(words: list[str], commands: list[str], top: argparse.ArgumentParser) -> str | None:
+    """The command that the first one or two words name, or None where they ask for help; others end here with 2."""
+    first = words[0]
+    after = [name.split()[1] for name in commands if name.startswith(f"{first} ")]
+    if not after:
+        firsts = list(dict.fromkeys(name.split()[0] for name in commands))
+        if first not in firsts:
+            top.error(f"{first} is not a command; {suggestion(first, firsts)}")
+        return first
+    second = words[1] if len(words) > 1 else ""
+    if second in ("-h", "--help"):
+        return None
+    if second not in after:
+        top.error(f"{first} takes one of its benchmarks first; {suggestion(second, after)}")
+    return f"{first} {second}"
+
+
 def top_parser() -> argparse.ArgumentParser:
     """The parser of ``longctx`` itself: it knows the commands' names, not their options."""
-    table = "\n".join(f"  {command.name:10}{command.purpose}" for command in COMMANDS)
+    table = "\n".join(f"  {command.name:16}{command.purpose}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog="longctx",
         description=f"{longctx.__doc__}\n\ncommands:\n{table}",

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longctx.bench.timing import Report
 from longctx.errors import NumericsError
 from longctx.launcher.env import share_cores
+from longctx.launcher.progress import from_file
 
 TIMEOUT = 600.0  # seconds that a whole job may take
 STOPS = (signal.SIGTERM, signal.SIGHUP)
@@ -29,14 +31,20 @@ LOOK = 0.1  # seconds between two looks at the processes
 SETTLE = 0.5  # seconds in which the cause of a failure shows, where another rank is seen first
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Workers:
     """How ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job. ``within``: by rank, the
-    words before the command, such as those that run it in a network namespace."""
+    words before the command, such as those that run it in a network namespace. ``report``: takes what the first rank
+    reports by ``progress.to_file``."""
 
     python: str = sys.executable
     limit: float = TIMEOUT
     within: Sequence[Sequence[str]] = ()
+    report: Report | None = None
 
 
 def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers = Workers()) -> None:
@@ -60,7 +68,8 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
             words = [*before[rank], *command, str(rank), str(world)]
             return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank])
 
-        ends = run_together(start, world, workers.limit)
+        look = from_file(folder, workers.report) if workers.report else _nothing
+        ends = run_together(start, world, workers.limit, look)
         if ends.failed is not None:
             complaints[ends.failed].seek(0)
             last = complaints[ends.failed].read().decode(errors="replace").strip().splitlines()[-1:]
@@ -83,15 +92,17 @@ class Ends:
         return self.failed is not None or None not in self.statuses
 
 
-def run_together(start: Callable[[int], subprocess.Popen[bytes]], world: int, limit: float) -> Ends:
+def run_together(
+    start: Callable[[int], subprocess.Popen[bytes]], world: int, limit: float, look: Callable[[], None] = _nothing
+) -> Ends:
     """Processes 0 to ``world`` - 1 side by side until all have ended, one has failed, for the others would wait for it
-    without end, or ``limit`` seconds are up. None outlives this."""
+    without end, or ``limit`` seconds are up. None outlives this. ``look`` is called whenever they are looked at."""
     started: list[subprocess.Popen[bytes]] = []
     try:
         with _undisturbed():
             for rank in range(world):
                 started.append(start(rank))  # noqa: PERF401 - those before one that cannot start are known
-        return _ends(started, time.monotonic() + limit)
+        return _ends(started, time.monotonic() + limit, look)
     finally:
         with _undisturbed():
             for worker in started:
@@ -99,8 +110,9 @@ def run_together(start: Callable[[int], subprocess.Popen[bytes]], world: int, li
                 worker.wait()
 
 
-def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float) -> Ends:
+def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Callable[[], None] = _nothing) -> Ends:
     while True:
+        look()
         statuses = [worker.poll() for worker in started]
         failed = next((rank for rank, status in enumerate(statuses) if status), None)
         if failed is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import LIMIT, measure
+from benchmarks.options import add_peer_python, require_longctx
 from benchmarks.peers import ATTENTION_PEERS
 from longctx.attention import get_strategy
+from longctx.bench.timing import Report, silent, spread
 from longctx.catalog import STRATEGIES as ALL
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
-from longctx.launcher.spread import spread
+from longctx.launcher.progress import about, progress, to_file
 from longctx.launcher.verify.ranks import check
 from longctx.verify import VerifyCase
 
@@ -35,50 +36,45 @@ STRATEGIES = tuple(name for name in ALL if name not in ("local", "striped"))
 LAYOUTS_OF = {"ring": ("contiguous", "zigzag", "striped")}  # of others, the one they prefer
 PATIENCE = 3600.0  # seconds
 NO_PEERS = "none"
-DEFAULTS = {"strategies": ",".join(STRATEGIES), "seq": "4096,8192", "repeats": 3}
+REPEATS = 3
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="which of ours, comma-separated")
+    parser.add_argument("--seq", default="4096,8192", help="tokens, comma-separated: a table for each")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"how often each is timed; default: {REPEATS}")
     parser.add_argument("--world", type=int, default=2, help="processes; more than cores measure the scheduler")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", default="8,2", help="key/value heads, comma-separated: a table for each")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--peers", default=",".join(ATTENTION_PEERS), help=f"which others, or {NO_PEERS}")
+    add_peer_python(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; 3 is the default")
+        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; {REPEATS} is the default")
     peers = [] if arguments.peers == NO_PEERS else words("peers", arguments.peers, ATTENTION_PEERS)
-    _check_python(arguments.peer_python)
+    require_longctx(arguments.peer_python)
     cells = cells_of(arguments)
     started = time.monotonic()
-    require_exact(itertools.chain(*cells))
-    env.drive_cpu()
-    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
+    with (
+        progress("benchmarks attention") as report,
+        tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
+    ):
+        require_exact(itertools.chain(*cells), report)
+        env.drive_cpu()
         job = {"cells": [list(map(asdict, cell)) for cell in cells], "peers": peers, "repeats": arguments.repeats}
         python = arguments.peer_python if peers else sys.executable
-        workers = Workers(python, PATIENCE)
+        workers = Workers(python, PATIENCE, report=report)
         run_gloo("benchmarks.commands.attention", json.dumps(job), arguments.world, Path(name), workers)
         measured = json.loads((Path(name) / "measured.json").read_text())
     told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if arguments.json:
         print(json.dumps({"machine": described(), **told, "cells": measured}))
     else:
-        print(report(arguments, told, measured))
+        print(table(arguments, told, measured))
     return 0
-
-
-def _check_python(python: str) -> None:
-    """All run in the peers' interpreter, side by side."""
-    if python == sys.executable:
-        return
-    try:
-        subprocess.run([python, "-c", "import longctx"], check=True)
-    except (OSError, subprocess.CalledProcessError):
-        raise ConfigError(
-            f"--peer-python {python} cannot import longctx; install it there, or set PYTHONPATH"
-        ) from None
 
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
@@ -108,7 +104,7 @@ def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
     ]
 
 
-def require_exact(cases: Iterable[VerifyCase]) -> None:
+def require_exact(cases: Iterable[VerifyCase], report: Report = silent) -> None:
     """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
     small = []
     for case in cases:
@@ -116,12 +112,14 @@ def require_exact(cases: Iterable[VerifyCase]) -> None:
         if reason:
             raise ConfigError(f"{case.strategy} on {case.layout} refuses: {reason}; or leave it out of --strategies")
         small.append(replace(case, backend="sim", seq=min(case.seq, 509), dtype="float64"))
-    for case in dict.fromkeys(small):
+    distinct = list(dict.fromkeys(small))
+    for number, case in enumerate(distinct):
+        report(number, len(distinct), f"checking {case.strategy} on {case.layout}")
         if not check(case)[0].passed:
             raise NumericsError(f"{case.strategy} on {case.layout} is not exact; it is not timed")
 
 
-def report(arguments: argparse.Namespace, told: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+def table(arguments: argparse.Namespace, told: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"forward + backward, {arguments.world} Gloo processes, causal, float32; {told['repeats']} interleaved "
         f"repeats, median (min-max); load {told['load']}, {told['seconds']:.0f} s; error: relative, of the worst tensor"
@@ -162,10 +160,11 @@ def _verdict(cell: dict[str, Any]) -> str:
 
 def worker(given: list[str]) -> None:
     with gloo_rank(given, pinned=True) as (job, folder, rank):
-        measured = []
+        measured, report = [], to_file(folder, rank)
         for cell in job["cells"]:
             cases = [VerifyCase.of(case) for case in cell]
-            measured.append(asdict(measure(cases, job["peers"], job["repeats"])))
+            problem = f"{cases[0].seq} tokens, {cases[0].heads}/{cases[0].kv_heads} heads"
+            measured.append(asdict(measure(cases, job["peers"], job["repeats"], about(problem, report))))
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(measured))
 

@@ -17,12 +17,15 @@ from benchmarks.commands.context_worker import Job
 from benchmarks.hosts import memory_group
 from benchmarks.hosts.memory_group import MemoryGroup
 from benchmarks.longest import Longest, longest
+from benchmarks.options import add_overrides, add_peer_python
+from longctx.bench.timing import Report
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
 from longctx.launcher.processes import run_together, unwinding
+from longctx.launcher.progress import progress
 
 WORLD = 2
 OURS = "longctx"
@@ -48,7 +51,7 @@ GATE_STEPS, GATE_TOLERANCE = 3, 1e-4  # of the loss, relative, at every step
 PATIENCE = 600.0  # seconds that one probe may take
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="which to measure, comma-separated")
     parser.add_argument("--allowance", type=int, default=512, help="MiB over what a process takes before its step")
     parser.add_argument(
@@ -57,6 +60,8 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--tile", type=int, default=256, help="tokens of a tile, where a system cuts loss or MLP")
     parser.add_argument("--start", default="4096", help="tokens of the first probe, or one number per system")
     parser.add_argument("--cap", type=int, default=65536, help="longest probe; a system that fits is reported as more")
+    add_overrides(parser)
+    add_peer_python(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,8 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     starts = _starts(arguments, systems)
     memory_group.require()
     rows = []
-    with unwinding(), tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
-        bench = _Bench(arguments, Path(folder))
+    with (
+        unwinding(),
+        progress("benchmarks context") as report,
+        tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder,
+    ):
+        bench = _Bench(arguments, Path(folder), report)
         present = {name: bench.missing(name) for name in systems}
         bench.require_equal_losses([name for name in systems if not present[name]])
         for name, start in zip(systems, starts, strict=True):
@@ -128,8 +137,9 @@ class Probe:
 
 
 class _Bench:
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, folder: Path, report: Report) -> None:
         self._arguments = arguments
+        self._report = report
         self._folder = folder
         self._launches = 0
 
@@ -173,6 +183,7 @@ class _Bench:
 
     def launch(self, system: str, tokens: int, steps: int, limited: bool) -> Probe:
         self._launches += 1
+        self._report(0, 0, f"launch {self._launches}: {system} with {tokens} tokens{'' if limited else ', no limit'}")
         started = time.perf_counter()
         meeting = self._folder / str(self._launches)
         meeting.mkdir()

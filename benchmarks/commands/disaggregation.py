@@ -19,11 +19,12 @@ import torch
 
 from benchmarks.disaggregation import WAYS, Problem, attend, measure, skewed
 from longctx.attention import dense_attention
+from longctx.bench.timing import spread
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
-from longctx.launcher.spread import spread
+from longctx.launcher.progress import progress, to_file
 from longctx.sequence import Mask, unshard
 from longctx.sim import Cluster
 from longctx.verify.case import TOLERANCE
@@ -33,7 +34,7 @@ GATE_TOKENS = 512
 REQUIRED = 1.10  # of the mean work's time
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2, help="more than cores measure the scheduler")
     parser.add_argument("--batch-tokens", type=int, default=32768, help="of all processes together, shared equally")
     parser.add_argument("--longest", type=int, default=16384, help="tokens of the one long document")
@@ -48,10 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds {arguments.rounds} must be at least 1; 5 is the default")
     started = time.monotonic()
-    require_exact(problem, ways)
     job = {"problem": asdict(problem), "ways": ways, "rounds": arguments.rounds}
-    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
-        workers = Workers(limit=PATIENCE)
+    with (
+        progress("benchmarks disaggregation") as show,
+        tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
+    ):
+        show(0, 0, "checking every way")
+        require_exact(problem, ways)
+        workers = Workers(limit=PATIENCE, report=show)
         run_gloo("benchmarks.commands.disaggregation", json.dumps(job), problem.world, Path(name), workers)
         measured = json.loads((Path(name) / "measured.json").read_text())
     told = {"rounds": arguments.rounds, "load": load(), "seconds": round(time.monotonic() - started, 1)}
@@ -144,7 +149,9 @@ def _verdict(row: dict[str, Any]) -> str:
 def worker(given: list[str]) -> None:
     with gloo_rank(given, pinned=True) as (job, folder, rank):
         shares = tuple(map(tuple, job["problem"]["shares"]))
-        measured = measure(Problem(**{**job["problem"], "shares": shares}), job["ways"], job["rounds"])
+        measured = measure(
+            Problem(**{**job["problem"], "shares": shares}), job["ways"], job["rounds"], to_file(folder, rank)
+        )
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(measured))
 

@@ -16,15 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention import Timing
 from benchmarks.commands.link import compute_here, require_exact_here
 from benchmarks.hosts.namespaces import NETWORK, Namespaces
 from benchmarks.late_link import CLOSE, HEAD_START, Exposed, ExposedRatio, Seen, in_order, judged, measure
 from benchmarks.link import PASSES
+from longctx.bench.timing import Report, Timing
 from longctx.comm import ExchangeEvent
 from longctx.errors import ConfigError
 from longctx.launcher.machine import load
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.progress import to_file
 from longctx.verify import VerifyCase
 
 RANKS = 4  # a node each
@@ -72,7 +73,7 @@ def cases_of(arguments: argparse.Namespace, mixer: str | None) -> list[VerifyCas
     return [linear, replace(linear, strategy="lasp"), replace(linear, strategy="ring", layout="zigzag", mixer=None)]
 
 
-def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace) -> Late:
+def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace, show: Report) -> Late:
     with (
         unwinding(),
         Namespaces(RANKS, None, arguments.latency_ms) as nodes,
@@ -82,7 +83,7 @@ def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace) -> Late
         one_way = pinged(nodes)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.repeats})
         within = [nodes.within(rank) for rank in range(RANKS)]
-        run_gloo("benchmarks.commands.late_link", job, RANKS, folder, Workers(within=within))
+        run_gloo("benchmarks.commands.late_link", job, RANKS, folder, Workers(within=within, report=show))
         errors = require_exact_here(cases, folder)
         ranks = [json.loads((folder / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     exposed = {
@@ -189,8 +190,10 @@ def _off(own: Timing, predicted: Timing) -> str:
 def worker(words: list[str]) -> None:
     with gloo_rank(words) as (job, folder, rank):
         cases = [VerifyCase.of(case) for case in job["cases"]]
+        show = to_file(folder, rank)
+        show(0, 0, "checking over the links")
         compute_here(cases, folder, rank)
-        seen = measure(cases, job["repeats"])
+        seen = measure(cases, job["repeats"], show)
         plain = [[[asdict(one) for one in both] for both in repeats] for repeats in seen]
         (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
 

@@ -18,15 +18,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention import Timing
 from benchmarks.commands import late_link as bench_late_link
 from benchmarks.linear import FLAT, SHARE, LinearCell, lengths_of, measure, unevenness
+from longctx.bench.timing import Report, Timing, spread
 from longctx.catalog import LINEAR_STRATEGIES, MIXERS
 from longctx.errors import ConfigError, NotAvailableError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
-from longctx.launcher.spread import spread
+from longctx.launcher.progress import about, progress, to_file
 from longctx.launcher.verify.ranks import check
 from longctx.linear import get_mixer
 from longctx.verify import VerifyCase, refusal_of
@@ -35,10 +35,13 @@ WORLD, HEADS, HEAD_DIM = 2, 8, 64
 GATE_TOKENS = 509
 PATIENCE = 3600.0  # seconds
 SEQUENCES = "2048,4096,8192,16384,32768"
-DEFAULTS = {"strategies": ",".join(LINEAR_STRATEGIES), "seq": SEQUENCES, "repeats": 5}
+REPEATS = 5
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strategies", default=",".join(LINEAR_STRATEGIES), help="which, comma-separated")
+    parser.add_argument("--seq", default=SEQUENCES, help="tokens, comma-separated")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"how often each is timed; default: {REPEATS}")
     parser.add_argument("--mixers", default="retnet,gated_deltanet", help="comma-separated, of those with a state")
     parser.add_argument(
         "--link", action=argparse.BooleanOptionalAction, default=True, help="whether to go on over late links"
@@ -49,19 +52,21 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; {DEFAULTS['repeats']} is the default")
+        raise ConfigError(f"--repeats {arguments.repeats} must be at least 1; {REPEATS} is the default")
     cases = cases_of(arguments)
     late = bench_late_link.cases_of(arguments, cases[0].mixer) if arguments.link else []
     started = time.monotonic()
-    require_exact(cases)
-    cells = measured(cases, arguments.repeats)
+    with progress("benchmarks linear") as show:
+        require_exact(cases, show)
+        cells = measured(cases, arguments.repeats, show)
     told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if not arguments.json:
         print(report(told, cells))
     exposed, missing = None, None
     if arguments.link:
         try:
-            exposed = bench_late_link.measured(late, arguments)
+            with progress("benchmarks linear, late links") as show:
+                exposed = bench_late_link.measured(late, arguments, show)
         except NotAvailableError as error:
             missing = f"the part over late links was skipped: {error}"
     if arguments.json:
@@ -93,7 +98,7 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
     ]  # fmt: skip
 
 
-def require_exact(cases: Iterable[VerifyCase]) -> None:
+def require_exact(cases: Iterable[VerifyCase], show: Report) -> None:
     """No timing without a green gate: the same cases, shorter and in float64, against the recurrence."""
     small = []
     for case in cases:
@@ -101,19 +106,22 @@ def require_exact(cases: Iterable[VerifyCase]) -> None:
         if reason:
             raise ConfigError(f"{case.strategy} with {case.mixer} refuses: {reason}; or leave it out")
         small.append(replace(case, backend="sim", seq=min(case.seq, GATE_TOKENS), dtype="float64"))
-    for case in dict.fromkeys(small):
+    distinct = list(dict.fromkeys(small))
+    for number, case in enumerate(distinct):
+        show(number, len(distinct), f"checking {case.strategy} with {case.mixer}")
         if not check(case)[0].passed:
             raise NumericsError(f"{case.strategy} with {case.mixer} is not exact; it is not timed")
 
 
-def measured(cases: Sequence[VerifyCase], repeats: int) -> list[LinearCell]:
+def measured(cases: Sequence[VerifyCase], repeats: int, show: Report) -> list[LinearCell]:
     """Mixer after mixer; all lengths and strategies of one take turns."""
     job = {
         "groups": [list(map(asdict, group)) for _, group in itertools.groupby(cases, key=lambda case: case.mixer)],
         "repeats": repeats,
     }
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
-        run_gloo("benchmarks.commands.linear", json.dumps(job), WORLD, Path(name), Workers(limit=PATIENCE))
+        workers = Workers(limit=PATIENCE, report=show)
+        run_gloo("benchmarks.commands.linear", json.dumps(job), WORLD, Path(name), workers)
         plain = json.loads((Path(name) / "measured.json").read_text())
     return [
         LinearCell(**{**cell, **{side: Timing(**cell[side]) for side in ("time", "floor", "share")}}) for cell in plain
@@ -152,8 +160,9 @@ def _kept(kept: bool) -> str:
 def worker(given: list[str]) -> None:
     with gloo_rank(given, pinned=True) as (job, folder, rank):
         cells: list[LinearCell] = []
+        show = to_file(folder, rank)
         for group in job["groups"]:
-            cells += measure([VerifyCase.of(case) for case in group], job["repeats"])
+            cells += measure([VerifyCase.of(case) for case in group], job["repeats"], about(group[0]["mixer"], show))
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(list(map(asdict, cells))))
 

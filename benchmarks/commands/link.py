@@ -36,6 +36,7 @@ from benchmarks.link import (
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.progress import progress, to_file
 from longctx.launcher.verify.ranks import load_result, save_result
 from longctx.options import DEFAULT, StrategyOptions
 from longctx.sim import Cluster, mark_step
@@ -50,7 +51,7 @@ ROUTES = {
 GATE_TOKENS = 509
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate-mbit", type=int, default=200, help="of the link between the nodes, each way")
     parser.add_argument("--link-tokens", type=int, default=8192, help="of one sequence over the four ranks")
     parser.add_argument("--link-heads", default="8/8", help="query heads / key and value heads, of 64 in fp32")
@@ -63,12 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         unwinding(),
         Namespaces(NODES, arguments.rate_mbit) as nodes,
+        progress("benchmarks link") as report,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
-        require_exact(cases)
+        require_exact(cases, report)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.link_repeats})
         within = [nodes.within(rank // (RANKS // NODES)) for rank in range(RANKS)]
-        run_gloo("benchmarks.commands.link", job, RANKS, Path(name), Workers(within=within))
+        run_gloo("benchmarks.commands.link", job, RANKS, Path(name), Workers(within=within, report=report))
         errors = require_exact_here(cases, Path(name))
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
@@ -241,9 +243,11 @@ def table(arguments: argparse.Namespace, rows: list[list[PassRow]]) -> str:
 def worker(words: list[str]) -> None:
     with gloo_rank(words) as (job, folder, rank):
         cases = [VerifyCase.of(case) for case in job["cases"]]
+        report = to_file(folder, rank)
+        report(0, 0, "checking over the link")
         compute_here(cases, folder, rank)
         with silence():
-            seen = measure(cases, job["repeats"], link_counters)
+            seen = measure(cases, job["repeats"], link_counters, report)
         plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
         (folder / f"measured-{rank}.json").write_text(json.dumps(plain))
 

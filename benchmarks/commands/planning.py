@@ -19,6 +19,7 @@ from benchmarks.commands import balance as bench_balance
 from benchmarks.distca import distca
 from longctx.errors import ConfigError
 from longctx.launcher.machine import described
+from longctx.launcher.progress import followed, progress
 from longctx.planner import (
     DocumentPlacement,
     MaskSlices,
@@ -43,7 +44,7 @@ SERVERS, DRAWS, TIMED = "8,64,256,512", 3, 9
 UNUSED = {"clock": ("balance", "servers", "draws", "timed"), "balance": ("timed",)}
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="", help="JSON list of document lengths; without it synthetic ones")
     parser.add_argument("--contexts", default="131072,524288", help="tokens of a row, comma-separated")
     parser.add_argument("--servers", help=f"servers, comma-separated; 32,768 tokens each; default: {SERVERS}")
@@ -90,24 +91,19 @@ def run(arguments: argparse.Namespace) -> int:
     if draws < 1 or timed < 1:
         raise ConfigError(f"--draws {draws} and --timed {timed} must be at least 1")
     lengths = read_lengths(arguments.lengths) if arguments.lengths else synthetic(0)
-    if arguments.clock:
-        found = [clock(lengths, context) for context in contexts]
-        lines = [_clock_header(), *map(_clock_line, found)]
-        rows: list[dict[str, object]] = [dict(one) for one in found]
-    elif arguments.balance:
-        sizes = itertools.product(contexts, servers, _numbers("balance", arguments.balance))
-        ways = [way for size in sizes for way in bench_balance.balanced(lengths, *size, draws)]
-        lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
-    else:
-        planned = [
-            row
-            for context in contexts
-            for count in servers
-            if count * TOKENS >= context
-            for draw in range(draws)
-            for row in planners(lengths, context, count, draw, timed)
-        ]
-        lines, rows = [_header(), *map(_line, planned)], [asdict(row) for row in planned]
+    with progress("benchmarks planning") as report:
+        if arguments.clock:
+            found = [clock(lengths, context) for context in followed(contexts, report)]
+            lines = [_clock_header(), *map(_clock_line, found)]
+            rows: list[dict[str, object]] = [dict(one) for one in found]
+        elif arguments.balance:
+            sizes = list(itertools.product(contexts, servers, _numbers("balance", arguments.balance)))
+            ways = [way for size in followed(sizes, report) for way in bench_balance.balanced(lengths, *size, draws)]
+            lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
+        else:
+            cells = [cell for cell in itertools.product(contexts, servers, range(draws)) if cell[1] * TOKENS >= cell[0]]
+            planned = [row for cell in followed(cells, report) for row in planners(lengths, *cell, timed)]
+            lines, rows = [_header(), *map(_line, planned)], [asdict(row) for row in planned]
     if arguments.json:
         print(json.dumps({"machine": described(), "lengths": arguments.lengths or "synthetic", "rows": rows}))
     else:

@@ -13,11 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import add_overrides
+from longctx.bench.timing import Report, silent
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import build, env
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described, load
+from longctx.launcher.progress import progress
 
 ALLOWED = 1.05
 WARM_UP = 6  # pairs: torch's caches, the allocator, wandb's start
@@ -27,8 +30,9 @@ TOLERANCE = 1e-5  # relative, of every step's loss
 FIXED = ("train.canary=false", "checkpoint.at_end=false", "logger.progress=false", "logger.report=false")
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=40, help="timed pairs of steps")
+    add_overrides(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         build.preflight_attention(config)
         _require_bare(config)
         before = load()
-        measured = measure(config)
+        with progress("benchmarks trainer") as report:
+            measured = measure(config, report)
     if arguments.json:
         print(json.dumps({"machine": described(), "load_before": before, "allowed": ALLOWED, **measured}))
     else:
@@ -65,18 +70,18 @@ def _require_bare(config: Config) -> None:
             raise ConfigError(f"{name}={value}: the bare loop has none of that; nearest valid: {name}={shown}")
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: Config, report: Report = silent) -> dict[str, Any]:
     """Both loops' steps in alternation, in this process on one thread; their losses must be the same."""
     import torch
 
     from benchmarks.paired import Alternation, Ratio
 
     torch.set_num_threads(1)
-    with _world_of_one(Path(config.run.dir or "")):
+    with _quiet(), _world_of_one(Path(config.run.dir or "")):
         trainer, bare = _trainer(config), _bare(config)
         losses: list[float] = []
         alternation = Alternation(lambda number: losses.append(bare(number)))
-        trainer.sink = recorder = _After(trainer.sink, alternation.after_step)
+        trainer.sink = recorder = _After(trainer.sink, alternation.after_step, report, config.train.steps)
         trainer.run()
     _require_equal(recorder.losses, losses)
     own, others = alternation.own[WARM_UP:], alternation.others[WARM_UP:]
@@ -122,18 +127,33 @@ def table(config: Config, before: str, measured: dict[str, Any]) -> str:
 class _After:
     """The run's own sink, and then a call: the place where the loop lets others in."""
 
-    def __init__(self, sink: Any, call: Callable[[], None]) -> None:
+    def __init__(self, sink: Any, call: Callable[[], None], report: Report, steps: int) -> None:
         self._sink = sink
         self._call = call
+        self._report = report
+        self._steps = steps
         self.losses: list[float] = []
 
     def step(self, record: dict[str, Any]) -> None:
         self._sink.step(record)
         self.losses.append(record["loss"])
+        self._report(len(self.losses), self._steps, "a step of the trainer and one of the bare loop")
         self._call()
 
     def close(self, summary: dict[str, Any]) -> None:
         self._sink.close(summary)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Meanwhile only errors of the run are told: warnings would tear the table."""
+    logger = logging.getLogger("longctx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -156,7 +176,6 @@ def _trainer(config: Config) -> Any:
     from longctx.reporting.meter import Meter
 
     device = torch.device("cpu")
-    logging.getLogger("longctx").setLevel(logging.ERROR)
     corpus = open_corpus(config.data, config.model.vocab_size)
     meter = Meter(build_mesh(config.parallel, "cpu"), device, build.peak_memory(device))
     return build.build_trainer(config, False, corpus, meter)

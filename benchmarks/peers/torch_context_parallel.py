@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.peers.attention import Prepared, leaves
@@ -33,6 +32,7 @@ class Sdpa:
 
 def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], float]:
     """``tile`` is of no use here: the loop of PyTorch's own examples has nothing that it could cut."""
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.experimental import context_parallel
 
     teach_cpu()

@@ -19,6 +19,7 @@ from longctx.attention import get_strategy
 from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES, MIXERS, STRATEGIES
 from longctx.config.renamed import KEYS, refuse_old_value, told
 from longctx.errors import ConfigError, StorageError, UsageError
+from longctx.launcher.progress import followed, progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.launcher.verify import parity_table as parity_page
 from longctx.launcher.verify.ranks import check
@@ -129,7 +130,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{key}={case.strategy} refuses: {reason}")
         _show([refused(case, reason)], True, many=False)
         return REFUSED
-    verdict, tensors = check(case)
+    with progress("longctx verify") as report:
+        report(0, 0, _name(case))
+        verdict, tensors = check(case)
     if arguments.dump:
         _dump({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
     _show([verdict], arguments.json, many=False)
@@ -231,10 +234,12 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
 def _run_all(arguments: argparse.Namespace) -> int:
     verdicts = []
     seq = 192 if arguments.seq is None else arguments.seq
-    for case in matrix(seq, arguments.dtype, arguments.backend):
-        reason = refusal_of(case)
-        verdict = refused(case, reason) if reason else check(case)[0]
-        verdicts.append((case, verdict))
+    cases = list(matrix(seq, arguments.dtype, arguments.backend))
+    with progress("longctx verify --all") as report:
+        for case in followed(cases, report, _name):
+            reason = refusal_of(case)
+            verdict = refused(case, reason) if reason else check(case)[0]
+            verdicts.append((case, verdict))
     if arguments.json:
         _show([verdict for _, verdict in verdicts], True, many=True)
     else:
@@ -243,6 +248,10 @@ def _run_all(arguments: argparse.Namespace) -> int:
         command = f"longctx verify --all --seq {seq} --dtype {arguments.dtype} --backend {arguments.backend}"
         arguments.table.write_text(PAGE.format(command=command, table=table(verdicts)), encoding="utf-8")
     return PASSED if all(verdict.passed or verdict.refused for _, verdict in verdicts) else FAILED
+
+
+def _name(case: VerifyCase) -> str:
+    return f"{' '.join(filter(None, (case.strategy, case.mixer)))} on {case.layout}, {case.world} ranks"
 
 
 CHUNK = 16  # of linear layers in the matrix

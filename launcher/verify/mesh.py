@@ -20,6 +20,7 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose
 from longctx.launcher.processes import join, run_gloo
+from longctx.launcher.progress import progress
 from longctx.train.canary.parity import Parity, StepParity, run_parity, shrink_for_parity
 
 PASSED, FAILED = 0, 70
@@ -43,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     rank = env.read_rank() if config.comm.backend != "sim" else None
     if rank is not None:
         return _as_rank(config, steps, rank, arguments.json)
-    report = on_this_machine(config, steps)
+    with progress("longctx verify --mesh") as tell:
+        tell(0, 0, f"{steps} steps on the mesh and on one rank")
+        report = on_this_machine(config, steps)
     _show(report, arguments.json)
     return PASSED if report.passed else FAILED
 

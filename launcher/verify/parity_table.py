@@ -8,9 +8,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from longctx.bench.timing import Report, silent
 from longctx.catalog import LAYOUTS
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
+from longctx.launcher.progress import followed, progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.train.canary.parity import Parity
 
@@ -68,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
             "--all for a run's own mesh"
         )
     steps, dtype = verify_mesh.steps_of(arguments, STEPS), arguments.dtype or "float64"
-    cells = list(measure(steps, dtype))
+    with progress("longctx verify --mesh --all") as report:
+        cells = list(measure(steps, dtype, report))
     table = markdown(cells)
     print(json.dumps([_as_dict(cell) for cell in cells], allow_nan=False) if arguments.json else table)
     if arguments.table:
@@ -79,9 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     return verify_mesh.PASSED if all(cell.report.passed for cell in cells) else verify_mesh.FAILED
 
 
-def measure(steps: int, dtype: str) -> Iterator[ParityCell]:
+def measure(steps: int, dtype: str, report: Report = silent) -> Iterator[ParityCell]:
     """Mesh by mesh, layout by layout."""
-    for mesh, layout in itertools.product(MESHES, LAYOUTS):
+    cells = list(itertools.product(MESHES, LAYOUTS))
+    for mesh, layout in followed(cells, report, lambda cell: f"{_name(cell[0])}, ring on {cell[1]}"):
         yield ParityCell(mesh, layout, _report(mesh, layout, steps, dtype))
 
 

@@ -1,4 +1,4 @@
-"""The package's own source, parsed: what the tests of this folder read."""
+"""The package's own source and its benchmarks, parsed: what the tests of this folder read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "longctx"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Module:
 
     @property
     def unit(self) -> str:
-        """The top-level part that the module belongs to, such as ``attention``."""
+        """The top-level part that the module belongs to, such as ``attention``, or ``benchmarks``."""
         parts = self.name.split(".")
+        if parts[0] == BENCHMARKS.name:
+            return parts[0]
         return parts[1] if len(parts) > 1 else ""
 
     @property
@@ -34,7 +37,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement's target, as far as it lies in the package."""
+    """One import statement's target."""
 
     target: str
     line: int
@@ -47,21 +50,30 @@ def modules() -> tuple[Module, ...]:
     found = []
     for entry in sorted(PACKAGE.iterdir()):
         files = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py"))
-        for file in files:
-            parts = ["longctx", *file.relative_to(PACKAGE).with_suffix("").parts]
-            if parts[-1] == "__init__":
-                parts.pop()
-            text = file.read_text(encoding="utf-8")
-            found.append(Module(".".join(parts), file, ast.parse(text, str(file)), len(text.splitlines())))
+        found += [_parsed(file) for file in files]
     return tuple(found)
+
+
+@cache
+def with_benchmarks() -> tuple[Module, ...]:
+    """Every module of the package, and of the benchmarks beside it."""
+    return (*modules(), *map(_parsed, sorted(BENCHMARKS.rglob("*.py"))))
+
+
+def _parsed(file: Path) -> Module:
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    text = file.read_text(encoding="utf-8")
+    return Module(".".join(parts), file, ast.parse(text, str(file)), len(text.splitlines()))
 
 
 def names() -> frozenset[str]:
     return frozenset(module.name for module in modules())
 
 
-def imports(module: Module) -> Iterator[Import]:
-    """Every import of the package's own modules in ``module``, wherever it stands."""
+def imports(module: Module, root: str = "longctx") -> Iterator[Import]:
+    """Every import of modules under ``root`` in ``module``, wherever it stands."""
     deferred = {
         id(child)
         for node in ast.walk(module.tree)
@@ -70,7 +82,7 @@ def imports(module: Module) -> Iterator[Import]:
     }
     for node in ast.walk(module.tree):
         for target in _targets(node):
-            if target.split(".")[0] == "longctx":
+            if target.split(".")[0] == root:
                 yield Import(target, node.lineno, id(node) not in deferred)  # type: ignore[attr-defined]
 
 

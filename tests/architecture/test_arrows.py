@@ -3,7 +3,7 @@
 import ast
 from graphlib import CycleError, TopologicalSorter
 
-from tests.architecture.source_tree import imports, modules, names
+from tests.architecture.source_tree import imports, modules, names, with_benchmarks
 
 # errors may be used everywhere and config only where it is listed; launcher sees everything. catalog names objects of
 # every part in words and imports none of them.
@@ -28,7 +28,9 @@ ARROWS = {
     "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config", "catalog"},
     "data": {"sequence", "planner", "config", "catalog"},
     "verify": {"sequence", "comm", "attention", "linear", "options"},
-    "bench": {"sequence", "planner", "comm", "attention", "linear", "verify", "model", "config"},
+    "bench": {
+        "sequence", "comm", "attention", "verify", "engines", "reporting", "train", "config", "catalog",
+    },
     "checkpoint": {"mesh", "parallel", "data", "config"},
     "reporting": {
         "sequence", "attention", "comm", "mesh", "model", "parallel", "engines", "checkpoint", "config",
@@ -74,6 +76,17 @@ def test_imports_follow_the_arrows():
             if unit not in allowed:
                 wrong.append(f"{module.where}:{one.line} imports {one.target}; {module.unit} may use {sorted(allowed)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_knows_no_benchmark():
+    """Benchmarks lie beside the package: they may import all of it, and it is installed without them."""
+    wrong = [
+        f"{module.where}:{one.line} imports {one.target}"
+        for module in modules()
+        for one in imports(module, "benchmarks")
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert any(list(imports(module)) for module in with_benchmarks() if module.unit == "benchmarks")
 
 
 def test_the_planner_is_free_of_torch():

@@ -4,15 +4,17 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 
 import pytest
 
 from longctx import catalog
-from tests.architecture.source_tree import ROOT, Module, modules
+from tests.architecture.source_tree import ROOT, Module, modules, with_benchmarks
 
 LARGEST_FILE = 450
 LARGEST_FUNCTION = 80
+LARGEST_FOLDER = 20  # modules
 
 # Unpicklers run what they read. Object collectives of torch pickle as well: send bytes in tensors.
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
@@ -29,7 +31,7 @@ ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
 
 def complaints(check) -> str:
-    return "\n".join(f"{module.where}:{line} {what}" for module in modules() for line, what in check(module))
+    return "\n".join(f"{module.where}:{line} {what}" for module in with_benchmarks() for line, what in check(module))
 
 
 def dotted(node: ast.AST) -> str:
@@ -68,7 +70,7 @@ def environment_readers(module: Module):
 
 
 def simulation_askers(module: Module):
-    if module.unit in ("sim", "config", "launcher", "verify"):
+    if module.unit in ("sim", "config", "launcher", "verify", "benchmarks"):
         return
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Constant) and node.value == "sim":
@@ -105,6 +107,11 @@ def test_hygiene(check):
     assert not complaints(check), "\n" + complaints(check)
 
 
+def test_no_folder_is_too_full():
+    folders = Counter(module.path.parent for module in with_benchmarks() if module.path.stem != "__init__")
+    assert not {str(folder): count for folder, count in folders.items() if count > LARGEST_FOLDER}
+
+
 def test_the_lint_sees_what_it_forbids():
     text = (
         "import pickle\nfrom os import environ\nimport os, torch, subprocess\n"
@@ -119,11 +126,24 @@ def test_the_lint_sees_what_it_forbids():
 def test_nothing_in_the_tree_is_generated_or_left_over():
     wrong = [
         str(file)
-        for folder in ("longctx", "launcher", "kernels", "conf", "slurm")
+        for folder in ("longctx", "launcher", "kernels", "conf", "slurm", "benchmarks")
         for pattern in ("*.orig", "*.rej", "*.bak", "*.swp")
         for file in (ROOT / folder).rglob(pattern)
     ]
     assert not wrong
+
+
+def test_importing_the_package_is_light():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import longctx"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "longctx" in imported
+    assert not imported & {"hydra", "omegaconf", "wandb", "triton", "rich", "benchmarks"}
 
 
 REGISTRIES = {name: one for name, one in vars(catalog).items() if isinstance(one, catalog.Registry)}

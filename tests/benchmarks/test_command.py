@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import main
+from benchmarks.__main__ import BENCHES, main
 from benchmarks.commands import attention as bench_attention
+from benchmarks.commands import balance as bench_balance
+from benchmarks.commands import planning as bench_planning
 from benchmarks.hosts import memory_group
 from benchmarks.hosts.memory_group import MemoryGroup
 from benchmarks.peers import ATTENTION_PEERS
@@ -22,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["nonsense"], 78, "attention, trainer, context, link, planning, linear, disaggregation"),
-        (["attention", "train.seed=1"], 78, "takes no overrides"),
-        (["trainer", "--heads", "2"], 78, "--heads belongs to bench attention"),
+        ([], 2, "the following arguments are required: NAME"),
+        (["nonsense"], 2, "'attention', 'trainer', 'context', 'link', 'planning', 'linear', 'disaggregation'"),
+        (["attention", "train.seed=1"], 2, "unrecognized arguments: train.seed=1"),
+        (["trainer", "--heads", "2"], 2, "unrecognized arguments: --heads"),
         (["attention", "--strategies", "ring,nonsense"], 78, "valid: ring, striped, burst"),
         (["attention", "--strategies", "local"], 78, "--strategies 'local' is unknown"),
         (["attention", "--strategies", "ring,ring"], 78, "name each once"),
@@ -34,7 +37,7 @@ ROOT = Path(__file__).parents[2]
         (["attention", "--heads", "6", "--kv-heads", "4"], 78, "nearest valid: kv_heads=3"),
         (["attention", "--world", "3", "--heads", "8", "--strategies", "ulysses"], 78, "leave it out of --strategies"),
         (["attention", "--peer-python", "/bin/false"], 78, "--peer-python /bin/false cannot import longctx"),
-        (["trainer", "--peer-python", "python3"], 78, "--peer-python belongs to bench attention and context"),
+        (["trainer", "--peer-python", "python3"], 2, "unrecognized arguments: --peer-python"),
         (["trainer", "--pairs", "1"], 78, "at least 2"),
         (["trainer", "--pairs", "2", "train.seeed=1"], 78, "train.seed"),
         (["context", "--systems", "torch,horovod"], 78, "horovod"),
@@ -43,8 +46,8 @@ ROOT = Path(__file__).parents[2]
         (["trainer", "train.dtype=float64"], 78, "nearest valid: train.dtype=float32"),
         (["trainer", "attention.window=5"], 78, "nearest valid: attention.window=null"),
         (["trainer", "attention=rsa", "attention.document_mask=true"], 78, "its rows of scores are whole"),
-        (["link", "train.seed=1"], 78, "takes no overrides"),
-        (["attention", "--rate-mbit", "100"], 78, "--rate-mbit belongs to bench link"),
+        (["link", "train.seed=1"], 2, "unrecognized arguments: train.seed=1"),
+        (["attention", "--rate-mbit", "100"], 2, "unrecognized arguments: --rate-mbit 100"),
         (["link", "--rate-mbit", "0"], 78, "--rate-mbit 0 must be at least 1"),
         (["link", "--link-tokens", "3"], 78, "--link-tokens 3 must be at least 4"),
         (["link", "--link-heads", "8"], 78, "two numbers such as 8/2"),
@@ -72,12 +75,26 @@ ROOT = Path(__file__).parents[2]
         (["disaggregation", "--layer", "8,3,64"], 78, "key/value heads that divide them"),
         (["disaggregation", "--ways", "zigzag"], 78, "valid: disaggregated, zeppelin, zigzag_ring"),
         (["disaggregation", "--rounds", "0"], 78, "--rounds 0 must be at least 1"),
-        (["planning", "--rounds", "3"], 78, "--rounds belongs to bench disaggregation"),
+        (["planning", "--rounds", "3"], 2, "unrecognized arguments: --rounds 3"),
     ],
 )
 def test_refusals(words, code, said, capsys):
     assert main([*words]) == code
     assert said in capsys.readouterr().err
+
+
+def test_help_tells_each_benchmark_in_a_line(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, purpose in BENCHES.items():
+        assert name in out and purpose in out
+        assert main([name, "--help"]) == 0
+        assert "--json" in capsys.readouterr().out
+
+
+def test_overrides_may_stand_between_options(capsys):
+    assert main(["trainer", "attention.window=5", "--pairs", "2", "train.micro_batch=4"]) == 78
+    assert "nearest valid: attention.window=null" in capsys.readouterr().err
 
 
 def test_context_without_memory_groups_is_not_available(monkeypatch, tmp_path, capsys):
@@ -120,16 +137,10 @@ def test_a_process_that_takes_too_much_is_killed(mebibytes, killed):
 
 
 @pytest.mark.gloo
-def test_strategies_and_peers_are_told_in_one_table_and_absent_peers_loudly():
+def test_strategies_and_peers_are_told_in_one_table_and_absent_peers_loudly(bench):
     words = ["--seq", "64", "--heads", "4", "--kv-heads", "4,2", "--head-dim", "8", "--repeats", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "attention", *words, "--strategies", "ring,usp,rsa"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench("attention", *words, "--strategies", "ring,usp,rsa")
+    assert done.code == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 64 |")]
     for table in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):  # 4 key/value heads, then 2
         told = {(row[1], row[2]): row[3:] for row in table}
@@ -162,23 +173,17 @@ def test_a_peer_that_is_wrong_or_refuses_is_told_so():
     ]
     arguments = argparse.Namespace(world=2, heads=8, head_dim=64)
     cell = {"seq": 4096, "heads": 8, "kv_heads": 8, "rows": rows, "ahead": None, "best": None, "best_peer": None}
-    text = bench_attention.report(arguments, {"repeats": 1, "load": "0.0", "seconds": 1.0}, [cell])
+    text = bench_attention.table(arguments, {"repeats": 1, "load": "0.0", "seconds": 1.0}, [cell])
     assert "| 4096 | careless | halves | 500 (once) |  |  | **wrong**: 1.3e+00 (dk) |" in text
     assert "| 4096 | absent | not installed: pip install absent | | | | |" in text
     assert "4096 tokens: no exact peer was timed" in text
 
 
 @pytest.mark.gloo
-def test_the_trainer_and_the_bare_loop_take_the_same_steps():
+def test_the_trainer_and_the_bare_loop_take_the_same_steps(bench):
     words = ["--pairs", "2", "--json", "data.seq_len=48", "model.layers=1", "logger.wandb=disabled"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "trainer", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench("trainer", *words)
+    assert done.code == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["pairs"] == 2
     assert set(told["rows"]) == {"wall", "cpu"}
@@ -194,7 +199,20 @@ def test_planning_balances_with_fewer_bytes_than_the_greedy(capsys):
     assert rows["cad"]["gigabytes"] < 0.8 * rows["distca 0.02"]["gigabytes"]
 
 
-def test_planning_tells_what_balanced_data_leave(capsys):
+def remembered(monkeypatch, module, name):
+    """Calls of the function with the same words are computed once."""
+    known, function = {}, getattr(module, name)
+
+    def once(lengths, *words):
+        if words not in known:
+            known[words] = function(lengths, *words)
+        return known[words]
+
+    monkeypatch.setattr(module, name, once)
+
+
+def test_planning_tells_what_balanced_data_leave(capsys, monkeypatch):
+    remembered(monkeypatch, bench_balance, "balanced")
     words = ["--balance", "1,4", "--servers", "4", "--contexts", "32768", "--draws", "1"]
     assert main(["planning", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["rows"]
@@ -210,7 +228,8 @@ def test_planning_tells_what_balanced_data_leave(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
 
 
-def test_planning_on_the_clock_shows_both_ablations(capsys):
+def test_planning_on_the_clock_shows_both_ablations(capsys, monkeypatch):
+    remembered(monkeypatch, bench_planning, "clock")
     assert main(["planning", "--clock", "--contexts", "131072", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 1 < row["wlb_over_cad_gather_hidden"] < row["wlb_over_cad"] < row["fixed_over_cad"]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +13,6 @@ from benchmarks.commands import disaggregation as bench_disaggregation
 from benchmarks.commands.disaggregation import require_exact
 from benchmarks.disaggregation import WAYS, Problem, attend, per_document, skewed
 from longctx.errors import NumericsError
-
-ROOT = Path(__file__).parents[2]
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,16 +62,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 
 
 @pytest.mark.gloo
-def test_a_small_batch_by_all_ways():
+def test_a_small_batch_by_all_ways(bench):
     options = "--batch-tokens 192 --longest 90 --short 1,9 --layer 4,2,8 --rounds 1 --json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "disaggregation", *options.split(" ")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench("disaggregation", *options.split(" "))
+    assert done.code == 0, done.stderr
     told = json.loads(done.stdout)
     lengths = np.concatenate(told["problem"]["shares"])
     rows = {row["way"]: row for row in told["rows"]}

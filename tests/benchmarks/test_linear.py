@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch.distributed as dist
 
-from benchmarks.attention import Timing
 from benchmarks.linear import LinearCell, _Entrant, _sides, floor_of, lengths_of, pass_of, unevenness
+from longctx.bench.timing import Timing
 from longctx.linear import delta_rule as delta
 from longctx.linear import diagonal
 from longctx.sim import Cluster

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.attention import Timing
 from benchmarks.commands import late_link as bench_late_link
 from benchmarks.commands import linear as bench_linear
 from benchmarks.commands.late_link import ROUTES, Late, pinged
 from benchmarks.hosts.namespaces import Namespaces
 from benchmarks.late_link import Exposed
 from benchmarks.linear import LinearCell
+from longctx.bench.timing import Timing
 from longctx.errors import NotAvailableError
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,6 @@ ROOT = Path(__file__).parents[2]
         (["--latency-ms", "0"], "--latency-ms 0.0 must be above 0"),
         (["--latency-ms", "20"], "below 12.5"),
         (["--latency-tokens", "3"], "--latency-tokens 3 must be at least 4"),
-        (["--heads", "4"], "--heads belongs to bench attention"),
-        (["train.seed=1"], "takes no overrides"),
     ],
 )
 def test_refusals(words, said, capsys):
@@ -46,14 +44,16 @@ def test_refusals(words, said, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["link", "--repeats", "3"], "--repeats belongs to bench attention and linear, not to link"),
-        (["planning", "--seq", "64"], "--seq belongs to bench attention and linear"),
-        (["attention", "--mixers", "retnet"], "--mixers belongs to bench linear"),
-        (["attention", "--no-link"], "--link belongs to bench linear"),
+        (["linear", "--heads", "4"], "unrecognized arguments: --heads 4"),
+        (["linear", "train.seed=1"], "unrecognized arguments: train.seed=1"),
+        (["link", "--repeats", "3"], "unrecognized arguments: --repeats 3"),
+        (["planning", "--seq", "64"], "unrecognized arguments: --seq 64"),
+        (["attention", "--mixers", "retnet"], "unrecognized arguments: --mixers retnet"),
+        (["attention", "--no-link"], "unrecognized arguments: --no-link"),
     ],
 )
-def test_options_of_this_benchmark_are_refused_by_others(words, said, capsys):
-    assert main([*words]) == 78
+def test_options_of_one_benchmark_are_refused_by_others(words, said, capsys):
+    assert main([*words]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -82,7 +82,8 @@ def switches() -> list[str]:
 @needs_late_links
 @pytest.mark.parametrize("latency", [3.0, 12.0])
 @pytest.mark.parametrize("rate", [None, 100])
-def test_nothing_comes_sooner_than_the_latency(latency, rate):
+def test_nothing_comes_sooner_than_the_latency(latency, rate, monkeypatch):
+    monkeypatch.setattr(bench_late_link, "PASSED_ROUND", 10)
     with Namespaces(bench_late_link.RANKS, rate, latency) as nodes:
         assert len(switches()) == 1
         assert pinged(nodes).low >= latency
@@ -108,28 +109,25 @@ def test_without_tap_devices_late_links_are_not_available(monkeypatch):
     nodes._remove()
 
 
-def run(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if path is not None:
-        environment["PATH"] = path
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", "linear", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+SMALL = ("--seq", "16,32", "--repeats", "1", "--latency-tokens", "64", "--latency-ms", "2", "--mixers", "simple_gla")
+CELLS: list[LinearCell] = []  # of the first half, which both tests below need
 
 
-SMALL = ("--seq", "16,32", "--repeats", "1", "--latency-tokens", "64", "--latency-ms", "2")
+@pytest.fixture
+def linear(bench, monkeypatch):
+    """``benchmarks linear`` on small sizes, whose first half is measured once, by one process."""
+    monkeypatch.setattr(bench_linear, "WORLD", 1)
+    measured = bench_linear.measured
+
+    def once(cases, repeats, show):
+        CELLS[:] = CELLS or measured(cases, repeats, show)
+        return list(CELLS)
+
+    monkeypatch.setattr(bench_linear, "measured", once)
+    return lambda *words: bench("linear", *SMALL, *words)
 
 
-@needs_late_links
-@pytest.mark.gloo
-def test_both_halves_are_told():
-    done = run(*SMALL, "--mixers", "simple_gla", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+def require_cells(told):
     rows = {(cell["mixer"], cell["strategy"], cell["seq"]): cell for cell in told["cells"]}
     assert set(rows) == {
         ("simple_gla", strategy, seq) for strategy in ("lasp2", "lasp", "headwise") for seq in (16, 32)
@@ -138,6 +136,25 @@ def test_both_halves_are_told():
         assert cell["time"]["repeats"] == cell["floor"]["repeats"] == cell["share"]["repeats"] == 4
         assert cell["per_token"] == cell["time"]["median"] / cell["seq"]
     assert set(told["unevenness"]) == {f"simple_gla {strategy}" for strategy in ("lasp2", "lasp", "headwise")}
+
+
+@pytest.mark.gloo
+@pytest.mark.matrix
+def test_the_first_half_is_told_of_its_two_processes(bench):
+    done = bench("linear", *SMALL, "--no-link", "--json")
+    assert done.code == 0, done.stderr
+    require_cells(json.loads(done.stdout))
+
+
+@needs_late_links
+@pytest.mark.gloo
+@pytest.mark.parametrize("nodes", [2, pytest.param(bench_late_link.RANKS, marks=pytest.mark.matrix)])
+def test_both_halves_are_told(linear, nodes, monkeypatch):
+    monkeypatch.setattr(bench_late_link, "RANKS", nodes)
+    done = linear("--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    require_cells(told)
     link = told["link"]
     assert set(link["exposed"]) == set(ROUTES) and link["one_way_ms"]["low"] >= 2
     assert all(error < 1e-10 for errors in link["errors"].values() for error in errors.values())
@@ -147,13 +164,14 @@ def test_both_halves_are_told():
 
 
 @pytest.mark.gloo
-def test_without_namespaces_the_first_half_is_told_and_the_second_skipped_loudly(tmp_path):
-    done = run(*SMALL, "--mixers", "basic", "--strategies", "lasp2", path=str(tmp_path))
-    assert done.returncode == 69
-    assert "| basic | lasp2 | 32 |" in done.stdout and "exposed" not in done.stdout
+def test_without_namespaces_the_first_half_is_told_and_the_second_skipped_loudly(linear, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = linear()
+    assert done.code == 69
+    assert "| simple_gla | lasp2 | 32 |" in done.stdout and "exposed" not in done.stdout
     assert "the part over late links was skipped: network namespaces need iproute2" in done.stderr
-    quiet = run(*SMALL, "--mixers", "basic", "--strategies", "lasp2", "--no-link", path=str(tmp_path))
-    assert quiet.returncode == 0 and not quiet.stderr
+    quiet = linear("--no-link")
+    assert quiet.code == 0 and not quiet.stderr
 
 
 def test_what_is_not_kept_is_told():

@@ -110,7 +110,9 @@ def test_namespaces_do_not_outlive_a_failure():
 @needs_namespaces
 @pytest.mark.gloo
 def test_a_request_to_stop_leaves_no_namespace_and_no_worker():
-    words = [sys.executable, "-m", "benchmarks", "link", "--link-repeats", "100"]
+    # Two heads, so that the gate is quick, and so many tokens that the exchanges are not.
+    words = ["--link-repeats", "100", "--link-heads", "2/2", "--link-tokens", "32768"]
+    words = [sys.executable, "-m", "benchmarks", "link", *words]
     bench = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         deadline = time.monotonic() + 60
@@ -142,17 +144,11 @@ def command_of(process: str) -> bytes:
 
 @needs_namespaces
 @pytest.mark.gloo
-def test_the_link_carries_what_the_closed_forms_say():
+def test_the_link_carries_what_the_closed_forms_say(bench):
     """Small, so that times mean little; bytes do not depend on them."""
     words = ["--link-tokens", "509", "--link-repeats", "3", "--link-causal", "--link-heads", "4/2", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "link", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench("link", *words)
+    assert done.code == 0, done.stderr
     told = json.loads(done.stdout)
     assert set(told["rows"]) == {"flat ring", "double ring", "USP"} and not told["wrong_bytes"]
     for passes in told["rows"].values():

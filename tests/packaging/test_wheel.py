@@ -23,7 +23,7 @@ print(longctx.__file__)
 def source(tmp_path_factory) -> Path:
     """A copy of what is packed, since setuptools writes beside pyproject.toml; links stay links."""
     source = tmp_path_factory.mktemp("source")
-    kept = ["pyproject.toml", "LICENSE", "README.md", "longctx", "launcher", "kernels", "conf", "slurm"]
+    kept = ["pyproject.toml", "LICENSE", "README.md", "longctx", "launcher", "kernels", "conf", "slurm", "benchmarks"]
     present = [name for name in kept if (ROOT / name).exists()]
     subprocess.run(["cp", "-a", *present, str(source)], cwd=ROOT, check=True)
     return source
@@ -56,6 +56,7 @@ def test_it_holds_one_name_with_code_configuration_and_templates(source, wheel):
     ]
     assert set(expected) <= set(names), sorted(set(expected) - set(names))
     assert not [name for name in names if name.endswith((".pyc", ".orig"))]
+    assert not [name for name in names if "benchmarks" in name.split("/")]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: torch==2.13.0" in metadata

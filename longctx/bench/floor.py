@@ -159,7 +159,7 @@ def recorded_pass(
 def floor_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[], object]:
     """The floor of a case on this rank; all ranks of the group call it at one point."""
     if case.strategy == "rsa":
-        return _rows_of_scores(case, group_of(group).rank)
+        return rows_of_scores(case, group_of(group).rank)
     kernel, calls = recorded(case, group)
     assert calls, f"{case.strategy} asks no kernel: it needs a floor of its own"
     return replay(kernel, calls)
@@ -177,15 +177,15 @@ def replay(kernel: LocalKernel, calls: Sequence[KernelCall]) -> Callable[[], obj
     return run
 
 
-def _rows_of_scores(case: VerifyCase, rank: int) -> Callable[[], tuple[Tensor, ...]]:
+def rows_of_scores(case: VerifyCase, rank: int, device: torch.device | None = None) -> Callable[[], tuple[Tensor, ...]]:
     """The products of ``strategies.rsa``, a block of keys at a time as it has them: two products forward, and
     backward those of the scores once more and four others."""
     plan, scale = case.plan(), case.head_dim**-0.5
-    whole_q, whole_k, whole_v, whole_dout = case.inputs()
+    whole_q, whole_k, whole_v, whole_dout = (whole.to(device or "cpu") for whole in case.inputs())
     kv_heads, mine = whole_k.shape[2], len(plan.positions(rank))
     q, dout = (cut(whole, plan, rank)[:, :mine].unflatten(2, (kv_heads, -1)) for whole in (whole_q, whole_dout))
     blocks = _blocks(plan, rank, whole_k, whole_v)
-    masked = hidden(plan, rank)
+    masked = hidden(plan, rank).to(q.device)
 
     def score_rows() -> Tensor:
         scores = q.new_empty(q.shape[0], kv_heads, q.shape[3], mine, plan.length)

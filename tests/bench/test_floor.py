@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.floor import NAME, BackwardCall, ForwardCall, KernelCall, floor_of, recorded
 from longctx import catalog
 from longctx.attention.runtime.registry import get_strategy
+from longctx.bench.floor import NAME, BackwardCall, ForwardCall, KernelCall, floor_of, recorded
 from longctx.catalog import KERNELS
 from longctx.kernels.flash_cpu import FlashCpu
 from longctx.sim import Cluster

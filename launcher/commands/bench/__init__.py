@@ -1,0 +1,1 @@
+"""``longctx bench``: what the user's own configuration costs on the user's own mesh."""
