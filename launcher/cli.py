@@ -74,7 +74,7 @@ COMMANDS = (
             "longctx verify --all",
             "longctx verify --mesh comm=sim parallel.sp=4 parallel.tp=2",
             "longctx verify --mesh --dtype float64 --json recipe=demo",
-            "longctx verify --mesh --all --table docs/parity.md",
+            "longctx verify --mesh --all --table parity.md",
             "torchrun --nproc-per-node 8 -m longctx.launcher.cli verify --mesh comm=nccl parallel.sp=8",
         ),
         "longctx.launcher.commands.verify",
