@@ -89,5 +89,5 @@ def test_a_target_of_make_exists(words):
 def test_commands_are_found_and_a_wrong_one_would_be_seen():
     assert len(commands("longctx ")) > 30 and commands("make ") and commands("python -m benchmarks")
     with pytest.raises(ConfigError, match="nearest valid"):
-        compose(parsed("longctx train parallel.spp=2".split()).overrides)
+        compose(parsed(["longctx", "train", "parallel.spp=2"]).overrides)
     assert vars(parsed(["longctx", "verify"])).keys() >= verify.CASE.keys()
