@@ -22,6 +22,7 @@ from longctx.launcher.compose import compose
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+STARTS = ("longctx ", "torchrun ", "srun longctx ", "python -m benchmarks", "make ")
 INLINE = re.compile(r"`((?:longctx|python -m benchmarks|make) [^`\n]*)`")
 
 
@@ -36,20 +37,35 @@ def shown(page: Path) -> Iterator[str]:
 
 def commands(first: str) -> list[pytest.param]:
     """Those that begin with ``first``; words in capitals stand for the reader's own, so such a line is a form."""
+    lines = [(page.name, line) for page in PAGES for line in shown(page)]
+    lines += [(f"longctx {command.name} --help", line) for command in COMMANDS for line in command.examples]
     found = {}
-    for page in PAGES:
-        for line in shown(page):
-            words = shlex.split(line, comments=True) if line.startswith(first) else []
-            if words and "…" not in line and not any(word.isupper() and len(word) > 2 for word in words):
-                found[" ".join(words)] = pytest.param(words, id=f"{page.name}: {' '.join(words)}")
+    for place, line in lines:
+        words = started_by_hand(shlex.split(line, comments=True)) if line.startswith(STARTS) else []
+        text = " ".join(words)
+        if text.startswith(first) and "…" not in line and not any(word.isupper() and len(word) > 2 for word in words):
+            found.setdefault(text, pytest.param(words, id=f"{place}: {text}"))
     return list(found.values())
 
 
+def started_by_hand(words: list[str]) -> list[str]:
+    """What a line of torchrun or srun starts, as ``longctx launch`` or as the command itself."""
+    if words[0] == "srun":
+        return words[1:]
+    if words[0] != "torchrun":
+        return words
+    module = words.index("-m") + 1
+    if words[module] == "longctx.train":
+        return ["longctx", "launch", "--nproc", words[words.index("--nproc-per-node") + 1], *words[module + 1 :]]
+    assert words[module] == "longctx.launcher.cli"
+    return ["longctx", *words[module + 1 :]]
+
+
 def parsed(words: list[str]) -> argparse.Namespace:
-    [command] = [command for command in COMMANDS if command.name == words[1]]
+    [command] = [one for one in COMMANDS if words[1 : 1 + len(one.name.split())] == one.name.split()]
     parser = parser_of(command)
     importlib.import_module(command.module).add_arguments(parser)
-    return parser.parse_intermixed_args(words[2:])
+    return parser.parse_intermixed_args(words[1 + len(command.name.split()) :])
 
 
 @pytest.mark.parametrize("words", commands("longctx "))
@@ -76,7 +92,8 @@ def test_a_benchmark_parses(words):
     benchmarks.add_arguments(parser)
     arguments = parser.parse_intermixed_args(words[3:])
     assert arguments.bench in benchmarks.BENCHES
-    compose(arguments.overrides)
+    fixed = ["train.recompute=full"] if arguments.bench == "context" else []
+    compose([*fixed, *arguments.overrides])
 
 
 @pytest.mark.parametrize("words", commands("make "))
@@ -88,6 +105,6 @@ def test_a_target_of_make_exists(words):
 
 def test_commands_are_found_and_a_wrong_one_would_be_seen():
     assert len(commands("longctx ")) > 30 and commands("make ") and commands("python -m benchmarks")
-    with pytest.raises(ConfigError, match="nearest valid"):
+    with pytest.raises(ConfigError, match="did you mean"):
         compose(parsed(["longctx", "train", "parallel.spp=2"]).overrides)
     assert vars(parsed(["longctx", "verify"])).keys() >= verify.CASE.keys()
