@@ -53,7 +53,7 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m docs.generate.drawings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "site: build/site/index.html"
+	@echo "site: build/site/index.html; for its search serve it: python3 -m http.server --directory build/site"
 
 clean:
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
