@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+MATRIX := build/matrix
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint matrix bench docs clean
@@ -10,17 +11,16 @@ help:
 	@echo "make demo    train a small model on this machine's Python source, two processes, about three minutes"
 	@echo "make test    lint and the test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make matrix  every strategy, layout, mask, head count and world, every mesh; writes docs/exactness.md, docs/parity.md"
-	@echo "             and docs/volume.md"
+	@echo "make matrix  every strategy, layout, mask, head count and world, every mesh; writes the tables into $(MATRIX)"
 	@echo "make bench   the benchmarks"
-	@echo "make docs    regenerate docs/reference.md and docs/volume.md from the code"
+	@echo "make docs    build the documentation into build/site, without network; a broken link fails"
 	@echo "make clean   remove build products and the demo's run"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade setuptools==84.2.1 wheel==0.48.0
 	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track,docs]'
 	touch $@
 
 demo: $(STAMP)
@@ -41,16 +41,19 @@ lint: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m matrix
-	$(BIN)/longctx verify --all --table docs/exactness.md
-	$(BIN)/longctx verify --mesh --all --table docs/parity.md
-	$(BIN)/python -m benchmarks.tables.volume docs/volume.md
+	mkdir -p $(MATRIX)
+	$(BIN)/longctx verify --all --table $(MATRIX)/exactness.md
+	$(BIN)/longctx verify --mesh --all --table $(MATRIX)/parity.md
+	$(BIN)/python -m benchmarks.tables.volume $(MATRIX)/volume.md
+	@echo "whole tables: $(MATRIX)/exactness.md, $(MATRIX)/parity.md, $(MATRIX)/volume.md"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks attention
 
 docs: $(STAMP)
-	$(BIN)/python -m longctx.launcher.reference docs/reference.md
-	$(BIN)/python -m benchmarks.tables.volume docs/volume.md
+	$(BIN)/python -m docs.generate.drawings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: build/site/index.html; for its search serve it: python3 -m http.server --directory build/site"
 
 clean:
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

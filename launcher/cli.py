@@ -50,7 +50,7 @@ COMMANDS = (
         (
             "longctx launch --nproc 2 recipe=demo",
             "longctx launch --nproc 4 parallel.sp=2 data.seq_len=8192",
-            "longctx launch --nproc 8 comm=nccl train.dtype=bfloat16",
+            "longctx launch --nproc 8 comm=nccl train.dtype=bfloat16 train.global_batch=8",
             "longctx launch --nproc 2 --resume recipe=demo run.dir=runs/demo",
         ),
         "longctx.launcher.commands.launch",
@@ -60,7 +60,7 @@ COMMANDS = (
         "render the Slurm job and submit it",
         (
             "longctx submit --dry-run cluster=slurm cluster.nodes=4 comm=nccl parallel.sp=8",
-            "longctx submit cluster=slurm cluster.partition=gpu cluster.time_limit=12:00:00 comm=nccl",
+            "longctx submit cluster=slurm cluster.partition=gpu cluster.time_limit=12:00:00 comm=nccl parallel.sp=2",
         ),
         "longctx.launcher.commands.submit",
     ),
@@ -74,7 +74,7 @@ COMMANDS = (
             "longctx verify --all",
             "longctx verify --mesh comm=sim parallel.sp=4 parallel.tp=2",
             "longctx verify --mesh --dtype float64 --json recipe=demo",
-            "longctx verify --mesh --all --table docs/parity.md",
+            "longctx verify --mesh --all --table parity.md",
             "torchrun --nproc-per-node 8 -m longctx.launcher.cli verify --mesh comm=nccl parallel.sp=8",
         ),
         "longctx.launcher.commands.verify",

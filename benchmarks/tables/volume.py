@@ -1,7 +1,8 @@
-"""docs/volume.md: what each strategy sends and keeps, by the closed forms that tests hold to the ledger of sim and to
-live tensors.
+"""The table of what each strategy sends and keeps, by closed forms that tests hold to the ledger of sim and to live
+tensors.
 
-``make docs`` and ``make matrix`` write it: ``python -m benchmarks.tables.volume docs/volume.md``.
+``make matrix`` writes it: ``python -m benchmarks.tables.volume build/matrix/volume.md``. ``docs/volume.md`` states the
+figures of eight ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ABOVE = {"gather": 1.1, "token_ring": 1.5, "tree": 1.3, "rsa": 1.2, "disaggregat
 
 PAGE = """# What each strategy sends, and keeps
 
-Made by `make docs` and `make matrix` from the closed forms in `longctx/attention/costs` (`volume` and `peak_memory`);
+Made by `make matrix` from the closed forms in `longctx/attention/costs` (`volume` and `peak_memory`);
 do not edit. `make matrix` holds the same formulas, byte for byte and message for message, to the ledger of `sim`:
 every strategy with each of its choices, on 2, 3, 4 and 8 ranks, every layout, with one document and several, causal
 and full, with and without a window, with as many key/value heads as query heads and with fewer (`tests/volume`).
@@ -124,6 +125,24 @@ def table(world: int) -> Iterator[str]:
             yield f"| {choice.name(world)} | {of} | {' | '.join(found)} |"
 
 
+def worst(world: int = WORLDS[-1]) -> Iterator[str]:
+    """The lines of a short table: of each choice the busiest rank under its dearest layout, with few key/value heads.
+
+    Columns: KiB per local token sent forward and backward, and the peak of both passes.
+    """
+    yield "| strategy | forward | backward | peak |"
+    yield "|---|---|---|---|"
+    for choice in CHOICES:
+        found = [cells(choice, layout, world) for layout in choice.layouts]
+        sent = [max((row[way].split(", ")[-1] for row in found), key=_number) for way in (0, 1)]
+        peak = max((row[6] for row in found), key=_number)
+        yield f"| {choice.name(world)} | {' | '.join((*sent, peak))} |"
+
+
+def _number(cell: str) -> float:
+    return -1 if cell == REFUSED else float(cell)
+
+
 def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
     """Forward and backward for each of ``HEADS``, messages, and peak memory for each; or that it is refused."""
     plan, strategy = plan_of(layout, world), get_strategy(choice.strategy)
@@ -183,10 +202,14 @@ def _kib(number: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page to the given file."""
+    """Write the page to the given file, or print the short table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables.volume", description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.parse_args(argv).file.write_text(page(), encoding="utf-8")
+    parser.add_argument("file", type=Path, nargs="?", help="left out: print the table of docs/volume.md")
+    file: Path | None = parser.parse_args(argv).file
+    if file is None:
+        print("\n".join(worst()))
+    else:
+        file.write_text(page(), encoding="utf-8")
     return 0
 
 

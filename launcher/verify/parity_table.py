@@ -1,4 +1,4 @@
-"""``longctx verify --mesh --all``: every kind of mesh and layout against one rank, as the table of docs/parity.md."""
+"""``longctx verify --mesh --all``: every kind of mesh and layout against one rank, as a table."""
 
 from __future__ import annotations
 

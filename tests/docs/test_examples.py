@@ -1,0 +1,58 @@
+"""The Python that the pages show runs as it stands, and gives what they promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longctx.attention import dense_attention
+from longctx.sequence import Documents, Mask, SequencePlan, unshard
+from longctx.sim import Cluster
+
+ROOT = Path(__file__).parents[2]
+HEADS, DIM, LENGTHS = 4, 8, [700, 324]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def embedding(count: int) -> torch.Tensor:
+    return torch.randn(1024, count, HEADS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def in_a_model(code: str) -> tuple[torch.Tensor, SequencePlan]:
+    """The example on one rank of a cluster, which has joined its process group already: its output, and the plan."""
+    tokens = torch.arange(1024)[None]
+    table = embedding(3)
+    names = {"tokens": tokens, "labels": tokens, "project": lambda ids, positions: table[ids].unbind(2)}
+    exec(code.replace('dist.init_process_group("gloo")', "pass"), names)
+    return names["out"], names["local"].plan
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/howto/own-model.md"])
+def test_attention_in_ones_own_model(page):
+    ranks = Cluster(4).run(in_a_model, blocks(page)[0])
+    q, k, v = embedding(3)[None].unbind(2)
+    expected = dense_attention(q, k, v, (Documents.from_lengths(LENGTHS),), Mask())
+    torch.testing.assert_close(unshard([out for out, _ in ranks], ranks[0][1]), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_plan():
+    names: dict[str, object] = {}
+    exec(blocks("docs/concepts/plan.md")[0], names)
+    assert names["plan"].balance() >= 1
+
+
+def test_planned_attention():
+    names: dict[str, object] = {}
+    exec(blocks("docs/planner.md")[0], names)
+    assert names["made"].cost.imbalance <= 1.02 and names["mine"]
+
+
+def test_a_simulated_cluster():
+    names = {"function": lambda argument: argument + dist.get_rank(), "argument": 1}
+    exec(blocks("docs/concepts/simulation.md")[0], names)
+    assert names["results"] == list(range(1, 9))
