@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from longctx.errors import ConfigError
-from longctx.launcher.cli import ended
+from longctx.launcher.cli import exit_code_of
 
 # Each module provides ``add_arguments(group)`` and ``run(arguments) -> exit code``.
 BENCHES = {
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
-    return ended(lambda: run(parser.parse_intermixed_args(argv)))
+    return exit_code_of(lambda: run(parser.parse_intermixed_args(argv)))
 
 
 if __name__ == "__main__":

@@ -80,10 +80,10 @@ def _pieces(tiles: Sequence[TileSet], device: torch.device) -> Iterator[tuple[sl
                     last = min(first + step, tile.queries)
                     rows = slice(tile.q_start + first, tile.q_start + last)
                     keys = slice(tile.k_start, tile.k_stop)
-                    yield slice(row, row + 1), rows, keys, hidden_cells(tile, first, last, device)
+                    yield slice(row, row + 1), rows, keys, masked_cells(tile, first, last, device)
 
 
-def hidden_cells(tile: Tile, first: int, last: int, device: torch.device) -> Tensor | None:
+def masked_cells(tile: Tile, first: int, last: int, device: torch.device) -> Tensor | None:
     """Bool ``[last - first, n_keys]``: cells of the tile's queries ``[first, last)`` that its diagonals hide."""
     low, high = tile.band
     if low is None and high is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longctx.attention.runtime.local_kernel import KernelProblem
 from longctx.attention.runtime.partial import Partial
-from longctx.kernels.pieces import SQUARES, PieceShape, TilePiece, halved, pieces_of
+from longctx.kernels.pieces import SQUARES, PieceShape, TilePiece, pieces_of, split_squares
 from longctx.sequence import TileSet
 
 # The operator computes blocks of 512 keys, squares on a diagonal whole: at 512 rows a causal mask saves it nothing.
@@ -89,7 +89,7 @@ def _launches(tiles: Sequence[TileSet]) -> Iterator[tuple[slice, TilePiece]]:
     for tile_set in tiles:
         for tile in tile_set.tiles:
             for piece in pieces_of(tile):
-                for part in halved(piece, LARGEST_SQUARE):
+                for part in split_squares(piece, LARGEST_SQUARE):
                     yield slice(tile_set.batch_start, tile_set.batch_stop), part
 
 

@@ -69,7 +69,7 @@ def _band_pieces(tile: Tile) -> Iterator[TilePiece]:
             yield TilePiece(PieceShape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
 
 
-def halved(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
+def split_squares(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
     """The piece; a square of more than ``largest`` rows as two halves on its diagonal, likewise, and the full square
     beside them. For kernels that do not skip what lies behind a diagonal closely."""
     rows = piece.q_stop - piece.q_start
@@ -77,8 +77,8 @@ def halved(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
         yield piece
         return
     q, k = piece.q_start + rows // 2, piece.k_start + rows // 2
-    yield from halved(replace(piece, q_stop=q, k_stop=k), largest)
-    yield from halved(replace(piece, q_start=q, k_start=k), largest)
+    yield from split_squares(replace(piece, q_stop=q, k_stop=k), largest)
+    yield from split_squares(replace(piece, q_start=q, k_start=k), largest)
     if piece.shape is PieceShape.CAUSAL:
         yield TilePiece(PieceShape.FULL, q, piece.q_stop, piece.k_start, k)
     else:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.comm import Links, settle_nodes
+from longctx.comm import Links, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
@@ -86,12 +86,12 @@ def device_type(config: Config) -> str:
 
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
-    with joined(config) as device, stop_on_signal() as stop, deterministic(config):
+    with init_distributed(config) as device, stop_on_signal() as stop, deterministic(config):
         rank_main(config, resume, _open(config), device, peak_memory(device), stop)
 
 
 @contextlib.contextmanager
-def joined(config: Config) -> Iterator[torch.device]:
+def init_distributed(config: Config) -> Iterator[torch.device]:
     """Meets the other ranks as the one that the environment names; yields this rank's device."""
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     device = torch.device(device_type(config))
@@ -106,7 +106,7 @@ def joined(config: Config) -> Iterator[torch.device]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        settle_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
+        register_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
         yield device
     finally:
         dist.destroy_process_group()
@@ -125,16 +125,16 @@ def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
     with deterministic(config):
         try:
-            return cluster.run(on_nodes, config, function, *arguments)
+            return cluster.run(run_with_nodes, config, function, *arguments)
         except RankFailed as failure:
             if isinstance(failure.__cause__, LongctxError):
                 raise failure.__cause__ from None
             raise
 
 
-def on_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
+def run_with_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
     """On a rank of a world that is all on this machine, simulated or not."""
-    settle_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
+    register_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
 
 
@@ -180,7 +180,7 @@ def rank_main(
     verdict = run_canary(config, mesh, device) if config.train.canary else None
     directory = directory_of(config)
     if dist.get_rank() == 0:
-        write_environment(directory, verdict, _told(corpus))
+        write_environment(directory, verdict, _data_summary(corpus))
     peak = peak_flops(device, compute_dtype(config.train.dtype))
     meter = Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
     build_trainer(config, resume, corpus, meter).run()
@@ -259,7 +259,7 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
 
-def _told(corpus: Corpus) -> dict[str, int]:
+def _data_summary(corpus: Corpus) -> dict[str, int]:
     """What the run is trained on, in numbers; what was left out of it is also said."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))

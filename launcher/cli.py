@@ -90,10 +90,10 @@ EXIT_CODES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return ended(lambda: _dispatch(words))
+    return exit_code_of(lambda: _dispatch(words))
 
 
-def ended(command: Callable[[], int]) -> int:
+def exit_code_of(command: Callable[[], int]) -> int:
     """The exit code of ``command``; an error of ours is told in one message."""
     try:
         return command()

@@ -107,7 +107,7 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     return int(environ[OMP_NUM_THREADS])
 
 
-def drive_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
+def set_deepspeed_device(environ: MutableMapping[str, str] = os.environ) -> None:
     """For DeepSpeed in processes started from here, unless the user has chosen."""
     environ.setdefault(DS_ACCELERATOR, "cpu")
 

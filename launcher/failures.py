@@ -45,8 +45,8 @@ def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> in
     except LongctxError as error:
         failure = Failure(rank, time.time(), error.exit_code, str(error), None, where)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        failure = Failure(rank, time.time(), CRASH, told, traceback.format_exc(), where)
+        message = f"{type(error).__name__}: {error}"
+        failure = Failure(rank, time.time(), CRASH, message, traceback.format_exc(), where)
     if folder is None:
         report(failure)
     else:
@@ -63,13 +63,13 @@ def report(failure: Failure) -> None:
         print(f"longctx: {failure.message}", file=sys.stderr)
 
 
-def first(folder: Path) -> Failure | None:
+def first_failure(folder: Path) -> Failure | None:
     """The failure that came first, if any rank left one."""
     failures = [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.json")]
     return min(failures, key=lambda failure: failure.seconds, default=None)
 
 
-def clear(folder: Path) -> None:
+def clear_failures(folder: Path) -> None:
     """Forget the failures of an earlier start."""
     folder.mkdir(exist_ok=True)
     for file in folder.glob("rank-*.json"):
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tell the first failure in the given folder and return its exit code; 0 when no rank left one."""
     parser = argparse.ArgumentParser(prog="python -m longctx.launcher.failures", description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    failure = first(parser.parse_args(argv).folder)
+    failure = first_failure(parser.parse_args(argv).folder)
     if failure is None:
         return 0
     report(failure)

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     cells = cells_of(arguments)
     started = time.monotonic()
     require_exact(itertools.chain(*cells))
-    env.drive_cpu()
+    env.set_deepspeed_device()
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name:
         job = {"cells": [list(map(asdict, cell)) for cell in cells], "peers": peers, "repeats": arguments.repeats}
         python = arguments.peer_python if peers else sys.executable

@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     directory = open_directory(config, arguments.resume)
     env.share_cores(arguments.nproc)
     reasons = directory / "failures"
-    failures.clear(reasons)
+    failures.clear_failures(reasons)
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
     ended = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
-    failure = None if ended.status == failures.INTERRUPTED else failures.first(reasons)
+    failure = None if ended.status == failures.INTERRUPTED else failures.first_failure(reasons)
     # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
     if failure is not None and not (ended.killed and failure.traceback is not None):
         failures.report(failure)

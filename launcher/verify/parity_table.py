@@ -12,7 +12,7 @@ from longctx.catalog import LAYOUTS
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
 from longctx.launcher.verify import mesh as verify_mesh
-from longctx.train.canary.parity import Parity
+from longctx.train.canary.parity import ParityReport
 
 STEPS = 20
 # Degrees above one; the parity tests of the trainer run the same.
@@ -52,7 +52,7 @@ class ParityCell:
 
     mesh: dict[str, int]
     layout: str
-    report: Parity
+    report: ParityReport
 
     @property
     def text(self) -> str:
@@ -85,7 +85,7 @@ def measure(steps: int, dtype: str) -> Iterator[ParityCell]:
         yield ParityCell(mesh, layout, _report(mesh, layout, steps, dtype))
 
 
-def _report(mesh: dict[str, int], layout: str, steps: int, dtype: str) -> Parity:
+def _report(mesh: dict[str, int], layout: str, steps: int, dtype: str) -> ParityReport:
     groups = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
     config = compose(
         [

@@ -38,10 +38,10 @@ class Pending:
         started = time.perf_counter()
         for work in self._works:
             work.wait()
-        self.note(started, False)
+        self.record(started, False)
         return [tensor for _, tensor in self._receives]
 
-    def note(self, started: float, posted: bool) -> None:
+    def record(self, started: float, posted: bool) -> None:
         """A line in the group's timeline, if it has one: what began at ``started`` is done."""
         if self._traffic.timeline is None or not self._works:
             return
@@ -79,5 +79,5 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
             group.traffic.add(operation.tensor.numel() * operation.tensor.element_size(), operation.peer)
     works = dist.batch_isend_irecv(operations) if operations else []
     pending = Pending(works, sends, receives, group.traffic)
-    pending.note(started, True)
+    pending.record(started, True)
     return pending

@@ -25,7 +25,7 @@ _nodes: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = weakref.
 _links: weakref.WeakKeyDictionary[dist.ProcessGroup, Links] = weakref.WeakKeyDictionary()
 
 
-def settle_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
+def register_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
     """``nodes``: the number of the node that each rank of this process's world is on; all ranks say the same, once.
 
     A world in which nobody has said it is one node.

@@ -43,7 +43,7 @@ class Balance:
 STREAM = "as they stream"
 
 
-def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
+def deal_rows(works: Int64, ranks: int, micro_batch: int) -> Int64:
     """Row numbers ``[ranks, micro-batches, micro_batch]`` of a step: micro-batches cost much the same, most of all
     those that ranks compute at the same time, and so do the ranks in all.
 
@@ -59,7 +59,7 @@ def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
     return of_ranks
 
 
-def packed(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
+def pack_pieces(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
     """All tokens of ``pieces`` in ``rows`` rows of ``seq_len``, which they fill exactly.
 
     The longest goes first, into the row of least work among those with room for it; where none has room, it is cut to
@@ -67,16 +67,16 @@ def packed(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> li
     """
     assert sum(stop - start for start, stop, _ in pieces) == rows * seq_len, "pieces fill their rows"
     found: list[list[Piece]] = [[] for _ in range(rows)]
-    room, work = np.full(rows, seq_len, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    free_tokens, work = np.full(rows, seq_len, dtype=np.int64), np.zeros(rows, dtype=np.int64)
     waiting = [(start - stop, number, start, stop, end) for number, (start, stop, end) in enumerate(pieces)]
     heapq.heapify(waiting)
     while waiting:
         _, number, start, stop, end = heapq.heappop(waiting)
-        fits = np.flatnonzero(room >= stop - start)
-        row = int(fits[np.argmin(work[fits])] if len(fits) else np.argmax(room))
-        taken = min(stop - start, int(room[row]))
+        fits = np.flatnonzero(free_tokens >= stop - start)
+        row = int(fits[np.argmin(work[fits])] if len(fits) else np.argmax(free_tokens))
+        taken = min(stop - start, int(free_tokens[row]))
         found[row].append((start, start + taken, end))
-        room[row] -= taken
+        free_tokens[row] -= taken
         work[row] += int(balance.cells(np.array(taken)))
         if start + taken < stop:
             heapq.heappush(waiting, (start + taken - stop, number, start + taken, stop, end))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longctx.data.files import shown
+from longctx.data.files import printable
 from longctx.errors import DataError
 
 Int64 = NDArray[np.int64]
@@ -45,7 +45,7 @@ class Corpus:
     def __post_init__(self) -> None:
         if not len(self.tokens):
             raise DataError(
-                f"the corpus {shown(self.source)} is empty: 0 tokens, {self.skipped_empty} empty documents "
+                f"the corpus {printable(self.source)} is empty: 0 tokens, {self.skipped_empty} empty documents "
                 "skipped; training needs at least one document of at least one token"
             )
         assert self.bounds.dtype == np.int64, "bounds are int64"

@@ -14,7 +14,7 @@ from longctx.errors import ConfigError, DataError
 EXCERPT = 60  # characters of bad input that a message shows
 
 
-def shown(text: str | Path) -> str:
+def printable(text: str | Path) -> str:
     """``text`` for a message: as it is when it prints on one line, else escaped."""
     plain = str(text)
     return plain if plain.isprintable() else ascii(plain)
@@ -37,7 +37,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with NUL or a lone surrogate
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot read {shown(path)}: {reason}; it must exist and be readable") from error
+        raise DataError(f"cannot read {printable(path)}: {reason}; it must exist and be readable") from error
 
 
 def data_path(path: str | None, source: str) -> Path:
@@ -60,7 +60,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading bytes; a pipe or device, which could block forever, is refused."""
     with reading(path):
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{shown(path)} is not a regular file; data must be files, not pipes or devices")
+            raise DataError(f"{printable(path)} is not a regular file; data must be files, not pipes or devices")
         with path.open("rb") as file:
             yield file
 

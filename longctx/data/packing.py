@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longctx.data.balance import WINDOW, Balance, Piece, packed
+from longctx.data.balance import WINDOW, Balance, Piece, pack_pieces
 from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
@@ -90,7 +90,7 @@ class Packing:
             return self._stream(self.row_of(index), 1)
         window, place = divmod(index, WINDOW)
         if self._packed is None or self._packed[0] != window:
-            rows = packed(self._stream(window * WINDOW, WINDOW), WINDOW, self.seq_len, self.balance)
+            rows = pack_pieces(self._stream(window * WINDOW, WINDOW), WINDOW, self.seq_len, self.balance)
             order = _permutation(WINDOW, self.seed, _ROWS, window)
             self._packed = (window, [rows[row] for row in order.tolist()])
         return self._packed[1][place]

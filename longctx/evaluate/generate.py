@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longctx.comm import broadcast, group_of
 from longctx.errors import ConfigError
-from longctx.evaluate.session import Ranks, Session
+from longctx.evaluate.session import DecodingSession, SequenceSharding
 from longctx.model import Decoder
 
 
@@ -33,7 +33,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-ALONE = Ranks()
+UNSHARDED = SequenceSharding()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def generate(
     model: Decoder,
     tokens: Tensor,
     max_new_tokens: int,
-    ranks: Ranks = ALONE,
+    sharding: SequenceSharding = UNSHARDED,
     sampling: Sampling = GREEDY,
     keep_logits: bool = False,
 ) -> Generated:
@@ -63,14 +63,14 @@ def generate(
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens {max_new_tokens} must be at least 0")
     generator = torch.Generator().manual_seed(sampling.seed)
-    group, prompts = group_of(ranks.group), tokens
+    group, prompts = group_of(sharding.group), tokens
     chosen: list[Tensor] = []
     seen: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool)
-    with Session(model, ranks) as session:
+    with DecodingSession(model, sharding) as session:
         while len(chosen) < max_new_tokens and not bool(ended.all()):
             logits = session.decode(chosen[-1][:, None])[:, -1] if chosen else session.prefill(prompts)
-            following = choose(logits.cpu(), sampling, generator)
+            following = sample_tokens(logits.cpu(), sampling, generator)
             if sampling.eos is not None:
                 following = following.masked_fill(ended, sampling.eos)
             # Logits of all ranks are the same but for the rounding of their devices, which may decide a near tie.
@@ -84,7 +84,7 @@ def generate(
     return Generated(torch.cat([tokens, *new], dim=1), torch.stack(seen, dim=1) if seen else None)
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """One token for each row of logits ``[B, V]``, int64 ``[B]``."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)

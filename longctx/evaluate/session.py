@@ -22,7 +22,7 @@ _NO_PLAN = torch.tensor(-1, dtype=torch.int64)  # new tokens are not cut
 
 
 @dataclass(frozen=True)
-class Ranks:
+class SequenceSharding:
     """Who shares the sequence, and how a prompt is cut and computed.
 
     ``group``: None for this process alone. ``prefill``: what computes a prompt's attention; None for the ring.
@@ -37,15 +37,15 @@ class Ranks:
     kernel: str = "auto"
 
 
-class Session:
+class DecodingSession:
     """Lends the model's layers an attention that keeps keys and values; on exit they get back their own.
 
     A prompt goes through ``prefill``, at most once and first; whatever follows through ``decode``, a few tokens at a
     time. Both give the same logits on every rank.
     """
 
-    def __init__(self, model: Decoder, ranks: Ranks) -> None:
-        if not ranks.mask.causal:
+    def __init__(self, model: Decoder, sharding: SequenceSharding) -> None:
+        if not sharding.mask.causal:
             raise ConfigError("generation needs a causal mask: tokens cannot see those that do not exist yet")
         if not isinstance(model, Decoder) or not (model.part.first and model.part.last):
             raise ConfigError("generation needs the whole model on each rank; this is a part of a pipeline: set pp=1")
@@ -57,18 +57,18 @@ class Session:
                 "have a state instead; it runs on models of softmax layers (model.pattern=S)"
             )
         self._model = model
-        self._ranks = ranks
-        self._group = group_of(ranks.group)
+        self._sharding = sharding
+        self._group = group_of(sharding.group)
         self._device = next(model.parameters()).device
         self._sequences: int | None = None  # of the first tokens, and so of all that follow
         layers = list(model.layers)
         self._own = [block.attention for block in layers]
-        self.cache = SequenceCache(self._group, ranks.mask, len(layers))
-        whole = ranks.prefill or StrategyAttention("ring", ranks.group, ranks.kernel)
+        self.cache = SequenceCache(self._group, sharding.mask, len(layers))
+        whole = sharding.prefill or StrategyAttention("ring", sharding.group, sharding.kernel)
         for number, block in enumerate(layers):
-            block.attention = CachedAttention(whole, self.cache, number, ranks.kernel)
+            block.attention = CachedAttention(whole, self.cache, number, sharding.kernel)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> DecodingSession:
         return self
 
     def __exit__(
@@ -91,7 +91,7 @@ class Session:
         self._sequences = batch
         documents = (Documents.single(length),) * batch
         whole = Batch(tokens, torch.full_like(tokens, IGNORE), documents)
-        local = shard(whole, self._ranks.layout, self._ranks.mask, self._group.rank, self._group.size)
+        local = shard(whole, self._sharding.layout, self._sharding.mask, self._group.rank, self._group.size)
         self.cache.expect_prompt(local.plan)
         holder, row = _last(local.plan)
         logits = self._logits_of(local, row if holder == self._group.rank else 0)

@@ -48,7 +48,7 @@ def affine_exscan_adjoint(
     return additions, initial
 
 
-def applied(transitions: Tensor, states: Tensor) -> Tensor:
+def apply_transitions(transitions: Tensor, states: Tensor) -> Tensor:
     """A S, element by element."""
     return _multiplied(transitions, states)
 

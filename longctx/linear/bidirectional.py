@@ -27,7 +27,7 @@ from longctx.attention.costs.estimate import Volume
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import SUM, start_all_reduce
 from longctx.linear.autograd import autograd
-from longctx.linear.chunks import Chunks, distinct, grid_of
+from longctx.linear.chunks import Chunks, distinct_packings, grid_of
 from longctx.linear.diagonal import by_token
 from longctx.linear.registry import LinearSizes
 from longctx.linear.segments import chain_of
@@ -69,8 +69,8 @@ def crossing_documents(plan: SequencePlan, row: int) -> Int64:
 
 def cut_parts(plan: SequencePlan, rank: int, chunk: int) -> Parts:
     chain = chain_of(plan)
-    grid = grid_of([chain.segments[place] for place in chain.own(rank)], plan.shard, chunk)
-    rows = [_row_parts(plan, row, grid.filled) for row in range(len(distinct(plan.documents)))]
+    grid = grid_of([chain.segments[place] for place in chain.places_of(rank)], plan.shard, chunk)
+    rows = [_row_parts(plan, row, grid.filled) for row in range(len(distinct_packings(plan.documents)))]
     crossing = max(len(crossing_documents(plan, row)) for row in range(len(plan.documents)))
     alone = max(count for _, count in rows)
     arrays = {name: np.stack([found[name] for found, _ in rows]) for name in rows[0][0]}
@@ -117,18 +117,18 @@ def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) ->
     return made[key]
 
 
-def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, call: LinearContext) -> tuple[Tensor, Tensor]:
+def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, context: LinearContext) -> tuple[Tensor, Tensor]:
     """(out ``[B, T/SP, H/TP, V]``, sums of documents ``[B, slots, H/TP, K, V]``)."""
     q, k, v = _cut(tensors, chunks)
     sums = _sums(k, v, parts)
-    crossing = start_all_reduce(call.group, sums[:, : parts.crossing].contiguous(), SUM)
+    crossing = start_all_reduce(context.group, sums[:, : parts.crossing].contiguous(), SUM)
     out = _inner(q, k, v, parts)
     sums[:, : parts.crossing] = crossing.wait()
     return chunks.join(out + _read(q, sums, parts)), sums
 
 
 def backward(
-    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, call: LinearContext
+    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, context: LinearContext
 ) -> list[Tensor]:
     """Gradients of q, k, v."""
     with autograd():
@@ -139,7 +139,7 @@ def backward(
     dout = chunks.cut(dout.to(sums.dtype))
     with autograd():
         (dsums,) = torch.autograd.grad(read, whole, dout, retain_graph=True)
-    crossing = start_all_reduce(call.group, dsums[:, : parts.crossing].contiguous(), SUM)
+    crossing = start_all_reduce(context.group, dsums[:, : parts.crossing].contiguous(), SUM)
     with autograd():
         out = read + _inner(q, k, v, parts)
         first = torch.autograd.grad(out, leaves, dout, retain_graph=True)

@@ -107,7 +107,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ChunkGrid:
     """Chunks as places: global ``position`` int64 ``[N, C]``, -1 for none; ``token``, the local row, or one past the
     shard. ``filled``: positions, that of the chunk's last token where there is none."""
 
@@ -117,7 +117,7 @@ class Grid:
     filled: Int64
 
 
-def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> Grid:
+def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> ChunkGrid:
     """Chunks of at most ``chunk`` tokens of one rank's segments, in order; narrower where no segment is as long."""
     width = max(1, min(chunk, max((segment.tokens for segment in segments), default=1)))
     counts = [-(-segment.tokens // width) for segment in segments]
@@ -128,14 +128,14 @@ def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> Grid:
         position[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.start, segment.stop)
         token[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.first, segment.first + segment.tokens)
     filled = np.where(position >= 0, position, position.max(1, keepdims=True, initial=-1))
-    return Grid(counts, position, token, filled)
+    return ChunkGrid(counts, position, token, filled)
 
 
 def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shard: int, chunk: int) -> Chunks:
     grid = grid_of(segments, shard, chunk)
     # What pads a chunk belongs to the document of the chunk's last token: it keeps no state from leaving.
     position, filled = grid.position, grid.filled
-    rows = distinct(documents)
+    rows = distinct_packings(documents)
     start = np.stack([row.bounds_of(filled)[0] for row in rows])  # [B', N, C], of each token's document
     real = np.stack([(position >= 0) & (position < row.length) for row in rows])
     same = (start[..., :, None] == start[..., None, :]) & np.tri(position.shape[1], dtype=bool)
@@ -157,7 +157,7 @@ def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shar
     return Chunks(shard, full, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
-def distinct(documents: Sequence[Documents]) -> Sequence[Documents]:
+def distinct_packings(documents: Sequence[Documents]) -> Sequence[Documents]:
     """One row's packing for all where they are packed alike."""
     return documents[:1] if len(set(documents)) == 1 else documents
 
@@ -221,4 +221,4 @@ def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
 
 def _segments(plan: SequencePlan, rank: int) -> list[Segment]:
     chain: Chain = chain_of(plan)
-    return [chain.segments[place] for place in chain.own(rank)]
+    return [chain.segments[place] for place in chain.places_of(rank)]

@@ -44,11 +44,11 @@ class DeltaWrites:
 def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> DeltaWrites:
     """q, k ``[B, T/SP, H, K]``, v ``[B, T/SP, H, V]``; ``gates``: log decay ``[B, T/SP, H]`` or ``[H]``, at most 0,
     and b ``[B, T/SP, H]``."""
-    wide = accumulation_dtype(q.dtype)
-    q, k, v = (chunks.cut(tensor.to(wide)) for tensor in (q, k, v))
+    acc_dtype = accumulation_dtype(q.dtype)
+    q, k, v = (chunks.cut(tensor.to(acc_dtype)) for tensor in (q, k, v))
     log_decay, beta = gates
-    decay = summed(cut_decay(log_decay.to(wide), chunks), chunks)
-    beta = chunks.cut(beta.to(wide).unsqueeze(-1))
+    decay = summed(cut_decay(log_decay.to(acc_dtype), chunks), chunks)
+    beta = chunks.cut(beta.to(acc_dtype).unsqueeze(-1))
     weight = pairwise(decay, chunks.same.unsqueeze(2))
     entered = decay.masked_fill(~by_token(chunks.head), -torch.inf).exp()
     lower = (beta * (k @ k.mT) * weight).tril(-1)
@@ -59,7 +59,7 @@ def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chun
     erased, values = solved.split([k.shape[-1], v.shape[-1]], -1)
     leaving = k * remaining(decay, chunks)
     last = decay[..., -1:, :].masked_fill(~chunks.keep[:, :, None, None, None], -torch.inf).exp()
-    identity = torch.eye(k.shape[-1], dtype=wide, device=k.device)
+    identity = torch.eye(k.shape[-1], dtype=acc_dtype, device=k.device)
     return DeltaWrites(
         transition=last * identity - leaving.mT @ erased,
         addition=leaving.mT @ values,

@@ -41,13 +41,13 @@ class DiagonalWrites:
 def write(q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> DiagonalWrites:
     """q, k ``[B, T/SP, H, K]``, v ``[B, T/SP, H, V]``; ``gates``: none, or the log decay ``[H]``, ``[B, T/SP, H]`` or
     ``[B, T/SP, H, K]``, at most 0 everywhere."""
-    wide = accumulation_dtype(q.dtype)
-    q, k, v = (chunks.cut(tensor.to(wide)) for tensor in (q, k, v))
+    acc_dtype = accumulation_dtype(q.dtype)
+    q, k, v = (chunks.cut(tensor.to(acc_dtype)) for tensor in (q, k, v))
     keep = chunks.keep[:, :, None, None, None]
     if not gates:
         written = k.masked_fill(~by_token(chunks.tail), 0)
-        return DiagonalWrites(keep.to(wide), written.mT @ v, q, k, v, None)
-    decay = summed(cut_decay(gates[0].to(wide), chunks), chunks)
+        return DiagonalWrites(keep.to(acc_dtype), written.mT @ v, q, k, v, None)
+    decay = summed(cut_decay(gates[0].to(acc_dtype), chunks), chunks)
     last = decay[..., -1:, :]
     transition = (last.masked_fill(~keep, -torch.inf)).exp().mT
     return DiagonalWrites(transition, (k * remaining(decay, chunks)).mT @ v, q, k, v, decay)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, applied, transition_gradient
+from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, apply_transitions, transition_gradient
 from longctx.linear.chunks import Chunks, Pieces
 from longctx.linear.states import Summary
 
@@ -44,11 +44,11 @@ class LocalScan:
     def states(self, entered: Tensor, chunks: Chunks) -> Tensor:
         """The state that enters each chunk ``[B, N, H, K, V]``; ``entered`` ``[B, n, H, K, V]``: the spans."""
         alone, through = self.entering.split([self.values, self.entering.shape[-1] - self.values], -1)
-        return alone + applied(through, entered.index_select(1, chunks.segment))
+        return alone + apply_transitions(through, entered.index_select(1, chunks.segment))
 
     def entered_gradient(self, dstates: Tensor, chunks: Chunks) -> Tensor:
         """Gradient of ``entered``, from that of the states."""
-        back = applied(self.entering[..., self.values :].mT, dstates)
+        back = apply_transitions(self.entering[..., self.values :].mT, dstates)
         sums = [back[:, start:stop].sum(1) for start, stop in chunks.runs]
         return torch.stack(sums, 1) if sums else back
 

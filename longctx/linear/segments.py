@@ -45,7 +45,7 @@ class Chain:
         self.world = len(positions)
         self.segments = tuple(
             sorted(
-                (segment for rank, held in enumerate(positions) for segment in _runs(rank, held)),
+                (segment for rank, positions_held in enumerate(positions) for segment in _runs(rank, positions_held)),
                 key=lambda segment: segment.start,
             )
         )
@@ -61,7 +61,7 @@ class Chain:
             for rank in range(self.world)
         )
 
-    def own(self, rank: int) -> tuple[int, ...]:
+    def places_of(self, rank: int) -> tuple[int, ...]:
         """Places of a rank's segments, ascending, which is the order of its local rows too."""
         return self._own[rank]
 
@@ -102,13 +102,13 @@ class Chain:
     def sent(self, owner: int, reader: int) -> tuple[int, ...]:
         """Segments of ``owner`` that some segment of ``reader`` reads."""
         return tuple(
-            place for place in self.own(owner) if any(self.reads[its] <= place < its for its in self.own(reader))
+            place for place in self.places_of(owner) if any(self.reads[its] <= place < its for its in self.places_of(reader))
         )
 
     def returned(self, reader: int, owner: int) -> tuple[int, ...]:
         """Segments of ``reader`` that read some segment of ``owner``: their gradients go there."""
         return tuple(
-            its for its in self.own(reader) if any(self.reads[its] <= place < its for place in self.own(owner))
+            its for its in self.places_of(reader) if any(self.reads[its] <= place < its for place in self.places_of(owner))
         )
 
     def crossed(self, place: int) -> bool:
@@ -128,12 +128,12 @@ class Chain:
         return found
 
 
-def _runs(rank: int, held: Int64) -> list[Segment]:
-    if not len(held):
+def _runs(rank: int, positions_held: Int64) -> list[Segment]:
+    if not len(positions_held):
         return []
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(held) != 1) + 1, [len(held)]])
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(positions_held) != 1) + 1, [len(positions_held)]])
     return [
-        Segment(rank, int(held[first]), int(held[last - 1]) + 1, first)
+        Segment(rank, int(positions_held[first]), int(positions_held[last - 1]) + 1, first)
         for first, last in itertools.pairwise(edges.tolist())
     ]
 

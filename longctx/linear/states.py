@@ -43,7 +43,7 @@ class LinearContext:
     @property
     def own(self) -> tuple[int, ...]:
         """Places of this rank's segments in the chain."""
-        return self.chain.own(self.group.rank)
+        return self.chain.places_of(self.group.rank)
 
 
 # Awaits the exchange: states that enter this rank's segments, or gradients of those that leave them, [B, n, H, K, V].
@@ -51,7 +51,7 @@ Arriving = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ChainSubset:
     """Some places of the chain, ascending, and where documents join them; tensors on one device.
 
     ``joined``, ``onward``, ``keep`` bool ``[B, n, 1, 1, 1]``: a document reaches each place from the one before,
@@ -65,7 +65,7 @@ class Stretch:
     tokens: Tensor
 
     @classmethod
-    def of(cls, chain: Chain, places: Sequence[int]) -> Stretch:
+    def of(cls, chain: Chain, places: Sequence[int]) -> ChainSubset:
         joined = torch.from_numpy(chain.joined(places))
         onward = torch.cat([joined[:, 1:], torch.zeros_like(joined[:, :1])], 1)
         keep = torch.from_numpy(chain.keep[:, list(places)])
@@ -73,9 +73,9 @@ class Stretch:
         tokens = torch.from_numpy(chain.tokens[list(places)])
         return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None])
 
-    def to(self, device: torch.device) -> Stretch:
+    def to(self, device: torch.device) -> ChainSubset:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Stretch(self.places, **moved)
+        return ChainSubset(self.places, **moved)
 
     def known(self, decay: Tensor) -> Tensor:
         """Transitions that follow from the log decay of a token ``[H]``: ``[B, n, H, 1, 1]``."""
@@ -93,36 +93,36 @@ def rows_of(elements: Sequence[int]) -> Rows:
 
 
 _Key = tuple[tuple[int, ...], torch.device]
-_stretches: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Stretch]] = weakref.WeakKeyDictionary()
+_subsets: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, ChainSubset]] = weakref.WeakKeyDictionary()
 
 
-def stretch_of(plan: SequencePlan, places: Sequence[int], device: torch.device) -> Stretch:
+def chain_subset(plan: SequencePlan, places: Sequence[int], device: torch.device) -> ChainSubset:
     """Made at first use and moved once, for a copy from ordinary memory makes the host wait."""
-    made = _stretches.setdefault(plan, {})
+    made = _subsets.setdefault(plan, {})
     key = (tuple(places), device)
     if key not in made:
-        made[key] = Stretch.of(chain_of(plan), places).to(device)
+        made[key] = ChainSubset.of(chain_of(plan), places).to(device)
     return made[key]
 
 
-def packed(summary: Summary, elements: Sequence[int], call: LinearContext) -> Tensor:
+def pack_segments(summary: Summary, elements: Sequence[int], context: LinearContext) -> Tensor:
     """Some of the segments as one message ``[n, B, H, K V + |A|]``; without A where every rank knows it."""
-    parts = [summary.states] if call.decay is not None else [summary.states, summary.transitions]
+    parts = [summary.states] if context.decay is not None else [summary.states, summary.transitions]
     rows = rows_of(elements)
     return torch.cat([rows.take(part).flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
 
 
-def width(summary: Summary, call: LinearContext) -> int:
+def segment_width(summary: Summary, context: LinearContext) -> int:
     """Numbers a head of one segment in a message."""
     states, transitions = (tensor.shape[-2] * tensor.shape[-1] for tensor in (summary.states, summary.transitions))
-    return states + (0 if call.decay is not None else transitions)
+    return states + (0 if context.decay is not None else transitions)
 
 
-def unpacked(message: Tensor, summary: Summary, call: LinearContext) -> Summary:
+def unpack_segments(message: Tensor, summary: Summary, context: LinearContext) -> Summary:
     """What another rank packed of segments like those of ``summary``; without transitions where all ranks know them."""
     message = message.transpose(0, 1)
     shape, states = summary.states.shape[-2:], summary.states.shape[-2] * summary.states.shape[-1]
     transitions = message[..., states:]
-    if call.decay is None:
+    if context.decay is None:
         transitions = transitions.unflatten(-1, summary.transitions.shape[-2:])
     return Summary(transitions, message[..., :states].unflatten(-1, shape))

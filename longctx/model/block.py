@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
-from longctx.model.rotary import Rotation, rotate
+from longctx.model.rotary import Rotation, apply_rotary
 
 
 class Block(nn.Module, ABC):
@@ -37,7 +37,7 @@ class Block(nn.Module, ABC):
         self.mlp_out = nn.Linear(config.hidden_dim, dim, bias=False)
 
     @abstractmethod
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         """x ``[B, T/SP, dim]`` to what its tokens read of one another, ``[B, T/SP, H/TP, D]``."""
 
     def post(self, o: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Block(nn.Module, ABC):
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         """x ``[B, T/SP, dim]`` to the same shape; ``plan``: the handle of the batch's sequence plan."""
-        return self.post(self.mixed(x, rotation, plan), x)
+        return self.post(self.mix_tokens(x, rotation, plan), x)
 
 
 class SoftmaxBlock(Block):
@@ -73,9 +73,9 @@ class SoftmaxBlock(Block):
         """x ``[B, T/SP, dim]`` to q ``[B, T/SP, H/TP, D]`` and k, v ``[B, T/SP, Hkv/TP, D]``."""
         x = self.attention_norm(x)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
+        return apply_rotary(self.q_norm(q), rotation), apply_rotary(self.k_norm(k), rotation), v
 
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         q, k, v = self.pre(x, rotation)
         out: Tensor = self.attention.finish(self.attention.start(q, k, v, plan))

@@ -17,7 +17,7 @@ from longctx.linear import LinearCore
 from longctx.model.block import Block, SoftmaxBlock
 from longctx.model.linear_block import LinearBlock
 from longctx.model.loss import cross_entropy_sum
-from longctx.model.rotary import rotation_of
+from longctx.model.rotary import rotary_angles
 
 
 class Vocabulary:
@@ -29,7 +29,7 @@ class Vocabulary:
     def loss_sum(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
-    def read(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
+    def loss_or_logits(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
         """The summed loss, or without labels the logits."""
         return self.logits(hidden, weight) if labels is None else self.loss_sum(hidden, weight, labels, chunk)
 
@@ -39,7 +39,7 @@ class Head(nn.Linear):
     calls sees when this one is needed."""
 
     def forward(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor | None, chunk: int) -> Tensor:  # type: ignore[override]
-        return vocabulary.read(x, self.weight, labels, chunk)
+        return vocabulary.loss_or_logits(x, self.weight, labels, chunk)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Part:
     last: bool = True
 
 
-def block_of(config: ModelConfig, layer: int) -> Block:
+def make_block(config: ModelConfig, layer: int) -> Block:
     """Layer number ``layer``, of the kind that the pattern gives it."""
     return LinearBlock(config, layer) if config.kinds[layer] == LinearBlock.kind else SoftmaxBlock(config)
 
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim) if embeds else None
         self.blocks = nn.ModuleList()
         for layer in part.layers:
-            self.blocks.add_module(str(layer), block_of(config, layer))
+            self.blocks.add_module(str(layer), make_block(config, layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
         headed = part.last and not tied
         self.head = Head(config.dim, config.vocab_size, bias=False) if headed else None
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             assert self.embedding is not None, "the first part embeds"
             x = self.embedding(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rotation = rotation_of(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, dtype)
         for block in self.blocks:
             x = block(x, rotation, plan)
         return self._end(x, labels) if self.norm is not None else x
@@ -132,4 +132,4 @@ class Decoder(nn.Module):
             out: Tensor = self.head(x, self.vocabulary, labels, self.loss_chunk)
             return out
         assert self.embedding is not None, "the last part has a head, or the embedding that is tied to it"
-        return self.vocabulary.read(x, self.embedding.weight, labels, self.loss_chunk)
+        return self.vocabulary.loss_or_logits(x, self.embedding.weight, labels, self.loss_chunk)

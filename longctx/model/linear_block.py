@@ -52,7 +52,7 @@ class LinearBlock(Block):
         self.out_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if self.mixer.normed else nn.Identity()
         self.out_gate = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
 
-    def by_head(self) -> dict[str, Tensor]:
+    def head_tensors(self) -> dict[str, Tensor]:
         """What is learned or fixed of each head, ``[H/TP, ...]``."""
         return {**self.learned, **{name: getattr(self, f"fixed_{name}") for name in self._fixed}}
 
@@ -61,10 +61,10 @@ class LinearBlock(Block):
         assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         return self.mixer.mix(inputs, self.attention, plan)
 
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         x = self.attention_norm(x)
         inputs = {
             name: project(x).unflatten(-1, (-1, self._channels[name])) for name, project in self.projections.items()
         }
-        out = self.out_norm(self.mix({**inputs, **self.by_head()}, plan))
+        out = self.out_norm(self.mix({**inputs, **self.head_tensors()}, plan))
         return out * F.silu(self.out_gate(x)).view_as(out)

@@ -8,7 +8,7 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, [B, T/SP, 1, D/2]
 
 
-def rotation_of(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
     """Angles of int64 positions ``[B, T/SP]``, once per forward pass for all layers.
 
     They are taken in fp64: at position 10^6 an fp32 angle is off by 0.06 rad in the fastest channel.
@@ -19,7 +19,7 @@ def rotation_of(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
     """Turns channel pairs (i, i + D/2) of x ``[B, T/SP, H/TP, D]``, the order of Hugging Face's Llama."""
     cosine, sine = rotation
     first, second = x.to(cosine.dtype).chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from longctx.parallel.offload import offload_activations
 from longctx.parallel.ping_pong import take_turns
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
 from longctx.parallel.recompute import names_kept, recompute_activations
-from longctx.parallel.tensor import split_tensors
+from longctx.parallel.tensor import apply_tensor_parallel
 from longctx.parallel.tiled_mlp import tile_mlps
 
 
@@ -30,7 +30,7 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     if pipeline is not None and isinstance(cores[0], StageAttention):
         pipeline.servers = cores[0]
     for part in [model] if pipeline is None else pipeline.stages:
-        split_tensors(part, mesh.tensor)
+        apply_tensor_parallel(part, mesh.tensor)
         part.set_attention(*cores)
         if config.attention.ping_pong:
             take_turns(part, ping_pong_attention(config, mesh))

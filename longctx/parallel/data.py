@@ -60,7 +60,7 @@ def _shard_ends(model: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) 
     if model.embedding is not None:
         fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # The gradient of a lookup needs no table.
-        as_sharded(model.embedding).set_unshard_in_backward(False)
+        as_fsdp_module(model.embedding).set_unshard_in_backward(False)
     if model.head is not None:
         # The backward pass starts here, right after the forward pass has ended.
         fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -95,6 +95,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[*inner, tensor.placements[-1]]).full_tensor()
 
 
-def as_sharded(model: nn.Module) -> FSDPModule:
+def as_fsdp_module(model: nn.Module) -> FSDPModule:
     """The same object by its other name: what ``shard_parameters`` has added to it."""
     return cast("FSDPModule", model)

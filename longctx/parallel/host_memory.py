@@ -29,24 +29,24 @@ class HostMemory:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []  # all that there are
         self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._away: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[Away]]] = {}
+        self._away: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[OffloadedStorage]]] = {}
         self._leaving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
-        self._block: weakref.ref[Stay] | None = None
+        self._block: weakref.ref[BlockOffload] | None = None
         self._entered = 0
 
-    def enter_block(self) -> Stay:
+    def enter_block(self) -> BlockOffload:
         """A block's forward pass begins: what the one before the last sent away may be used again."""
         self._entered += 1
         self._settle(self._entered - BLOCKS_LEAVING)
-        stay = Stay(self._block)
-        self._block = weakref.ref(stay)
-        return stay
+        offload = BlockOffload(self._block)
+        self._block = weakref.ref(offload)
+        return offload
 
     def leave_last_block(self) -> None:
         """The loss comes next, which may be the peak: nothing that is away keeps its place on the device."""
         self._settle(self._entered + 1)
 
-    def pack(self, stay: Stay, tensor: Tensor) -> Any:
+    def pack(self, offload: BlockOffload, tensor: Tensor) -> Any:
         """``tensor``, or what ``unpack`` makes an equal one of.
 
         Parameters, subclasses and small tensors stay, and so do views of less than half of their storage.
@@ -55,22 +55,22 @@ class HostMemory:
         if storage is None or storage.nbytes() < SMALLEST or 2 * tensor.nbytes < storage.nbytes():
             return tensor
         known = self._away.get(storage._cdata)
-        away = known[1]() if known is not None and known[0]() is storage else None
-        if away is None:
-            away = self._send(stay, storage)
-        return View(away, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        storage_offload = known[1]() if known is not None and known[0]() is storage else None
+        if storage_offload is None:
+            storage_offload = self._send(offload, storage)
+        return OffloadedView(storage_offload, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, View):
+        if not isinstance(packed, OffloadedView):
             kept: Tensor = packed
             return kept
-        packed.away.stay.begin_return()
-        before = packed.away.stay.before()
+        packed.away.offload.prefetch()
+        before = packed.away.offload.before()
         if before is not None:
-            before.begin_return()
-        return packed.of(packed.away.returned())
+            before.prefetch()
+        return packed.of(packed.away.fetch())
 
-    def _send(self, stay: Stay, storage: torch.UntypedStorage) -> Away:
+    def _send(self, offload: BlockOffload, storage: torch.UntypedStorage) -> OffloadedStorage:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         buffer = self._take(source.numel())
         if self.stream is None:
@@ -80,14 +80,16 @@ class HostMemory:
             with torch.cuda.stream(self.stream):
                 buffer.copy_(source, non_blocking=True)
             self._leaving.append((self._entered, source, self.stream.record_event()))
-        away = Away(self, stay, buffer, source.device)
+        storage_offload = OffloadedStorage(self, offload, buffer, source.device)
         # Not at exit: a stream may be gone by then.
-        weakref.finalize(away, _let_go, away.coming, self._free[buffer.numel()], buffer).atexit = False
+        weakref.finalize(
+            storage_offload, _let_go, storage_offload.incoming, self._free[buffer.numel()], buffer
+        ).atexit = False
         key = storage._cdata
         # Forgotten when it dies: another storage may get its address.
-        self._away[key] = (weakref.ref(storage, lambda _: self._away.pop(key, None)), weakref.ref(away))
-        stay.guests.append(weakref.ref(away))
-        return away
+        self._away[key] = (weakref.ref(storage, lambda _: self._away.pop(key, None)), weakref.ref(storage_offload))
+        offload.storages.append(weakref.ref(storage_offload))
+        return storage_offload
 
     def _take(self, size: int) -> Tensor:
         if self._free[size]:
@@ -103,71 +105,78 @@ class HostMemory:
             torch.cuda.current_stream(source.device).wait_event(copied)
 
 
-class Stay:
+class BlockOffload:
     """What one run of one block has sent away. It lives as long as any of it."""
 
-    def __init__(self, before: weakref.ref[Stay] | None) -> None:
-        self.guests: list[weakref.ref[Away]] = []
+    def __init__(self, before: weakref.ref[BlockOffload] | None) -> None:
+        self.storages: list[weakref.ref[OffloadedStorage]] = []
         self._before = before
 
-    def before(self) -> Stay | None:
+    def before(self) -> BlockOffload | None:
         """That of the block that ran before, whose backward pass comes next."""
         return self._before() if self._before is not None else None
 
-    def begin_return(self) -> None:
+    def prefetch(self) -> None:
         """Starts all copies that have not been started yet."""
-        for guest in self.guests:
-            away = guest()
-            if away is not None:
-                away.begin_return()
-        self.guests.clear()
+        for reference in self.storages:
+            storage_offload = reference()
+            if storage_offload is not None:
+                storage_offload.prefetch()
+        self.storages.clear()
 
 
-class Away:
+class OffloadedStorage:
     """A storage whose bytes lie in ``buffer``, which goes back to its pool with this."""
 
-    def __init__(self, memory: HostMemory, stay: Stay, buffer: Tensor, device: torch.device) -> None:
-        self.stay = stay
+    def __init__(self, memory: HostMemory, offload: BlockOffload, buffer: Tensor, device: torch.device) -> None:
+        self.offload = offload
         self._memory, self._buffer, self._device = memory, buffer, device
-        self.coming: list[tuple[Tensor, torch.cuda.Event | None]] = []  # one at most
+        self.incoming: list[tuple[Tensor, torch.cuda.Event | None]] = []  # one at most
 
-    def begin_return(self) -> None:
-        if self.coming:
+    def prefetch(self) -> None:
+        if self.incoming:
             return
         target = torch.empty_like(self._buffer, device=self._device, pin_memory=False)
         stream = self._memory.stream
         if stream is None:
             target.copy_(self._buffer)
-            self.coming.append((target, None))
+            self.incoming.append((target, None))
             return
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             target.copy_(self._buffer, non_blocking=True)
-        self.coming.append((target, stream.record_event()))
+        self.incoming.append((target, stream.record_event()))
 
-    def returned(self) -> Tensor:
+    def fetch(self) -> Tensor:
         """The bytes, after their copy in the compute stream's order; whoever asks again gets another copy."""
-        self.begin_return()
-        target, copied = self.coming.pop()
+        self.prefetch()
+        target, copied = self.incoming.pop()
         if copied is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
         return target
 
 
-def _let_go(coming: list[tuple[Tensor, torch.cuda.Event | None]], free: list[Tensor], buffer: Tensor) -> None:
+def _let_go(incoming: list[tuple[Tensor, torch.cuda.Event | None]], free: list[Tensor], buffer: Tensor) -> None:
     """A recompute stops once it has all it needs; what came back for the rest may not be used again while written."""
-    for target, copied in coming:
+    for target, copied in incoming:
         if copied is not None:
             torch.cuda.current_stream(target.device).wait_event(copied)
-    coming.clear()
+    incoming.clear()
     free.append(buffer)
 
 
-class View:
+class OffloadedView:
     """A tensor of a storage that is away."""
 
-    def __init__(self, away: Away, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
-        self.away = away
+    def __init__(
+        self,
+        storage_offload: OffloadedStorage,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        offset: int,
+    ) -> None:
+        self.away = storage_offload
         self._layout = (offset, shape, stride)
         self._dtype = dtype
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.model import Decoder
-from longctx.parallel.host_memory import HostMemory, Stay, host_memory
+from longctx.parallel.host_memory import BlockOffload, HostMemory, host_memory
 from longctx.parallel.recompute import checkpointed, own_contexts
 
 
@@ -37,9 +37,9 @@ class OffloadedBlock:
     def __call__(self, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return self._forward(*inputs)
-        stay = self._memory.enter_block()
-        pack, unpack = partial(self._memory.pack, stay), self._memory.unpack
-        run = checkpointed(self._forward, partial(self._contexts, stay))
+        offload = self._memory.enter_block()
+        pack, unpack = partial(self._memory.pack, offload), self._memory.unpack
+        run = checkpointed(self._forward, partial(self._contexts, offload))
         # Of the checkpoint these see its inputs alone; what is saved inside goes to the checkpoint's own hooks.
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out = run(*inputs)
@@ -47,5 +47,5 @@ class OffloadedBlock:
             self._memory.leave_last_block()
         return out
 
-    def _contexts(self, stay: Stay) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-        return own_contexts(self._kept, partial(self._memory.pack, stay), self._memory.unpack)
+    def _contexts(self, offload: BlockOffload) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        return own_contexts(self._kept, partial(self._memory.pack, offload), self._memory.unpack)

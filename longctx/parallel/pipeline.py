@@ -194,8 +194,8 @@ def _examples(stage: Decoder, shape: MicrobatchShape, dtype: torch.dtype) -> tup
     size = (shape.rows, shape.tokens)
     local = (shape.rows, shape.tokens // shape.parts, stage.config.dim)
     hidden = torch.empty(local, dtype=dtype, device="meta", requires_grad=True)
-    wide = torch.promote_types(dtype, torch.float32)
+    loss_dtype = torch.promote_types(dtype, torch.float32)
     return (
         torch.empty(size, dtype=torch.int64, device="meta") if stage.part.first else hidden,
-        torch.empty((), dtype=wide, device="meta", requires_grad=True) if stage.part.last else hidden,
+        torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True) if stage.part.last else hidden,
     )

@@ -17,7 +17,7 @@ from longctx.model import LayerFlops, Part
 
 
 @dataclass(frozen=True)
-class Costs:
+class StageCosts:
     """FLOP of one sequence's forward pass; the backward pass costs twice as much everywhere."""
 
     layers: tuple[float, ...]
@@ -25,7 +25,7 @@ class Costs:
     head: float
 
 
-def estimate_costs(config: Config) -> Costs:
+def estimate_costs(config: Config) -> StageCosts:
     """Of a whole sequence without document edges: edges differ from batch to batch, stages do not.
 
     The embedding is a lookup: one operation per channel.
@@ -38,14 +38,14 @@ def estimate_costs(config: Config) -> Costs:
         "S": flops.softmax_weights * length + flops.pair * pairs,
         "L": (flops.linear_weights + flops.linear_core) * length,
     }
-    return Costs(
+    return StageCosts(
         tuple(cost[kind] for kind in model.kinds),
         embedding=float(length * model.dim),
         head=2.0 * length * model.dim * model.vocab_size,
     )
 
 
-def split_layers(costs: Costs, stages: int) -> list[range]:
+def split_layers(costs: StageCosts, stages: int) -> list[range]:
     """Consecutive layers of each stage, at least one: the largest cost of a stage is as small as possible.
 
     Of all such cuts the one with the smallest sum of squares is taken, so that a dear head does not leave the

@@ -30,12 +30,12 @@ from torch.distributed.tensor.placement_types import Placement
 
 from longctx.config import ModelConfig
 from longctx.model import Block, Decoder, LinearBlock
-from longctx.parallel.vocabulary import ShardedVocabulary, lookup
+from longctx.parallel.vocabulary import ShardedVocabulary, sharded_lookup
 
 TOKENS, HEADS = 1, 2  # dims of [B, T, H, D]
 
 
-def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Splits ``model``, whose weights are whole and equal on all ranks of ``mesh``, an axis of it.
 
     Names and global shapes of parameters stay those of the single-device model.
@@ -48,13 +48,13 @@ def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     # Weights are whole here already, so that nothing has to be sent to split them.
     parallelize_module(model, mesh, outer_plan, src_data_rank=None)
     for block in model.layers:
-        parallelize_module(block, mesh, plan_of_block(block, model.config, mesh.size()), src_data_rank=None)
+        parallelize_module(block, mesh, block_parallel_plan(block, model.config, mesh.size()), src_data_rank=None)
         if isinstance(block, LinearBlock):
             split_heads(block, mesh)
     model.vocabulary = ShardedVocabulary(mesh)
 
 
-def plan_of_block(block: Block, config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
+def block_parallel_plan(block: Block, config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
     """What happens to each module of a block."""
     plan: dict[str, ParallelStyle] = {
         "attention_norm": GatheredNorm(),
@@ -87,11 +87,11 @@ def split_heads(block: LinearBlock, mesh: DeviceMesh) -> None:
         block.learned[name] = nn.Parameter(part)
     for name, whole in block.named_buffers(recurse=False):
         setattr(block, name, whole.chunk(mesh.size())[mesh.get_local_rank()])
-    block.by_head = partial(_own_heads, block.by_head)  # type: ignore[method-assign]
+    block.head_tensors = partial(_own_heads, block.head_tensors)  # type: ignore[method-assign]
 
 
-def _own_heads(by_head: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in by_head().items()}
+def _own_heads(head_tensors: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in head_tensors().items()}
 
 
 class GatheredNorm(SequenceParallel):
@@ -119,7 +119,7 @@ class SharedHead(ParallelStyle):
         self._heads, self._head_dim = config.kv_heads, config.head_dim
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        place_weight(module, mesh, Replicate())
+        distribute_weight(module, mesh, Replicate())
         first = mesh.get_local_rank() * self._heads // mesh.size() * self._head_dim
         rows = slice(first, first + self._head_dim)
         module.forward = partial(_project_rows, module, rows)
@@ -137,7 +137,7 @@ class VocabularyRows(ParallelStyle):
     """The weight ``[V, dim]`` of a head, of which each rank has ``[V/TP, dim]``; the loss reads it."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        place_weight(module, mesh, Shard(0))
+        distribute_weight(module, mesh, Shard(0))
         return module
 
 
@@ -146,11 +146,11 @@ class EmbeddingRows(VocabularyRows):
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, mesh)
-        module.forward = partial(lookup, module, mesh)
+        module.forward = partial(sharded_lookup, module, mesh)
         return module
 
 
-def place_weight(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+def distribute_weight(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
     """Makes the weight, whole and equal on all ranks, a DTensor."""
     weight: Any = distribute_tensor(cast("Tensor", module.weight), mesh, [placement], src_data_rank=None)
     module.weight = nn.Parameter(weight)

@@ -13,23 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from longctx.model import Vocabulary, cross_entropy_sum
-from longctx.model.loss import wide
+from longctx.model.loss import loss_dtype
 from longctx.sequence import IGNORE
 
 
-def lookup(embedding: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
+def sharded_lookup(embedding: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
     """tokens int64 ``[B, T/SP]`` to their rows ``[B, T/SP/TP, dim]``.
 
     torch's row-wise embedding makes a gradient of the whole table on every rank; this one of its own rows.
     """
     weight = cast("DTensor", embedding.weight).to_local()
-    own, elsewhere = own_rows(tokens, mesh.get_local_rank(), len(weight))
+    own, elsewhere = local_rows(tokens, mesh.get_local_rank(), len(weight))
     rows = F.embedding(own, weight).masked_fill(elsewhere[..., None], 0.0)
     # A tensor of its own: FSDP2 hooks into what the embedding returns, and a view could lose the hook.
     return DTensor.from_local(rows, mesh, [Partial()]).redistribute(mesh, [Shard(1)]).to_local().clone()
 
 
-def own_rows(ids: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
+def local_rows(ids: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
     """Where ids lie among the ``rows`` of ``rank``, any row for those that lie elsewhere, and which do."""
     own = ids - rank * rows
     elsewhere = (own < 0) | (own >= rows)
@@ -40,7 +40,7 @@ class ShardedVocabulary(Vocabulary):
     """hidden: a DTensor ``[B, T/SP, dim]``, whole on every rank; weight: one ``[V, dim]``, split by rows."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self._of_chunk = partial(sharded_chunk_loss, mesh.get_group(), mesh.get_local_rank())
+        self._chunk_loss = partial(sharded_chunk_loss, mesh.get_group(), mesh.get_local_rank())
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return cast("DTensor", F.linear(hidden, weight)).full_tensor()
@@ -49,7 +49,7 @@ class ShardedVocabulary(Vocabulary):
         """The same on every rank of the axis."""
         # Each rank's rows bring a part of the hidden states' gradient.
         local = cast("DTensor", hidden).to_local(grad_placements=[Partial()]).flatten(0, 1)
-        return cross_entropy_sum(local, cast("DTensor", weight).to_local(), labels.flatten(), chunk, self._of_chunk)
+        return cross_entropy_sum(local, cast("DTensor", weight).to_local(), labels.flatten(), chunk, self._chunk_loss)
 
 
 def sharded_chunk_loss(
@@ -59,9 +59,9 @@ def sharded_chunk_loss(
 
     Two small reductions per chunk, of ``[n]`` and ``[2, n]``.
     """
-    logits = (hidden @ weight.T).to(wide(hidden))
+    logits = (hidden @ weight.T).to(loss_dtype(hidden))
     ignored = labels == IGNORE
-    target, elsewhere = own_rows(labels, rank, len(weight))
+    target, elsewhere = local_rows(labels, rank, len(weight))
     largest = logits.amax(dim=1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     logits.sub_(largest[:, None])

@@ -74,7 +74,7 @@ def replay(operations: Sequence[Operation]) -> Float64:
 
 
 @dataclass(frozen=True, eq=False)
-class Replayed:
+class ReplayedAttention:
     """One layer's attention of a plan, forward, in seconds ``[W]``: ``compute`` and ``communication`` of each rank, and
     ``seconds`` from the first send to the last return if nothing else hides the exchange. ``received``: bytes of Q, K
     and V that a server holds at once."""
@@ -98,7 +98,7 @@ def attention_seconds(plan: Plan, hardware: Hardware) -> Float64:
     return cells * 4 * plan.widths.heads * plan.widths.head_dim / plan.groups / hardware.flops
 
 
-def replay_plan(plan: Plan, hardware: Hardware) -> Replayed:
+def replay_plan(plan: Plan, hardware: Hardware) -> ReplayedAttention:
     """Send Q and KV, compute when all have arrived, return O. NICs send and receive at once, one message at a time."""
     compute, away = attention_seconds(plan, hardware), 1 - np.eye(plan.servers)
     q, kv = (moves.matrix(plan.servers) * away / plan.groups for moves in (plan.q, plan.kv))
@@ -106,7 +106,7 @@ def replay_plan(plan: Plan, hardware: Hardware) -> Replayed:
     back = q.T * (plan.widths.row + plan.widths.lse)
     operations: list[Operation] = []
 
-    def legs(volume: Float64, after: Sequence[Sequence[int]]) -> list[list[int]]:
+    def messages(volume: Float64, after: Sequence[Sequence[int]]) -> list[list[int]]:
         """Numbers of the arrivals at each rank: a message leaves its sender's NIC, then passes its receiver's."""
         arrived: list[list[int]] = [[] for _ in range(plan.servers)]
         world = plan.servers
@@ -121,11 +121,11 @@ def replay_plan(plan: Plan, hardware: Hardware) -> Replayed:
                     arrived[dest] += [len(operations) - 2, len(operations) - 1]
         return arrived
 
-    arrived = legs(there, [[] for _ in range(plan.servers)])
+    arrived = messages(there, [[] for _ in range(plan.servers)])
     first = len(operations)
     operations += [Operation(f"rank {rank}", float(compute[rank]), arrived[rank]) for rank in range(plan.servers)]
-    legs(back, [[first + rank] for rank in range(plan.servers)])
+    messages(back, [[first + rank] for rank in range(plan.servers)])
     ends = replay(operations)
     both = there + back
     communication = np.maximum(both.sum(axis=0), both.sum(axis=1)) / hardware.bandwidth
-    return Replayed(compute, communication, float(ends.max(initial=0.0)), there.sum(axis=0))
+    return ReplayedAttention(compute, communication, float(ends.max(initial=0.0)), there.sum(axis=0))

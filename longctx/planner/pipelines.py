@@ -15,7 +15,7 @@ import numpy as np
 
 from longctx.planner.cost import AttentionShape, Topology
 from longctx.planner.document_placement import whole
-from longctx.planner.events import Float64, Hardware, Operation, Replayed, replay, replay_plan
+from longctx.planner.events import Float64, Hardware, Operation, ReplayedAttention, replay, replay_plan
 from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
 from longctx.planner.planners.cad import cad
@@ -165,7 +165,7 @@ def disaggregated(run: ClusterRun, rows: Sequence[Int64], idle_serve: bool = Tru
     return CadStep(seconds, tuple(shares), received)
 
 
-def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> Replayed:
+def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> ReplayedAttention:
     """One layer of one tick: row i lives on server i, the rest are idle but serve."""
     home = whole(held, servers)
     mask = causal(home.lengths)

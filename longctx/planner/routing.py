@@ -20,7 +20,7 @@ from longctx.planner.slices import Int64
 
 HOPS = 3
 # Tensor's number, bytes [start, stop) of it, and the ranks that it is at between hops.
-Parcel = tuple[int, int, int, tuple[int, ...]]
+MessagePart = tuple[int, int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Routes:
     stop: Int64
     path: Int64
 
-    def of(self, rank: int) -> list[Parcel]:
+    def of(self, rank: int) -> list[MessagePart]:
         """The parts that a rank sends, carries or receives, in an order that all ranks share."""
         mine = np.flatnonzero((self.path == rank).any(axis=1))
         columns = (self.number[mine].tolist(), self.start[mine].tolist(), self.stop[mine].tolist())

@@ -43,8 +43,8 @@ class Transfers:
             begin, end, h_offset[span] + begin - h_start[span],
         )  # fmt: skip
         # Ordered by destination, group, document and position already; 16 bits let numpy sort by radix.
-        narrow = np.int16 if home.ranks <= 32767 else np.int64
-        order = np.argsort(columns[0].astype(narrow), kind="stable")
+        sort_dtype = np.int16 if home.ranks <= 32767 else np.int64
+        order = np.argsort(columns[0].astype(sort_dtype), kind="stable")
         return cls(*(column[order] for column in columns))
 
     @property

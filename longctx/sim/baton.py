@@ -71,10 +71,10 @@ class Baton:
         self._threads = [0] * world_size
         self._generator = torch.default_generator
         self._rng = [self._generator.get_state()] * world_size
-        self._held: list[int] = []  # turns at which delayed messages come due
+        self._expected: list[int] = []  # turns at which delayed messages come due
         self._fruitless = 0
 
-    def conduct(self) -> None:
+    def run_ranks(self) -> None:
         """Start the first rank and return when the last one has finished. Called by the main thread.
 
         An interrupt (Ctrl-C) stops all ranks at their next operation, then goes on as usual.
@@ -117,9 +117,9 @@ class Baton:
         if self.cause is None:
             self.cause = cause
 
-    def hold_until(self, turn: int) -> None:
+    def expect_at(self, turn: int) -> None:
         """Promise that something becomes ready at this turn, so that waiting for it is no deadlock."""
-        heapq.heappush(self._held, turn)
+        heapq.heappush(self._expected, turn)
 
     def wait(self, rank: int, what: Waitable) -> None:
         """Return when ``what`` is ready; let the others run until then.
@@ -137,7 +137,7 @@ class Baton:
         self.check()
         if self._switch(rank, _Always()):
             self._fruitless = 0
-        elif self._held:
+        elif self._expected:
             self._let_time_pass()
         else:
             self._fruitless += 1
@@ -193,13 +193,13 @@ class Baton:
                     waiting = self._waits[candidate]
                     if self.cause is not None or waiting is None or waiting.ready():
                         return candidate
-            if not self._held:
+            if not self._expected:
                 return None
             self._let_time_pass()
 
     def _let_time_pass(self) -> None:
         """Nobody can go on now: skip to the turn at which the next delayed message arrives."""
-        self.turn = max(self.turn, heapq.heappop(self._held))
+        self.turn = max(self.turn, heapq.heappop(self._expected))
 
     def _deadlock(self) -> DeadlockError:
         return DeadlockError("deadlock: every rank waits\n" + "\n".join(f"  {line}" for line in self.waits()))

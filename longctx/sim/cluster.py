@@ -21,7 +21,7 @@ from longctx.sim.fake import FakeFloats
 from longctx.sim.faults import Fault, FaultInjector, FaultPlan
 from longctx.sim.ledger import Ledger
 from longctx.sim.process_group import create_group
-from longctx.sim.runtime import Runtime, Seat, current_seat, take_seat
+from longctx.sim.runtime import RankContext, Runtime, current_rank_context, set_rank_context
 from longctx.sim.store import SimStore
 from longctx.sim.trace import Event, Trace
 from longctx.sim.world import BACKEND_NAME, isolated_world
@@ -100,7 +100,7 @@ class Cluster:
             DeadlockError: all ranks wait for each other.
             RuntimeError: called inside a rank, or while another run goes on.
         """
-        if current_seat() is not None:
+        if current_rank_context() is not None:
             raise RuntimeError("Cluster.run() inside a rank of a cluster; a rank can't host another cluster")
         if not _one_run_at_a_time.acquire(blocking=False):
             raise RuntimeError("another Cluster.run() goes on in this process; only one can at a time")
@@ -138,7 +138,7 @@ class _Run:
         for thread in threads:
             thread.start()
         try:
-            self._baton.conduct()
+            self._baton.run_ranks()
         finally:
             for thread in threads:
                 thread.join()
@@ -150,12 +150,12 @@ class _Run:
 
     def _rank_thread(self, rank: int, body: Callable[[], Any]) -> None:
         self._baton.begin(rank)
-        seat = Seat(rank, self._runtime)
-        take_seat(seat)
+        context = RankContext(rank, self._runtime)
+        set_rank_context(context)
         try:
             self._baton.check()
             dist.init_process_group(BACKEND_NAME, rank=rank, world_size=self._runtime.world_size, store=self._store)
-            with self._modes(seat):
+            with self._modes(context):
                 self._results[rank] = body()
         except Stopped:
             pass
@@ -164,7 +164,7 @@ class _Run:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            take_seat(None)
+            set_rank_context(None)
             self._baton.finish(rank)
 
     def _fail(self, rank: int, error: BaseException) -> None:
@@ -181,18 +181,18 @@ class _Run:
         self._baton.stop(failure)
 
     @contextlib.contextmanager
-    def _modes(self, seat: Seat) -> Iterator[None]:
+    def _modes(self, context: RankContext) -> Iterator[None]:
         with contextlib.ExitStack() as modes:
             fake_mode = modes.enter_context(FakeFloats()) if self._fake else None
             if self._trace_compute:
-                modes.enter_context(ComputeRecorder(seat, fake_mode))
+                modes.enter_context(ComputeRecorder(context, fake_mode))
             yield
 
 
 def _wait_in_current_rank(what: Any) -> None:
-    seat = current_seat()
-    if seat is not None:
-        seat.wait(what)
+    context = current_rank_context()
+    if context is not None:
+        context.wait(what)
     elif not what.ready():
         raise RuntimeError(f"{what.describe()} outside of a rank thread, which can't hand over; ask check() first")
 

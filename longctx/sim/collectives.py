@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.sim.errors import MismatchError
-from longctx.sim.tensors import dtype_name, has_no_numbers, overwrite, reduced, shapes, unobserved
+from longctx.sim.tensors import copy_data, dtype_name, has_no_data, reduce_in_rank_order, shapes, without_dispatch_modes
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class CollectiveCall:
 Combine = Callable[[Sequence[CollectiveCall]], list[list[torch.Tensor]]]
 
 
-class Meeting:
+class PendingCollective:
     """One collective of one group.
 
     Args:
@@ -91,8 +91,8 @@ class Meeting:
         if len(self._arrived) < len(self.ranks):
             return
         calls = [self._arrived[rank] for rank in range(len(self.ranks))]
-        if not any(has_no_numbers((*call.inputs, *call.outputs)) for call in calls):
-            with unobserved():
+        if not any(has_no_data((*call.inputs, *call.outputs)) for call in calls):
+            with without_dispatch_modes():
                 self._results = self.combine(calls)
             self._check_results(calls)
         self.complete = True
@@ -100,9 +100,9 @@ class Meeting:
     def deliver(self, member: int, call: CollectiveCall) -> None:
         """Write the member's results into its output tensors."""
         if self._results is not None:
-            with unobserved():
+            with without_dispatch_modes():
                 for output, result in zip(call.outputs, self._results[member], strict=True):
-                    overwrite(output, result)
+                    copy_data(output, result)
 
     def missing(self) -> list[int]:
         """Global ranks that have not arrived."""
@@ -124,7 +124,7 @@ def combine_all_reduce(op: dist.ReduceOp) -> Combine:
     """Every tensor reduced over ranks, for everyone."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-        results = [reduced(tensors, op) for tensors in zip(*(call.inputs for call in calls), strict=True)]
+        results = [reduce_in_rank_order(tensors, op) for tensors in zip(*(call.inputs for call in calls), strict=True)]
         return [results] * len(calls)
 
     return combine
@@ -166,7 +166,7 @@ def combine_reduce_scatter_single(op: dist.ReduceOp) -> Combine:
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         sums = [
-            reduced([tensor.reshape(-1) for tensor in tensors], op).view(len(calls), -1)
+            reduce_in_rank_order([tensor.reshape(-1) for tensor in tensors], op).view(len(calls), -1)
             for tensors in zip(*(call.inputs for call in calls), strict=True)
         ]
         return [[total[rank] for total in sums] for rank in range(len(calls))]
@@ -178,7 +178,7 @@ def combine_reduce_scatter(op: dist.ReduceOp) -> Combine:
     """Input number r of every rank, reduced, for rank r; sizes may differ."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-        return [[reduced([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
+        return [[reduce_in_rank_order([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
 
     return combine
 

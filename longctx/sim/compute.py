@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from longctx.sim.runtime import Seat
+from longctx.sim.runtime import RankContext
 from longctx.sim.tensors import dtype_name, nbytes, shapes
 from longctx.sim.trace import Event
 
@@ -71,9 +71,9 @@ class ComputeRecorder(TorchDispatchMode):
         fake_mode: the run's own, None if its tensors are real.
     """
 
-    def __init__(self, seat: Seat, fake_mode: FakeTensorMode | None) -> None:
+    def __init__(self, context: RankContext, fake_mode: FakeTensorMode | None) -> None:
         super().__init__()
-        self._seat = seat
+        self._context = context
         self._fake_mode = fake_mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,12 +113,12 @@ class ComputeRecorder(TorchDispatchMode):
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
         event = Event(
             phase="compute",
-            id=self._seat.runtime.trace.next_id(),
-            step=self._seat.step,
+            id=self._context.runtime.trace.next_id(),
+            step=self._context.step,
             operation=f"{func.namespace}.{func.overloadpacket.__name__}",
             bytes=nbytes(inputs) + nbytes(outputs),
             shapes=shapes(inputs),
             dtype=dtype_name(inputs),
             flops=flops,
         )
-        self._seat.record(event)
+        self._context.record(event)

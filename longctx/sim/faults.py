@@ -115,7 +115,7 @@ class FaultInjector:
         return struck
 
 
-def corrupted(tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
+def with_flipped_bit(tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
     """A contiguous copy of ``tensor`` with the fault's bit flipped."""
     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     octets = copy.view(-1).view(torch.uint8)

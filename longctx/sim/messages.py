@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.sim.errors import MismatchError
-from longctx.sim.tensors import overwrite, unobserved
+from longctx.sim.tensors import copy_data, without_dispatch_modes
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +59,11 @@ class Receive:
                 f"{self.buffer.dtype}; sizes and dtypes of sender and receiver must agree"
             )
         if message.payload is not None:
-            with unobserved():
-                overwrite(self.buffer, message.payload)
+            with without_dispatch_modes():
+                copy_data(self.buffer, message.payload)
 
 
-class PostOffice:
+class MessageQueue:
     """All messages of one group that are sent and not yet received, and receives still without a message."""
 
     def __init__(self) -> None:

@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass, field
 
 from longctx.sim.baton import Baton, Waitable
-from longctx.sim.collectives import Meeting
+from longctx.sim.collectives import PendingCollective
 from longctx.sim.errors import RankKilled
 from longctx.sim.faults import Fault, FaultInjector
 from longctx.sim.ledger import Ledger
-from longctx.sim.messages import PostOffice
+from longctx.sim.messages import MessageQueue
 from longctx.sim.trace import Event, Trace
 
 GroupKey = tuple[str, tuple[int, ...]]  # c10d's name of the group, its global ranks
@@ -36,18 +36,18 @@ class Runtime:
     ledger: Ledger
     trace: Trace
     injector: FaultInjector
-    meetings: dict[tuple[GroupKey, int], Meeting] = field(default_factory=dict)
-    post_offices: dict[GroupKey, PostOffice] = field(default_factory=dict)
+    collectives: dict[tuple[GroupKey, int], PendingCollective] = field(default_factory=dict)
+    message_queues: dict[GroupKey, MessageQueue] = field(default_factory=dict)
 
-    def post_office(self, key: GroupKey) -> PostOffice:
+    def message_queue(self, key: GroupKey) -> MessageQueue:
         """The messages of one group."""
-        if key not in self.post_offices:
-            self.post_offices[key] = PostOffice()
-        return self.post_offices[key]
+        if key not in self.message_queues:
+            self.message_queues[key] = MessageQueue()
+        return self.message_queues[key]
 
 
 @dataclass
-class Seat:
+class RankContext:
     """One rank's place in a run."""
 
     rank: int
@@ -80,14 +80,14 @@ class Seat:
 _thread = threading.local()
 
 
-def take_seat(seat: Seat | None) -> None:
+def set_rank_context(context: RankContext | None) -> None:
     """Say which rank this thread is; None when it is none any more."""
-    _thread.seat = seat
+    _thread.context = context
 
 
-def current_seat() -> Seat | None:
+def current_rank_context() -> RankContext | None:
     """The calling thread's rank, None outside of rank threads."""
-    return getattr(_thread, "seat", None)
+    return getattr(_thread, "context", None)
 
 
 def mark_step(step: int) -> None:
@@ -95,7 +95,7 @@ def mark_step(step: int) -> None:
 
     Outside of a simulated cluster this does nothing, so a callback that calls it also runs elsewhere.
     """
-    seat = current_seat()
-    if seat is not None:
-        seat.step = step
-        seat.record(Event("step", seat.runtime.trace.next_id(), step, "step"))
+    context = current_rank_context()
+    if context is not None:
+        context.step = step
+        context.record(Event("step", context.runtime.trace.next_id(), step, "step"))

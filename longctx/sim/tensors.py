@@ -19,7 +19,7 @@ RedOpType: Any = dist.ReduceOp.RedOpType
 _no_modes = contextlib.nullcontext()
 
 
-def unobserved() -> contextlib.AbstractContextManager[object]:
+def without_dispatch_modes() -> contextlib.AbstractContextManager[object]:
     """Run data movement outside the calling rank's dispatch modes.
 
     The last rank to arrive moves the data of all; its flop counter or fake mode must not see that. Autograd
@@ -28,7 +28,7 @@ def unobserved() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _no_modes
 
 
-def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:
+def has_no_data(tensors: Iterable[torch.Tensor]) -> bool:
     """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
     return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
@@ -43,7 +43,7 @@ def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
             )
 
 
-def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
+def copy_data(destination: torch.Tensor, source: torch.Tensor) -> None:
     """Copy the numbers of ``source`` (same element count) into ``destination`` of any layout.
 
     Through ``.data``, as a network card would: autograd's version counter does not move.
@@ -73,7 +73,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
+def reduce_in_rank_order(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
     """Reduce over ranks, strictly in rank order, so that no schedule can change the sum.
 
     Floating types narrower than fp32 are accumulated in fp32 and rounded once.
@@ -91,8 +91,8 @@ def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
     kind = reduction_kind(op)
     dtype = tensors[0].dtype
     _check_reduction(kind, dtype)
-    narrow = dtype.is_floating_point and dtype.itemsize < 4
-    accumulator = tensors[0].detach().to(torch.float32 if narrow else dtype, copy=True)
+    low_precision = dtype.is_floating_point and dtype.itemsize < 4
+    accumulator = tensors[0].detach().to(torch.float32 if low_precision else dtype, copy=True)
     if kind == RedOpType.PREMUL_SUM:
         accumulator.mul_(op.factor)
     for tensor in tensors[1:]:

@@ -9,32 +9,32 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import Work
 
-from longctx.sim.collectives import CollectiveCall, Meeting
+from longctx.sim.collectives import CollectiveCall, PendingCollective
 from longctx.sim.messages import Receive
-from longctx.sim.runtime import Seat
+from longctx.sim.runtime import RankContext
 from longctx.sim.tensors import dtype_name
 from longctx.sim.trace import Event
 
 
 @dataclass(slots=True)
-class AwaitedMeeting:
+class AwaitedCollective:
     """One member's share of a collective."""
 
-    seat: Seat
-    meeting: Meeting
+    context: RankContext
+    collective: PendingCollective
     member: int
     call: CollectiveCall
 
     def ready(self) -> bool:
-        return self.meeting.complete and self.seat.runtime.baton.turn >= self.meeting.due
+        return self.collective.complete and self.context.runtime.baton.turn >= self.collective.due
 
     def describe(self) -> str:
-        missing = self.meeting.missing()
+        missing = self.collective.missing()
         state = f"ranks {missing} have not arrived" if missing else "everyone has arrived"
-        return f"{self.call.describe()} in {self.meeting.title}: {state}"
+        return f"{self.call.describe()} in {self.collective.title}: {state}"
 
     def deliver(self) -> None:
-        self.meeting.deliver(self.member, self.call)
+        self.collective.deliver(self.member, self.call)
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class AwaitedReceive:
         not_before: turn of the baton before which the message doesn't count as arrived.
     """
 
-    seat: Seat
+    context: RankContext
     receive: Receive
     ranks: tuple[int, ...]
     group: str
@@ -56,7 +56,7 @@ class AwaitedReceive:
 
     def ready(self) -> bool:
         message = self.receive.message
-        return message is not None and self.seat.runtime.baton.turn >= max(message.due, self.not_before)
+        return message is not None and self.context.runtime.baton.turn >= max(message.due, self.not_before)
 
     def describe(self) -> str:
         buffer, source, tag = self.receive.buffer, self.receive.source, self.receive.tag
@@ -82,7 +82,7 @@ class _BufferedSend:
 
 
 BUFFERED_SEND = _BufferedSend()
-Awaited = AwaitedMeeting | AwaitedReceive | _BufferedSend
+Awaited = AwaitedCollective | AwaitedReceive | _BufferedSend
 
 
 class SimWork(Work):
@@ -95,9 +95,11 @@ class SimWork(Work):
         post: the operation's event in the trace, None without a trace; the first wait adds its counterpart.
     """
 
-    def __init__(self, seat: Seat, what: Awaited, tensors: Sequence[torch.Tensor], post: Event | None) -> None:
+    def __init__(
+        self, context: RankContext, what: Awaited, tensors: Sequence[torch.Tensor], post: Event | None
+    ) -> None:
         super().__init__()
-        self._seat = seat
+        self._context = context
         self._what = what
         self._tensors = list(tensors)
         self._post = post
@@ -107,17 +109,17 @@ class SimWork(Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block the rank until the operation is done and its results are in place. Timeouts are not kept."""
         if not self._waited:
-            self._seat.wait(self._what)
+            self._context.wait(self._what)
             self._what.deliver()
             self._waited = True
             if self._post is not None:
-                self._seat.record(self._wait_event(self._post))
+                self._context.record(self._wait_event(self._post))
         return True
 
     def is_completed(self) -> bool:
         """True once ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
         if not self._waited and not self._what.ready():
-            self._seat.runtime.baton.poll(self._seat.rank)
+            self._context.runtime.baton.poll(self._context.rank)
         return self._waited or self._what.ready()
 
     def is_success(self) -> bool:
@@ -154,7 +156,7 @@ class SimWork(Work):
             message = self._what.receive.message
             assert message is not None
             peers, sequence = (self._what.ranks[message.source],), message.sequence
-        return Event("wait", post.id, self._seat.step, *post[3:7], peers, *post[8:11], sequence)
+        return Event("wait", post.id, self._context.step, *post[3:7], peers, *post[8:11], sequence)
 
 
 class CoalescedWork(Work):

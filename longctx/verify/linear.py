@@ -49,26 +49,28 @@ def inputs(case: VerifyCase) -> dict[str, Tensor]:
     heads ``[H, ...]`` in the accumulation dtype, as shares of gradients that add up over ranks should be."""
     mixer, widths = mixer_of(case), HeadDims(case.head_dim, case.head_dim)
     generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
-    wide = accumulation_dtype(dtype)
+    acc_dtype = accumulation_dtype(dtype)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     tokens = {**mixer.tokens(widths), "dout": widths.value}
     by_token = {name: draw(case.batch, case.seq, case.heads, channels).to(dtype) for name, channels in tokens.items()}
-    learned = {name: draw(case.heads, *shape).to(wide) for name, shape in mixer.parameters(widths).items()}
-    fixed = {name: value.to(wide) for name, value in mixer.constants(case.heads, 0, 2).items()}
+    learned = {name: draw(case.heads, *shape).to(acc_dtype) for name, shape in mixer.parameters(widths).items()}
+    fixed = {name: value.to(acc_dtype) for name, value in mixer.constants(case.heads, 0, 2).items()}
     return {**by_token, **learned, **fixed}
 
 
-def by_head(case: VerifyCase) -> frozenset[str]:
+def head_tensors(case: VerifyCase) -> frozenset[str]:
     """Inputs that every rank holds whole; their gradients are shares that add up over ranks."""
     widths = HeadDims(case.head_dim, case.head_dim)
     mixer = mixer_of(case)
     return frozenset(mixer.parameters(widths)) | frozenset(mixer.constants(case.heads, 0, 2))
 
 
-def computed(case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor) -> Tensor:
+def local_output(
+    case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor
+) -> Tensor:
     """The output of this rank's tokens ``[B, T/SP, H, D]``."""
     return mixer_of(case).mix(local, LinearAttention(case.strategy, group, case.chunk), plan)
 

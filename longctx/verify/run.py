@@ -35,9 +35,10 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
 
 def local_inputs(case: VerifyCase, rank: int) -> tuple[SequencePlan, dict[str, Tensor], Tensor]:
     """The case's plan, a rank's inputs by name, which want gradients, and its upstream gradient."""
-    plan, by_head = case.plan(), shared_inputs(case)
+    plan, head_tensors = case.plan(), shared_inputs(case)
     local = {
-        name: whole.clone() if name in by_head else cut(whole, plan, rank) for name, whole in whole_inputs(case).items()
+        name: whole.clone() if name in head_tensors else cut(whole, plan, rank)
+        for name, whole in whole_inputs(case).items()
     }
     dout = local.pop("dout")
     for tensor in local.values():
@@ -54,13 +55,13 @@ def whole_inputs(case: VerifyCase) -> dict[str, Tensor]:
 
 def shared_inputs(case: VerifyCase) -> frozenset[str]:
     """Inputs of which every rank holds all, and a share of the gradient."""
-    return linear.by_head(case) if case.mixer is not None else frozenset()
+    return linear.head_tensors(case) if case.mixer is not None else frozenset()
 
 
 def core_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     """From a rank's inputs and the plan's handle to its output; ranks of the group call it at the same point."""
     if case.mixer is not None:
-        return partial(linear.computed, case, group)
+        return partial(linear.local_output, case, group)
     attention = attention_of(case, group)
     return lambda local, plan: attention(local["q"], local["k"], local["v"], plan)
 

@@ -44,8 +44,8 @@ def fill(name: str, parameter: Tensor, generator: Generator) -> None:
 
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1, in the accumulation dtype: keys of other lengths make the delta rule explode."""
-    wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * (wide.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()).to(x.dtype)
+    in_acc_dtype = x.to(accumulation_dtype(x.dtype))
+    return (in_acc_dtype * (in_acc_dtype.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()).to(x.dtype)
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:

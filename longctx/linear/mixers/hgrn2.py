@@ -33,9 +33,9 @@ def bounds(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
-    wide = accumulation_dtype(x["f"].dtype)
-    floor = x["floor"].to(wide).unsqueeze(-1)
-    gate = x["f"].to(wide).clamp(min=LEAST)
+    acc_dtype = accumulation_dtype(x["f"].dtype)
+    floor = x["floor"].to(acc_dtype).unsqueeze(-1)
+    gate = x["f"].to(acc_dtype).clamp(min=LEAST)
     written = (1 - floor) * torch.sigmoid(-gate)
     # Each by what it is near to: where little is forgotten, 1 - f keeps the digits, otherwise f does.
     little = torch.log1p(-written.clamp(max=0.5))

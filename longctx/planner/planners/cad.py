@@ -17,9 +17,9 @@ from longctx.planner.cost import AttentionShape, Topology
 from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
-from longctx.planner.planners.bands import ORDERS, Bands
-from longctx.planner.planners.placement import Placement, Run, cut
-from longctx.planner.planners.prefix_affinity import seated
+from longctx.planner.planners.bands import ORDERS, BandSearch
+from longctx.planner.planners.placement import RowRun, RunPlacement, cut_rows
+from longctx.planner.planners.prefix_affinity import with_prefix_affinity
 from longctx.planner.slices import Int64, MaskSlices
 from longctx.planner.tasks import TaskRuns, Tasks
 
@@ -35,10 +35,10 @@ def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: 
         return TaskRuns.at_home(home)
     least = _least(home, mask, load, limit, _threshold(home, mask, load, limit))
     cap = int(options.egress * least.max())
-    seats = seated(home, options.widths, cap - least, limit) if mask.causal else home
+    preferred = with_prefix_affinity(home, options.widths, cap - least, limit) if mask.causal else home
     # Few servers are worth several ways, of which the fewest bytes win.
-    tried = _ways(seats, home, mask, limit, cap, options, home.ranks <= FEWEST)
-    if home.ranks <= FEW and seats is not home:
+    tried = _ways(preferred, home, mask, limit, cap, options, home.ranks <= FEWEST)
+    if home.ranks <= FEW and preferred is not home:
         tried += _ways(home, home, mask, limit, cap, options, False)
     if len(tried) == 1:
         return tried[0]
@@ -46,7 +46,7 @@ def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: 
 
 
 def _ways(
-    seats: DocumentPlacement,
+    preferred: DocumentPlacement,
     home: DocumentPlacement,
     mask: MaskSlices,
     limit: int,
@@ -54,33 +54,33 @@ def _ways(
     options: PlannerOptions,
     search: bool,
 ) -> list[TaskRuns]:
-    """Tokens of ``home`` shared out from their ``seats`` in several ways; ``search``: among them bands for rooms."""
-    load = _load(seats, mask)
+    """Tokens of ``home`` shared out from their ``preferred`` in several ways; ``search``: among them bands for rooms."""
+    load = _load(preferred, mask)
     if load.max(initial=0) <= limit:
-        return [_at_homes(TaskRuns.at_home(seats), home)]
-    spare = cap - _sent(seats, home)
-    first = _threshold(seats, mask, load, limit)
-    shipped = _shipped(seats, mask, load - limit, first, spare, options)
-    left, room = spare.copy(), limit - load
+        return [_at_homes(TaskRuns.at_home(preferred), home)]
+    spare = cap - _sent(preferred, home)
+    first = _threshold(preferred, mask, load, limit)
+    shipped = _shipped(preferred, mask, load - limit, first, spare, options)
+    left, capacity = spare.copy(), limit - load
     for run in shipped.values():
-        room[run.home] += run.area
+        capacity[run.home] += run.area
         left[run.home] -= run.stop - run.start
     # Sharing keys pays among many servers and may cost among few.
     ways = max(1, int(2 * options.egress - 1))
     placed = []
     for each in {ways, 1} if home.ranks <= FEW else {ways}:
-        placement = Placement(seats, mask, room, left.tolist(), options, each)
+        placement = RunPlacement(preferred, mask, capacity, left.tolist(), options, each)
         placed.append(placement.place(list(shipped.values())))
     if mask.causal and search:
-        bands = Bands(seats, load, limit, spare, options)
+        bands = BandSearch(preferred, load, limit, spare, options)
         found = [bands.place(order) for order in ORDERS]
-        placed += [[(*one, 0, seats.stride) for one in bands] for bands in found if bands]
-    return [_at_homes(_merged(seats, one), home) for one in placed]
+        placed += [[(*one, 0, preferred.stride) for one in bands] for bands in found if bands]
+    return [_at_homes(_merged(preferred, one), home) for one in placed]
 
 
-def _sent(seats: DocumentPlacement, home: DocumentPlacement) -> Int64:
+def _sent(preferred: DocumentPlacement, home: DocumentPlacement) -> Int64:
     """Query rows that each rank sends for them to be seated, ``[W]``."""
-    runs = _at_homes(TaskRuns.at_home(seats), home)
+    runs = _at_homes(TaskRuns.at_home(preferred), home)
     away = np.where(runs.home == runs.server, 0, runs.stop - runs.start)
     return np.bincount(runs.home, weights=away, minlength=home.ranks).astype(np.int64)
 
@@ -136,7 +136,7 @@ def _threshold(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: in
 
 def _shipped(
     home: DocumentPlacement, mask: MaskSlices, surplus: Int64, first: Int64, spare: Int64, options: PlannerOptions
-) -> dict[int, Run]:
+) -> dict[int, RowRun]:
     """What each rank with a surplus gives away, by span.
 
     Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
@@ -149,7 +149,7 @@ def _shipped(
     columns = (order, home.doc[order], home.start[order], home.stop[order])
     held = list(zip(*(column.tolist() for column in columns), strict=True))
     ends = np.searchsorted(home.rank[order], [donors, donors + 1])
-    shipped: dict[int, Run] = {}
+    shipped: dict[int, RowRun] = {}
     for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
         found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
         if sum(run.stop - run.start for run in found.values()) > spare[donor]:
@@ -164,28 +164,28 @@ _Span = tuple[int, int, int, int]
 
 def _fewest_bytes(
     donor: int, mask: MaskSlices, spans: list[_Span], need: int, options: PlannerOptions
-) -> dict[int, Run]:
+) -> dict[int, RowRun]:
     found = {}
     for number, doc, start, stop in spans:
         begin, end, area = start, stop, mask.rows_area(doc, start, stop)
         if area > need:
             if mask.causal and start == 0 and stop == mask.lengths[doc]:
                 end = _best_end(need, stop, options.widths, options.block)
-            begin = cut(mask, (doc, start, end), need, options.block, over=True)
+            begin = cut_rows(mask, (doc, start, end), need, options.block, over=True)
             area = mask.rows_area(doc, begin, end)
-        found[number] = Run(doc, begin, end, donor, area)
+        found[number] = RowRun(doc, begin, end, donor, area)
         need -= area
         if need <= 0:
             break
     return found
 
 
-def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, Run]:
+def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, RowRun]:
     found = {}
     for number, doc, start, stop in spans:
         if first < stop:
             begin = max(start, stop - -(-(stop - max(start, first)) // block) * block)
-            found[number] = Run(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
+            found[number] = RowRun(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
     return found
 
 
@@ -201,7 +201,7 @@ def _best_end(need: int, length: int, widths: AttentionShape, block: int) -> int
     return min(length, end)
 
 
-def _merged(home: DocumentPlacement, placed: list[tuple[Run, int, int, int]]) -> TaskRuns:
+def _merged(home: DocumentPlacement, placed: list[tuple[RowRun, int, int, int]]) -> TaskRuns:
     """What was placed (run, server, first key, last key), and what spans keep."""
     rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
     table = np.array(rows, dtype=np.int64).reshape(-1, 7)

@@ -27,8 +27,8 @@ def min_heap(home: DocumentPlacement, mask: MaskSlices, topology: Topology, opti
     servers = [(0, rank, 0) for rank in range(home.ranks)]
     chosen = np.zeros(len(span), dtype=np.int64)
     for chunk in np.argsort(-area, kind="stable").tolist():
-        load, rank, held = heapq.heappop(servers)
+        load, rank, assigned = heapq.heappop(servers)
         chosen[chunk] = rank
-        if held + 1 < limit:
-            heapq.heappush(servers, (load + int(area[chunk]), rank, held + 1))
+        if assigned + 1 < limit:
+            heapq.heappush(servers, (load + int(area[chunk]), rank, assigned + 1))
     return TaskRuns.of_rows(home.doc[span], start, stop, home.rank[span], chosen)

@@ -15,7 +15,9 @@ from longctx.planner.slices import Int64
 LIGHT = 0.05  # of a server's cells
 
 
-def seated(home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit: int) -> DocumentPlacement:
+def with_prefix_affinity(
+    home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit: int
+) -> DocumentPlacement:
     """The same tokens, as if a span lived where the rows before it do, wherever that moves fewer bytes under a causal
     mask. ``limit``: cells that a server may compute, of which a span is a small part, for heavy ones have to find room
     elsewhere anyway. No rank sends more than its ``spare`` rows for it, ``[W]``: of one that would, all stay.
@@ -36,9 +38,9 @@ def seated(home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit:
     if not moved.any():
         return home
     # An end behind an end goes where that one went.
-    seat = rank[np.maximum.accumulate(np.where(moved, 0, np.arange(len(rank))))]
-    order = np.lexsort((start, doc, seat))
-    return DocumentPlacement(home.lengths, home.ranks, [column[order] for column in (seat, doc, start, stop)])
+    target = rank[np.maximum.accumulate(np.where(moved, 0, np.arange(len(rank))))]
+    order = np.lexsort((start, doc, target))
+    return DocumentPlacement(home.lengths, home.ranks, [column[order] for column in (target, doc, start, stop)])
 
 
 def _of_same_rank(key: Int64, stop: Int64) -> tuple[Int64, Int64]:

@@ -27,7 +27,7 @@ from longctx.parallel.data import compute_dtype
 from longctx.parallel.pipeline import Pipeline, run_forward
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.canary.comparison import gradient_errors, relative, tolerance_of
-from longctx.train.canary.reference import Findings, dense_model, dense_step
+from longctx.train.canary.reference import StepTensors, dense_model, dense_step
 from longctx.train.canary.sample import make_batches, shrink
 from longctx.train.canary.tiny_run import TinyRun
 
@@ -73,7 +73,7 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
     return asdict(verdict)
 
 
-def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], float]:
+def compare(found: StepTensors, expected: StepTensors) -> tuple[dict[str, float], float]:
     """Relative error of each tensor (infinite for what is not finite), and the gradient's scale."""
     square = sum(float(g.square().sum()) for g in expected.gradients.values())
     along = sum(float((found.gradients[n] * g).sum()) for n, g in expected.gradients.items())
@@ -85,15 +85,15 @@ def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], floa
     return errors, along / square
 
 
-def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
+def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> StepTensors:
     """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
     run = TinyRun.of(config, mesh, device)
-    local = [run.border(batch) for batch in batches]
+    local = [run.sharder(batch) for batch in batches]
     with torch.no_grad():
         outputs = [_whole(_outputs(run.model, batch, config, mesh), batch, mesh) for batch in local]
     result = run.step.gradients(local)
     assert result.loss is not None, "the canary's sequences have labels"
-    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
+    return StepTensors(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
 
 
 def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:

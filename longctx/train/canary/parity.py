@@ -50,7 +50,7 @@ class StepParity:
 
 
 @dataclass(frozen=True)
-class Parity:
+class ParityReport:
     """The report. ``gradients``: by parameter, of the first step; ``weights``: by parameter, after the last.
 
     ``worst``: what differs most, by ``difference``. Differences are relative.
@@ -73,7 +73,7 @@ class Parity:
 
 
 @dataclass
-class Trained:
+class TrainingRecord:
     """What some steps came to; gradients of the first one, weights after the last, all in fp64."""
 
     losses: list[float]
@@ -111,58 +111,58 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     )
 
 
-def run_parity(config: Config, device: torch.device) -> tuple[bool, Parity | None]:
+def run_parity(config: Config, device: torch.device) -> tuple[bool, ParityReport | None]:
     """Whether both agree, on every rank, and the report, on rank 0. ``config``: from ``shrink_for_parity``."""
     mesh = build_mesh(config.parallel, device.type)
     found = train_on_mesh(config, mesh, device)
     report = None
     if dist.get_rank(mesh.world_group) == 0:
-        report = compare(config, found, train_on_one(config, device))
-    said = [0.0 if report is None else float(report.passed)]
-    return bool(gather_numbers(said, mesh.world_group, device)[0][0]), report
+        report = compare(config, found, train_on_one_rank(config, device))
+    flags = [0.0 if report is None else float(report.passed)]
+    return bool(gather_numbers(flags, mesh.world_group, device)[0][0]), report
 
 
-def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> Trained:
+def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> TrainingRecord:
     """Every rank of the world calls it."""
     run = TinyRun.of(config, mesh, device)
     schedule = WarmupCosine(config.optim, config.train.steps)
-    trained = Trained([], [], {}, {})
+    record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
-        batches = [run.border(batch) for batch in _batches(config, step)[mesh.data_rank]]
-        if not trained.gradients:
+        batches = [run.sharder(batch) for batch in _batches(config, step)[mesh.data_rank]]
+        if not record.gradients:
             # The step proper uses them up, so the first one is computed twice.
             run.step.gradients(batches)
-            trained.gradients = run.gradients()
+            record.gradients = run.gradients()
             run.step.engine.discard()
         result = run.step(batches, schedule.advance(), step)
         assert result.loss is not None, "its sequences have labels"
-        trained.losses.append(result.loss)
-        trained.norms.append(result.grad_norm)
-    trained.weights = run.weights()
-    return trained
+        record.losses.append(result.loss)
+        record.norms.append(result.grad_norm)
+    record.weights = run.weights()
+    return record
 
 
-def train_on_one(config: Config, device: torch.device) -> Trained:
+def train_on_one_rank(config: Config, device: torch.device) -> TrainingRecord:
     """The same run without a mesh: dense attention, fp64, torch's own clipping."""
     model = dense_model(config, device)
     optimizer = build_optimizer(model, config.optim)
     schedule = WarmupCosine(config.optim, config.train.steps)
     largest = float("inf") if config.optim.grad_clip is None else config.optim.grad_clip
-    trained = Trained([], [], {}, {})
+    record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
         expected = dense_step(model, config, _batches(config, step), device)
-        trained.gradients = trained.gradients or {name: g.clone() for name, g in expected.gradients.items()}
-        trained.losses.append(float(expected.loss))
-        trained.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)))
+        record.gradients = record.gradients or {name: g.clone() for name, g in expected.gradients.items()}
+        record.losses.append(float(expected.loss))
+        record.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)))
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad()
-    trained.weights = {name: p.detach() for name, p in model.named_parameters()}
-    return trained
+    record.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return record
 
 
-def compare(config: Config, found: Trained, expected: Trained) -> Parity:
+def compare(config: Config, found: TrainingRecord, expected: TrainingRecord) -> ParityReport:
     """The report about a mesh (``found``) and one rank (``expected``)."""
     steps = [
         StepParity(number, loss, one_loss, _difference(loss, one_loss), norm, one_norm, _difference(norm, one_norm))
@@ -179,7 +179,7 @@ def compare(config: Config, found: Trained, expected: Trained) -> Parity:
     worst = max(differences, key=lambda name: differences[name])
     tolerance = tolerance_of(config.train.dtype, config.model.layers)
     sizes = {name: getattr(config.model, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim")}
-    return Parity(
+    return ParityReport(
         backend=config.comm.backend,
         mesh={name: getattr(config.parallel, name) for name in DEGREES},
         strategy=config.attention.strategy,

@@ -27,7 +27,7 @@ from longctx.train.canary.sample import seed_of
 
 
 @dataclass(frozen=True)
-class Findings:
+class StepTensors:
     """One step's results in fp64: ``outputs`` ``[N, S, V]`` of all sequences, mean loss, gradients."""
 
     outputs: Tensor
@@ -56,7 +56,7 @@ def dense_model(config: Config, device: torch.device) -> Decoder:
     return model.to(device).double()
 
 
-def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> Findings:
+def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> StepTensors:
     """The run's sequences; ``batches`` as ``make_batches`` gives them. Leaves the gradients in ``model`` too.
 
     Equal sequences are computed once and counted as often as they occur. Outputs come in the order in which
@@ -75,7 +75,7 @@ def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]
         loss += share.detach()
         outputs[name] = logits.detach()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Findings(torch.stack([outputs[name] for name in names]), loss, gradients)
+    return StepTensors(torch.stack([outputs[name] for name in names]), loss, gradients)
 
 
 def _token_by_token(mixer: Mixer, documents: Documents, inputs: Inputs, plan: Tensor) -> Tensor:

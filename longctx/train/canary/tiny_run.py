@@ -28,7 +28,7 @@ class TinyRun:
 
     model: Decoder | Pipeline
     step: TrainStep
-    border: BatchSharder
+    sharder: BatchSharder
     mesh: Mesh
     shapes: dict[str, torch.Size]  # of the whole model's parameters
 
