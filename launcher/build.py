@@ -1,4 +1,4 @@
-"""The composition root: the one place that sees every part of a run and puts them together."""
+"""Puts the parts of a run together; the one place that sees all of them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def preflight(config: Config, resume: bool) -> None:
 
 
 def preflight_attention(config: Config) -> None:
-    """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
+    """Refuses layouts and strategies that do not fit.
+
+    It needs no device, so it also works far from the run's machine.
+    """
     require_cores(config)
 
 
@@ -74,13 +77,14 @@ def preflight_kernel(config: Config) -> None:
 
 
 def kernel_problem(config: Config) -> KernelProblem:
-    """What the run asks of its local kernel."""
+    """Describes what the run asks of its local kernel."""
     heads, kv_heads = config.local_heads
     dtype = compute_dtype(config.train.dtype)
     return KernelProblem(device_type(config), dtype, heads, kv_heads, config.model.head_dim)
 
 
 def device_type(config: Config) -> str:
+    """Returns the type of device that the run's backend works on, "cuda" or "cpu"."""
     return "cuda" if config.comm.backend == "nccl" else "cpu"
 
 
@@ -92,7 +96,7 @@ def run_rank(config: Config, resume: bool) -> None:
 
 @contextlib.contextmanager
 def init_distributed(config: Config) -> Iterator[torch.device]:
-    """Meets the other ranks as the one that the environment names; yields this rank's device."""
+    """Joins the other ranks as the one that the environment names; yields this rank's device."""
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     device = torch.device(device_type(config))
     if device.type == "cuda":
@@ -121,7 +125,7 @@ def run_sim(config: Config, resume: bool) -> None:
 
 
 def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """What each rank of a simulated world returns; an error of ours that a rank raises is raised here."""
+    """Returns what each rank of a simulated world returned; an error of ours that a rank raised is raised here."""
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
     with deterministic(config):
         try:
@@ -133,13 +137,16 @@ def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -
 
 
 def run_with_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
-    """On a rank of a world that is all on this machine, simulated or not."""
+    """Calls ``function`` on a rank of a world that is all on this machine, after registering its nodes."""
     register_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
 
 
 def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
-    """The node of every rank: so many on each as the cluster has devices, or as the launcher numbered ranks there."""
+    """Returns the node of every rank.
+
+    There are as many ranks on each as the cluster has devices, or as the launcher numbered there.
+    """
     devices = config.cluster.devices_per_node
     if devices is not None:
         return [rank // devices for rank in range(len(local_ranks))]
@@ -156,11 +163,12 @@ def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
 
 
 def links_of(config: Config) -> Links:
+    """Returns the links that the configuration states for the cluster."""
     return Links(config.cluster.nics, config.cluster.nic_bandwidth, config.cluster.link_bandwidth)
 
 
 def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:
-    """Of all ranks."""
+    """Returns the local rank of every rank."""
     world = dist.group.WORLD
     assert world is not None, "inside a world"
     return [int(local) for (local,) in gather_numbers([rank.local_rank], world, device)]
@@ -174,7 +182,7 @@ def rank_main(
     memory: Callable[[], int | None],
     stop: Callable[[], bool],
 ) -> None:
-    """One rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
+    """Runs one rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
     torch.manual_seed(config.train.seed)
     mesh = build_mesh(config.parallel, device.type)
     verdict = run_canary(config, mesh, device) if config.train.canary else None
@@ -187,7 +195,7 @@ def rank_main(
 
 
 def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) -> Trainer:
-    """A trainer at the run's first step, or at its newest checkpoint."""
+    """Builds a trainer at the run's first step, or at its newest checkpoint."""
     mesh, device = meter.mesh, meter.device
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
@@ -206,7 +214,7 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
-    """The run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
+    """Builds the run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
     model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)
@@ -229,7 +237,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def deterministic(config: Config) -> Iterator[None]:
-    """``train.deterministic``: operators without a deterministic form raise instead of running."""
+    """Applies ``train.deterministic``: operators without a deterministic form raise instead of running."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(config.train.deterministic or before)
     try:
@@ -252,6 +260,7 @@ def _checkpointer(config: Config) -> Checkpointer:
 
 
 def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
+    """Builds the loader of the ``rank``-th of ``world`` data-parallel groups."""
     balance = None
     if config.data.balance != "none":
         balance = Balance(config.data.balance == "documents", config.attention.window)
@@ -260,7 +269,7 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
 
 
 def _data_summary(corpus: Corpus) -> dict[str, int]:
-    """What the run is trained on, in numbers; what was left out of it is also said."""
+    """Returns what the run is trained on, in numbers, and warns of what was left out."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
     return {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
@@ -283,6 +292,7 @@ def _require_fit(config: Config, corpus: Corpus) -> None:
 
 
 def peak_memory(device: torch.device) -> Callable[[], int | None]:
+    """Returns a function that measures this process's peak memory in bytes."""
     if device.type == "cuda":
         return lambda: torch.cuda.max_memory_allocated(device)
     return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

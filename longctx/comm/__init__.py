@@ -1,4 +1,4 @@
-"""Exchanges that strategies use; the only place in longctx where attention's tensors leave a rank."""
+"""Exchanges tensors between ranks; the only place in longctx where attention's tensors leave a rank."""
 
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange

@@ -1,4 +1,4 @@
-"""Exchanges whose messages are cut into parts, some of which other ranks carry."""
+"""Exchanges messages that are cut into parts, some of which other ranks carry."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MessagePart = tuple[int, int, int, tuple[int, ...]]
 
 
 class Relay:
-    """An exchange in three hops, all ranks of the group at one point; awaited once, as ``Pending`` is.
+    """An exchange that takes three hops; all ranks of the group call it at the same point, and it is awaited once.
 
     ``parts``: those in which this rank takes part, in an order that all ranks share; ``number`` counts the messages
     from one rank to one other. The first hop is complete when this is made, the second is under way until ``wait``.
-    Parts are views of the messages, which neither copies nor changes their bytes; carriers alone make room.
+    Parts are views of the messages, which neither copies nor changes their bytes; carriers alone allocate buffers.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Relay:
         self._second_hop = self._hop(1)
 
     def wait(self) -> list[Tensor]:
-        """Received tensors, in the order they were asked for."""
+        """Returns the received tensors, in the order they were asked for."""
         self._second_hop.wait()
         self._hop(2).wait()
         self._in_transit.clear()
@@ -63,7 +63,7 @@ class Relay:
 
 
 def _by_peer(messages: Sequence[Message]) -> dict[int, list[Tensor]]:
-    """The bytes of contiguous messages, in order of each peer."""
+    """Returns the bytes of contiguous messages, in order of each peer."""
     found: dict[int, list[Tensor]] = {}
     for peer, tensor in messages:
         found.setdefault(peer, []).append(tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor)

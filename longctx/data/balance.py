@@ -1,7 +1,8 @@
-"""Even attention work of what ranks compute at the same time: by dealing a step's rows, and by packing documents anew.
+"""Evens out the attention work of what ranks compute at the same time.
 
-All rows have equal tokens, so all but attention costs the same everywhere. What a row costs there follows from the
-lengths of its documents, which may differ a hundredfold between rows.
+It deals a step's rows by their cost, or packs documents anew. All rows have equal tokens, so all but attention costs
+the same everywhere. What a row costs there follows from the lengths of its documents, which may differ a hundredfold
+between rows.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ WINDOW = 64  # rows whose documents are packed anew together
 
 @dataclass(frozen=True)
 class Balance:
-    """``documents``: whether rows are packed for even work, or only dealt by what they cost. ``window``: tokens that a
-    query sees, its own among them, None for all before it."""
+    """How attention work is evened out, and how it is counted.
+
+    ``documents``: whether rows are packed for even work, or only dealt by what they cost. ``window``: tokens that a
+    query sees, its own among them, None for all before it.
+    """
 
     documents: bool = False
     window: int | None = None
 
     def cells(self, lengths: Int64) -> Int64:
-        """(query, key) pairs of documents, int64 like ``lengths``."""
+        """Returns the (query, key) pairs of documents, int64 like ``lengths``."""
         seen = lengths if self.window is None else np.minimum(lengths, self.window)
         cells: Int64 = seen * (seen + 1) // 2 + (lengths - seen) * seen
         return cells
 
     @property
     def packing(self) -> str:
-        """What a checkpoint calls the order of tokens that follows from it."""
+        """The name that a checkpoint gives to the resulting order of tokens."""
         if not self.documents:
             return STREAM
         return "documents" if self.window is None else f"documents, attention.window={self.window}"
@@ -44,12 +48,12 @@ STREAM = "as they stream"
 
 
 def deal_rows(works: Int64, ranks: int, micro_batch: int) -> Int64:
-    """Row numbers ``[ranks, micro-batches, micro_batch]`` of a step: micro-batches cost much the same, most of all
-    those that ranks compute at the same time, and so do the ranks in all.
+    """Deals a step's rows to micro-batches of much the same cost: row numbers ``[ranks, micro-batches, micro_batch]``.
 
-    Rows go out from the costliest down, one to each micro-batch in a round, and back in the next; within a round the
-    ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows keep
-    their order.
+    Costs differ least between the micro-batches that ranks compute at the same time, and little between the ranks in
+    all. Rows go out from the costliest down, one to each micro-batch in a round, and back in the next. Within a round
+    the ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows
+    keep their order.
     """
     rounds = np.argsort(-works, kind="stable").reshape(micro_batch, -1)
     rounds[1::2] = rounds[1::2, ::-1]
@@ -60,10 +64,10 @@ def deal_rows(works: Int64, ranks: int, micro_batch: int) -> Int64:
 
 
 def pack_pieces(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
-    """All tokens of ``pieces`` in ``rows`` rows of ``seq_len``, which they fill exactly.
+    """Packs all tokens of ``pieces`` into ``rows`` rows of ``seq_len``, which they fill exactly.
 
-    The longest goes first, into the row of least work among those with room for it; where none has room, it is cut to
-    fill the emptiest row, and what is left of it is a piece like others. Ties go to the first.
+    The longest goes first, into the row of least work among those that have enough free tokens. Where none has, it is
+    cut to fill the emptiest row, and what is left of it is a piece like others. Ties go to the first.
     """
     assert sum(stop - start for start, stop, _ in pieces) == rows * seq_len, "pieces fill their rows"
     found: list[list[Piece]] = [[] for _ in range(rows)]

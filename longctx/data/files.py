@@ -1,4 +1,4 @@
-"""Finding and reading files, with one typed error that names the file for all that can go wrong."""
+"""Finds and reads files; whatever goes wrong is one typed error that names the file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EXCERPT = 60  # characters of bad input that a message shows
 
 
 def printable(text: str | Path) -> str:
-    """``text`` for a message: as it is when it prints on one line, else escaped."""
+    """Returns ``text`` for a message: as it is when it prints on one line, else escaped."""
     plain = str(text)
     return plain if plain.isprintable() else ascii(plain)
 
 
 def excerpt(found: Any) -> str:
-    """The beginning of bad input for a message, escaped."""
+    """Returns the beginning of bad input for a message, escaped."""
     if isinstance(found, (str, bytes)) and len(found) > EXCERPT:
         return f"{found[:EXCERPT]!a}..."
     whole = ascii(found)
@@ -41,7 +41,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def data_path(path: str | None, source: str) -> Path:
-    """``data.path`` as a path.
+    """Returns ``data.path`` as a path.
 
     Raises ``ConfigError`` when it is not set, ``DataError`` when nothing readable is there.
     """
@@ -66,16 +66,16 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole content of a regular file."""
+    """Reads the whole content of a regular file."""
     with open_regular(path) as file:
         return file.read()
 
 
 def find_files(root: Path, excluded: Set[str] = frozenset(), follow: bool = False) -> list[Path]:
-    """Every file below ``root`` in a fixed order; hidden ones and folders named in ``excluded`` are left out.
+    """Finds every file below ``root`` in a fixed order; hidden ones and folders named in ``excluded`` are left out.
 
-    Links to folders are never entered. Links to files are left out too unless ``follow``: they could lead
-    out of the folder, and one that stays inside would deliver its document twice.
+    Links to folders are never entered. Links to files are left out too unless ``follow``: they could lead out of the
+    folder. One that stays inside would deliver its document twice.
     """
 
     def refuse(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download."""
+"""Reads text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle
 
 
 class Document(NamedTuple):
-    """``line``: of a JSONL file, from 1; 0 when the document is the whole file."""
+    """One document that was read; ``line`` is its line in a JSONL file, from 1, or 0 for a whole file."""
 
     path: Path
     line: int
@@ -32,7 +32,7 @@ class Document(NamedTuple):
 
 
 def open_stdlib(max_documents: int | None = None) -> Corpus:
-    """The standard library of the running interpreter, one document per ``.py`` file, tests left out."""
+    """Reads the standard library of the running interpreter, one document per ``.py`` file, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Some installations are farms of links, and nobody hides foreign files in the standard library: follow.
     paths = [path for path in find_files(root, NOT_STDLIB, follow=True) if path.suffix == ".py"]
@@ -40,7 +40,7 @@ def open_stdlib(max_documents: int | None = None) -> Corpus:
 
 
 def open_text(path: str | None, text_key: str, max_documents: int | None = None) -> Corpus:
-    """A file or folder of text: a JSONL file holds one document per line, any other file is one document.
+    """Reads a file or folder of text: a JSONL file holds one document per line, any other file is one document.
 
     Reading is strict: bad JSON, a missing or non-string ``text_key``, bad UTF-8 in JSONL, or a NUL raises
     ``DataError`` with ``file:line``. Hidden files and links inside a folder are left out. With
@@ -119,7 +119,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
 
 
 def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
-    """The text of one JSONL line as UTF-8; ``where`` names the line in messages."""
+    """Returns the text of one JSONL line as UTF-8; ``where`` names the line in messages."""
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -151,7 +151,7 @@ def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a repeated key is refused, since one of its values would be lost in silence."""
+    """Returns a JSON object; a repeated key is refused, since one of its values would be lost in silence."""
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]

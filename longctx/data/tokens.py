@@ -1,4 +1,4 @@
-"""Token files: tokenized once, memory-mapped ever after.
+"""Reads and writes token files: tokenized once, memory-mapped ever after.
 
 ``X.bin`` holds the tokens of all documents one after another, raw little-endian uint16 or uint32.
 ``X.idx`` stands beside it, all little-endian:
@@ -42,7 +42,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 
 def token_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of ``data.token_dtype``. Raises ``ConfigError`` for anything but uint16 and uint32."""
+    """Returns the numpy dtype of ``data.token_dtype``. Raises ``ConfigError`` for anything but uint16 and uint32."""
     if name not in DTYPES:
         raise ConfigError(f"data.token_dtype={name!r}: a token file holds uint16 or uint32; set one of them")
     return DTYPES[name]
@@ -91,7 +91,7 @@ def open_tokens(
 
 
 def _read_index(path: Path, dtype: str) -> tuple[Int64, bytes]:
-    """Offsets int64 ``[D + 1]`` and the recorded SHA-256 of an ``.idx`` file."""
+    """Reads offsets int64 ``[D + 1]`` and the recorded SHA-256 from an ``.idx`` file."""
     where = printable(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -213,7 +213,7 @@ def _checked_ids(document: ArrayLike, kind: np.dtype[Any], dtype: str, number: i
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside ``path``, removed at the end unless it was renamed."""
+    """Opens a new file beside ``path``, removed at the end unless it was renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         file = temporary.open("wb")

@@ -1,4 +1,4 @@
-"""What a trained model does: text generated from prompts whose keys and values are sharded over ranks."""
+"""Generates text with a trained model; keys and values of the prompts are sharded over ranks."""
 
 from longctx.evaluate.generate import Generated, Sampling, SequenceSharding, generate
 from longctx.evaluate.session import DecodingSession

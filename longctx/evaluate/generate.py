@@ -1,4 +1,4 @@
-"""Generation: a prompt computed by a sequence-parallel strategy, then token after token by tree decoding."""
+"""Generates text: a sequence-parallel strategy computes the prompt, tree decoding computes each further token."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from longctx.model import Decoder
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. ``temperature`` 0 takes the likeliest; ``top_k``: only among so many likeliest ones.
+    """How a token is chosen.
 
-    ``seed``: of a generator that all ranks draw from alike. ``eos``: the token that ends a sequence, None for none.
+    ``temperature`` 0 takes the likeliest; ``top_k``: only among so many likeliest ones. ``seed``: of a generator that
+    all ranks draw from alike. ``eos``: the token that ends a sequence, None for none.
     """
 
     temperature: float = 0.0
@@ -38,9 +39,10 @@ UNSHARDED = SequenceSharding()
 
 @dataclass(frozen=True)
 class Generated:
-    """``tokens``: prompts and what follows, int64 ``[B, S + n]``; after its ``eos`` a sequence repeats it.
+    """Prompts with what was generated after them.
 
-    ``logits``: those that each new token was chosen from, ``[B, n, V]`` on the CPU, where they were asked for.
+    ``tokens``: int64 ``[B, S + n]``; after its ``eos`` a sequence repeats it. ``logits``: those that each new token was
+    chosen from, ``[B, n, V]`` on the CPU, where they were asked for.
     """
 
     tokens: Tensor
@@ -56,9 +58,9 @@ def generate(
     sampling: Sampling = GREEDY,
     keep_logits: bool = False,
 ) -> Generated:
-    """Goes on from ``tokens``, int64 ``[B, S]``, prompts of one length that every rank has whole.
+    """Continues the prompts ``tokens``, int64 ``[B, S]``, which have one length and are whole on every rank.
 
-    Ends after ``max_new_tokens``, or when every sequence has its ``eos``. All ranks return the same.
+    It ends after ``max_new_tokens``, or when every sequence has its ``eos``. All ranks return the same.
     """
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens {max_new_tokens} must be at least 0")
@@ -85,7 +87,7 @@ def generate(
 
 
 def sample_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token for each row of logits ``[B, V]``, int64 ``[B]``."""
+    """Chooses one token, int64 ``[B]``, for each row of logits ``[B, V]``."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     count = logits.shape[-1] if sampling.top_k is None else min(sampling.top_k, logits.shape[-1])

@@ -1,4 +1,4 @@
-"""A decoder that remembers the sequence so far, in a cache that is sharded over a group of ranks."""
+"""Runs a decoder that remembers the sequence so far, in a cache sharded over a group of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_PLAN = torch.tensor(-1, dtype=torch.int64)  # new tokens are not cut
 
 @dataclass(frozen=True)
 class SequenceSharding:
-    """Who shares the sequence, and how a prompt is cut and computed.
+    """Which ranks share the sequence, and how a prompt is sharded and computed.
 
     ``group``: None for this process alone. ``prefill``: what computes a prompt's attention; None for the ring.
     ``kernel``: of the new tokens' attention. All ranks of the group hold the model, have the same tokens and do the
@@ -79,7 +79,10 @@ class DecodingSession:
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
-        """tokens int64 ``[B, S]``, whole on every rank, to logits of the token after them, ``[B, V]``."""
+        """Computes a prompt and returns the logits ``[B, V]`` of the token after it.
+
+        tokens: int64 ``[B, S]``, whole on every rank.
+        """
         batch, length = tokens.shape
         if not length:
             raise ConfigError("a prompt of 0 tokens has no next token; give at least 1, such as a begin-of-text token")
@@ -99,7 +102,10 @@ class DecodingSession:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """tokens int64 ``[B, n]``, the same on every rank, to logits of what comes after each, ``[B, n, V]``."""
+        """Adds tokens to the sequences and returns the logits ``[B, n, V]`` of what comes after each.
+
+        tokens: int64 ``[B, n]``, the same on every rank.
+        """
         if self._sequences not in (None, len(tokens)):
             raise ConfigError(
                 f"decode got tokens of {len(tokens)} sequences, and this session has {self._sequences}; give as many, "
@@ -112,7 +118,7 @@ class DecodingSession:
         return logits
 
     def _logits_of(self, local: LocalBatch, row: int) -> Tensor:
-        """``[B, V]`` of one row of this rank's tokens: those of a whole prompt would not fit."""
+        """Returns the logits ``[B, V]`` of one row of this rank's tokens: those of a whole prompt would not fit."""
         vocabulary = self._model.vocabulary
         self._model.vocabulary = _OneRow(vocabulary, row)
         try:
@@ -135,7 +141,7 @@ class _OneRow(Vocabulary):
 
 
 def _last(plan: SequencePlan) -> tuple[int, int]:
-    """Rank and local row of the sequence's last token."""
+    """Returns rank and local row of the sequence's last token."""
     held = [plan.positions(rank) for rank in range(plan.world)]
     holder = max(range(plan.world), key=lambda rank: cast("int", held[rank][-1]) if len(held[rank]) else -1)
     return holder, len(held[holder]) - 1

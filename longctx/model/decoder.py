@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, final norm, and a loss that never holds the logits of a long sequence."""
+"""Defines the decoder: embedding, blocks, final norm, and a loss that never holds all logits of a long sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longctx.model.rotary import rotary_angles
 
 
 class Vocabulary:
-    """How hidden states ``[B, T/SP, dim]`` meet the head's weight ``[V, dim]``, all of it being here."""
+    """Computes logits or loss from hidden states ``[B, T/SP, dim]`` and the whole head's weight ``[V, dim]``."""
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)
@@ -30,13 +30,15 @@ class Vocabulary:
         return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
     def loss_or_logits(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
-        """The summed loss, or without labels the logits."""
+        """Returns the summed loss, or without labels the logits."""
         return self.logits(hidden, weight) if labels is None else self.loss_sum(hidden, weight, labels, chunk)
 
 
 class Head(nn.Linear):
-    """Weight ``[V, dim]`` of an untied head. It is called like any module, so that whoever gathers weights around
-    calls sees when this one is needed."""
+    """An untied head that holds the weight ``[V, dim]``.
+
+    It is called like any module, so that whoever gathers weights around calls sees when this one is needed.
+    """
 
     def forward(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor | None, chunk: int) -> Tensor:  # type: ignore[override]
         return vocabulary.loss_or_logits(x, self.weight, labels, chunk)
@@ -44,7 +46,10 @@ class Head(nn.Linear):
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive layers of a decoder; the first part also embeds, the last has the norm, the head and the loss."""
+    """Consecutive layers that a decoder keeps.
+
+    The first part also embeds, the last has the norm, the head and the loss.
+    """
 
     layers: range
     first: bool = True
@@ -52,15 +57,15 @@ class Part:
 
 
 def make_block(config: ModelConfig, layer: int) -> Block:
-    """Layer number ``layer``, of the kind that the pattern gives it."""
+    """Makes layer number ``layer``, of the kind that the pattern gives it."""
     return LinearBlock(config, layer) if config.kinds[layer] == LinearBlock.kind else SoftmaxBlock(config)
 
 
 class Decoder(nn.Module):
-    """A Llama-style decoder in its configuration's sizes and pattern of layers, or a part of one.
+    """A Llama-style decoder that has its configuration's sizes and pattern of layers, or a part of one.
 
-    ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its
-    default device; ``initialize`` gives them their values. Those of a part have their names in the whole.
+    ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its default
+    device; ``initialize`` gives them their values. Parameters of a part have their names in the whole.
     """
 
     def __init__(
@@ -91,13 +96,16 @@ class Decoder(nn.Module):
         return cast("Iterable[Block]", self.blocks)
 
     def set_attention(self, attention: CoreAttention | None, linear: LinearCore | None = None) -> None:
-        """Gives every block what computes its core: ``attention`` softmax layers, ``linear`` linear ones."""
+        """Sets what computes the core of every block: ``attention`` for softmax layers, ``linear`` for linear ones."""
         for block in self.layers:
             block.attention = linear if isinstance(block, LinearBlock) else attention
 
     def cut(self, part: Part) -> Decoder:
-        """The same decoder with only ``part`` kept. Modules are shared, but for an embedding that the head uses
-        too: where the head is in another part it gets a copy."""
+        """Returns the same decoder with only ``part`` kept.
+
+        Modules are shared, but for an embedding that the head uses too: where the head is in another part it gets a
+        copy.
+        """
         with torch.device("meta"):
             kept = Decoder(self.config, loss_chunk=self.loss_chunk, part=part)
         for name in list(kept.blocks._modules):
@@ -109,12 +117,14 @@ class Decoder(nn.Module):
         return kept
 
     def forward(self, x: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x: tokens, int64 ``[B, T/SP]``, in a later part the hidden states of the part before it, ``[B, T/SP,
-        dim]``; positions and labels: int64 ``[B, T/SP]``; ``plan``: handle of the batch's sequence plan.
+        """Computes the summed loss of tokens, their logits, or the hidden states that the next part takes.
 
-        With labels: the sum (not the mean) of the cross-entropy over this rank's valid tokens, a scalar in
-        fp32 (fp64 for fp64). Without: logits ``[B, T/SP, V]``. A part that is not the last returns its hidden
-        states, whether it is given labels or not.
+        x: tokens, int64 ``[B, T/SP]``; in a later part the hidden states ``[B, T/SP, dim]`` of the part before it.
+        positions and labels: int64 ``[B, T/SP]``. ``plan``: handle of the batch's sequence plan.
+
+        With labels it returns the sum (not the mean) of the cross-entropy over this rank's valid tokens: a scalar in
+        fp32 (fp64 for fp64). Without labels it returns logits ``[B, T/SP, V]``. A part that is not the last returns its
+        hidden states, whether it is given labels or not.
         """
         if self.part.first:
             assert self.embedding is not None, "the first part embeds"

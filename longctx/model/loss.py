@@ -1,4 +1,4 @@
-"""Cross-entropy of a long sequence in chunks of tokens: the full logits ``[N, V]`` never exist.
+"""Computes the cross-entropy of a long sequence in chunks of tokens: the full logits ``[N, V]`` never exist.
 
 A chunk's logits, loss and gradients are computed in one go in the forward pass; backward only multiplies by
 the upstream gradient. That holds two gradients (of the hidden states and of the head) in place of the logits
@@ -20,7 +20,7 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
+    """Returns the loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
 
     ``where`` rather than a product: an ignored token's hidden state may be anything, even infinite.
     """
@@ -37,11 +37,11 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
 def cross_entropy_sum(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, chunk_loss_function: ChunkLoss = chunk_loss
 ) -> Tensor:
-    """Sum of the cross-entropy of ``hidden @ weight.T`` over the tokens whose label is not ``IGNORE``.
+    """Sums the cross-entropy of ``hidden @ weight.T`` over the tokens whose label is not ``IGNORE``.
 
-    hidden ``[N, dim]``, weight ``[V, dim]``, labels int64 ``[N]``. The result is a scalar in fp32, fp64 for
-    fp64; softmax, sums and the head's gradient accumulate in the same. ``chunk_loss_function``: who computes a chunk,
-    for a weight that is only part of the vocabulary.
+    hidden ``[N, dim]``, weight ``[V, dim]``, labels int64 ``[N]``. The result is a scalar in fp32, fp64 for fp64;
+    softmax, sums and the head's gradient accumulate in the same. ``chunk_loss_function`` computes a chunk: another one
+    serves a weight that is only part of the vocabulary.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, chunk_loss_function)
@@ -85,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:
-    """What softmax and sums are computed in."""
+    """Returns the dtype that softmax and sums are computed in: at least fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A single-device decoder on a mesh: what is done to it, in the only order that works."""
+"""Applies all parallelism to a single-device decoder, in the only order that works."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from longctx.parallel.tiled_mlp import tile_mlps
 def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipeline:
     """Changes ``model`` in place and returns it, or this rank's stages of it where there is a pipeline.
 
-    ``config`` is resolved for the world of ``mesh``. Each step wraps the one before: what is recomputed is the
-    parallel block, what is compiled holds its recomputation, and the gathering of parameters stays outside of
-    both.
+    ``config`` is resolved for the world of ``mesh``. Each step wraps the one before. What is recomputed is the parallel
+    block, and what is compiled holds its recomputation. The gathering of parameters stays outside of both.
     """
     train = config.train
     pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None

@@ -1,10 +1,10 @@
-"""Tensors that wait in host memory between the forward and the backward pass.
+"""Keeps tensors in host memory between the forward and the backward pass.
 
 On CUDA copies run on a stream of their own, from and to pinned buffers; the host never waits for one:
-- a buffer is used again without asking whether its last copy is done, for all copies are on one stream;
-- what leaves is held until the compute stream has been told to wait for its copy, one block later at most two,
-  so that its memory is used again in an order that the device knows;
-- what returns is allocated on the compute stream, and the copies wait for that stream before they write it.
+- A buffer is used again without asking whether its last copy is done, for all copies are on one stream.
+- What leaves is held until the compute stream has been told to wait for its copy, at most two blocks later. So its
+  memory is used again in an order that the device knows.
+- What returns is allocated on the compute stream, and the copies wait for that stream before they write it.
 
 On the CPU the same code copies at once, from host memory to host memory: it saves nothing there.
 """
@@ -23,7 +23,7 @@ BLOCKS_LEAVING = 2  # whose copies may be under way while the next block is run
 
 
 class HostMemory:
-    """Buffers of one model on one device, by size; they are used again over blocks and steps."""
+    """Host buffers of one model on one device, by size, which are used again over blocks and steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -35,7 +35,10 @@ class HostMemory:
         self._entered = 0
 
     def enter_block(self) -> BlockOffload:
-        """A block's forward pass begins: what the one before the last sent away may be used again."""
+        """Begins a block's forward pass and frees the device memory of what earlier blocks have offloaded.
+
+        Copies of the last ``BLOCKS_LEAVING`` blocks may still be under way.
+        """
         self._entered += 1
         self._settle(self._entered - BLOCKS_LEAVING)
         offload = BlockOffload(self._block)
@@ -43,11 +46,11 @@ class HostMemory:
         return offload
 
     def leave_last_block(self) -> None:
-        """The loss comes next, which may be the peak: nothing that is away keeps its place on the device."""
+        """Frees the device memory of all that is offloaded: the loss comes next, which may be the peak."""
         self._settle(self._entered + 1)
 
     def pack(self, offload: BlockOffload, tensor: Tensor) -> Any:
-        """``tensor``, or what ``unpack`` makes an equal one of.
+        """Returns ``tensor``, or a record from which ``unpack`` makes an equal one.
 
         Parameters, subclasses and small tensors stay, and so do views of less than half of their storage.
         """
@@ -61,6 +64,7 @@ class HostMemory:
         return OffloadedView(storage_offload, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, packed: Any) -> Tensor:
+        """Returns the tensor that was packed, and starts to bring back those of the block before."""
         if not isinstance(packed, OffloadedView):
             kept: Tensor = packed
             return kept
@@ -99,25 +103,25 @@ class HostMemory:
         return buffer
 
     def _settle(self, block: int) -> None:
-        """What blocks before ``block`` sent away is let go, after its copies in the compute stream's order."""
+        """Frees what blocks before ``block`` have offloaded, after its copies in the compute stream's order."""
         while self._leaving and self._leaving[0][0] < block:
             _, source, copied = self._leaving.popleft()
             torch.cuda.current_stream(source.device).wait_event(copied)
 
 
 class BlockOffload:
-    """What one run of one block has sent away. It lives as long as any of it."""
+    """What one run of one block has offloaded; it lives as long as any of it."""
 
     def __init__(self, before: weakref.ref[BlockOffload] | None) -> None:
         self.storages: list[weakref.ref[OffloadedStorage]] = []
         self._before = before
 
     def before(self) -> BlockOffload | None:
-        """That of the block that ran before, whose backward pass comes next."""
+        """Returns the record of the block that ran before, whose backward pass comes next."""
         return self._before() if self._before is not None else None
 
     def prefetch(self) -> None:
-        """Starts all copies that have not been started yet."""
+        """Starts all copies back that have not been started yet."""
         for reference in self.storages:
             storage_offload = reference()
             if storage_offload is not None:
@@ -126,7 +130,7 @@ class BlockOffload:
 
 
 class OffloadedStorage:
-    """A storage whose bytes lie in ``buffer``, which goes back to its pool with this."""
+    """A storage whose bytes lie in ``buffer``; the buffer goes back to its pool with this object."""
 
     def __init__(self, memory: HostMemory, offload: BlockOffload, buffer: Tensor, device: torch.device) -> None:
         self.offload = offload
@@ -134,6 +138,7 @@ class OffloadedStorage:
         self.incoming: list[tuple[Tensor, torch.cuda.Event | None]] = []  # one at most
 
     def prefetch(self) -> None:
+        """Starts the copy back to the device, unless it is under way."""
         if self.incoming:
             return
         target = torch.empty_like(self._buffer, device=self._device, pin_memory=False)
@@ -148,7 +153,7 @@ class OffloadedStorage:
         self.incoming.append((target, stream.record_event()))
 
     def fetch(self) -> Tensor:
-        """The bytes, after their copy in the compute stream's order; whoever asks again gets another copy."""
+        """Returns the bytes, after their copy in the compute stream's order; whoever asks again gets another copy."""
         self.prefetch()
         target, copied = self.incoming.pop()
         if copied is not None:
@@ -157,7 +162,10 @@ class OffloadedStorage:
 
 
 def _let_go(incoming: list[tuple[Tensor, torch.cuda.Event | None]], free: list[Tensor], buffer: Tensor) -> None:
-    """A recompute stops once it has all it needs; what came back for the rest may not be used again while written."""
+    """Returns ``buffer`` to its pool once no copy from it is under way.
+
+    A recompute stops once it has all it needs. What came back for the rest may not be used again while it is written.
+    """
     for target, copied in incoming:
         if copied is not None:
             torch.cuda.current_stream(target.device).wait_event(copied)
@@ -166,7 +174,7 @@ def _let_go(incoming: list[tuple[Tensor, torch.cuda.Event | None]], free: list[T
 
 
 class OffloadedView:
-    """A tensor of a storage that is away."""
+    """A tensor that views an offloaded storage."""
 
     def __init__(
         self,
@@ -189,13 +197,13 @@ _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, HostMemory] = weakref.WeakKeyDi
 
 
 def host_memory(model: nn.Module, device: torch.device) -> HostMemory:
-    """That of a model whose activations are offloaded, made on the first call."""
+    """Returns the host memory of a model whose activations are offloaded, made on the first call."""
     if model not in _OF_MODELS:
         _OF_MODELS[model] = HostMemory(device)
     return _OF_MODELS[model]
 
 
 def host_buffers(model: nn.Module) -> list[Tensor]:
-    """All host buffers of a model, in use or not; none without offload."""
+    """Returns all host buffers of a model, in use or not; none without offload."""
     memory = _OF_MODELS.get(model)
     return memory.buffers if memory is not None else []

@@ -1,4 +1,4 @@
-"""Blocks that keep, for their recompute, their input and whatever is kept by name in host memory.
+"""Offloads what blocks keep for their recompute to host memory: their input, and whatever is kept by name.
 
 It comes back one block ahead of the backward pass. Outputs of collectives stay on the device: they are written
 after the operator has returned.
@@ -20,7 +20,10 @@ from longctx.parallel.recompute import checkpointed, own_contexts
 
 
 def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
-    """Takes the place of ``recompute_activations``; ``kept``: names of ``recompute.KINDS``."""
+    """Makes blocks recompute from host memory, in place of ``recompute_activations``.
+
+    ``kept``: names of ``recompute.KINDS``.
+    """
     memory = host_memory(model, next(model.parameters()).device)
     blocks = list(model.layers)
     for block in blocks:
@@ -29,7 +32,7 @@ def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
 
 
 class OffloadedBlock:
-    """``forward`` of a block, recomputed in the backward pass from what waits in ``memory``."""
+    """A block's ``forward`` that is recomputed in the backward pass from what waits in ``memory``."""
 
     def __init__(self, forward: Callable[..., Tensor], kept: tuple[str, ...], memory: HostMemory, last: bool) -> None:
         self._forward, self._kept, self._memory, self._last = forward, kept, memory, last

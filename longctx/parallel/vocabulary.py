@@ -1,4 +1,4 @@
-"""Embedding, logits and loss where each rank of an axis holds the rows ``[V/TP, dim]`` of the vocabulary."""
+"""Computes embedding, logits and loss where each rank of an axis holds rows ``[V/TP, dim]`` of the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longctx.sequence import IGNORE
 
 
 def sharded_lookup(embedding: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
-    """tokens int64 ``[B, T/SP]`` to their rows ``[B, T/SP/TP, dim]``.
+    """Looks up tokens int64 ``[B, T/SP]`` and returns their rows ``[B, T/SP/TP, dim]``.
 
     torch's row-wise embedding makes a gradient of the whole table on every rank; this one of its own rows.
     """
@@ -30,14 +30,20 @@ def sharded_lookup(embedding: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Te
 
 
 def local_rows(ids: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Where ids lie among the ``rows`` of ``rank``, any row for those that lie elsewhere, and which do."""
+    """Returns where ids lie among the ``rows`` of ``rank``, and which lie elsewhere.
+
+    Ids that lie elsewhere get any row.
+    """
     own = ids - rank * rows
     elsewhere = (own < 0) | (own >= rows)
     return own.masked_fill(elsewhere, 0), elsewhere
 
 
 class ShardedVocabulary(Vocabulary):
-    """hidden: a DTensor ``[B, T/SP, dim]``, whole on every rank; weight: one ``[V, dim]``, split by rows."""
+    """Computes logits or loss from a head's weight that is split over an axis by rows.
+
+    hidden: a DTensor ``[B, T/SP, dim]``, whole on every rank; weight: one ``[V, dim]``, split by rows.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._chunk_loss = partial(sharded_chunk_loss, mesh.get_group(), mesh.get_local_rank())
@@ -46,7 +52,7 @@ class ShardedVocabulary(Vocabulary):
         return cast("DTensor", F.linear(hidden, weight)).full_tensor()
 
     def loss_sum(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        """The same on every rank of the axis."""
+        """Returns the summed loss, the same on every rank of the axis."""
         # Each rank's rows bring a part of the hidden states' gradient.
         local = cast("DTensor", hidden).to_local(grad_placements=[Partial()]).flatten(0, 1)
         return cross_entropy_sum(local, cast("DTensor", weight).to_local(), labels.flatten(), chunk, self._chunk_loss)
@@ -55,9 +61,9 @@ class ShardedVocabulary(Vocabulary):
 def sharded_chunk_loss(
     group: dist.ProcessGroup, rank: int, hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``chunk_loss`` with weight ``[V/TP, dim]``: the whole loss, the gradient of this rank's logits ``[n, V/TP]``.
+    """Returns the whole loss of a chunk and the gradient of this rank's logits ``[n, V/TP]``; weight: ``[V/TP, dim]``.
 
-    Two small reductions per chunk, of ``[n]`` and ``[2, n]``.
+    It takes two small reductions per chunk, of ``[n]`` and ``[2, n]``.
     """
     logits = (hidden @ weight.T).to(loss_dtype(hidden))
     ignored = labels == IGNORE

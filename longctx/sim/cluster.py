@@ -1,4 +1,4 @@
-"""A cluster in one process: every rank is a thread, ``torch.distributed`` works in each."""
+"""Runs a cluster in one process: every rank is a thread in which ``torch.distributed`` works."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _one_run_at_a_time = threading.Lock()
 
 
 class Cluster:
-    """N ranks as threads of this process, one running at a time.
+    """A cluster that runs N ranks as threads of this process, one at a time.
 
-    Results depend on nothing but the ranks' own code and the state of torch's random number generator at the
-    start, which every rank inherits; a seed must not change them. Only torch's default CPU generator is kept
-    per rank; ``random`` and ``numpy.random`` are shared by the ranks of a run.
+    Results depend only on the ranks' own code and on torch's random number generator at the start. Every rank inherits
+    its state; a seed must not change results. Only torch's default CPU generator is kept per rank; ``random`` and
+    ``numpy.random`` are shared by the ranks of a run.
 
     Args:
         world_size: number of ranks, at least 1.
@@ -78,7 +78,7 @@ class Cluster:
 
     @property
     def trace(self) -> list[list[Event]]:
-        """Events of the latest run, a list per rank in that rank's order."""
+        """Events of the latest run: one list per rank, in that rank's order."""
         return self._trace.events
 
     @property
@@ -87,10 +87,10 @@ class Cluster:
         return self._fired
 
     def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
-        """Call ``function(*args, **kwargs)`` on every rank, with torch.distributed initialised.
+        """Calls ``function(*args, **kwargs)`` on every rank, with torch.distributed initialised.
 
-        Ledger, trace and ``fired`` start afresh. Afterwards the caller's process is as before, whatever
-        happened: process groups, random number generators, registered backends, threads.
+        Ledger, trace and ``fired`` start afresh. Afterwards the caller's process is as before, whatever happened:
+        process groups, random number generators, registered backends, threads.
 
         Returns:
             What the ranks returned, by rank.
@@ -199,7 +199,7 @@ def _wait_in_current_rank(what: Any) -> None:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put the process's generators back afterwards."""
+    """Puts the process's generators back afterwards."""
     saved = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Recording of compute: the operators that a rank runs, between its communication.
+"""Records compute: the operators that a rank runs between its communication.
 
 The cluster enters this mode in each rank thread when asked to (``trace_compute=True``), so that model code
 needs no hook of its own. Flops come from torch's registry (``torch.utils.flop_counter``), where an operator
@@ -45,7 +45,7 @@ _CPU_FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def _python_body(func: Any) -> Callable[..., Any] | None:
-    """The Python function that implements a custom operator on the CPU, None for other operators."""
+    """Returns the Python function that implements a custom operator on the CPU, None for other operators."""
     definition = None if func.namespace in ("aten", "prims") else _maybe_get_opdef(func._schema.name)
     if definition is None:
         return None
@@ -59,15 +59,15 @@ def _breaks_up(kind: Any) -> bool:
 
 
 class ComputeRecorder(TorchDispatchMode):
-    """Adds a "compute" event to the seat's trace for every operator that touches data.
+    """Adds a "compute" event to the rank's trace for every operator that touches data.
 
-    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is
-    opened up: its inner operators are recorded, in their order among the communication. Its body is called
-    directly, so with fake tensors too it communicates, where its fake kernel would not. Any other operator
-    is one event. What DTensor runs on fake tensors of global shape, to learn how results look, is left out.
+    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is opened up: its
+    inner operators are recorded, in their order among the communication. Its body is called directly, so it
+    communicates with fake tensors too, where its fake kernel would not. Any other operator is one event. DTensor also
+    runs operators on fake tensors of global shape, to learn how results look; these are left out.
 
     Args:
-        seat: the rank.
+        context: the rank.
         fake_mode: the run's own, None if its tensors are real.
     """
 

@@ -1,4 +1,4 @@
-"""One rank's membership of one group: posting its operations to ledger, trace, fault plan and the others."""
+"""Posts one rank's operations in one group to ledger, trace, fault plan and the other ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GroupMember:
     """Posts operations of one rank in one group.
 
     Args:
-        seat: the rank.
+        context: the rank.
         name: c10d's unique name of the group.
         ranks: global ranks of the group.
         position: of this rank in ``ranks``, its group rank.
@@ -43,16 +43,16 @@ class GroupMember:
 
     @property
     def name(self) -> str:
-        """c10d's unique name of the group."""
+        """The group's unique name in c10d."""
         return self._key[0]
 
     def describe(self, description: str) -> None:
-        """Say what the group is for; reports show it beside the name."""
+        """Sets what the group is for; reports show it beside the name."""
         detail = f" ({description})" if description else ""
         self.title = f"group {self.name!r}{detail} of ranks {list(self.ranks)}"
 
     def start_collective(self, call: CollectiveCall, combine: Combine, sent: Sent, tensors: Tensors) -> SimWork:
-        """Join the group's next collective.
+        """Joins the group's next collective and returns its handle.
 
         Args:
             call: what this rank brings.
@@ -81,7 +81,7 @@ class GroupMember:
         return SimWork(self._context, AwaitedCollective(self._context, collective, self.position, call), tensors, post)
 
     def send(self, tensor: torch.Tensor, destination: int, tag: int) -> SimWork:
-        """Send a copy to the group rank ``destination``."""
+        """Sends a copy to the group rank ``destination``."""
         check_contiguous("send", [tensor])
         fault = self._context.enter("send")
         queue = self._context.runtime.message_queue(self._key)
@@ -99,7 +99,7 @@ class GroupMember:
         return SimWork(self._context, BUFFERED_SEND, [tensor], post)
 
     def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> SimWork:
-        """Receive from the group rank ``source``, or from anyone if None."""
+        """Receives from the group rank ``source``, or from any rank if None."""
         check_contiguous("recv", [tensor])
         fault = self._context.enter("recv")
         queue = self._context.runtime.message_queue(self._key)
@@ -114,7 +114,7 @@ class GroupMember:
     def _post(
         self, operation: str, tensors: Tensors, sent: Sent, peers: tuple[int, ...], tag: int, sequence: int
     ) -> Event | None:
-        """Enter an operation in ledger and, if there is one, trace."""
+        """Enters an operation in the ledger and, if there is one, in the trace."""
         context, runtime = self._context, self._context.runtime
         to_global = [(self.ranks[position], count) for position, count in sent]
         total = runtime.ledger.add(operation, context.rank, to_global)
@@ -138,7 +138,7 @@ class GroupMember:
         return event
 
     def _due(self, fault: Fault | None) -> int:
-        """Turn of the baton at which what is posted now arrives."""
+        """Returns the turn of the baton at which what is posted now arrives."""
         if fault is None or fault.kind != "delay":
             return 0
         baton = self._context.runtime.baton
@@ -148,7 +148,7 @@ class GroupMember:
 
 
 def _with_first_corrupted(tensors: Tensors, fault: Fault) -> list[torch.Tensor]:
-    """The tensors with the first one that holds numbers replaced by a corrupted copy."""
+    """Returns the tensors with the first one that holds numbers replaced by a corrupted copy."""
     result = list(tensors)
     for position, tensor in enumerate(result):
         if tensor.numel() and not has_no_data([tensor]):

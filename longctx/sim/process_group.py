@@ -1,6 +1,6 @@
 # mypy: disable-error-code="override"
 # torch's stubs give each method several overloads; one signature here takes what torch really passes.
-"""The process group of backend ``sim``: what torch calls, in the names that torch 2.13 uses.
+"""Implements the process group of backend ``sim``: what torch 2.13 calls, under its names.
 
 ``torch.distributed`` calls these methods directly, functional collectives and DDP through C++. Both pass an
 options object; a few callers give the root or the reduction itself. Ranks here are group ranks.
@@ -23,7 +23,7 @@ from longctx.sim.work import CoalescedWork, SimWork
 
 
 class SimProcessGroup(dist.ProcessGroup):
-    """One rank's end of one group.
+    """One rank's end of one group, as torch calls it.
 
     Args:
         member: posts the operations.
@@ -229,13 +229,13 @@ class SimProcessGroup(dist.ProcessGroup):
         return False
 
     def set_timeout(self, timeout: Any) -> None:
-        """There is no clock; a rank that would wait for ever is a deadlock and noticed at once."""
+        """Does nothing, as there is no clock: a rank that would wait for ever is a deadlock, reported at once."""
 
     def shutdown(self) -> None:
-        """Nothing to close."""
+        """Does nothing, as there is nothing to close."""
 
     def abort(self) -> None:
-        """Nothing to close."""
+        """Does nothing, as there is nothing to close."""
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalescing = []
@@ -257,7 +257,7 @@ class SimProcessGroup(dist.ProcessGroup):
 
 
 def create_group(options: Any, backend_options: Any = None) -> SimProcessGroup:
-    """What torch calls to make a group of backend ``sim``; only works in a rank thread."""
+    """Makes a group of backend ``sim`` when torch asks for one; it works only in a rank thread."""
     context = current_rank_context()
     if context is None:
         raise RuntimeError("backend 'sim' exists only inside the ranks of longctx.sim.Cluster.run()")
@@ -277,7 +277,7 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
 
 
 def _reduction(options: Any) -> Any:
-    """The ReduceOp of an options object, or the ReduceOp given itself; a sum by default."""
+    """Returns the ReduceOp of an options object, or the ReduceOp given itself; a sum by default."""
     return dist.ReduceOp.SUM if options is None else getattr(options, "reduceOp", options)
 
 
@@ -286,7 +286,7 @@ def _op_name(op: Any) -> str:
 
 
 def _root(options: Any) -> int:
-    """The root of an options object, or the root given itself; group rank 0 by default."""
+    """Returns the root of an options object, or the root given itself; group rank 0 by default."""
     return options or 0 if isinstance(options, int | None) else options.rootRank
 
 
@@ -304,7 +304,7 @@ def _check_ratio(operation: str, big: str, many: torch.Tensor, small: str, one: 
 
 
 def _element_splits(which: str, tensor: torch.Tensor, rows: Sequence[int] | None, size: int) -> list[int]:
-    """Elements per rank, from rows per rank; equal parts by default."""
+    """Returns elements per rank, from rows per rank; equal parts by default."""
     length = tensor.shape[0] if tensor.dim() else 1
     if not rows:
         if length % size:

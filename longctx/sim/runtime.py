@@ -1,4 +1,4 @@
-"""What the ranks of one run share, and which rank a thread is."""
+"""Holds what the ranks of one run share, and which rank a thread is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Forever:
 
 @dataclass
 class Runtime:
-    """Shared state of one ``Cluster.run``; only the holder of the baton touches it."""
+    """The state that all ranks of one ``Cluster.run`` share; only the holder of the baton touches it."""
 
     world_size: int
     baton: Baton
@@ -40,7 +40,7 @@ class Runtime:
     message_queues: dict[GroupKey, MessageQueue] = field(default_factory=dict)
 
     def message_queue(self, key: GroupKey) -> MessageQueue:
-        """The messages of one group."""
+        """Returns the messages of one group that are under way."""
         if key not in self.message_queues:
             self.message_queues[key] = MessageQueue()
         return self.message_queues[key]
@@ -48,14 +48,14 @@ class Runtime:
 
 @dataclass
 class RankContext:
-    """One rank's place in a run."""
+    """What a rank thread needs to know of its run: its rank, its step, the shared state."""
 
     rank: int
     runtime: Runtime
     step: int = 0
 
     def enter(self, operation: str) -> Fault | None:
-        """Every operation begins here: stop if the run is over, and suffer what the fault plan says.
+        """Begins an operation: stops the rank if the run is over, and applies what the fault plan says.
 
         Returns:
             A fault of kind "drop", "delay" or "corrupt" for the caller to apply, else None.
@@ -69,11 +69,11 @@ class RankContext:
         return fault
 
     def wait(self, what: Waitable) -> None:
-        """Block this rank until ``what`` is ready."""
+        """Blocks this rank until ``what`` is ready."""
         self.runtime.baton.wait(self.rank, what)
 
     def record(self, event: Event) -> None:
-        """Append to this rank's trace."""
+        """Appends an event to this rank's trace."""
         self.runtime.trace.add(self.rank, event)
 
 
@@ -81,17 +81,17 @@ _thread = threading.local()
 
 
 def set_rank_context(context: RankContext | None) -> None:
-    """Say which rank this thread is; None when it is none any more."""
+    """Sets which rank this thread is; None when it is none any more."""
     _thread.context = context
 
 
 def current_rank_context() -> RankContext | None:
-    """The calling thread's rank, None outside of rank threads."""
+    """Returns the calling thread's rank, None outside of rank threads."""
     return getattr(_thread, "context", None)
 
 
 def mark_step(step: int) -> None:
-    """Say that the calling rank enters this step, for fault plans and traces.
+    """Says that the calling rank enters this step, for fault plans and traces.
 
     Outside of a simulated cluster this does nothing, so a callback that calls it also runs elsewhere.
     """

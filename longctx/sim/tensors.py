@@ -1,4 +1,4 @@
-"""Small operations on tensors that move data between ranks without leaving marks on autograd."""
+"""Moves data between ranks' tensors without leaving marks on autograd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _no_modes = contextlib.nullcontext()
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[object]:
-    """Run data movement outside the calling rank's dispatch modes.
+    """Runs data movement outside the calling rank's dispatch modes.
 
     The last rank to arrive moves the data of all; its flop counter or fake mode must not see that. Autograd
     sees nothing either, since all of this works on detached tensors.
@@ -29,12 +29,12 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[object]:
 
 
 def has_no_data(tensors: Iterable[torch.Tensor]) -> bool:
-    """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
+    """Returns True if any tensor is fake or on the meta device, where only shapes can be checked."""
     return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError for strided tensors, which Gloo and NCCL refuse: what passes here must run there."""
+    """Raises ValueError for strided tensors, which Gloo and NCCL refuse: what passes here must run there."""
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise ValueError(
@@ -44,9 +44,9 @@ def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
 
 
 def copy_data(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the numbers of ``source`` (same element count) into ``destination`` of any layout.
+    """Copies the numbers of ``source`` into ``destination``, of as many elements and any layout.
 
-    Through ``.data``, as a network card would: autograd's version counter does not move.
+    It goes through ``.data``, as a network card would: autograd's version counter does not move.
     """
     if source.shape != destination.shape:
         source = source.view(destination.shape)
@@ -54,17 +54,17 @@ def copy_data(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the elements of all tensors."""
+    """Returns the bytes of the elements of all tensors."""
     return sum([tensor.nbytes for tensor in tensors])
 
 
 def shapes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
-    """The tensors' shapes."""
+    """Returns the shape of each tensor."""
     return tuple([tuple(tensor.shape) for tensor in tensors])
 
 
 def dtype_name(tensors: Sequence[torch.Tensor]) -> str:
-    """Name of the first tensor's dtype, "float32"; "" without tensors."""
+    """Returns the name of the first tensor's dtype, such as "float32"; "" without tensors."""
     return _dtype_name(tensors[0].dtype) if tensors else ""
 
 
@@ -74,9 +74,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def reduce_in_rank_order(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
-    """Reduce over ranks, strictly in rank order, so that no schedule can change the sum.
+    """Reduces over ranks, strictly in rank order, so that no schedule can change the sum.
 
-    Floating types narrower than fp32 are accumulated in fp32 and rounded once.
+    Floating types below fp32 are accumulated in fp32 and rounded once.
 
     Args:
         tensors: one per rank, of equal shape and dtype.
@@ -103,7 +103,7 @@ def reduce_in_rank_order(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> 
 
 
 def reduction_kind(op: Any) -> Any:
-    """``op`` may be a ReduceOp or already its type, both occur in torch."""
+    """Returns the type of ``op``, which may be a ReduceOp or already its type; both occur in torch."""
     return getattr(op, "op", op)
 
 

@@ -1,4 +1,4 @@
-"""Handles of operations under way."""
+"""Defines the handles of operations that are under way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longctx.sim.trace import Event
 
 @dataclass(slots=True)
 class AwaitedCollective:
-    """One member's share of a collective."""
+    """One member's share of a collective that its handle waits for."""
 
     context: RankContext
     collective: PendingCollective
@@ -39,7 +39,7 @@ class AwaitedCollective:
 
 @dataclass(slots=True)
 class AwaitedReceive:
-    """A receive.
+    """A receive that its handle waits for.
 
     Attributes:
         ranks: global ranks of the group.
@@ -86,10 +86,10 @@ Awaited = AwaitedCollective | AwaitedReceive | _BufferedSend
 
 
 class SimWork(Work):
-    """The handle that torch returns to callers.
+    """The handle that torch returns to callers of an operation.
 
     Args:
-        seat: the rank that posted the operation.
+        context: the rank that posted the operation.
         what: the operation; its results are delivered on the first wait.
         tensors: what ``result()`` and the future give.
         post: the operation's event in the trace, None without a trace; the first wait adds its counterpart.
@@ -107,7 +107,7 @@ class SimWork(Work):
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block the rank until the operation is done and its results are in place. Timeouts are not kept."""
+        """Blocks the rank until the operation is done and its results are in place; timeouts are not kept."""
         if not self._waited:
             self._context.wait(self._what)
             self._what.deliver()
@@ -117,7 +117,7 @@ class SimWork(Work):
         return True
 
     def is_completed(self) -> bool:
-        """True once ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
+        """Returns whether ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
         if not self._waited and not self._what.ready():
             self._context.runtime.baton.poll(self._context.rank)
         return self._waited or self._what.ready()
@@ -136,14 +136,17 @@ class SimWork(Work):
         return self._tensors
 
     def source_rank(self) -> int:
-        """Group rank of the sender of a received message."""
+        """Returns the group rank of the sender of a received message, -1 for other operations."""
         message = self._what.receive.message if isinstance(self._what, AwaitedReceive) else None
         return -1 if message is None else message.source
 
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        """A completed future. Waiting on a future would block the process, not the rank, so it waits here."""
+        """Returns a completed future.
+
+        It waits here: to wait on a future would block the process, not the rank.
+        """
         if self._future is None:
             self.wait()
             self._future = torch.futures.Future()
@@ -160,14 +163,14 @@ class SimWork(Work):
 
 
 class CoalescedWork(Work):
-    """All operations of one coalescing context."""
+    """One handle that stands for all operations of a coalescing context."""
 
     def __init__(self, works: Sequence[SimWork]) -> None:
         super().__init__()
         self._works = list(works)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Wait for all of them."""
+        """Waits for all operations."""
         return all(work.wait() for work in self._works)
 
     def is_completed(self) -> bool:

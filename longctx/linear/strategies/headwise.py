@@ -1,4 +1,4 @@
-"""Head-sharded scan: states swap segments for heads, are scanned where they meet, and go back.
+"""Headwise scan exchanges segments for heads, scans each head's whole chain on one rank, and sends states back.
 
     summarize my segments: (A, B)                  what each segment owes the state that entered it
     send each rank its share of the heads          send each rank its share of the heads
@@ -7,8 +7,8 @@
     send S_in to the segments' owners              send D_out to the segments' owners
     O += Q S_in                                    gradients of my summaries
 
-What a rank sends is about one summary and one state for any number of ranks, where a gather sends one to each: for
-large worlds. The B·H states need not divide by the ranks.
+A rank sends about one summary and one state, for any number of ranks. A gather sends one to each, so this is for large
+worlds. The B·H states need not divide by the ranks.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ Places = Callable[[Chain, int], list[int]]  # which segments of a rank take part
 
 
 def sending_segments(chain: Chain, rank: int) -> list[int]:
-    """Segments whose state passes into the next one."""
+    """Returns the rank's segments whose state passes into the next one."""
     return [place for place in chain.places_of(rank) if chain.crossed(place + 1)]
 
 
 def receiving_segments(chain: Chain, rank: int) -> list[int]:
-    """Segments that a state enters."""
+    """Returns the rank's segments that a state enters."""
     return [place for place in chain.places_of(rank) if chain.crossed(place)]
 
 
 def enter(summary: Summary, context: LinearContext) -> Arriving:
-    """S_in of this rank's segments."""
+    """Starts the forward exchange, which gives S_in of this rank's segments."""
     arriving = scatter_to_heads(summary, sending_segments, context)
 
     def scan() -> Tensor:
@@ -62,7 +62,7 @@ def enter(summary: Summary, context: LinearContext) -> Arriving:
 
 
 def leave(summary: Summary, context: LinearContext) -> Arriving:
-    """D_out of this rank's segments."""
+    """Starts the backward exchange, which gives D_out of this rank's segments."""
     arriving = scatter_to_heads(summary, receiving_segments, context)
 
     def scan() -> Tensor:
@@ -75,13 +75,15 @@ def leave(summary: Summary, context: LinearContext) -> Arriving:
 
 
 def state_slice(states: int, rank: int, world: int) -> slice:
-    """Which of the B·H states a rank scans."""
+    """Returns which of the B·H states a rank scans."""
     return slice(rank * states // world, (rank + 1) * states // world)
 
 
 def scatter_to_heads(summary: Summary, sent: Places, context: LinearContext) -> Callable[[], Summary]:
-    """Posts every rank's share of the ``sent`` segments; awaited, the whole chain of this rank's share of the states:
-    ``[1, G, states, ...]``, 0 where a segment does not take part."""
+    """Sends each rank its share of the ``sent`` segments; awaited, it gives the whole chain of this rank's share.
+
+    Those states are ``[1, G, states, ...]``, 0 where a segment does not take part.
+    """
     chain, me, ranks = context.chain, context.group.rank, range(context.group.size)
     batch, heads = summary.states.shape[0], summary.states.shape[2]
     mine = pack_segments(summary, [context.own.index(place) for place in sent(chain, me)], context).flatten(1, 2)
@@ -107,8 +109,10 @@ def scatter_to_heads(summary: Summary, sent: Places, context: LinearContext) -> 
 
 
 def return_to_owners(states: Tensor, summary: Summary, received: Places, context: LinearContext) -> Tensor:
-    """Scanned states ``[1, G, states, K, V]`` to all states of this rank's segments ``[B, n, H, K, V]``, 0 for those
-    that are not ``received``."""
+    """Sends scanned states ``[1, G, states, K, V]`` back and returns those of this rank's segments ``[B, n, H, K, V]``.
+
+    States that are not ``received`` are 0.
+    """
     chain, me, ranks = context.chain, context.group.rank, range(context.group.size)
     like = torch.zeros_like(summary.states)
     count, places = like.shape[0] * like.shape[2], received(chain, me)
@@ -125,7 +129,7 @@ def return_to_owners(states: Tensor, summary: Summary, received: Places, context
 
 
 def _swap(group: Group, parts: Sequence[Tensor], buffers: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """All-to-all: ``parts[r]`` to rank r; awaited, what each rank sent, own part included."""
+    """Exchanges all to all: ``parts[r]`` goes to rank r; awaited, it gives what each rank sent, own part included."""
     others = group.others
     posted = exchange(
         group,
@@ -146,14 +150,17 @@ def _whole_chain(summary: Summary, context: LinearContext) -> ChainSubset:
 
 
 def _by_state(by_segment: Tensor, summary: Summary, context: LinearContext) -> Tensor:
-    """``[B, G, 1 or H, 1, 1]`` to ``[1, G, states, 1, 1]``: this rank's share of the B·H states."""
+    """Returns ``[B, G, 1 or H, 1, 1]`` as ``[1, G, states, 1, 1]``: this rank's share of the B·H states."""
     batch, heads = summary.states.shape[0], summary.states.shape[2]
     spread = by_segment.expand(batch, -1, heads, 1, 1).transpose(0, 1).flatten(1, 2)
     return spread[:, state_slice(batch * heads, context.group.rank, context.group.size)].unsqueeze(0)
 
 
 def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
-    """Its summaries to the ranks that scan them, and what it scanned to the segments' owners; both ways."""
+    """Counts a rank's summaries to the ranks that scan them, and the scanned states to the segments' owners.
+
+    Both directions are counted in each pass.
+    """
     chain, states = chain_of(plan), sizes.batch * sizes.heads
     others = [other for other in range(plan.world) if other != rank]
     shares = [state_slice(states, other, plan.world) for other in range(plan.world)]

@@ -1,4 +1,4 @@
-"""LASP: the state itself goes along the chain, from each segment to the next.
+"""LASP passes the state itself along the chain, from each segment to the next.
 
 Sun et al., "Linear Attention Sequence Parallelism" (2024).
 
@@ -31,12 +31,12 @@ from longctx.sequence import SequencePlan
 
 
 def enter(summary: Summary, context: LinearContext) -> Arriving:
-    """S_in of this rank's segments."""
+    """Starts the forward pass along the chain, which gives S_in of this rank's segments."""
     return _walk(summary, context, +1)
 
 
 def leave(summary: Summary, context: LinearContext) -> Arriving:
-    """D_out of this rank's segments."""
+    """Starts the backward pass along the chain, which gives D_out of this rank's segments."""
     return _walk(summary, context, -1)
 
 
@@ -79,7 +79,10 @@ def _steps(summary: Summary, context: LinearContext, direction: int, received: T
 
 
 def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
-    """A state over each edge of this rank's segments that a document crosses: forward behind, backward before."""
+    """Counts a state over each edge of this rank's segments that a document crosses.
+
+    It goes to the segment behind in the forward pass, to the one before in the backward pass.
+    """
     chain = chain_of(plan)
     behind = sum(chain.crossed(place + 1) for place in chain.places_of(rank))
     before = sum(chain.crossed(place) for place in chain.places_of(rank))

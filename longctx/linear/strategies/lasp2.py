@@ -1,4 +1,4 @@
-"""LASP-2: one gather of the segments' states in each direction, computed around.
+"""LASP-2 gathers the segments' states once in each direction and computes while they travel.
 
 Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid" (2025).
 
@@ -8,10 +8,10 @@ Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and It
     scan the chain up to my segments: S_in         scan the chain back to my segments: D_out
     O += Q S_in                                    gradients of my summaries
 
-Unlike there, a rank sends a summary only to ranks whose segments a document reaches from it: without documents half of
-what an all-gather sends, as an early rank needs nothing of a later one in the forward pass and a late one nothing of
-an earlier in the backward pass. A state's size does not depend on the length, so neither do the bytes of contiguous
-and zigzag shards.
+Unlike in the paper, a rank sends a summary only to ranks whose segments a document reaches from it. Without documents
+that is half of what an all-gather sends. An early rank needs nothing of a later one in the forward pass, a late one
+nothing of an earlier one in the backward pass. A state's size does not depend on the length, so neither do the bytes
+of contiguous and zigzag shards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from longctx.sequence import SequencePlan
 
 
 def enter(summary: Summary, context: LinearContext) -> Arriving:
-    """Sends summaries to the ranks that read them; S_in of this rank's segments."""
+    """Sends summaries to the ranks that read them, which gives S_in of this rank's segments."""
     chain, me = context.chain, context.group.rank
     arriving = gather(summary, context, chain.sent)
 
@@ -54,7 +54,7 @@ def enter(summary: Summary, context: LinearContext) -> Arriving:
 
 
 def leave(summary: Summary, context: LinearContext) -> Arriving:
-    """Sends gradients of S_in to the ranks whose summaries are in it; D_out of this rank's segments."""
+    """Sends gradients of S_in to the ranks whose summaries are in it, which gives D_out of this rank's segments."""
     chain, me = context.chain, context.group.rank
     arriving = gather(summary, context, chain.returned)
 
@@ -70,7 +70,7 @@ def leave(summary: Summary, context: LinearContext) -> Arriving:
 def gather(
     summary: Summary, context: LinearContext, sent: Callable[[int, int], tuple[int, ...]]
 ) -> Callable[[], tuple[ChainSubset, Summary]]:
-    """Posts the exchange; awaited, everything that ``sent(sender, receiver)`` brings here beside what is here."""
+    """Starts the exchange; awaited, it gives this rank's segments with those that ``sent(sender, receiver)`` brings."""
     chain, me, others = context.chain, context.group.rank, context.group.others
     own, receiving = chain.places_of(me), {other: sent(other, me) for other in others}
     like, batch, heads = summary.states, *summary.states.shape[0:3:2]
@@ -97,7 +97,7 @@ def gather(
 
 
 def _in_order(subset: ChainSubset, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-    """Segments from here and there, ``[B, n, ...]`` each, as one stretch of the chain."""
+    """Returns own and received segments, ``[B, n, ...]`` each, as one subset of the chain."""
     first = parts[0][1]
     whole = first.new_empty(first.shape[0], len(subset.places), *first.shape[2:])
     for places, part in parts:
@@ -106,7 +106,10 @@ def _in_order(subset: ChainSubset, parts: Sequence[tuple[Sequence[int], Tensor]]
 
 
 def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
-    """Summaries to later ranks that read them, and with gradients in place of additions to earlier ones."""
+    """Counts a rank's summaries to the later ranks that read them, and in the backward pass to the earlier ones.
+
+    There gradients take the place of additions.
+    """
     if not plan.mask.causal:
         return total_volume(plan, sizes)
     chain, others = chain_of(plan), [other for other in range(plan.world) if other != rank]

@@ -1,8 +1,9 @@
-"""Shipped query rows find servers where these are few: bands of rows, each cut for the room that it fills.
+"""Places shipped query rows on few servers: bands of rows, each cut for the capacity that it fills.
 
-The best band next, of all pieces of all donors and for all servers, by bytes against cells: rows that fill a large
-room, or whose prefix their server holds already. What is left in the end fits badly, and how badly hangs on what came
-first; so it is done in several orders, and whoever asks keeps what moves the fewest bytes.
+It always takes the best band next, of all pieces of all donors and for all servers, by bytes against cells. Such are
+rows that fill a large capacity, or rows whose prefix their server holds already. What is left in the end fits badly,
+and how badly depends on what came first. So it is done in several orders, and the caller keeps what moves the fewest
+bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ MOST = 8  # bands for each server; an order that takes more is given up
 
 @dataclass(frozen=True)
 class BandOrder:
-    """A band's price is ``bytes / cells ** power``: 1/2 treats small and large ones alike, 1 prefers the large.
+    """How bands are ranked: a band's price is ``bytes / cells ** power``.
 
-    ``row_price``: what Q and O of a row are taken for when the band is shaped, in multiples of their bytes; more means
-    fewer rows with a longer prefix, hence less egress.
+    A power of 1/2 treats small and large ones alike, 1 prefers the large. ``row_price``: what Q and O of a row are
+    taken for when the band is shaped, in multiples of their bytes. More means fewer rows with a longer prefix, hence
+    less egress.
     """
 
     power: float
@@ -53,8 +55,11 @@ Piece = tuple[int, int, int]
 
 
 class BandSearch:
-    """Causal documents on few servers. ``load``: cells of each rank; ``limit``: the most a server may compute;
-    ``spare``: query rows that each rank may send, ``[W]``."""
+    """Searches for bands of rows that few servers take over from others, under causal documents.
+
+    ``load``: cells of each rank; ``limit``: the most a server may compute; ``spare``: query rows that each rank may
+    send, ``[W]``.
+    """
 
     def __init__(self, home: DocumentPlacement, load: Int64, limit: int, spare: Int64, options: PlannerOptions) -> None:
         self._spare, self._block = spare, options.block
@@ -70,7 +75,7 @@ class BandSearch:
         self._first_prefixes = prefixes
 
     def place(self, order: BandOrder) -> list[tuple[RowRun, int]] | None:
-        """(run, server) of rows that bring all donors below the limit; None where this order does not come to it."""
+        """Returns (run, server) of rows that bring all donors below the limit; None where this order finds none."""
         self._capacity, self._prefixes = self._limits.copy(), self._first_prefixes.copy()
         self._pieces = {donor: sorted(spans, key=_by_prefix) for donor, spans in self._spans.items()}
         sent = dict.fromkeys(self._pieces, 0)
@@ -87,7 +92,7 @@ class BandSearch:
         return placed
 
     def _best(self, order: BandOrder) -> tuple[int, Piece, int, int, int] | None:
-        """(donor, piece, server, first row, last + 1) of the band with the lowest price."""
+        """Returns (donor, piece, server, first row, last + 1) of the band with the lowest price."""
         rows = list(self._open())
         servers = np.flatnonzero(self._capacity > 0)
         if not rows or not len(servers):
@@ -118,11 +123,12 @@ class BandSearch:
         all_of_it: NDArray[np.bool_],
         row_price: float,
     ) -> tuple[Float64, Float64]:
-        """(end, rows) of bands of so many ``cells``: a little less where there is no room for more, else
-        (``all_of_it``) a little more. The fewest bytes in whole blocks, moved down until the cells are met; short
-        pieces whole.
+        """Returns (end, rows) of bands of so many ``cells``.
 
-        q rows that end at E and hold F cells cost ``g q + E - held``, least at ``q = sqrt(F / (g + 1/2))``.
+        A band is a little smaller where the server has no capacity for more, else (``all_of_it``) a little larger. It
+        has the fewest bytes in whole blocks and is moved down until the cells are met. Short pieces stay whole.
+
+        q rows that end at E and hold F cells cost ``g q + E - prefix``, least at ``q = sqrt(F / (g + 1/2))``.
         """
         best = np.sqrt(cells / (self._ratio * row_price + 0.5))
         end = np.minimum(stop, np.maximum(cells / best + best / 2, prefixes))
@@ -136,7 +142,7 @@ class BandSearch:
         return np.where(whole, stop, end), np.where(whole, stop - start, count)
 
     def _open(self) -> Iterator[tuple[int, int, int, int]]:
-        """(donor, document, first row, last + 1) of what may be cut next."""
+        """Yields (donor, document, first row, last + 1) of what may be cut next."""
         for donor, pieces in self._pieces.items():
             if self._capacity[donor] < 0:
                 yield from ((donor, *piece) for piece in pieces[:LOOKED_AT])

@@ -1,9 +1,11 @@
-"""Core attention disaggregation: overloaded ranks ship query rows to servers with room (DistCA, 2025), improved.
+"""Core attention disaggregation (DistCA, 2025) ships query rows of overloaded ranks to servers with free capacity.
 
-What differs from DistCA's greedy: donors are bounded as well as receivers, so that nobody ends above
-``(1 + tolerance)`` times the mean; a receiver is priced by the bytes that it does not hold already; cuts are
-contiguous (a mirrored pair of bands reads the whole prefix twice over); rows come in blocks, lengths are free;
-the worst rank's query egress is bounded against the least that its home layout allows.
+This one is improved. It differs from DistCA's greedy planner:
+- Donors are bounded as well as receivers, so that nobody ends above ``(1 + tolerance)`` times the mean.
+- A receiver is priced by the bytes that it does not hold already.
+- Cuts are contiguous: a mirrored pair of bands reads the whole prefix twice over.
+- Rows come in blocks, lengths are free.
+- The worst rank's query egress is bounded against the least that its home layout allows.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the
 
 
 def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
+    """Ships query rows of overloaded ranks. Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
     load = _load(home, mask)
     limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
     if load.max(initial=0) <= limit:
@@ -54,7 +56,10 @@ def _ways(
     options: PlannerOptions,
     search: bool,
 ) -> list[TaskRuns]:
-    """Tokens of ``home`` shared out from their ``preferred`` in several ways; ``search``: among them bands for rooms."""
+    """Shares out the tokens of ``home`` in several ways, each starting from the ``preferred`` placement.
+
+    ``search``: bands that are cut for capacities are among them.
+    """
     load = _load(preferred, mask)
     if load.max(initial=0) <= limit:
         return [_at_homes(TaskRuns.at_home(preferred), home)]
@@ -79,24 +84,25 @@ def _ways(
 
 
 def _sent(preferred: DocumentPlacement, home: DocumentPlacement) -> Int64:
-    """Query rows that each rank sends for them to be seated, ``[W]``."""
+    """Returns the query rows that each rank sends to bring them to their preferred placement, ``[W]``."""
     runs = _at_homes(TaskRuns.at_home(preferred), home)
     away = np.where(runs.home == runs.server, 0, runs.stop - runs.start)
     return np.bincount(runs.home, weights=away, minlength=home.ranks).astype(np.int64)
 
 
 def _at_homes(runs: TaskRuns, home: DocumentPlacement) -> TaskRuns:
-    """The same with the homes that rows really have; seats are whole spans."""
+    """Returns the same runs with the homes that rows really have; the preferred placement moves whole spans."""
     at = np.searchsorted(home.table[0], runs.doc * home.stride + runs.start, "right") - 1
     return replace(runs, home=home.table[4][at])
 
 
 def least_egress(home: DocumentPlacement, mask: MaskSlices, limit: int) -> Int64:
-    """The fewest query rows that each rank must send so that no server computes more than ``limit`` cells, ``[W]``.
+    """Returns the fewest query rows that each rank must send so that no server computes more than ``limit``, ``[W]``.
 
-    A row takes at most its own cells along, so the fewest are the longest: rows in order of their keys until what is
-    left fits. Of one home layout; a layout that spreads long rows over more ranks lowers it. Exact for masks whose
-    rows see more keys the later they are (causal); by position, not by keys, for others.
+    ``limit``: cells. A row takes at most its own cells along, so the fewest are the longest. Rows are taken in order of
+    their keys until what is left fits. It is the least of one home layout; a layout that spreads long rows over more
+    ranks lowers it. Exact for masks whose rows see more keys the later they are (causal); by position, not by keys, for
+    others.
     """
     load = _load(home, mask)
     if load.max(initial=0) <= limit:
@@ -121,7 +127,10 @@ def _least(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: int, f
 
 
 def _threshold(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: int) -> Int64:
-    """The highest position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``."""
+    """Returns the position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``.
+
+    It is the highest such position.
+    """
     spans = np.flatnonzero((load > limit)[home.rank])
     rank, doc, start, stop = (column[spans] for column in (home.rank, home.doc, home.start, home.stop))
     low = np.zeros(home.ranks, dtype=np.int64)
@@ -137,7 +146,7 @@ def _threshold(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: in
 def _shipped(
     home: DocumentPlacement, mask: MaskSlices, surplus: Int64, first: Int64, spare: Int64, options: PlannerOptions
 ) -> dict[int, RowRun]:
-    """What each rank with a surplus gives away, by span.
+    """Returns what each rank with a surplus gives away, by span.
 
     Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
     ``spare`` egress, the fewest rows instead.
@@ -190,10 +199,10 @@ def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, b
 
 
 def _best_end(need: int, length: int, widths: AttentionShape, block: int) -> int:
-    """Where a run of ``need`` cells should end so that its rows and its prefix are fewest bytes together.
+    """Returns where a run of ``need`` cells should end so that its rows and its prefix are fewest bytes together.
 
-    q rows that end at E cost ``g q + E`` for g = bytes of Q and O over those of K and V; at a fixed area the least is
-    ``q = sqrt(F / (g + 1/2))``, ``E = F / q + q / 2``, or the document's end where that lies beyond it.
+    q rows that end at E cost ``g q + E``, with g the bytes of Q and O over those of K and V. At a fixed area the least
+    is ``q = sqrt(F / (g + 1/2))``, ``E = F / q + q / 2``, or the document's end where that lies beyond it.
     """
     ratio = 2 * widths.row / widths.kv
     rows = sqrt(need / (ratio + 0.5))
@@ -202,7 +211,7 @@ def _best_end(need: int, length: int, widths: AttentionShape, block: int) -> int
 
 
 def _merged(home: DocumentPlacement, placed: list[tuple[RowRun, int, int, int]]) -> TaskRuns:
-    """What was placed (run, server, first key, last key), and what spans keep."""
+    """Returns the runs of what was placed (run, server, first key, last key), and of what spans keep."""
     rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
     table = np.array(rows, dtype=np.int64).reshape(-1, 7)
     table = table[np.lexsort((table[:, 1], table[:, 0]))].T

@@ -1,4 +1,4 @@
-"""MagiAttention's static dispatch (2025): equal chunks of query rows, the heaviest first, to the least loaded server.
+"""MagiAttention's static dispatch (2025) deals equal chunks of query rows, heaviest first, to the least loaded server.
 
 Every server takes at most ``ceil(chunks / servers)`` of them, so that rows are balanced as well as cells.
 """
@@ -17,7 +17,10 @@ from longctx.planner.tasks import TaskRuns, ranges
 
 
 def min_heap(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads ``chunk``. A chunk lies within one span of its home, so short spans give short chunks."""
+    """Deals chunks of rows to the least loaded server. Reads ``chunk``.
+
+    A chunk lies within one span of its home, so short spans give short chunks.
+    """
     count = -(-(home.stop - home.start) // options.chunk)
     span = np.repeat(np.arange(len(home.doc)), count)
     start = home.start[span] + ranges(count * 0, count) * options.chunk

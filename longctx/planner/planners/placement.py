@@ -1,4 +1,4 @@
-"""Shipped query rows find servers: the second half of ``cad``."""
+"""Places shipped query rows on servers: the second half of ``cad``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longctx.planner.slices import Int64, MaskSlices
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows ``[start, stop)`` of ``doc`` on ``home``, ``area`` cells."""
+    """A run of rows ``[start, stop)`` of document ``doc`` that live on ``home`` and have ``area`` cells."""
 
     doc: int
     start: int
@@ -27,9 +27,10 @@ class RowRun:
 
 
 def cut_rows(mask: MaskSlices, run: tuple[int, int, int], cells: int, block: int, over: bool) -> int:
-    """First row such that the rows from it to the end of ``run`` (doc, start, stop) hold ``cells``.
+    """Returns the first row such that the rows from it to the end of ``run`` (doc, start, stop) hold ``cells``.
 
-    In whole blocks from the run's end, the last of them over or under; the run's start where it holds no more.
+    It cuts in whole blocks from the run's end, the last of them over or under. It is the run's start where the run
+    holds no more.
     """
     doc, start, stop = run
     if mask.causal:
@@ -54,12 +55,12 @@ def cut_rows(mask: MaskSlices, run: tuple[int, int, int], cells: int, block: int
 
 
 class RunPlacement:
-    """Rooms of the servers, and what has been put into them.
+    """Assigns shipped rows to servers by the capacity that each has left.
 
-    Documents by what they ship, most first. A document goes whole to the smallest room that takes it, or fills the
-    largest; its other homes, which hold part of its KV, come first. Where its rows read a long prefix, several servers
-    share one: each takes all of a band's rows, but a part of their keys. That divides the KV sent by the servers that
-    share and multiplies the band's query rows, which the ``spare`` egress of their homes allows.
+    Documents go by what they ship, most first. A document goes whole to the smallest capacity that takes it, or fills
+    the largest. Its other homes, which hold part of its KV, come first. Where its rows read a long prefix, several
+    servers share one: each takes all of a band's rows, but a part of their keys. That divides the KV sent by the
+    servers that share and multiplies the band's query rows, which the ``spare`` egress of their homes allows.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class RunPlacement:
         self.placed: list[tuple[RowRun, int, int, int]] = []
 
     def place(self, shipped: Sequence[RowRun]) -> list[tuple[RowRun, int, int, int]]:
-        """(run, server, first key, last key) of everything shipped."""
+        """Returns (run, server, first key, last key) of everything shipped."""
         by_doc: dict[int, list[RowRun]] = defaultdict(list)
         for run in shipped:
             by_doc[run.doc].append(run)
@@ -96,7 +97,7 @@ class RunPlacement:
         return self.placed
 
     def _near(self, docs: list[int]) -> dict[int, list[int]]:
-        """The ranks on which each document lives."""
+        """Returns the ranks on which each document lives."""
         near: dict[int, list[int]] = defaultdict(list)
         parts = np.flatnonzero(np.isin(self.home.doc, docs))
         for doc, rank in zip(self.home.doc[parts].tolist(), self.home.rank[parts].tolist(), strict=True):
@@ -118,7 +119,7 @@ class RunPlacement:
         insort(self.capacities, (self.free[server], server))
 
     def _fill(self, left: list[RowRun], server: int) -> int:
-        """Puts the last rows of ``left`` on ``server``; their cells."""
+        """Puts the last rows of ``left`` on ``server`` and returns their cells."""
         taken = self._take(left, self.free[server])
         if not taken:  # not one block fits anywhere: where the granularity ends
             taken = [self._split(left.pop(), left, -1)]
@@ -129,7 +130,7 @@ class RunPlacement:
         return sum(run.area for run in taken)
 
     def _take(self, left: list[RowRun], capacity: int) -> list[RowRun]:
-        """Rows from the end of ``left``, latest first, while they fit."""
+        """Takes rows from the end of ``left``, latest first, while they fit."""
         taken: list[RowRun] = []
         while left and capacity > 0:
             run = left.pop()
@@ -145,7 +146,7 @@ class RunPlacement:
         return taken
 
     def _split(self, run: RowRun, left: list[RowRun], at: int) -> RowRun:
-        """The run from ``at`` on (-1: its last block); what is before goes back to ``left``."""
+        """Returns the run from ``at`` on (-1: its last block); what is before goes back to ``left``."""
         at = at if at >= 0 else max(run.start, run.stop - self.options.block)
         upper = RowRun(run.doc, at, run.stop, run.home, self.mask.rows_area(run.doc, at, run.stop))
         if at > run.start:
@@ -153,7 +154,10 @@ class RunPlacement:
         return upper
 
     def _share(self, left: list[RowRun]) -> int:
-        """The last rows of ``left`` to several servers with the largest rooms, by keys; their cells, 0 without gain."""
+        """Puts the last rows of ``left`` on several servers with the largest capacities, divided by keys.
+
+        It returns their cells, 0 without gain.
+        """
         ways, last = self.ways, left[-1]
         if ways < 2:
             return 0

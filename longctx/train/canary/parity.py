@@ -1,9 +1,9 @@
-"""A few optimizer steps of a shrunken run on its mesh and on one rank: ``longctx verify --mesh``.
+"""Trains a shrunken run for a few steps on its mesh and on one rank, for ``longctx verify --mesh``.
 
 The mesh trains with the run's own parts: strategy, layout, kernel, mask, head counts, arithmetic, recompute,
-micro-batches, clipping, optimizer. One device trains from the same weights on the same sequences in fp64, with
-attention by its definition and no plan, tile, chunked loss or recompute. What differs between them beyond
-rounding is a mistake. Compilation is left out: it alone would take longer than all steps.
+micro-batches, clipping, optimizer. One device trains from the same weights on the same sequences in fp64. Its
+attention is by definition, without plan, tile, chunked loss or recompute. What differs between them beyond rounding is
+a mistake. Compilation is left out: it alone would take longer than all steps.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class StepParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The report. ``gradients``: by parameter, of the first step; ``weights``: by parameter, after the last.
+    """What the parity check found; all differences are relative.
 
-    ``worst``: what differs most, by ``difference``. Differences are relative.
+    ``gradients``: by parameter, of the first step; ``weights``: by parameter, after the last. ``worst``: what differs
+    most, by ``difference``.
     """
 
     backend: str
@@ -74,7 +75,7 @@ class ParityReport:
 
 @dataclass
 class TrainingRecord:
-    """What some steps came to; gradients of the first one, weights after the last, all in fp64."""
+    """What some steps of training gave: gradients of the first one, weights after the last, all in fp64."""
 
     losses: list[float]
     norms: list[float]
@@ -83,7 +84,7 @@ class TrainingRecord:
 
 
 def shrink_for_parity(config: Config, steps: int) -> Config:
-    """A resolved run as the canary has it, but with its own micro-batches, for ``steps`` steps.
+    """Shrinks a resolved run as for the canary, but with its own micro-batches and for ``steps`` steps.
 
     Warm-up and the chunks of the loss shrink in proportion, so that both still matter. AdamW's eps grows, and its
     learning rate is bounded.
@@ -112,7 +113,10 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
 
 
 def run_parity(config: Config, device: torch.device) -> tuple[bool, ParityReport | None]:
-    """Whether both agree, on every rank, and the report, on rank 0. ``config``: from ``shrink_for_parity``."""
+    """Returns whether mesh and one rank agree, on every rank, and the report, on rank 0.
+
+    ``config``: from ``shrink_for_parity``.
+    """
     mesh = build_mesh(config.parallel, device.type)
     found = train_on_mesh(config, mesh, device)
     report = None
@@ -123,7 +127,7 @@ def run_parity(config: Config, device: torch.device) -> tuple[bool, ParityReport
 
 
 def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> TrainingRecord:
-    """Every rank of the world calls it."""
+    """Trains the shrunken run on its mesh; every rank of the world calls it."""
     run = TinyRun.of(config, mesh, device)
     schedule = WarmupCosine(config.optim, config.train.steps)
     record = TrainingRecord([], [], {}, {})
@@ -143,7 +147,7 @@ def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> TrainingR
 
 
 def train_on_one_rank(config: Config, device: torch.device) -> TrainingRecord:
-    """The same run without a mesh: dense attention, fp64, torch's own clipping."""
+    """Trains the same run without a mesh: dense attention, fp64, torch's own clipping."""
     model = dense_model(config, device)
     optimizer = build_optimizer(model, config.optim)
     schedule = WarmupCosine(config.optim, config.train.steps)
@@ -163,7 +167,7 @@ def train_on_one_rank(config: Config, device: torch.device) -> TrainingRecord:
 
 
 def compare(config: Config, found: TrainingRecord, expected: TrainingRecord) -> ParityReport:
-    """The report about a mesh (``found``) and one rank (``expected``)."""
+    """Reports how a mesh (``found``) and one rank (``expected``) differ."""
     steps = [
         StepParity(number, loss, one_loss, _difference(loss, one_loss), norm, one_norm, _difference(norm, one_norm))
         for number, (loss, one_loss, norm, one_norm) in enumerate(
