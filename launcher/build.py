@@ -209,8 +209,8 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     step = TrainStep(engine, mesh, device, config.optim.grad_clip)
     sink = open_sink(config, directory_of(config), dist.get_rank(), state.step if resume else None)
     memory = StepMemory(decoders(model), optimizer, device, directory_of(config)) if is_measured(config) else None
-    ahead = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
-    return Trainer(config, state, step, ahead, meter, checkpointer, sink, memory)
+    prefetcher = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
+    return Trainer(config, state, step, prefetcher, meter, checkpointer, sink, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
@@ -223,13 +223,13 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | P
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether a stop signal has arrived; the trainer asks once a step."""
-    asked = threading.Event()
+    stop_requested = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()
     before: dict[signal.Signals, Any] = {}
     for number in STOP_SIGNALS if in_main_thread else ():
-        before[number] = signal.signal(number, lambda *_: asked.set())
+        before[number] = signal.signal(number, lambda *_: stop_requested.set())
     try:
-        yield asked.is_set
+        yield stop_requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -67,7 +67,7 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     group, prompts = group_of(sharding.group), tokens
     chosen: list[Tensor] = []
-    seen: list[Tensor] = []
+    kept_logits: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool)
     with DecodingSession(model, sharding) as session:
         while len(chosen) < max_new_tokens and not bool(ended.all()):
@@ -81,9 +81,9 @@ def generate(
             if sampling.eos is not None:
                 ended |= agreed == sampling.eos
             if keep_logits:
-                seen.append(logits.cpu())
+                kept_logits.append(logits.cpu())
     new = [token[:, None].to(tokens.device) for token in chosen]
-    return Generated(torch.cat([tokens, *new], dim=1), torch.stack(seen, dim=1) if seen else None)
+    return Generated(torch.cat([tokens, *new], dim=1), torch.stack(kept_logits, dim=1) if kept_logits else None)
 
 
 def sample_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -142,6 +142,6 @@ class _OneRow(Vocabulary):
 
 def _last(plan: SequencePlan) -> tuple[int, int]:
     """Returns rank and local row of the sequence's last token."""
-    held = [plan.positions(rank) for rank in range(plan.world)]
-    holder = max(range(plan.world), key=lambda rank: cast("int", held[rank][-1]) if len(held[rank]) else -1)
-    return holder, len(held[holder]) - 1
+    positions = [plan.positions(rank) for rank in range(plan.world)]
+    holder = max(range(plan.world), key=lambda rank: cast("int", positions[rank][-1]) if len(positions[rank]) else -1)
+    return holder, len(positions[holder]) - 1

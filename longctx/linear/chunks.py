@@ -173,16 +173,16 @@ def cut_pieces(segments: Sequence[Segment], documents: Sequence[Documents], chun
     """Cuts segments into pieces of whole chunks, of at most ``tokens`` tokens or one chunk."""
     most = max(1, tokens // chunk) * chunk
     parts: list[list[Segment]] = [[]]
-    counts, room = [], most
+    counts, free_tokens = [], most
     for segment in segments:
         before, start = sum(map(len, parts)), segment.start
         while start < segment.stop:
-            if not room:
+            if not free_tokens:
                 parts.append([])
-                room = most
-            stop = min(segment.stop, start + room)
+                free_tokens = most
+            stop = min(segment.stop, start + free_tokens)
             parts[-1].append(replace(segment, start=start, stop=stop, first=segment.first + start - segment.start))
-            room -= -(-(stop - start) // chunk) * chunk
+            free_tokens -= -(-(stop - start) // chunk) * chunk
             start = stop
         counts.append(sum(map(len, parts)) - before)
     ends = np.cumsum([0, *counts]).tolist()

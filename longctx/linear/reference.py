@@ -39,8 +39,8 @@ def delta_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, doc
     out = []
     for t in range(q.shape[1]):
         state = decay[:, t, :, None, None] * state * going_on[:, t]
-        held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        correction = beta[:, t, :, None] * (v[:, t] - held)
+        stored = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        correction = beta[:, t, :, None] * (v[:, t] - stored)
         state = state + k[:, t].unsqueeze(-1) * correction.unsqueeze(-2)
         out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * real[:, t])
     return torch.stack(out, 1)

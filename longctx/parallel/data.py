@@ -84,7 +84,7 @@ def _tensor_part(parameter: Tensor) -> int:
     return parameter.numel() // math.prod(split)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Gathers a parameter, gradient or state of the optimizer in full on every rank; all ranks call it.
 
     Shards of FSDP2 lie inside those of the tensor-parallel axis, the last of the mesh, and are gathered first.

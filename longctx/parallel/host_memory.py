@@ -2,7 +2,7 @@
 
 On CUDA copies run on a stream of their own, from and to pinned buffers; the host never waits for one:
 - A buffer is used again without asking whether its last copy is done, for all copies are on one stream.
-- What leaves is held until the compute stream has been told to wait for its copy, at most two blocks later. So its
+- What leaves is held until the compute stream has been made to wait for its copy, at most two blocks later. So its
   memory is used again in an order that the device knows.
 - What returns is allocated on the compute stream, and the copies wait for that stream before they write it.
 
@@ -29,7 +29,7 @@ class HostMemory:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []  # all that there are
         self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._away: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[OffloadedStorage]]] = {}
+        self._offloaded: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[OffloadedStorage]]] = {}
         self._leaving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
         self._block: weakref.ref[BlockOffload] | None = None
         self._entered = 0
@@ -57,22 +57,22 @@ class HostMemory:
         storage = tensor.untyped_storage() if type(tensor) is Tensor else None
         if storage is None or storage.nbytes() < SMALLEST or 2 * tensor.nbytes < storage.nbytes():
             return tensor
-        known = self._away.get(storage._cdata)
-        storage_offload = known[1]() if known is not None and known[0]() is storage else None
-        if storage_offload is None:
-            storage_offload = self._send(offload, storage)
-        return OffloadedView(storage_offload, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        known = self._offloaded.get(storage._cdata)
+        offloaded = known[1]() if known is not None and known[0]() is storage else None
+        if offloaded is None:
+            offloaded = self._send(offload, storage)
+        return OffloadedView(offloaded, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, packed: Any) -> Tensor:
         """Returns the tensor that was packed, and starts to bring back those of the block before."""
         if not isinstance(packed, OffloadedView):
             kept: Tensor = packed
             return kept
-        packed.away.offload.prefetch()
-        before = packed.away.offload.before()
+        packed.storage.offload.prefetch()
+        before = packed.storage.offload.before()
         if before is not None:
             before.prefetch()
-        return packed.of(packed.away.fetch())
+        return packed.of(packed.storage.fetch())
 
     def _send(self, offload: BlockOffload, storage: torch.UntypedStorage) -> OffloadedStorage:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -84,16 +84,17 @@ class HostMemory:
             with torch.cuda.stream(self.stream):
                 buffer.copy_(source, non_blocking=True)
             self._leaving.append((self._entered, source, self.stream.record_event()))
-        storage_offload = OffloadedStorage(self, offload, buffer, source.device)
+        offloaded = OffloadedStorage(self, offload, buffer, source.device)
         # Not at exit: a stream may be gone by then.
-        weakref.finalize(
-            storage_offload, _let_go, storage_offload.incoming, self._free[buffer.numel()], buffer
-        ).atexit = False
+        weakref.finalize(offloaded, _let_go, offloaded.incoming, self._free[buffer.numel()], buffer).atexit = False
         key = storage._cdata
         # Forgotten when it dies: another storage may get its address.
-        self._away[key] = (weakref.ref(storage, lambda _: self._away.pop(key, None)), weakref.ref(storage_offload))
-        offload.storages.append(weakref.ref(storage_offload))
-        return storage_offload
+        self._offloaded[key] = (
+            weakref.ref(storage, lambda _: self._offloaded.pop(key, None)),
+            weakref.ref(offloaded),
+        )
+        offload.storages.append(weakref.ref(offloaded))
+        return offloaded
 
     def _take(self, size: int) -> Tensor:
         if self._free[size]:
@@ -123,9 +124,9 @@ class BlockOffload:
     def prefetch(self) -> None:
         """Starts all copies back that have not been started yet."""
         for reference in self.storages:
-            storage_offload = reference()
-            if storage_offload is not None:
-                storage_offload.prefetch()
+            offloaded = reference()
+            if offloaded is not None:
+                offloaded.prefetch()
         self.storages.clear()
 
 
@@ -178,13 +179,13 @@ class OffloadedView:
 
     def __init__(
         self,
-        storage_offload: OffloadedStorage,
+        offloaded: OffloadedStorage,
         dtype: torch.dtype,
         shape: torch.Size,
         stride: tuple[int, ...],
         offset: int,
     ) -> None:
-        self.away = storage_offload
+        self.storage = offloaded
         self._layout = (offset, shape, stride)
         self._dtype = dtype
 

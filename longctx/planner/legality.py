@@ -83,11 +83,11 @@ def _check_moves(plan: Plan, moves: Transfers, low: Int64, high: Int64) -> None:
     _require(np.all(begin[1:] >= end[:-1]), "a token comes twice")
     # Rows of [low, high) that arrive = rows asked for: count arrivals before either end.
     before = np.append(0, np.cumsum(end - begin))
-    asked = ((tasks.server * plan.groups + tasks.group) * docs + tasks.doc) * stride
+    requested = ((tasks.server * plan.groups + tasks.group) * docs + tasks.doc) * stride
 
     def arrived(position: Int64) -> Int64:
         at = np.searchsorted(begin, position, "right") - 1
         inside = np.where(at >= 0, np.clip(position - begin[at], 0, (end - begin)[at]), 0)
         return np.asarray(np.where(at >= 0, before[at], 0) + inside)
 
-    _require(np.array_equal(arrived(asked + high) - arrived(asked + low), high - low), "a task misses rows")
+    _require(np.array_equal(arrived(requested + high) - arrived(requested + low), high - low), "a task misses rows")

@@ -67,11 +67,11 @@ def one_forward_one_backward(forward: Sequence[float], backward: Sequence[float]
     count = len(forward)
     steps: list[tuple[str, int, int]] = []
     for stage in range(stages):
-        ahead = min(count, stages - 1 - stage)
-        order = [("f", m) for m in range(ahead)]
-        for m in range(count - ahead):
-            order += [("f", ahead + m), ("b", m)]
-        order += [("b", m) for m in range(count - ahead, count)]
+        warmup = min(count, stages - 1 - stage)
+        order = [("f", m) for m in range(warmup)]
+        for m in range(count - warmup):
+            order += [("f", warmup + m), ("b", m)]
+        order += [("b", m) for m in range(count - warmup, count)]
         steps += [(kind, m, stage) for kind, m in order]
     number = {step: at for at, step in enumerate(steps)}
     operations = []
@@ -126,16 +126,16 @@ def _wlb_at(run: ClusterRun, rows: Sequence[Int64], degree: int, hidden: bool, t
     work = kernel_cells(documents, 1 if degree == 1 else 2 * degree, run.hardware.tile)
     packed = _packed(run, documents, work, groups * run.microbatches, int(token_cap * context * degree))
     packed.sort(key=lambda batch: -(run.linear(batch[0]) + run.attention(batch[1])))
-    held: list[list[tuple[float, float, float]]] = [[] for _ in range(groups)]
+    assigned: list[list[tuple[float, float, float]]] = [[] for _ in range(groups)]
     for tokens, cells in packed:
         lightest = min(
-            (group for group in range(groups) if len(held[group]) < run.microbatches),
-            key=lambda group: sum(run.linear(t) + run.attention(a) for t, a, _ in held[group]),
+            (group for group in range(groups) if len(assigned[group]) < run.microbatches),
+            key=lambda group: sum(run.linear(t) + run.attention(a) for t, a, _ in assigned[group]),
         )
         received = (degree - 1) / degree * tokens * run.widths.kv * run.layers / run.stages
         exposed = 0.0 if hidden else received / run.hardware.bandwidth
-        held[lightest].append((tokens / degree, cells / degree, exposed))
-    return max(_pipeline(run, batches) for batches in held)
+        assigned[lightest].append((tokens / degree, cells / degree, exposed))
+    return max(_pipeline(run, batches) for batches in assigned)
 
 
 def _packed(run: ClusterRun, documents: Int64, work: Float64, bins: int, cap: int) -> list[tuple[float, float]]:
@@ -177,9 +177,9 @@ def disaggregated(run: ClusterRun, rows: Sequence[Int64], idle_serve: bool = Tru
     seconds, shares, received = 0.0, [], 0.0
     for tick in range(run.microbatches + run.stages - 1):
         active = [(stage, tick - stage) for stage in range(run.stages) if 0 <= tick - stage < run.microbatches]
-        held = [rows[batch * run.replicas + replica] for _, batch in active for replica in range(run.replicas)]
-        layer = _tick(run, held, run.replicas * (run.stages if idle_serve else len(active)))
-        linear = run.linear(max(int(row.sum()) for row in held))
+        active_rows = [rows[batch * run.replicas + replica] for _, batch in active for replica in range(run.replicas)]
+        layer = _tick(run, active_rows, run.replicas * (run.stages if idle_serve else len(active)))
+        linear = run.linear(max(int(row.sum()) for row in active_rows))
         layers = run.layers / run.stages
         attention = float(layer.compute.max()) * layers
         seconds += linear * 3 + attention * (1 + run.hardware.backward)
@@ -189,9 +189,9 @@ def disaggregated(run: ClusterRun, rows: Sequence[Int64], idle_serve: bool = Tru
     return CadStep(seconds, tuple(shares), received)
 
 
-def _tick(run: ClusterRun, held: Sequence[Int64], servers: int) -> ReplayedAttention:
+def _tick(run: ClusterRun, rows: Sequence[Int64], servers: int) -> ReplayedAttention:
     """Replays one layer of one tick: row i lives on server i, the rest are idle but serve."""
-    home = whole(held, servers)
+    home = whole(rows, servers)
     mask = causal(home.lengths)
     runs = cad(home, mask, Topology(servers), PlannerOptions(tolerance=run.tolerance, widths=run.widths))
     return replay_plan(Plan("cad", home, mask, Tasks.of_runs(mask, runs), run.widths), run.hardware)

@@ -30,10 +30,10 @@ def refused(case: VerifyCase) -> str | None:
             f"--heads {case.heads}"
         )
     try:
-        asked = LinearCase(
+        linear_case = LinearCase(
             case.world, case.heads, mixer_of(case).name, case.layout, case.layout_block, case.chunk, case.causal
         )
-        reason = refusal(get_linear(case.strategy), asked)
+        reason = refusal(get_linear(case.strategy), linear_case)
         if reason is None:
             case.make_layout()
     except ConfigError as error:

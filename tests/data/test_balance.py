@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.data import Balance, Corpus, Loader, Packing
-from longctx.data.balance import WINDOW, deal_rows, packed
+from longctx.data.balance import WINDOW, deal_rows, pack_pieces
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 
@@ -81,12 +81,12 @@ def test_documents_fill_their_rows_and_are_cut_where_none_has_room(seq_len: int,
         length = data.draw(st.integers(1, left))
         pieces.append((total, total + length, total + length + data.draw(st.integers(0, 3))))
         left, total = left - length, total + length
-    found = packed(pieces, rows, seq_len, DOCUMENTS)
+    found = pack_pieces(pieces, rows, seq_len, DOCUMENTS)
     assert [sum(stop - start for start, stop, _ in row) for row in found] == [seq_len] * rows
     tokens = Counter((token, end) for start, stop, end in pieces for token in range(start, stop))
     assert Counter((token, end) for row in found for start, stop, end in row for token in range(start, stop)) == tokens
     assert sum(map(len, found)) <= len(pieces) + rows - 1  # a cut fills a row, and the last row needs none
-    assert found == packed(pieces, rows, seq_len, DOCUMENTS)
+    assert found == pack_pieces(pieces, rows, seq_len, DOCUMENTS)
 
 
 @settings(max_examples=25, deadline=None)

@@ -26,7 +26,7 @@ from longctx.planner.slices import Int64, MaskSlices
 from longctx.planner.tasks import TaskRuns, Tasks
 
 FEW = 64  # servers, up to which several ways are tried
-FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the square of the servers
+FEWEST = 16  # up to which bands are cut for capacities, a search that grows with the square of the servers
 
 
 def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
@@ -156,13 +156,13 @@ def _shipped(
     # Of a donor's spans those of long documents come first, and of one document the later one.
     order = spans[np.lexsort((-home.start[spans], home.doc[spans], -mask.lengths[home.doc[spans]], home.rank[spans]))]
     columns = (order, home.doc[order], home.start[order], home.stop[order])
-    held = list(zip(*(column.tolist() for column in columns), strict=True))
+    donor_spans = list(zip(*(column.tolist() for column in columns), strict=True))
     ends = np.searchsorted(home.rank[order], [donors, donors + 1])
     shipped: dict[int, RowRun] = {}
     for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
-        found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
+        found = _fewest_bytes(donor, mask, donor_spans[low:high], int(surplus[donor]), options)
         if sum(run.stop - run.start for run in found.values()) > spare[donor]:
-            found = _fewest_rows(donor, mask, held[low:high], int(first[donor]), options.block)
+            found = _fewest_rows(donor, mask, donor_spans[low:high], int(first[donor]), options.block)
         shipped |= found
     return shipped
 

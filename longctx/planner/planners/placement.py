@@ -47,8 +47,8 @@ def cut_rows(mask: MaskSlices, run: tuple[int, int, int], cells: int, block: int
         blocks -= 1
     while blocks * block < stop - start:
         begin = max(start, stop - (blocks + 1) * block)
-        held = mask.rows_area(doc, begin, stop)
-        if held > cells and not (over and mask.rows_area(doc, stop - blocks * block, stop) < cells):
+        area = mask.rows_area(doc, begin, stop)
+        if area > cells and not (over and mask.rows_area(doc, stop - blocks * block, stop) < cells):
             break
         blocks += 1
     return max(start, stop - blocks * block)

@@ -86,17 +86,17 @@ def _partition(
     order = sorted(docs, key=lambda doc: (-sizes[doc], doc))
     levels = sorted({sizes[doc] for doc in docs if sizes[doc] < capacity[0]}, reverse=True)
     for threshold in [capacity[0], *levels]:
-        held, load = list(tokens), list(work)
+        bin_tokens, load = list(tokens), list(work)
         chosen: dict[int, tuple[int, ...]] = {}
         for doc in order:
             size = sizes[doc]
-            ways = min(len(held), max(2, -(-size // int(capacity[0])))) if size >= threshold else 1
-            bins = sorted(range(len(held)), key=lambda place: (load[place], place))[:ways]
+            ways = min(len(bin_tokens), max(2, -(-size // int(capacity[0])))) if size >= threshold else 1
+            bins = sorted(range(len(bin_tokens)), key=lambda place: (load[place], place))[:ways]
             for place in bins:
-                held[place] += size / len(bins)
+                bin_tokens[place] += size / len(bins)
                 load[place] += size * size / len(bins)
             chosen[doc] = tuple(sorted(bins))
-        if len(held) == 1 or all(have <= most for have, most in zip(held, capacity, strict=True)):
+        if len(bin_tokens) == 1 or all(have <= most for have, most in zip(bin_tokens, capacity, strict=True)):
             break
     return [chosen[doc] for doc in docs]
 

@@ -14,7 +14,7 @@ from longctx.engines import engine_of
 from longctx.mesh import Mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype, whole
+from longctx.parallel.data import full_tensor, master_dtype
 from longctx.parallel.pipeline import Pipeline
 from longctx.train.batch_sharder import BatchSharder
 from longctx.train.canary.sample import seed_of
@@ -62,7 +62,7 @@ class TinyRun:
 
     def _whole(self, parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Returns every stage's tensors on every rank: each is one stage's, to which the others add zeros."""
-        own = {name: whole(part).double() for name, part in parts}
+        own = {name: full_tensor(part).double() for name, part in parts}
         nothing = next(iter(own.values())).new_zeros(())
         flat = torch.cat([own.get(name, nothing.expand(shape)).flatten() for name, shape in self.shapes.items()])
         dist.all_reduce(flat, group=self.mesh.pipeline_group)
