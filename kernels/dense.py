@@ -19,6 +19,8 @@ MAX_SCORES = 1 << 22
 
 
 class Dense:
+    """The reference kernel, which takes every problem."""
+
     name = "dense"
 
     def refuses(self, problem: KernelProblem) -> str | None:

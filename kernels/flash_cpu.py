@@ -31,6 +31,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class FlashCpu:
+    """The kernel that runs PyTorch's fused flash attention on a CPU."""
+
     name = "flash_cpu"
 
     def refuses(self, problem: KernelProblem) -> str | None:

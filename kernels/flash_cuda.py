@@ -88,6 +88,8 @@ def _offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class FlashCuda:
+    """The kernel that runs PyTorch's bundled FlashAttention-2 on a GPU."""
+
     name = "flash_cuda"
 
     def refuses(self, problem: KernelProblem) -> str | None:

@@ -14,6 +14,8 @@ NARROW_WINDOW = 128
 
 
 class PieceShape(Enum):
+    """Which cells of a piece a kernel computes."""
+
     FULL = "every query sees every key"
     CAUSAL = "square; query i sees keys j <= i"
     ANTICAUSAL = "square; query i sees keys j >= i"
