@@ -32,8 +32,8 @@ class Loader:
 
     A step takes the next ``global_batch`` samples of the packing, the same for every mesh; rank ``dp_rank``
     of ``dp_world`` takes the ``dp_rank``-th of equal consecutive slices and cuts it, in order, into
-    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead (``deal_rows``).
-    Sequences are whole: the loader knows nothing of how the sequence is sharded.
+    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead
+    (``deal_rows``). Sequences are whole: the loader knows nothing of how the sequence is sharded.
 
     Raises ``ConfigError`` when the batch does not divide evenly.
     """

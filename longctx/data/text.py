@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from longctx.data.corpus import Corpus
-from longctx.data.files import data_path, excerpt, find_files, open_regular, read_bytes, printable
+from longctx.data.files import data_path, excerpt, find_files, open_regular, printable, read_bytes
 from longctx.data.source import Source
 from longctx.errors import DataError
 
@@ -127,7 +127,8 @@ def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
         raise DataError(f"{where}: bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: bad JSON: {printable(str(error))}, found {excerpt(line.strip())}; every line must be one JSON object"
+            f"{where}: bad JSON: {printable(str(error))}, found {excerpt(line.strip())}; "
+            "every line must be one JSON object"
         ) from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {excerpt(record)}; every line must be one JSON object")
