@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from longctx.launcher.cli import EXIT_CODES, ended
+from longctx.launcher.cli import EXIT_CODES, exit_code_of
 
 # Name -> what it measures, in a line. Module benchmarks.commands.NAME provides ``add_arguments(parser)`` and
 # ``run(arguments) -> exit code``.
@@ -44,7 +44,7 @@ def parser_of_all() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return ended(lambda: _run(words))
+    return exit_code_of(lambda: _run(words))
 
 
 def _run(words: list[str]) -> int:

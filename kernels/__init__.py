@@ -1,1 +1,4 @@
-"""Local attention kernels; each fills ``longctx.attention.runtime.local_kernel`` and is loaded by name."""
+"""Holds the local attention kernels, which are loaded by name.
+
+Each implements ``longctx.attention.runtime.local_kernel``.
+"""

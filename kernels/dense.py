@@ -1,7 +1,7 @@
-"""The reference kernel: plain matrix products per tile, any dtype, any device.
+"""Computes attention by plain matrix products per tile: the reference kernel, for any dtype and device.
 
-It accumulates in fp32 (fp64 for fp64) and holds the scores of at most ``MAX_SCORES`` cells of one batch row
-and head group at a time. Keys and values are never expanded to the query heads.
+It accumulates in fp32 (fp64 for fp64). At a time it holds the scores of at most ``MAX_SCORES`` cells of one batch row
+and head group. Keys and values are never expanded to the query heads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ MAX_SCORES = 1 << 22
 
 
 class Dense:
+    """The reference kernel, which takes every problem."""
+
     name = "dense"
 
     def refuses(self, problem: KernelProblem) -> str | None:
@@ -64,14 +66,14 @@ class Dense:
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scaled scores ``[b, Hkv, H/Hkv, n_queries, n_keys]``, -inf where a diagonal hides the key."""
+    """Returns scaled scores ``[b, Hkv, H/Hkv, n_queries, n_keys]``, -inf where a diagonal hides the key."""
     grouped = q.to(dtype).unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k.to(dtype)) * scale
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 def _pieces(tiles: Sequence[TileSet], device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
-    """(batch row, query rows, key rows, hidden cells) of all tiles, cut to ``MAX_SCORES`` cells."""
+    """Yields (batch row, query rows, key rows, hidden cells) of all tiles, cut to ``MAX_SCORES`` cells."""
     for tile_set in tiles:
         for row in range(tile_set.batch_start, tile_set.batch_stop):
             for tile in tile_set.tiles:
@@ -80,11 +82,11 @@ def _pieces(tiles: Sequence[TileSet], device: torch.device) -> Iterator[tuple[sl
                     last = min(first + step, tile.queries)
                     rows = slice(tile.q_start + first, tile.q_start + last)
                     keys = slice(tile.k_start, tile.k_stop)
-                    yield slice(row, row + 1), rows, keys, hidden_cells(tile, first, last, device)
+                    yield slice(row, row + 1), rows, keys, masked_cells(tile, first, last, device)
 
 
-def hidden_cells(tile: Tile, first: int, last: int, device: torch.device) -> Tensor | None:
-    """Bool ``[last - first, n_keys]``: cells of the tile's queries ``[first, last)`` that its diagonals hide."""
+def masked_cells(tile: Tile, first: int, last: int, device: torch.device) -> Tensor | None:
+    """Returns bool ``[last - first, n_keys]``: cells of queries ``[first, last)`` that the tile's diagonals hide."""
     low, high = tile.band
     if low is None and high is None:
         return None

@@ -1,9 +1,12 @@
-"""PyTorch's fused flash-attention kernel for CPUs.
+"""Computes attention with PyTorch's fused flash-attention kernel for CPUs.
 
-Facts that shape this file (checked on torch 2.13.0): the causal mask of the operator is aligned top-left;
-it takes fewer key heads than query heads; the log-sum-exp is natural; the backward accepts an external
-(global) output and log-sum-exp; zero keys kill the process, which tiles never have; a mask must be
-floating and of the query's dtype.
+Facts that shape this file (checked on torch 2.13.0):
+- The causal mask of the operator is aligned top-left.
+- It takes fewer key heads than query heads.
+- The log-sum-exp is natural.
+- The backward accepts an external (global) output and log-sum-exp.
+- Zero keys kill the process, which tiles never have.
+- A mask must be floating and of the query's dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from longctx.attention.runtime.local_kernel import KernelProblem
 from longctx.attention.runtime.partial import Partial
-from longctx.kernels.pieces import SQUARES, PieceShape, TilePiece, halved, pieces_of
+from longctx.kernels.pieces import SQUARES, PieceShape, TilePiece, pieces_of, split_squares
 from longctx.sequence import TileSet
 
 # The operator computes blocks of 512 keys, squares on a diagonal whole: at 512 rows a causal mask saves it nothing.
@@ -28,6 +31,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class FlashCpu:
+    """The kernel that runs PyTorch's fused flash attention on a CPU."""
+
     name = "flash_cpu"
 
     def refuses(self, problem: KernelProblem) -> str | None:
@@ -89,7 +94,7 @@ def _launches(tiles: Sequence[TileSet]) -> Iterator[tuple[slice, TilePiece]]:
     for tile_set in tiles:
         for tile in tile_set.tiles:
             for piece in pieces_of(tile):
-                for part in halved(piece, LARGEST_SQUARE):
+                for part in split_squares(piece, LARGEST_SQUARE):
                     yield slice(tile_set.batch_start, tile_set.batch_stop), part
 
 
@@ -102,7 +107,7 @@ def _reversed(tensor: Tensor) -> Tensor:
 
 
 def _turn(piece: TilePiece) -> Callable[[Tensor], Tensor]:
-    """An anticausal square is a causal one with queries and keys in reverse order."""
+    """Returns what makes the piece causal: queries and keys of an anticausal square in reverse order."""
     return _reversed if piece.shape is PieceShape.ANTICAUSAL else _same
 
 
@@ -114,7 +119,10 @@ def _mask(piece: TilePiece, dtype: torch.dtype) -> Tensor | None:
 
 @lru_cache(maxsize=32)
 def _band_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """0 where query i sees key j, ``i <= j < i + width`` with width = keys - queries + 1, else -inf."""
+    """Returns a mask that is 0 where query i sees key j, else -inf.
+
+    It sees ``i <= j < i + width`` with width = keys - queries + 1.
+    """
     ones = torch.ones(queries, keys, dtype=torch.bool)
     seen = ones.triu() & ones.tril(keys - queries)
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)

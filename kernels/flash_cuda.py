@@ -1,13 +1,13 @@
-"""PyTorch's bundled FlashAttention-2 on CUDA, by variable-length launches.
+"""Computes attention with PyTorch's bundled FlashAttention-2 on CUDA, by variable-length launches.
 
 A list of tiles is lowered to one launch per kind of mask: every tile is one "sequence" of a packed batch.
 FlashAttention-2 aligns causal masks and windows bottom-right, exactly as tiles do: with n queries and m keys
-query i sees ``i + m - n - left <= j <= i + m - n + right``. So a tile cut on the upper side has right 0, one
-cut on the lower side has left m - n, and -1 stands for no limit. Nothing here waits for the device: sizes
+query i sees ``i + m - n - left <= j <= i + m - n + right``. So a tile cut on the upper side has right 0, and one
+cut on the lower side has left m - n. -1 stands for no limit. Nothing here waits for the device: sizes
 are known on the host, offsets go over from pinned memory.
 
-Written from torch 2.13's ``torch.nn.attention.varlen`` and its meta functions; compiled and reviewed without
-a GPU at hand, its lowering is tested on the CPU against an emulation of the operator's definition.
+Written from torch 2.13's ``torch.nn.attention.varlen`` and its meta functions, compiled and reviewed without a GPU at
+hand. Its lowering is tested on the CPU against an emulation of the operator's definition.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_HEAD_DIM = 256  # of FlashAttention-2
 
 @dataclass(frozen=True)
 class Launch:
-    """Tiles, each of one batch row, that share a window; packed one after another."""
+    """One kernel launch that computes tiles of equal window, each of one batch row, packed one after another."""
 
     left: int
     right: int
@@ -56,7 +56,7 @@ class Launch:
         return list(accumulate((tile.keys for _, tile in self.members), initial=0))
 
     def pack_queries(self, tensor: Tensor) -> Tensor:
-        """``[B, Tq, ...]`` to ``[total_q, ...]``; a view when there is one tile."""
+        """Packs the queries ``[B, Tq, ...]`` of all tiles into ``[total_q, ...]``; a view when there is one tile."""
         return _pack(tensor[row, tile.q_start : tile.q_stop] for row, tile in self.members)
 
     def pack_keys(self, tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _pack(parts: Iterable[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def launches_of(tiles: tuple[TileSet, ...]) -> tuple[Launch, ...]:
-    """As few launches as there are different windows: full, causal, and one for each window width."""
+    """Lowers tiles to as few launches as there are windows: full, causal, and one for each window width."""
     kinds: dict[tuple[int, int], list[tuple[int, Tile]]] = defaultdict(list)
     for tile_set in tiles:
         for row in range(tile_set.batch_start, tile_set.batch_stop):
@@ -82,12 +82,14 @@ def launches_of(tiles: tuple[TileSet, ...]) -> tuple[Launch, ...]:
 
 @lru_cache(maxsize=256)
 def _offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 offsets on the device, copied without blocking the host."""
+    """Returns int32 offsets on the device, copied without blocking the host."""
     host = torch.tensor(offsets, dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 class FlashCuda:
+    """The kernel that runs PyTorch's bundled FlashAttention-2 on a GPU."""
+
     name = "flash_cuda"
 
     def refuses(self, problem: KernelProblem) -> str | None:

@@ -1,4 +1,4 @@
-"""Cutting tiles into the shapes that a fused kernel with a square, top-left causal mask can compute."""
+"""Cuts tiles into the shapes that a fused kernel with a square, top-left causal mask can compute."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from enum import Enum
 
 from longctx.sequence import Tile
 
-# A window narrower than this is computed with an explicit mask on chunks of as many rows: triangles of its
-# own width would be too many launches.
+# A window narrower than this is computed with an explicit mask on chunks of as many rows. Triangles of its own width
+# would be too many launches.
 NARROW_WINDOW = 128
 
 
 class PieceShape(Enum):
+    """Which cells of a piece a kernel computes."""
+
     FULL = "every query sees every key"
     CAUSAL = "square; query i sees keys j <= i"
     ANTICAUSAL = "square; query i sees keys j >= i"
@@ -25,7 +27,10 @@ SQUARES = (PieceShape.CAUSAL, PieceShape.ANTICAUSAL)
 
 @dataclass(frozen=True, slots=True)
 class TilePiece:
-    """Local queries ``[q_start, q_stop)`` against local keys ``[k_start, k_stop)``."""
+    """Part of a tile that one kernel call computes: queries ``[q_start, q_stop)`` against keys ``[k_start, k_stop)``.
+
+    Both are local rows.
+    """
 
     shape: PieceShape
     q_start: int
@@ -35,7 +40,7 @@ class TilePiece:
 
 
 def pieces_of(tile: Tile) -> Iterator[TilePiece]:
-    """Pieces that cover the tile's visible cells exactly once and, BAND apart, nothing else."""
+    """Yields pieces that cover the tile's visible cells exactly once and, BAND apart, nothing else."""
     n, q, k = tile.queries, tile.q_start, tile.k_start
     if not tile.lower and not tile.upper:
         yield TilePiece(PieceShape.FULL, q, tile.q_stop, k, tile.k_stop)
@@ -53,7 +58,7 @@ def pieces_of(tile: Tile) -> Iterator[TilePiece]:
 
 
 def _band_pieces(tile: Tile) -> Iterator[TilePiece]:
-    """A sliding window, chunk by chunk: keys that leave (anticausal), stay (full) and enter (causal)."""
+    """Yields a sliding window, chunk by chunk: keys that leave (anticausal), stay (full) and enter (causal)."""
     width = tile.first_keys
     chunk = max(width, NARROW_WINDOW)
     for first in range(0, tile.queries, chunk):
@@ -69,16 +74,19 @@ def _band_pieces(tile: Tile) -> Iterator[TilePiece]:
             yield TilePiece(PieceShape.CAUSAL, q + 1, q + n, k + width, k + width + n - 1)
 
 
-def halved(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
-    """The piece; a square of more than ``largest`` rows as two halves on its diagonal, likewise, and the full square
-    beside them. For kernels that do not skip what lies behind a diagonal closely."""
+def split_squares(piece: TilePiece, largest: int) -> Iterator[TilePiece]:
+    """Splits a square of more than ``largest`` rows along its diagonal, again and again; other pieces stay whole.
+
+    Each split gives two smaller squares and the full square beside them. It is for kernels that do not skip what lies
+    behind a diagonal closely.
+    """
     rows = piece.q_stop - piece.q_start
     if piece.shape not in SQUARES or rows <= largest:
         yield piece
         return
     q, k = piece.q_start + rows // 2, piece.k_start + rows // 2
-    yield from halved(replace(piece, q_stop=q, k_stop=k), largest)
-    yield from halved(replace(piece, q_start=q, k_start=k), largest)
+    yield from split_squares(replace(piece, q_stop=q, k_stop=k), largest)
+    yield from split_squares(replace(piece, q_start=q, k_start=k), largest)
     if piece.shape is PieceShape.CAUSAL:
         yield TilePiece(PieceShape.FULL, q, piece.q_stop, piece.k_start, k)
     else:

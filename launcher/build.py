@@ -1,4 +1,4 @@
-"""The composition root: the one place that sees every part of a run and puts them together."""
+"""Puts the parts of a run together; the one place that sees all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.comm import Links, settle_nodes
+from longctx.comm import Links, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
@@ -66,7 +66,10 @@ def preflight(config: Config, resume: bool) -> None:
 
 
 def preflight_attention(config: Config) -> None:
-    """Refuses layouts and strategies that do not fit; needs no device, so it also holds far from the run's machine."""
+    """Refuses layouts and strategies that do not fit.
+
+    It needs no device, so it also works far from the run's machine.
+    """
     require_cores(config)
 
 
@@ -76,25 +79,26 @@ def preflight_kernel(config: Config) -> None:
 
 
 def kernel_problem(config: Config) -> KernelProblem:
-    """What the run asks of its local kernel."""
+    """Describes what the run asks of its local kernel."""
     heads, kv_heads = config.local_heads
     dtype = compute_dtype(config.train.dtype)
     return KernelProblem(device_type(config), dtype, heads, kv_heads, config.model.head_dim)
 
 
 def device_type(config: Config) -> str:
+    """Returns the type of device that the run's backend works on, "cuda" or "cpu"."""
     return "cuda" if config.comm.backend == "nccl" else "cpu"
 
 
 def run_rank(config: Config, resume: bool) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
-    with joined(config) as device, stop_on_signal() as stop, deterministic(config):
+    with init_distributed(config) as device, stop_on_signal() as stop, deterministic(config):
         rank_main(config, resume, open_checked(config), device, peak_memory(device), stop)
 
 
 @contextlib.contextmanager
-def joined(config: Config) -> Iterator[torch.device]:
-    """Meets the other ranks as the one that the environment names; yields this rank's device."""
+def init_distributed(config: Config) -> Iterator[torch.device]:
+    """Joins the other ranks as the one that the environment names; yields this rank's device."""
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     device = torch.device(device_type(config))
     if device.type == "cuda":
@@ -108,7 +112,7 @@ def joined(config: Config) -> Iterator[torch.device]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        settle_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
+        register_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
         yield device
     finally:
         dist.destroy_process_group()
@@ -123,25 +127,28 @@ def run_sim(config: Config, resume: bool) -> None:
 
 
 def simulate(config: Config, function: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """What each rank of a simulated world returns; an error of ours that a rank raises is raised here."""
+    """Returns what each rank of a simulated world returned; an error of ours that a rank raised is raised here."""
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
     with deterministic(config):
         try:
-            return cluster.run(on_nodes, config, function, *arguments)
+            return cluster.run(run_with_nodes, config, function, *arguments)
         except RankFailed as failure:
             if isinstance(failure.__cause__, LongctxError):
                 raise failure.__cause__ from None
             raise
 
 
-def on_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
-    """On a rank of a world that is all on this machine, simulated or not."""
-    settle_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
+def run_with_nodes(config: Config, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls ``function`` on a rank of a world that is all on this machine, after registering its nodes."""
+    register_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
 
 
 def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
-    """The node of every rank: so many on each as the cluster has devices, or as the launcher numbered ranks there."""
+    """Returns the node of every rank.
+
+    There are as many ranks on each as the cluster has devices, or as the launcher numbered there.
+    """
     devices = config.cluster.devices_per_node
     if devices is not None:
         return [rank // devices for rank in range(len(local_ranks))]
@@ -158,11 +165,12 @@ def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
 
 
 def links_of(config: Config) -> Links:
+    """Returns the links that the configuration states for the cluster."""
     return Links(config.cluster.nics, config.cluster.nic_bandwidth, config.cluster.link_bandwidth)
 
 
 def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:
-    """Of all ranks."""
+    """Returns the local rank of every rank."""
     world = dist.group.WORLD
     assert world is not None, "inside a world"
     return [int(local) for (local,) in gather_numbers([rank.local_rank], world, device)]
@@ -176,13 +184,13 @@ def rank_main(
     memory: Callable[[], int | None],
     stop: Callable[[], bool],
 ) -> None:
-    """One rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
+    """Runs one rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
     torch.manual_seed(config.train.seed)
     mesh = build_mesh(config.parallel, device.type)
     verdict = run_canary(config, mesh, device) if config.train.canary else None
     directory = directory_of(config)
     if dist.get_rank() == 0:
-        write_environment(directory, verdict, _told(corpus))
+        write_environment(directory, verdict, _data_summary(corpus))
     build_trainer(config, resume, corpus, meter_of(config, mesh, device, memory, stop)).run()
 
 
@@ -199,13 +207,13 @@ def meter_of(
 
 
 def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) -> Trainer:
-    """A trainer at the run's first step, or at its newest checkpoint."""
+    """Builds a trainer at the run's first step, or at its newest checkpoint."""
     directory = directory_of(config)
     parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
     if resume:
         checkpointer.load(parts.state)
     sink = open_sink(config, directory, dist.get_rank(), parts.state.step if resume else None)
-    return Trainer(config, parts.state, parts.step, parts.ahead, meter, checkpointer, sink, parts.memory)
+    return Trainer(config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory)
 
 
 def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | None) -> StepParts:
@@ -217,12 +225,12 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
     state = TrainState(model, optimizer, WarmupCosine(config.optim, config.train.steps), loader, step=0)
     step = TrainStep(engine_of(model, optimizer, config, mesh), mesh, device, config.optim.grad_clip)
     memory = StepMemory(decoders(model), optimizer, device, directory) if is_measured(config) else None
-    ahead = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
-    return StepParts(state, step, ahead, memory)
+    prefetcher = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
+    return StepParts(state, step, prefetcher, memory)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
-    """The run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
+    """Builds the run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
     model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)
@@ -231,13 +239,13 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | P
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether a stop signal has arrived; the trainer asks once a step."""
-    asked = threading.Event()
+    stop_requested = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()
     before: dict[signal.Signals, Any] = {}
     for number in STOP_SIGNALS if in_main_thread else ():
-        before[number] = signal.signal(number, lambda *_: asked.set())
+        before[number] = signal.signal(number, lambda *_: stop_requested.set())
     try:
-        yield asked.is_set
+        yield stop_requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -245,7 +253,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def deterministic(config: Config) -> Iterator[None]:
-    """``train.deterministic``: operators without a deterministic form raise instead of running."""
+    """Applies ``train.deterministic``: operators without a deterministic form raise instead of running."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(config.train.deterministic or before)
     try:
@@ -269,6 +277,7 @@ def _checkpointer(config: Config) -> Checkpointer:
 
 
 def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
+    """Builds the loader of the ``rank``-th of ``world`` data-parallel groups."""
     balance = None
     if config.data.balance != "none":
         balance = Balance(config.data.balance == "documents", config.attention.window)
@@ -276,8 +285,8 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
 
-def _told(corpus: Corpus) -> dict[str, int]:
-    """What the run is trained on, in numbers; what was left out of it is also said."""
+def _data_summary(corpus: Corpus) -> dict[str, int]:
+    """Returns what the run is trained on, in numbers, and warns of what was left out."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
     return {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
@@ -300,6 +309,7 @@ def _require_fit(config: Config, corpus: Corpus) -> None:
 
 
 def peak_memory(device: torch.device) -> Callable[[], int | None]:
+    """Returns a function that measures this process's peak memory in bytes."""
     if device.type == "cuda":
         return lambda: torch.cuda.max_memory_allocated(device)
     return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,4 +1,4 @@
-"""The command line ``longctx``: one table of commands, and errors told in one message with their exit code.
+"""Runs the command line ``longctx``: one table of commands, and errors reported in one message with an exit code.
 
 A command's module provides ``add_arguments(parser)`` for its own options and ``run(arguments) -> exit code``;
 a command that composes a configuration also gets ``arguments.overrides``. Modules are imported when their
@@ -22,7 +22,7 @@ from longctx.rules import suggestion
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the table: what a subcommand is for and where its code lies. ``name``: one word or two."""
+    """One row of the table, which says what a subcommand is for and where its code lies. ``name``: one word or two."""
 
     name: str
     purpose: str
@@ -108,13 +108,13 @@ EXIT_CODES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return ended(lambda: _dispatch(words))
+    return exit_code_of(lambda: _dispatch(words))
 
 
-def ended(command: Callable[[], int]) -> int:
-    """The exit code of ``command``; an error of ours is told in one message."""
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Runs ``command`` and returns its exit code; an error of ours is reported in one message."""
     try:
         return command()
     except SystemExit as leave:  # argparse, after --help or a usage error
@@ -166,7 +166,7 @@ def _name_of(words: list[str], commands: list[str], top: argparse.ArgumentParser
 
 
 def top_parser() -> argparse.ArgumentParser:
-    """The parser of ``longctx`` itself: it knows the commands' names, not their options."""
+    """Makes the parser of ``longctx`` itself, which knows the commands' names, not their options."""
     table = "\n".join(f"  {command.name:16}{command.purpose}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog="longctx",
@@ -180,7 +180,7 @@ def top_parser() -> argparse.ArgumentParser:
 
 
 def parser_of(command: Command) -> argparse.ArgumentParser:
-    """The parser of one command, before its module adds options."""
+    """Makes the parser of one command, before its module adds options."""
     examples = "\n".join(f"  {example}" for example in command.examples)
     parser = argparse.ArgumentParser(
         prog=f"longctx {command.name}",

@@ -1,4 +1,4 @@
-"""The only reader and writer of environment variables in longctx, a reason beside each.
+"""Reads and writes environment variables, a reason beside each; nothing else in longctx does.
 
 Configuration never comes through the environment: what a run does stands in its ``config.yaml``. The
 environment says only which process this is and how many threads it may use.
@@ -59,7 +59,7 @@ class RankEnvironment:
 
 
 def read_rank(environ: MutableMapping[str, str] = os.environ) -> RankEnvironment | None:
-    """Who this process is by torchrun's or srun's word, or None when nobody started it as a rank."""
+    """Returns which rank torchrun or srun made of this process, or None when nobody started it as a rank."""
     for names in ((RANK, WORLD_SIZE, LOCAL_RANK), (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)):
         if names[0] == SLURM_PROCID and SLURM_STEP_ID not in environ:
             continue
@@ -73,7 +73,7 @@ def read_rank(environ: MutableMapping[str, str] = os.environ) -> RankEnvironment
 
 
 def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """A name that all processes of this launch agree on, if the launcher gave one."""
+    """Returns a name that all processes of this launch agree on, if the launcher gave one."""
     if SLURM_JOB_ID in environ:
         return environ[SLURM_JOB_ID]
     elastic = environ.get(TORCHELASTIC_RUN_ID, "none")
@@ -81,7 +81,7 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
 
 
 def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Make torch's ``env://`` rendezvous work for ``rank``, however it was started.
+    """Makes torch's ``env://`` rendezvous work for ``rank``, however it was started.
 
     A world of one needs no address from anyone: port 0 lets the system pick a free one.
     """
@@ -97,9 +97,9 @@ def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.en
 
 
 def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) -> int:
-    """Give each of ``processes`` on this machine its share of the cores, unless the user has chosen.
+    """Gives each of ``processes`` on this machine its share of the cores, unless the user has chosen.
 
-    Returns the threads of a process. Binds processes started from here; this one too, before torch is imported.
+    Returns the threads of a process. It binds processes started from here; this one too, before torch is imported.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environ.setdefault(OMP_NUM_THREADS, str(threads))
@@ -107,13 +107,13 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     return int(environ[OMP_NUM_THREADS])
 
 
-def drive_cpu(environ: MutableMapping[str, str] = os.environ) -> None:
-    """For DeepSpeed in processes started from here, unless the user has chosen."""
+def set_deepspeed_device(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Makes DeepSpeed use the CPU in processes started from here, unless the user has chosen."""
     environ.setdefault(DS_ACCELERATOR, "cpu")
 
 
 def benchmark_environment(rank: RankEnvironment, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of a process whose memory is measured, the same for our system and for its peers."""
+    """Returns the environment of a process whose memory is measured, the same for our system and for its peers."""
     return {
         **environ,
         RANK: str(rank.rank),

@@ -1,4 +1,4 @@
-"""How the end of one rank reaches the command that started it: a small file per failed rank.
+"""Carries the reason of a rank's end to the command that started it: a small file per failed rank.
 
 torchrun reports that a process failed, not why or with which of our exit codes. So a rank that fails leaves
 its message, its exit code and the time in a file; the command prints the first failure alone.
@@ -37,7 +37,7 @@ class Failure:
 
 
 def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> int:
-    """Do ``work`` as ``rank``; returns the exit code. A failure goes to ``folder``, without one to stderr."""
+    """Does ``work`` as ``rank`` and returns the exit code; a failure goes to ``folder``, without one to stderr."""
     where = f"process {os.getpid()} on {platform.node()}"
     try:
         work()
@@ -45,8 +45,8 @@ def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> in
     except LongctxError as error:
         failure = Failure(rank, time.time(), error.exit_code, str(error), None, where)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        failure = Failure(rank, time.time(), CRASH, told, traceback.format_exc(), where)
+        message = f"{type(error).__name__}: {error}"
+        failure = Failure(rank, time.time(), CRASH, message, traceback.format_exc(), where)
     if folder is None:
         report(failure)
     else:
@@ -55,7 +55,7 @@ def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> in
 
 
 def report(failure: Failure) -> None:
-    """Print a failure for the user: one message, and the traceback of what no rule foresaw."""
+    """Prints a failure for the user: one message, and the traceback of what no rule foresaw."""
     if failure.traceback is not None:
         print(failure.traceback.rstrip(), file=sys.stderr)
         print(f"longctx: rank {failure.rank} ({failure.where}) crashed: {failure.message}", file=sys.stderr)
@@ -63,24 +63,24 @@ def report(failure: Failure) -> None:
         print(f"longctx: {failure.message}", file=sys.stderr)
 
 
-def first(folder: Path) -> Failure | None:
-    """The failure that came first, if any rank left one."""
+def first_failure(folder: Path) -> Failure | None:
+    """Returns the failure that came first, if any rank left one."""
     failures = [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.json")]
     return min(failures, key=lambda failure: failure.seconds, default=None)
 
 
-def clear(folder: Path) -> None:
-    """Forget the failures of an earlier start."""
+def clear_failures(folder: Path) -> None:
+    """Removes the failures of an earlier start."""
     folder.mkdir(exist_ok=True)
     for file in folder.glob("rank-*.json"):
         file.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tell the first failure in the given folder and return its exit code; 0 when no rank left one."""
+    """Prints the first failure in the given folder and returns its exit code; 0 when no rank left one."""
     parser = argparse.ArgumentParser(prog="python -m longctx.launcher.failures", description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    failure = first(parser.parse_args(argv).folder)
+    failure = first_failure(parser.parse_args(argv).folder)
     if failure is None:
         return 0
     report(failure)

@@ -1,4 +1,4 @@
-"""What this machine must have for a configuration to run on it."""
+"""Checks what this machine must have for a configuration to run on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longctx.errors import ConfigError, NotAvailableError
 
 
 def require(config: Config, processes: int) -> None:
-    """Refuse a run whose devices or packages are not here; ``processes`` run on this machine."""
+    """Refuses a run whose devices or packages are not here; ``processes`` run on this machine."""
     require_devices(config, processes)
     from longctx.reporting.tracker import require_tracker
 
@@ -18,7 +18,7 @@ def require(config: Config, processes: int) -> None:
 
 
 def require_devices(config: Config, processes: int) -> None:
-    """Refuse NCCL without a CUDA device for each of ``processes``."""
+    """Refuses NCCL without a CUDA device for each of ``processes``."""
     if config.comm.backend == "nccl":
         import torch
 
@@ -31,7 +31,10 @@ def require_devices(config: Config, processes: int) -> None:
 
 
 def require_nodes(config: Config, processes: int = 1) -> None:
-    """Refuse more nodes than ``processes`` can stand on, one of them at least on each; without a job it is one."""
+    """Refuses more nodes than there are ``processes``: each node needs at least one.
+
+    Without a job the run is on one node.
+    """
     nodes = config.cluster.nodes
     if nodes > processes:
         here = "this command runs on this machine alone" if processes == 1 else f"the world has {processes} processes"
@@ -42,10 +45,10 @@ def require_nodes(config: Config, processes: int = 1) -> None:
 
 
 def described() -> dict[str, object]:
-    """What stands beside a measurement."""
+    """Returns what is noted beside a measurement: cores, processor, Python."""
     return {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
 
 
 def load() -> str:
-    """How busy others keep the machine: processes that wanted to run, means of 1, 5 and 15 minutes."""
+    """Returns how busy others keep the machine: processes that wanted to run, means of 1, 5 and 15 minutes."""
     return " ".join(f"{mean:.2f}" for mean in os.getloadavg())

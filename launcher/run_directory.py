@@ -1,4 +1,4 @@
-"""A run's directory: its name, its ``config.yaml``, and the rule that one directory holds one run."""
+"""Manages a run's directory: its name, its ``config.yaml``, and the rule that one directory holds one run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEP = re.compile(r"step-\d+")
 
 
 def with_directory(config: Config, run_id: str | None = None) -> Config:
-    """``config`` with ``run.dir`` chosen, if the user left it: by the launch's id, or by the clock."""
+    """Returns ``config`` with ``run.dir`` chosen, if the user left it: by the launch's id, or by the clock."""
     if config.run.dir is not None:
         return config
     if run_id is not None:
@@ -36,7 +36,7 @@ def with_directory(config: Config, run_id: str | None = None) -> Config:
 
 
 def open_directory(config: Config, resume: bool) -> Path:
-    """Create ``run.dir`` and write ``config.yaml`` into it; refuse to mix a new run into an old one."""
+    """Creates ``run.dir`` and writes ``config.yaml`` into it; refuses to mix a new run into an old one."""
     directory = directory_of(config)
     refuse_occupied(config, resume)
     try:
@@ -51,7 +51,7 @@ def open_directory(config: Config, resume: bool) -> Path:
 
 
 def refuse_occupied(config: Config, resume: bool) -> None:
-    """Refuse a fresh run where checkpoints of another one lie."""
+    """Refuses a fresh run where checkpoints of another one lie."""
     directory = directory_of(config)
     if resume:
         return
@@ -70,13 +70,13 @@ def refuse_occupied(config: Config, resume: bool) -> None:
 
 
 def directory_of(config: Config) -> Path:
-    """``run.dir`` as a path; it must have been chosen before."""
+    """Returns ``run.dir`` as a path; it must have been chosen before."""
     assert config.run.dir is not None, "with_directory() comes first"
     return Path(config.run.dir)
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in a ``config.yaml``, read as data: no tags, no aliases, no duplicate keys."""
+    """Reads the configuration in a ``config.yaml`` as data: no tags, no aliases, no duplicate keys."""
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes; a configuration has at most 1 MiB")

@@ -1,4 +1,4 @@
-"""One rank of a launched run: reads ``config.yaml``, trains, and ends with the error's exit code."""
+"""Runs one rank of a launched run: reads ``config.yaml``, trains, and ends with the error's exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longctx.launcher.run_directory import read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the rank that the environment names; returns the exit code."""
+    """Runs the rank that the environment names; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m longctx.launcher.worker", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the run's config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, resume: bool) -> None:
-    """Train as the rank that the environment names."""
+    """Trains as the rank that the environment names."""
     from longctx.launcher import build
 
     build.run_rank(config, resume=resume)

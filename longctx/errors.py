@@ -1,12 +1,12 @@
-"""What can go wrong, by whose doing, and with which exit code a command ends.
+"""Defines what can go wrong, by whose doing, and with which exit code a command ends.
 
-Users' mistakes derive from ``ValueError`` and carry one message with the value, the rule and the nearest
-valid choice; the command line prints that message alone. Broken invariants are ``assert``.
+Users' mistakes derive from ``ValueError``. They carry one message with the value, the rule and the nearest valid
+choice, and the command line prints that message alone. Broken invariants are ``assert``.
 """
 
 
 class LongctxError(Exception):
-    """Base of every error that a command reports in one message, without a traceback."""
+    """The base of every error that a command reports in one message, without a traceback."""
 
     exit_code = 70
 
@@ -36,7 +36,7 @@ class NotAvailableError(LongctxError, RuntimeError):
 
 
 class NumericsError(LongctxError, RuntimeError):
-    """A number that may not be trusted: an inexact strategy, a loss that is not finite."""
+    """A number that may not be trusted, such as those of an inexact strategy or a loss that is not finite."""
 
     exit_code = 70
 

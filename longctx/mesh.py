@@ -1,9 +1,9 @@
-"""The mesh: which ranks shard what.
+"""Builds the mesh, which says which ranks shard what.
 
 The root has the axes ``pp``, ``tokens``, ``tp``, outermost first. ``tokens`` joins the ranks of one pipeline
-stage that hold different tokens; it is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into
-``dp_shard`` and ``sp``. So parameters shard over ``dp_shard × sp`` by one plain axis, and a sequence group is
-made of neighbours, which a launcher places inside a node. A world of one is the same mesh, every axis of size 1.
+stage that hold different tokens. It is unflattened into ``dp_replicate`` and ``shard``, and ``shard`` into
+``dp_shard`` and ``sp``. So parameters shard over ``dp_shard × sp`` by one plain axis. A sequence group is made of
+neighbours, which a launcher places inside a node. A world of one is the same mesh, every axis of size 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longctx.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of one run, seen from one rank.
+    """The axes of one run, as one rank sees them.
 
     ``pipeline``: ranks that hold the stages of one model and read the same data. ``tokens``: ranks of one stage
     that hold different tokens, over which gradients are summed. ``parameters``: what FSDP2 shards over
@@ -46,7 +46,7 @@ class Mesh:
 
     @property
     def world_group(self) -> dist.ProcessGroup:
-        """All ranks: those of all tokens, and of all parts of the model."""
+        """The group of all ranks: those of all tokens, and of all parts of the model."""
         world = dist.group.WORLD
         assert world is not None, "a mesh is built in a world"
         return world
@@ -66,13 +66,16 @@ class Mesh:
         return self.sequence.get_group()
 
     def servers(self) -> dist.ProcessGroup:
-        """The ranks of all stages that share sequences, stage by stage; all ranks of the world call it at one point."""
+        """Makes the group of the ranks of all stages that share sequences, stage by stage.
+
+        All ranks of the world call it at the same point.
+        """
         joined: DeviceMesh = self.axes["pp", "sp"]._flatten("servers")
         return joined.get_group()
 
     @property
     def server_ranks(self) -> list[int]:
-        """Their global ranks, in the same order."""
+        """Global ranks of the group that ``servers`` makes, in its order."""
         ranks: list[int] = self.axes["pp", "sp"].mesh.flatten().tolist()
         return ranks
 
@@ -86,7 +89,7 @@ class Mesh:
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
-    """The mesh of a resolved configuration; every rank of the world calls it at the same point.
+    """Builds the mesh of a resolved configuration; every rank of the world calls it at the same point.
 
     ``device_type``: "cpu" or "cuda". ``torch.distributed`` has been initialised with a world of that size.
     """

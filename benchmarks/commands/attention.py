@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
         require_exact(itertools.chain(*cells), report)
-        env.drive_cpu()
+        env.set_deepspeed_device()
         job = {"cells": [list(map(asdict, cell)) for cell in cells], "peers": peers, "repeats": arguments.repeats}
         python = arguments.peer_python if peers else sys.executable
         workers = Workers(python, PATIENCE, report=report)

@@ -1,7 +1,7 @@
-"""``longctx launch``: torchrun on this machine, composed once and checked before a process starts.
+"""Runs ``longctx launch``: torchrun on this machine, composed once and checked before a process starts.
 
-torchrun runs inside this process, as its own command does, because its exception says which rank failed how;
-its exit status says only that one did.
+torchrun runs inside this process, as its own command does. Its exception says which rank failed how; its exit status
+says only that one did.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ SHUTDOWN_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx launch``."""
+    """Adds the options of ``longctx launch``."""
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes to start")
     parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything, start the processes, and end with the first failing rank's exit code."""
+    """Checks everything, starts the processes, and returns the first failing rank's exit code."""
     config = prepare(compose(arguments.overrides), arguments.nproc, arguments.resume)
     directory = open_directory(config, arguments.resume)
     env.share_cores(arguments.nproc)
     reasons = directory / "failures"
-    failures.clear(reasons)
+    failures.clear_failures(reasons)
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
     ended = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
-    failure = None if ended.status == failures.INTERRUPTED else failures.first(reasons)
+    failure = None if ended.status == failures.INTERRUPTED else failures.first_failure(reasons)
     # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
     if failure is not None and not (ended.killed and failure.traceback is not None):
         failures.report(failure)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def prepare(config: Config, processes: int, resume: bool) -> Config:
-    """Everything that can be refused before a process starts."""
+    """Refuses all that can be refused before a process starts, and returns the resolved configuration."""
     if processes < 1:
         raise ConfigError(f"--nproc {processes} must be at least 1")
     if config.comm.backend == "sim":
@@ -71,7 +71,7 @@ def prepare(config: Config, processes: int, resume: bool) -> Config:
 
 @dataclass(frozen=True)
 class _Ended:
-    """What torchrun knows of the end: a shell's status, and words where a rank may have left none."""
+    """What torchrun knows of the end: a shell's status, and a message where a rank may have left none."""
 
     status: int
     message: str | None = None
@@ -116,7 +116,7 @@ def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
 
 
 def _why(failed: Sequence[_Exit]) -> _Ended:
-    """The end that the exits of failed ranks tell, the first one first."""
+    """Returns the end that the exits of failed ranks tell, the first one first."""
     if any(end.status == -signal.SIGINT for end in failed):
         return _Ended(failures.INTERRUPTED)
     cause = next((end for end in failed if _killed_from_outside(end, failed[0])), failed[0])
@@ -130,5 +130,8 @@ def _why(failed: Sequence[_Exit]) -> _Ended:
 
 
 def _killed_from_outside(end: _Exit, first: _Exit) -> bool:
-    """Whether ``end`` is a kill that torchrun did not send: it ends the others with TERM, and late with KILL."""
+    """Returns whether ``end`` is a kill that torchrun did not send.
+
+    torchrun ends the other ranks with TERM, and late with KILL.
+    """
     return end.status == -signal.SIGKILL and end.seconds - first.seconds < SHUTDOWN_SECONDS / 2

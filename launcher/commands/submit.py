@@ -1,7 +1,7 @@
-"""``longctx submit``: a checked run as a Slurm job. The job reads the ``config.yaml`` that is written here.
+"""Runs ``longctx submit``: a checked run as a Slurm job, which reads the ``config.yaml`` that is written here.
 
-Every value enters the script quoted, and ``sbatch`` is called with an argument list, so that a job named
-``$(touch x)`` is a job with an odd name and nothing more.
+Every value enters the script quoted, and ``sbatch`` is called with an argument list. So a job named ``$(touch x)`` is a
+job with an odd name and nothing more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Template(string.Template):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx submit``."""
+    """Adds the options of ``longctx submit``."""
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     parser.add_argument(
         "--cpus-per-task", type=int, default=8, metavar="N", help="cores of each rank (default: %(default)s)"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Render the job, and hand it to Slurm unless ``--dry-run`` was given."""
+    """Renders the job, and submits it unless ``--dry-run`` was given."""
     config = prepare(compose(arguments.overrides))
     if arguments.cpus_per_task < 1:
         raise ConfigError(f"--cpus-per-task {arguments.cpus_per_task} must be at least 1")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def prepare(config: Config) -> Config:
-    """``config`` resolved for the cluster's world, with an absolute run directory."""
+    """Resolves ``config`` for the cluster's world, with an absolute run directory."""
     if config.comm.backend == "sim":
         raise ConfigError("comm=sim needs one process, not a Slurm job: use `longctx train comm=sim ...`")
     config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices))
@@ -68,7 +68,7 @@ def prepare(config: Config) -> Config:
 
 
 def render(config: Config, cpus_per_task: int = 8) -> str:
-    """The sbatch script of a resolved configuration."""
+    """Renders the sbatch script of a resolved configuration."""
     cluster, directory = config.cluster, directory_of(config)
     site = [("partition", cluster.partition), ("account", cluster.account)]
     environment = [SLURM / "common.env", SLURM / f"{config.comm.backend}.env"]

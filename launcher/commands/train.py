@@ -1,4 +1,4 @@
-"""``longctx train``: one process of the trainer, or a whole simulated world in this process."""
+"""Runs ``longctx train``: one process of the trainer, or a whole simulated world in this process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from longctx.launcher.worker import run as run_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx train``."""
+    """Adds the options of ``longctx train``."""
     parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train as the rank that torchrun or srun named, or alone, or as a simulated world."""
+    """Trains as the rank that torchrun or srun named, or alone, or as a simulated world."""
     config = compose(arguments.overrides)
     env.share_cores(processes=1)
     if config.comm.backend == "sim":
@@ -50,7 +50,7 @@ def _simulate(config: Config, resume: bool) -> None:
 
 
 def _prepare(config: Config, rank: env.RankEnvironment, resume: bool) -> Config:
-    """Everything that can be refused before this rank meets the others."""
+    """Refuses all that can be refused before this rank meets the others, and returns the resolved configuration."""
     # Only a rank that torchrun or srun named can have others on further nodes.
     machine.require_nodes(config, rank.world_size)
     config = _resolve(config, rank.world_size)
@@ -82,7 +82,7 @@ def _resolve(config: Config, world_size: int) -> Config:
 
 
 def main() -> None:
-    """``python -m longctx.train``: the same as ``longctx train``."""
+    """Runs ``python -m longctx.train``, which is the same as ``longctx train``."""
     from longctx.launcher.cli import main as command_line
 
     sys.exit(command_line(["train", *sys.argv[1:]]))

@@ -21,7 +21,7 @@ from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose
 from longctx.launcher.processes import join, run_gloo
 from longctx.launcher.progress import progress
-from longctx.train.canary.parity import Parity, StepParity, run_parity, shrink_for_parity
+from longctx.train.canary.parity import ParityReport, StepParity, run_parity, shrink_for_parity
 
 PASSED, FAILED = 0, 70
 STEPS = 5
@@ -62,7 +62,7 @@ def with_dtype(config: Config, dtype: str | None) -> Config:
     return config if dtype is None else replace(config, train=replace(config.train, dtype=dtype))
 
 
-def on_this_machine(config: Config, steps: int) -> Parity:
+def on_this_machine(config: Config, steps: int) -> ParityReport:
     """The report of a mesh in this process, or on processes that this one starts."""
     machine.require_nodes(config)
     world = simulated_world_size(config)
@@ -85,7 +85,7 @@ def prepare(config: Config, steps: int, world: int, local: int) -> Config:
     return config
 
 
-def _on_processes(config: Config, steps: int, world: int) -> Parity:
+def _on_processes(config: Config, steps: int, world: int) -> ParityReport:
     """One process a rank, which meet by a file; rank 0 leaves the report as JSON."""
     with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
         job = json.dumps({"config": config.to_dict(), "steps": steps})
@@ -93,8 +93,8 @@ def _on_processes(config: Config, steps: int, world: int) -> Parity:
         return _read(json.loads((Path(name) / "report.json").read_text()))
 
 
-def _read(fields: dict[str, Any]) -> Parity:
-    return Parity(**{**fields, "steps": [StepParity(**step) for step in fields["steps"]]})
+def _read(fields: dict[str, Any]) -> ParityReport:
+    return ParityReport(**{**fields, "steps": [StepParity(**step) for step in fields["steps"]]})
 
 
 def worker(words: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ def worker(words: Sequence[str]) -> None:
     tiny = shrink_for_parity(Config.from_dict(job["config"]), job["steps"])
     device = join(folder, rank, world, tiny.comm.backend)
     with build.deterministic(tiny):
-        _, report = build.on_nodes(tiny, run_parity, tiny, device)
+        _, report = build.run_with_nodes(tiny, run_parity, tiny, device)
     if report is not None:
         (folder / "report.json").write_text(json.dumps(asdict(report)))
     dist.barrier()
@@ -121,20 +121,20 @@ def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted:
             raise
         # Every rank refuses a wrong configuration for the same reason; one message is enough.
         return error.exit_code
-    with build.joined(tiny) as device, build.deterministic(tiny):
+    with build.init_distributed(tiny) as device, build.deterministic(tiny):
         passed, report = run_parity(tiny, device)
     if report is not None:
         _show(report, json_wanted)
     return PASSED if passed else FAILED
 
 
-def as_json(report: Parity) -> dict[str, Any]:
+def as_json(report: ParityReport) -> dict[str, Any]:
     """The report as plain values."""
     plain: dict[str, Any] = _plain(asdict(report))
     return plain
 
 
-def _show(report: Parity, json_wanted: bool) -> None:
+def _show(report: ParityReport, json_wanted: bool) -> None:
     print(json.dumps(as_json(report), allow_nan=False) if json_wanted else text(report))
 
 
@@ -147,7 +147,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def text(report: Parity) -> str:
+def text(report: ParityReport) -> str:
     """The report for people."""
     model, batch = report.model, report.batch
     degrees = " × ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1) or "one rank"

@@ -14,7 +14,7 @@ from longctx.errors import UsageError
 from longctx.launcher.compose import compose
 from longctx.launcher.progress import followed, progress
 from longctx.launcher.verify import mesh as verify_mesh
-from longctx.train.canary.parity import Parity
+from longctx.train.canary.parity import ParityReport
 
 STEPS = 20
 # Degrees above one; the parity tests of the trainer run the same.
@@ -54,7 +54,7 @@ class ParityCell:
 
     mesh: dict[str, int]
     layout: str
-    report: Parity
+    report: ParityReport
 
     @property
     def text(self) -> str:
@@ -89,7 +89,7 @@ def measure(steps: int, dtype: str, report: Report = silent) -> Iterator[ParityC
         yield ParityCell(mesh, layout, _report(mesh, layout, steps, dtype))
 
 
-def _report(mesh: dict[str, int], layout: str, steps: int, dtype: str) -> Parity:
+def _report(mesh: dict[str, int], layout: str, steps: int, dtype: str) -> ParityReport:
     groups = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
     config = compose(
         [

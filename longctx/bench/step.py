@@ -140,7 +140,7 @@ class _Run:
         timeline: list[ExchangeEvent] = []
         self._traffic.timeline = timeline
         started = time.perf_counter()
-        batches = self._parts.ahead.take(more=self._done + 1 < self._total)
+        batches = self._parts.prefetcher.take(more=self._done + 1 < self._total)
         data = time.perf_counter() - started
         result = self._parts.step(batches, self._parts.state.scheduler.advance(), self._done + 1)
         seen = self._meter.observe(batches)
@@ -158,7 +158,7 @@ class _Run:
         memory = self._parts.memory
         assert memory is not None, "a run that measures it"
         self._report(self._done, self._total, "measuring memory")
-        batches = self._parts.ahead.take(more=False)
+        batches = self._parts.prefetcher.take(more=False)
         with memory.measured(self._parts.step) as found:
             self._parts.step(batches, self._parts.state.scheduler.advance(), self._done + 1)
         rows = gather_numbers(list(found.values()), self._meter.mesh.world_group, self._meter.device)

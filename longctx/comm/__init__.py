@@ -1,9 +1,9 @@
-"""Exchanges that strategies use; the only place in longctx where attention's tensors leave a rank."""
+"""Exchanges tensors between ranks; the only place in longctx where attention's tensors leave a rank."""
 
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import ExchangeEvent, Group, Traffic, channel_of, grid_of, group_named, group_of, two_way
-from longctx.comm.nodes import Links, links_of, node_of, per_node, settle_nodes
+from longctx.comm.nodes import Links, links_of, node_of, per_node, register_nodes
 from longctx.comm.relay import Relay
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "links_of",
     "node_of",
     "per_node",
-    "settle_nodes",
+    "register_nodes",
     "start_all_reduce",
     "two_way",
 ]

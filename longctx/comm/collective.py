@@ -1,7 +1,7 @@
-"""Collectives on small tensors that all ranks of a group need.
+"""Runs collectives on small tensors that all ranks of a group need.
 
-Convention for bytes, as of bandwidth-optimal algorithms: an all-reduce of n bytes costs each of P ranks
-2 (P - 1) / P n, rounded down; a broadcast goes along a chain and costs each rank but the last n; both are sent to the
+Bytes are counted as in bandwidth-optimal algorithms. An all-reduce of n bytes costs each of P ranks
+2 (P - 1) / P n, rounded down. A broadcast goes along a chain and costs each rank but the last n. Both are sent to the
 next rank. A group of one rank and an empty tensor cost nothing, and nothing is called.
 """
 
@@ -17,12 +17,12 @@ MAX = dist.ReduceOp.MAX
 
 
 def all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    """``tensor`` itself, reduced in place over all ranks, bit by bit the same on each."""
+    """Reduces ``tensor`` in place over all ranks and returns it, bit by bit the same on each."""
     return start_all_reduce(group, tensor, operation).wait()
 
 
 class PendingReduction:
-    """A reduction in flight, of a tensor that nobody reads or writes until it is awaited."""
+    """A reduction in flight; nobody reads or writes its tensor until it is awaited."""
 
     def __init__(self, work: dist.Work | None, tensor: Tensor) -> None:
         self._work = work
@@ -30,7 +30,7 @@ class PendingReduction:
         self._awaited = False
 
     def wait(self) -> Tensor:
-        """The tensor, reduced in place; on CUDA the current stream waits, not the host."""
+        """Returns the tensor, reduced in place; on CUDA the current stream waits, not the host."""
         assert not self._awaited, "a pending reduction is awaited exactly once"
         self._awaited = True
         if self._work is not None:
@@ -39,7 +39,7 @@ class PendingReduction:
 
 
 def start_all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> PendingReduction:
-    """``all_reduce`` that returns at once."""
+    """Starts an all-reduce and returns at once."""
     work = None
     if group.size > 1 and tensor.numel():
         work = dist.all_reduce(tensor, operation, group=group.process_group, async_op=True)
@@ -48,7 +48,7 @@ def start_all_reduce(group: Group, tensor: Tensor, operation: dist.ReduceOp.RedO
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
-    """``tensor`` itself, overwritten with that of rank ``source`` of the group."""
+    """Overwrites ``tensor`` with that of rank ``source`` of the group and returns it."""
     if group.size > 1 and tensor.numel():
         dist.broadcast(tensor, group_src=source, group=group.process_group)
         if (group.rank + 1) % group.size != source:
@@ -57,6 +57,6 @@ def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
 
 
 def _next(group: Group) -> int:
-    """The global rank of the group's following member."""
+    """Returns the global rank of the group's following member."""
     assert group.process_group is not None, "one process has nobody to send to"
     return dist.get_global_rank(group.process_group, (group.rank + 1) % group.size)

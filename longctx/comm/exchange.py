@@ -1,7 +1,7 @@
-"""Point-to-point exchanges as handles that are awaited once.
+"""Starts point-to-point exchanges and returns handles that are awaited once.
 
-Convention for bytes: a message costs its sender its payload; an empty message is not sent at all, so both
-sides must know its size beforehand (they do: sizes follow from the sequence plan).
+A message costs its sender its payload. An empty message is not sent at all, so both sides must know its size
+beforehand. They do: sizes follow from the sequence plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Message = tuple[int, Tensor]  # (rank within the group, contiguous tensor)
 
 
 class Pending:
-    """Messages in flight. Holds its tensors, so that none is freed or reused before it has left."""
+    """An exchange in flight; it holds its tensors, so that none is freed or reused before it has left."""
 
     def __init__(
         self, works: list[dist.Work], sends: Sequence[Message], receives: Sequence[Message], traffic: Traffic
@@ -32,17 +32,20 @@ class Pending:
         self._awaited = False
 
     def wait(self) -> list[Tensor]:
-        """Received tensors, in the order they were asked for; on CUDA the current stream waits, not the host."""
+        """Returns the received tensors, in the order they were asked for.
+
+        On CUDA the current stream waits, not the host.
+        """
         assert not self._awaited, "a pending exchange is awaited exactly once"
         self._awaited = True
         started = time.perf_counter()
         for work in self._works:
             work.wait()
-        self.note(started, False)
+        self.record(started, False)
         return [tensor for _, tensor in self._receives]
 
-    def note(self, started: float, posted: bool) -> None:
-        """A line in the group's timeline, if it has one: what began at ``started`` is done."""
+    def record(self, started: float, posted: bool) -> None:
+        """Adds what began at ``started`` and is done now to the group's timeline, if it has one."""
         if self._traffic.timeline is None or not self._works:
             return
         ends = [tuple(peer for peer, tensor in part if tensor.numel()) for part in (self._sends, self._receives)]
@@ -58,12 +61,12 @@ _numbers = itertools.count()
 def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
     """Starts all messages as one batch and returns at once.
 
-    Between any two ranks messages match in the order in which both post them (NCCL has no tags), so every
-    rank must post its exchanges of one group in the same order of the algorithm's steps.
+    Between any two ranks messages match in the order in which both post them, as NCCL has no tags. So every rank must
+    post its exchanges of one group in the same order of the algorithm's steps.
 
-    Receives come first: Gloo sends a message when its receiver has said that it is ready, on the connection that also
-    carries messages the other way. After a send that word would wait behind all of it, and two ranks that swap blocks
-    would use one direction after the other.
+    Receives come first. Gloo sends a message when its receiver has said that it is ready. It says so on the connection
+    that also carries messages the other way. After a send that word would wait behind all of it, and two ranks that
+    swap blocks would use one direction after the other.
     """
     started = time.perf_counter()
     # An empty part of a buffer would keep all of it.
@@ -79,5 +82,5 @@ def exchange(group: Group, sends: Sequence[Message], receives: Sequence[Message]
             group.traffic.add(operation.tensor.numel() * operation.tensor.element_size(), operation.peer)
     works = dist.batch_isend_irecv(operations) if operations else []
     pending = Pending(works, sends, receives, group.traffic)
-    pending.note(started, True)
+    pending.record(started, True)
     return pending

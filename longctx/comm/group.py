@@ -1,4 +1,4 @@
-"""A group of ranks that share one sequence, and what they have sent."""
+"""Describes a group of ranks that share one sequence, and counts what they have sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.comm.nodes import node_of
 
 
 class ExchangeEvent(NamedTuple):
-    """An exchange as it was posted, or awaited: ``started`` and ``ended`` in seconds of ``time.perf_counter``.
+    """An exchange as it was posted or awaited; ``started`` and ``ended`` are seconds of ``time.perf_counter``.
 
     ``number`` counts the group's exchanges. ``sends`` and ``receives``: ranks of the group, one for each message; empty
     when awaited.
@@ -29,10 +29,10 @@ class ExchangeEvent(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What this rank sent through one group: payload bytes and messages, by the conventions of each exchange.
+    """Counts what this rank sent through one group: payload bytes and messages.
 
-    ``by_receiver``: the bytes apart, by the receiver's global rank. ``timeline``: exchanges in the rank's own order,
-    where someone has put a list.
+    Each exchange states its own convention for bytes. ``by_receiver``: the bytes by the receiver's global rank.
+    ``timeline``: exchanges in the rank's own order, where someone has put a list.
     """
 
     bytes: int = 0
@@ -53,11 +53,11 @@ _ABSENT = "-"
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks numbered 0..size-1 within the group. Without a process group: this process alone.
+    """Ranks that are numbered 0 to size - 1 within the group; without a process group, this process alone.
 
-    A grid also knows its axes: rank ``i * inner.size + j`` is the j-th of its ``inner`` group (neighbours, ranks
-    of one node) and the i-th of its ``outer`` group. ``back``: a channel of its own over all the ranks, for what
-    must not wait for messages of the group itself.
+    A grid also knows its axes. Rank ``i * inner.size + j`` is the j-th of its ``inner`` group (neighbours, ranks of one
+    node). It is the i-th of its ``outer`` group. ``back``: a separate channel over all the ranks, for what must not
+    wait for messages of the group itself.
     """
 
     process_group: dist.ProcessGroup | None
@@ -69,7 +69,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Passes through custom operators as a string; empty for a single process."""
+        """The group's name, which passes through custom operators as a string; empty for a single process."""
         own = "" if self.process_group is None else self.process_group.group_name
         others = (self.inner, self.outer, self.back)
         if others == (None, None, None):
@@ -78,36 +78,37 @@ class Group:
 
     @property
     def others(self) -> list[int]:
-        """Every rank but this one."""
+        """Every rank of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
     @property
     def traffic(self) -> Traffic:
-        """Of all axes together."""
+        """What this rank has sent through the group, all axes together."""
         if self.process_group is None:
             return Traffic()
         return _traffic.setdefault(self.process_group, Traffic())
 
     @property
     def ranks(self) -> list[int]:
-        """Their global ranks."""
+        """The global ranks of the group's members."""
         return [0] if self.process_group is None else dist.get_process_group_ranks(self.process_group)
 
     @property
     def bytes_between_nodes(self) -> int:
-        """What this rank sent through the group to ranks of other nodes."""
+        """Bytes that this rank sent through the group to ranks of other nodes."""
         sent = self.traffic.by_receiver.items()
         return sum(size for receiver, size in sent if node_of(receiver) != node_of(dist.get_rank()))
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> Group:
+    """Returns the group of a process group, or that of this process alone for None."""
     if process_group is None:
         return Group(None, 0, 1)
     return Group(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
 
 
 def group_named(name: str) -> Group:
-    """The group that ``Group.name`` named on this rank."""
+    """Returns the group that has this ``Group.name`` on this rank."""
     own, *others = name.split(_SEPARATOR)
     group = group_of(_resolve_process_group(GroupName(own)) if own else None)
     if not others:
@@ -117,10 +118,10 @@ def group_named(name: str) -> Group:
 
 
 def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
-    """The group as a grid of ``size / inner`` rows of ``inner`` neighbours; all its ranks call it at one point.
+    """Returns the group as a grid of ``size / inner`` rows of ``inner`` neighbours.
 
-    The axes have process groups of their own, so that what travels along one never waits for the other; they
-    count into the traffic of the whole. Made once per group and size.
+    All its ranks call it at the same point. The axes have process groups of their own, so that what travels along one
+    never waits for the other. They count into the traffic of the whole. Made once per group and size.
     """
     whole, alone = group_of(process_group), Group(None, 0, 1)
     assert whole.size % inner == 0, f"{inner} does not divide {whole.size} ranks; the registry refuses it"
@@ -141,15 +142,21 @@ def grid_of(process_group: dist.ProcessGroup | None, inner: int) -> Group:
 
 
 def two_way(group: Group) -> Group:
-    """The group with its channel ``back``; all its ranks call it at one point. Made once per group."""
+    """Returns the group with its separate channel ``back``, made once per group.
+
+    All its ranks call it at the same point.
+    """
     if group.process_group is None:
         return replace(group, back=Group(None, 0, 1))
     return replace(group, back=channel_of(group.process_group, group.process_group))
 
 
 def channel_of(ranks: dist.ProcessGroup, counted: dist.ProcessGroup) -> Group:
-    """A channel of its own between these ranks, for what must not wait for other messages of theirs; what is sent
-    counts into the traffic of ``counted``. All of the ranks call it at one point. Made once per group."""
+    """Returns a separate channel between these ranks, for what must not wait for their other messages.
+
+    What is sent counts into the traffic of ``counted``. All of the ranks call it at the same point. Made once per
+    group.
+    """
     if ranks not in _channels:
         _channels[ranks] = _subgroup(dist.get_process_group_ranks(ranks), group_of(counted))
     return group_of(_channels[ranks])
@@ -162,7 +169,7 @@ _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.Proces
 
 
 def _subgroup(ranks: list[int], whole: Group) -> dist.ProcessGroup:
-    """Only its members need to call it."""
+    """Makes a process group of some ranks; only its members need to call it."""
     made = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup), "a rank makes groups that it belongs to"
     _traffic[made] = whole.traffic

@@ -1,4 +1,7 @@
-"""Which ranks of a world share a node, and how nodes are joined: said once at start-up, asked where distance counts."""
+"""Knows which ranks of a world share a node and how nodes are joined.
+
+A process registers it once at start-up; strategies and planners ask where distance counts.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Links:
-    """What joins the ranks. ``nics``: of one node, for messages to other nodes; with 1, every message goes straight.
-    ``nic``, ``link``: bytes/s of one NIC, and of one rank's link inside a node."""
+    """How fast the connections are that join the ranks.
+
+    ``nics``: of one node, for messages to other nodes; with 1, every message goes straight. ``nic``, ``link``: bytes/s
+    of one NIC, and of one rank's link inside a node.
+    """
 
     nics: int = 1
     nic: float = 50e9
@@ -25,10 +31,10 @@ _nodes: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = weakref.
 _links: weakref.WeakKeyDictionary[dist.ProcessGroup, Links] = weakref.WeakKeyDictionary()
 
 
-def settle_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
-    """``nodes``: the number of the node that each rank of this process's world is on; all ranks say the same, once.
+def register_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
+    """Registers the number of the node that each rank of this process's world is on.
 
-    A world in which nobody has said it is one node.
+    All ranks register the same, once. A world in which nobody has done so is one node.
     """
     world = dist.group.WORLD
     assert world is not None and len(nodes) == dist.get_world_size(), "of every rank of an initialised world"
@@ -38,14 +44,17 @@ def settle_nodes(nodes: Sequence[int], links: Links | None = None) -> None:
 
 
 def node_of(rank: int) -> int:
-    """The node of a global rank."""
+    """Returns the node of a global rank."""
     world = dist.group.WORLD
     nodes = None if world is None else _nodes.get(world)
     return 0 if nodes is None else nodes[rank]
 
 
 def links_of(ranks: Sequence[int]) -> Links:
-    """What joins these global ranks, whose share of a node's NICs is that of its ranks; at least one."""
+    """Returns the connections of these global ranks, with their share of a node's NICs.
+
+    The share is that of these ranks among the node's ranks, at least one NIC.
+    """
     world = dist.group.WORLD
     links = None if world is None else _links.get(world)
     if world is None or links is None:
@@ -56,7 +65,7 @@ def links_of(ranks: Sequence[int]) -> Links:
 
 
 def per_node(ranks: Sequence[int]) -> int:
-    """The largest number such that each so many of these global ranks, counted from the first, share a node.
+    """Returns the largest number such that each so many of these global ranks, counted from the first, share a node.
 
     Where ranks lie on their nodes in equal runs, the last one maybe shorter, it is the run's length. Otherwise it is
     less than some node has: what lies on two nodes is never taken for one, though one may be taken for several.

@@ -1,4 +1,4 @@
-"""A few numbers of every rank, known to all of them."""
+"""Gathers a few numbers of every rank, so that all ranks know them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def gather_numbers(numbers: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[list[float]]:
-    """``numbers`` of each rank of ``group``, by rank; integers are exact below 2^53.
+    """Returns the ``numbers`` of each rank of ``group``, by rank; integers are exact below 2^53.
 
     Ranks decide by what all of them know, never by what only they see, so that all decide the same.
     """

@@ -1,4 +1,4 @@
-"""Text in, whole packed sequences out: sources, packing and the resumable loader."""
+"""Turns text into whole packed sequences: sources, packing and the resumable loader."""
 
 from longctx.data.balance import Balance
 from longctx.data.corpus import Corpus

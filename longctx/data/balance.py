@@ -1,7 +1,8 @@
-"""Even attention work of what ranks compute at the same time: by dealing a step's rows, and by packing documents anew.
+"""Evens out the attention work of what ranks compute at the same time.
 
-All rows have equal tokens, so all but attention costs the same everywhere. What a row costs there follows from the
-lengths of its documents, which may differ a hundredfold between rows.
+It deals a step's rows by their cost, or packs documents anew. All rows have equal tokens, so all but attention costs
+the same everywhere. What a row costs there follows from the lengths of its documents, which may differ a hundredfold
+between rows.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ WINDOW = 64  # rows whose documents are packed anew together
 
 @dataclass(frozen=True)
 class Balance:
-    """``documents``: whether rows are packed for even work, or only dealt by what they cost. ``window``: tokens that a
-    query sees, its own among them, None for all before it."""
+    """How attention work is evened out, and how it is counted.
+
+    ``documents``: whether rows are packed for even work, or only dealt by what they cost. ``window``: tokens that a
+    query sees, its own among them, None for all before it.
+    """
 
     documents: bool = False
     window: int | None = None
 
     def cells(self, lengths: Int64) -> Int64:
-        """(query, key) pairs of documents, int64 like ``lengths``."""
+        """Returns the (query, key) pairs of documents, int64 like ``lengths``."""
         seen = lengths if self.window is None else np.minimum(lengths, self.window)
         cells: Int64 = seen * (seen + 1) // 2 + (lengths - seen) * seen
         return cells
 
     @property
     def packing(self) -> str:
-        """What a checkpoint calls the order of tokens that follows from it."""
+        """The name that a checkpoint gives to the resulting order of tokens."""
         if not self.documents:
             return STREAM
         return "documents" if self.window is None else f"documents, attention.window={self.window}"
@@ -43,13 +47,13 @@ class Balance:
 STREAM = "as they stream"
 
 
-def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
-    """Row numbers ``[ranks, micro-batches, micro_batch]`` of a step: micro-batches cost much the same, most of all
-    those that ranks compute at the same time, and so do the ranks in all.
+def deal_rows(works: Int64, ranks: int, micro_batch: int) -> Int64:
+    """Deals a step's rows to micro-batches of much the same cost: row numbers ``[ranks, micro-batches, micro_batch]``.
 
-    Rows go out from the costliest down, one to each micro-batch in a round, and back in the next; within a round the
-    ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows keep
-    their order.
+    Costs differ least between the micro-batches that ranks compute at the same time, and little between the ranks in
+    all. Rows go out from the costliest down, one to each micro-batch in a round, and back in the next. Within a round
+    the ranks' first micro-batches are served, then their second ones from the last rank back, and so on. Equal rows
+    keep their order.
     """
     rounds = np.argsort(-works, kind="stable").reshape(micro_batch, -1)
     rounds[1::2] = rounds[1::2, ::-1]
@@ -59,24 +63,24 @@ def dealt(works: Int64, ranks: int, micro_batch: int) -> Int64:
     return of_ranks
 
 
-def packed(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
-    """All tokens of ``pieces`` in ``rows`` rows of ``seq_len``, which they fill exactly.
+def pack_pieces(pieces: list[Piece], rows: int, seq_len: int, balance: Balance) -> list[list[Piece]]:
+    """Packs all tokens of ``pieces`` into ``rows`` rows of ``seq_len``, which they fill exactly.
 
-    The longest goes first, into the row of least work among those with room for it; where none has room, it is cut to
-    fill the emptiest row, and what is left of it is a piece like others. Ties go to the first.
+    The longest goes first, into the row of least work among those that have enough free tokens. Where none has, it is
+    cut to fill the emptiest row, and what is left of it is a piece like others. Ties go to the first.
     """
     assert sum(stop - start for start, stop, _ in pieces) == rows * seq_len, "pieces fill their rows"
     found: list[list[Piece]] = [[] for _ in range(rows)]
-    room, work = np.full(rows, seq_len, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    free_tokens, work = np.full(rows, seq_len, dtype=np.int64), np.zeros(rows, dtype=np.int64)
     waiting = [(start - stop, number, start, stop, end) for number, (start, stop, end) in enumerate(pieces)]
     heapq.heapify(waiting)
     while waiting:
         _, number, start, stop, end = heapq.heappop(waiting)
-        fits = np.flatnonzero(room >= stop - start)
-        row = int(fits[np.argmin(work[fits])] if len(fits) else np.argmax(room))
-        taken = min(stop - start, int(room[row]))
+        fits = np.flatnonzero(free_tokens >= stop - start)
+        row = int(fits[np.argmin(work[fits])] if len(fits) else np.argmax(free_tokens))
+        taken = min(stop - start, int(free_tokens[row]))
         found[row].append((start, start + taken, end))
-        room[row] -= taken
+        free_tokens[row] -= taken
         work[row] += int(balance.cells(np.array(taken)))
         if start + taken < stop:
             heapq.heappush(waiting, (start + taken - stop, number, start + taken, stop, end))

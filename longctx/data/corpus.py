@@ -1,4 +1,4 @@
-"""What every source delivers: one flat array of tokens, cut into documents."""
+"""Defines what every source delivers: one flat array of tokens, cut into documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longctx.data.files import shown
+from longctx.data.files import printable
 from longctx.errors import DataError
 
 Int64 = NDArray[np.int64]
@@ -23,7 +23,7 @@ CHUNK = 1 << 22  # tokens looked at in one go: a few MiB, whatever the size of t
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Documents one after another, none of them empty.
+    """Documents that follow one another, none of them empty.
 
     ``tokens``: uint8, uint16 or uint32 ``[N]``, read-only, memory-mapped where it is a token file.
     ``bounds``: int64 ``[D + 1]``, strictly increasing from 0 to N; document i is
@@ -45,14 +45,14 @@ class Corpus:
     def __post_init__(self) -> None:
         if not len(self.tokens):
             raise DataError(
-                f"the corpus {shown(self.source)} is empty: 0 tokens, {self.skipped_empty} empty documents "
+                f"the corpus {printable(self.source)} is empty: 0 tokens, {self.skipped_empty} empty documents "
                 "skipped; training needs at least one document of at least one token"
             )
         assert self.bounds.dtype == np.int64, "bounds are int64"
         assert self.bounds[0] == 0 and self.bounds[-1] == len(self.tokens), "bounds span the tokens"
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Returns the number of documents."""
         return len(self.bounds) - 1
 
     @property
@@ -65,7 +65,7 @@ class Corpus:
         return np.diff(self.bounds)
 
     def locate(self, position: int) -> str:
-        """Where the token at ``position`` of the flat array stands, for messages."""
+        """Names the place of the token at ``position`` of the flat array, for messages."""
         document = int(np.searchsorted(self.bounds, position, side="right")) - 1
         return f"{self.origin(document)}, token {position - int(self.bounds[document])} of it"
 
@@ -95,7 +95,7 @@ class Corpus:
             )
 
     def check_all_ids(self) -> None:
-        """``check_ids`` over the whole corpus, a chunk at a time."""
+        """Checks the ids of the whole corpus, a chunk at a time, and refuses as ``check_ids`` does."""
         for start in range(0, len(self.tokens), CHUNK):
             self.check_ids(self.tokens[start : start + CHUNK], partial(add, start))
 

@@ -1,4 +1,4 @@
-"""Finding and reading files, with one typed error that names the file for all that can go wrong."""
+"""Finds and reads files; whatever goes wrong is one typed error that names the file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from longctx.errors import ConfigError, DataError
 EXCERPT = 60  # characters of bad input that a message shows
 
 
-def shown(text: str | Path) -> str:
-    """``text`` for a message: as it is when it prints on one line, else escaped."""
+def printable(text: str | Path) -> str:
+    """Returns ``text`` for a message: as it is when it prints on one line, else escaped."""
     plain = str(text)
     return plain if plain.isprintable() else ascii(plain)
 
 
 def excerpt(found: Any) -> str:
-    """The beginning of bad input for a message, escaped."""
+    """Returns the beginning of bad input for a message, escaped."""
     if isinstance(found, (str, bytes)) and len(found) > EXCERPT:
         return f"{found[:EXCERPT]!a}..."
     whole = ascii(found)
@@ -37,11 +37,11 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with NUL or a lone surrogate
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot read {shown(path)}: {reason}; it must exist and be readable") from error
+        raise DataError(f"cannot read {printable(path)}: {reason}; it must exist and be readable") from error
 
 
 def data_path(path: str | None, source: str) -> Path:
-    """``data.path`` as a path.
+    """Returns ``data.path`` as a path.
 
     Raises ``ConfigError`` when it is not set, ``DataError`` when nothing readable is there.
     """
@@ -60,22 +60,22 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading bytes; a pipe or device, which could block forever, is refused."""
     with reading(path):
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{shown(path)} is not a regular file; data must be files, not pipes or devices")
+            raise DataError(f"{printable(path)} is not a regular file; data must be files, not pipes or devices")
         with path.open("rb") as file:
             yield file
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole content of a regular file."""
+    """Reads the whole content of a regular file."""
     with open_regular(path) as file:
         return file.read()
 
 
 def find_files(root: Path, excluded: Set[str] = frozenset(), follow: bool = False) -> list[Path]:
-    """Every file below ``root`` in a fixed order; hidden ones and folders named in ``excluded`` are left out.
+    """Finds every file below ``root`` in a fixed order; hidden ones and folders named in ``excluded`` are left out.
 
-    Links to folders are never entered. Links to files are left out too unless ``follow``: they could lead
-    out of the folder, and one that stays inside would deliver its document twice.
+    Links to folders are never entered. Links to files are left out too unless ``follow``: they could lead out of the
+    folder. One that stays inside would deliver its document twice.
     """
 
     def refuse(error: OSError) -> None:

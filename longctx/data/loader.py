@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from longctx.config.resolve import require_even_batch
-from longctx.data.balance import STREAM, dealt
+from longctx.data.balance import STREAM, deal_rows
 from longctx.data.corpus import Int64
 from longctx.data.packing import Packing
 from longctx.errors import ConfigError, StorageError
@@ -32,8 +32,8 @@ class Loader:
 
     A step takes the next ``global_batch`` samples of the packing, the same for every mesh; rank ``dp_rank``
     of ``dp_world`` takes the ``dp_rank``-th of equal consecutive slices and cuts it, in order, into
-    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead (``dealt``).
-    Sequences are whole: the loader knows nothing of how the sequence is sharded.
+    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead
+    (``deal_rows``). Sequences are whole: the loader knows nothing of how the sequence is sharded.
 
     Raises ``ConfigError`` when the batch does not divide evenly.
     """
@@ -85,7 +85,7 @@ class Loader:
         if self.packing.balance is None:
             return rows.reshape(self._world, -1, self.micro_batch)
         works = np.array([self.packing.work(first_sample + row) for row in rows.tolist()], dtype=np.int64)
-        return dealt(works, self._world, self.micro_batch)
+        return deal_rows(works, self._world, self.micro_batch)
 
     def _batch(self, samples: list[int]) -> Batch:
         tokens, labels, documents = zip(*map(self.packing.sample, samples), strict=True)

@@ -1,16 +1,15 @@
-"""Documents packed into samples of constant length: a pure function of (corpus, seed, sample index).
+"""Packs documents into samples of constant length: a pure function of (corpus, seed, sample index).
 
-The stream. Each epoch lists all documents in a permutation drawn from (seed, epoch); the epochs follow one
-another without end, and row r is tokens ``[r * S, (r + 1) * S)`` of that stream. So every token is used exactly
-once per epoch, nothing is dropped or padded, and a row may hold the end of one epoch and the start of the next
-(or several whole ones, when the corpus is shorter than S).
+The stream. Each epoch lists all documents in a permutation drawn from (seed, epoch). The epochs follow one another
+without end, and row r is tokens ``[r * S, (r + 1) * S)`` of that stream. So every token is used exactly once per
+epoch, and nothing is dropped or padded. A row may hold the end of one epoch and the start of the next, or several
+whole ones when the corpus is shorter than S.
 
-The order. Rows are read shuffled, within windows of as many rows as an epoch fills: otherwise one long document
-would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read
-before.
+The order. Rows are read shuffled, within windows of as many rows as an epoch fills. Otherwise one long document would
+be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read before.
 
-Packed for even work (``data.balance=documents``). The stream is taken 64 rows at a time, their documents are packed
-anew (``balance``), and these rows are read shuffled: every token once per epoch, the same for every mesh.
+Packed for even work (``data.balance=documents``). The stream is taken 64 rows at a time and their documents are packed
+anew (``balance``). These rows are read shuffled: every token once per epoch, the same for every mesh.
 
 The cut. A document that crosses the end of a sample is split; what follows is a document of its own in the
 next sample. Labels are shifted before the cut: the last token of a sample is still taught the token that
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longctx.data.balance import WINDOW, Balance, Piece, packed
+from longctx.data.balance import WINDOW, Balance, Piece, pack_pieces
 from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
@@ -34,7 +33,10 @@ KEPT_EPOCHS = 2  # permutations kept: a sample rarely spans more than two epochs
 
 @dataclass(frozen=True)
 class Epoch:
-    """``order``: int64 ``[D]``, documents in order; ``starts``: int64 ``[D + 1]``, where each starts."""
+    """One pass over the corpus, which lists its documents in a drawn order.
+
+    ``order``: int64 ``[D]``, documents in order; ``starts``: int64 ``[D + 1]``, where each starts.
+    """
 
     number: int
     order: Int64
@@ -42,12 +44,11 @@ class Epoch:
 
 
 class Packing:
-    """Samples of ``seq_len`` tokens from ``corpus``.
+    """Cuts samples of ``seq_len`` tokens from ``corpus``.
 
-    With ``document_mask`` off a row is announced as one document, so attention and positions run across the
-    boundaries; labels are the same either way, since the first token of a document drawn at random cannot be
-    predicted from the one before, and the loss then counts the same tokens. ``balance``: how attention work is evened
-    out, None for not at all.
+    With ``document_mask`` off a row is announced as one document, so attention and positions run across the boundaries.
+    Labels are the same either way: the first token of a document drawn at random cannot be predicted from the one
+    before. So the loss counts the same tokens. ``balance``: how attention work is evened out, None for not at all.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Packing:
         self._window: tuple[int, Int64] | None = None
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
-        """Tokens int64 ``[S]``, labels int64 ``[S]`` (``IGNORE`` at a document's end), and the documents.
+        """Returns tokens int64 ``[S]``, labels int64 ``[S]`` (``IGNORE`` at a document's end), and the documents.
 
         ``index``: global number of the sample, from 0 and without end; the cost does not grow with it.
         Raises ``DataError`` when a token is outside the vocabulary.
@@ -75,28 +76,28 @@ class Packing:
         return self._filled(self.pieces(index))
 
     def work(self, index: int) -> int:
-        """What attention costs for a sample, in (query, key) pairs of a layer."""
+        """Returns what attention costs for a sample, in (query, key) pairs of a layer."""
         assert self.balance is not None, "work is counted where it is balanced"
         return int(self.balance.cells(self.lengths(index)).sum())
 
     def lengths(self, index: int) -> Int64:
-        """Tokens of a sample's documents, int64 ``[D]``."""
+        """Returns the tokens of each of a sample's documents, int64 ``[D]``."""
         return np.array([stop - start for start, stop, _ in self.pieces(index)], dtype=np.int64)
 
     def pieces(self, index: int) -> list[Piece]:
-        """What a sample is made of."""
+        """Returns the pieces of documents that a sample is made of."""
         assert index >= 0, "samples are counted from 0"
         if self.balance is None or not self.balance.documents:
             return self._stream(self.row_of(index), 1)
         window, place = divmod(index, WINDOW)
         if self._packed is None or self._packed[0] != window:
-            rows = packed(self._stream(window * WINDOW, WINDOW), WINDOW, self.seq_len, self.balance)
+            rows = pack_pieces(self._stream(window * WINDOW, WINDOW), WINDOW, self.seq_len, self.balance)
             order = _permutation(WINDOW, self.seed, _ROWS, window)
             self._packed = (window, [rows[row] for row in order.tolist()])
         return self._packed[1][place]
 
     def row_of(self, index: int) -> int:
-        """Which row of the stream is the sample of that number; a permutation within each window of rows."""
+        """Returns which row of the stream is the sample of that number; a permutation within each window of rows."""
         rows = max(1, self.corpus.total_tokens // self.seq_len)
         window, place = divmod(index, rows)
         if self._window is None or self._window[0] != window:
@@ -105,7 +106,7 @@ class Packing:
         return window * len(order) + int(order[place])
 
     def row(self, index: int) -> tuple[Int64, Int64, Documents]:
-        """Row ``index`` of the stream, as ``sample`` returns it."""
+        """Returns row ``index`` of the stream, as ``sample`` does."""
         return self._filled(self._stream(index, 1))
 
     def _filled(self, pieces: list[Piece]) -> tuple[Int64, Int64, Documents]:
@@ -126,7 +127,7 @@ class Packing:
         return tokens, labels, documents
 
     def _stream(self, first: int, rows: int) -> list[Piece]:
-        """Documents of so many rows of the stream; those that cross its two ends are cut there."""
+        """Returns the documents of so many rows of the stream; those that cross its two ends are cut there."""
         epoch_tokens = self.corpus.total_tokens
         position, missing = first * self.seq_len, rows * self.seq_len
         pieces: list[Piece] = []
@@ -156,7 +157,7 @@ class Packing:
         return epoch
 
     def _check(self, tokens: Int64, labels: Int64, pieces: list[Piece]) -> None:
-        """No id outside the vocabulary reaches the model, even if the file changed after it was opened."""
+        """Checks that no id outside the vocabulary reaches the model, even if the file changed after it was opened."""
 
         def positions(offset: int) -> int:
             return int(np.concatenate([np.arange(start, stop) for start, stop, _ in pieces])[offset])
@@ -166,9 +167,9 @@ class Packing:
 
 
 def _permutation(length: int, *seed: int) -> Int64:
-    """A permutation of ``range(length)``, int64, drawn from ``seed``.
+    """Draws a permutation of ``range(length)``, int64, from ``seed``.
 
-    Raw words of a bit generator and a stable sort: unlike Generator.permutation, numpy promises that these
+    It takes raw words of a bit generator and a stable sort. Unlike Generator.permutation, numpy promises that these
     never change between versions.
     """
     words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(length)

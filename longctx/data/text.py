@@ -1,4 +1,4 @@
-"""Text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download."""
+"""Reads text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from longctx.data.corpus import Corpus
-from longctx.data.files import data_path, excerpt, find_files, open_regular, read_bytes, shown
+from longctx.data.files import data_path, excerpt, find_files, open_regular, printable, read_bytes
 from longctx.data.source import Source
 from longctx.errors import DataError
 
@@ -24,7 +24,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle
 
 
 class Document(NamedTuple):
-    """``line``: of a JSONL file, from 1; 0 when the document is the whole file."""
+    """One document that was read; ``line`` is its line in a JSONL file, from 1, or 0 for a whole file."""
 
     path: Path
     line: int
@@ -32,7 +32,7 @@ class Document(NamedTuple):
 
 
 def open_stdlib(max_documents: int | None = None) -> Corpus:
-    """The standard library of the running interpreter, one document per ``.py`` file, tests left out."""
+    """Reads the standard library of the running interpreter, one document per ``.py`` file, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Some installations are farms of links, and nobody hides foreign files in the standard library: follow.
     paths = [path for path in find_files(root, NOT_STDLIB, follow=True) if path.suffix == ".py"]
@@ -40,7 +40,7 @@ def open_stdlib(max_documents: int | None = None) -> Corpus:
 
 
 def open_text(path: str | None, text_key: str, max_documents: int | None = None) -> Corpus:
-    """A file or folder of text: a JSONL file holds one document per line, any other file is one document.
+    """Reads a file or folder of text: a JSONL file holds one document per line, any other file is one document.
 
     Reading is strict: bad JSON, a missing or non-string ``text_key``, bad UTF-8 in JSONL, or a NUL raises
     ``DataError`` with ``file:line``. Hidden files and links inside a folder are left out. With
@@ -50,7 +50,7 @@ def open_text(path: str | None, text_key: str, max_documents: int | None = None)
     paths = find_files(root) if root.is_dir() else [root]
     if not paths:
         raise DataError(
-            f"the folder {shown(root)} holds no file to read (hidden files and links in it are left out); "
+            f"the folder {printable(root)} holds no file to read (hidden files and links in it are left out); "
             "set data.path to one that holds text or JSONL"
         )
     return _collect(_documents(paths, text_key), root, max_documents)
@@ -64,7 +64,7 @@ def _documents(paths: list[Path], text_key: str) -> Iterator[Document]:
             content = read_bytes(path)
             if b"\0" in content:
                 raise DataError(
-                    f"{shown(path)}: NUL at byte {content.index(0)}: text holds none, is this a binary file? "
+                    f"{printable(path)}: NUL at byte {content.index(0)}: text holds none, is this a binary file? "
                     "Take it out of data.path, or turn it into tokens for data=tokens"
                 )
             yield Document(path, 0, content)
@@ -77,7 +77,7 @@ def _collect(documents: Iterator[Document], root: Path, max_documents: int | Non
     file_of, line_of = array("q"), array("q")
     skipped = 0
 
-    def full_ones() -> Iterator[Document]:
+    def non_empty() -> Iterator[Document]:
         nonlocal skipped
         for document in documents:
             if document.content:
@@ -85,7 +85,7 @@ def _collect(documents: Iterator[Document], root: Path, max_documents: int | Non
             else:
                 skipped += 1
 
-    for path, line, content in islice(full_ones(), max_documents):
+    for path, line, content in islice(non_empty(), max_documents):
         if not files or files[-1] != path:
             files.append(path)
         flat += content
@@ -95,7 +95,7 @@ def _collect(documents: Iterator[Document], root: Path, max_documents: int | Non
 
     def origin(document: int) -> str:
         line = line_of[document]
-        return shown(files[file_of[document]]) + (f":{line}" if line else "")
+        return printable(files[file_of[document]]) + (f":{line}" if line else "")
 
     tokens = np.frombuffer(flat, dtype=np.uint8)
     tokens.flags.writeable = False
@@ -109,7 +109,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
             line = file.readline(LINE_LIMIT + 1)
             if not line:
                 return
-            where = f"{shown(path)}:{number}"
+            where = f"{printable(path)}:{number}"
             if len(line) > LINE_LIMIT:
                 raise DataError(
                     f"{where}: the line is longer than {LINE_LIMIT} bytes; a JSONL file holds one document "
@@ -119,7 +119,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
 
 
 def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
-    """The text of one JSONL line as UTF-8; ``where`` names the line in messages."""
+    """Returns the text of one JSONL line as UTF-8; ``where`` names the line in messages."""
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -127,7 +127,8 @@ def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
         raise DataError(f"{where}: bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: bad JSON: {shown(str(error))}, found {excerpt(line.strip())}; every line must be one JSON object"
+            f"{where}: bad JSON: {printable(str(error))}, found {excerpt(line.strip())}; "
+            "every line must be one JSON object"
         ) from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {excerpt(record)}; every line must be one JSON object")
@@ -151,7 +152,7 @@ def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a repeated key is refused, since one of its values would be lost in silence."""
+    """Returns a JSON object; a repeated key is refused, since one of its values would be lost in silence."""
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]

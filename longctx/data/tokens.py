@@ -1,4 +1,4 @@
-"""Token files: tokenized once, memory-mapped ever after.
+"""Reads and writes token files: tokenized once, memory-mapped ever after.
 
 ``X.bin`` holds the tokens of all documents one after another, raw little-endian uint16 or uint32.
 ``X.idx`` stands beside it, all little-endian:
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longctx.data.corpus import Corpus, Int64, Tokens, hash_tokens
-from longctx.data.files import data_path, excerpt, open_regular, shown
+from longctx.data.files import data_path, excerpt, open_regular, printable
 from longctx.data.source import Source
 from longctx.errors import ConfigError, DataError, StorageError
 
@@ -42,7 +42,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 
 def token_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of ``data.token_dtype``. Raises ``ConfigError`` for anything but uint16 and uint32."""
+    """Returns the numpy dtype of ``data.token_dtype``. Raises ``ConfigError`` for anything but uint16 and uint32."""
     if name not in DTYPES:
         raise ConfigError(f"data.token_dtype={name!r}: a token file holds uint16 or uint32; set one of them")
     return DTYPES[name]
@@ -62,12 +62,12 @@ def open_tokens(
     kind = token_dtype(dtype)
     bin_path = data_path(path, "tokens")
     if bin_path.suffix != ".bin":
-        raise ConfigError(f"data.path={shown(bin_path)}: a token file ends in .bin, its boundaries in .idx")
+        raise ConfigError(f"data.path={printable(bin_path)}: a token file ends in .bin, its boundaries in .idx")
     offsets, recorded = _read_index(bin_path.with_suffix(".idx"), dtype)
     tokens = _map_tokens(bin_path, kind)
     if int(offsets[-1]) != len(tokens):
         raise DataError(
-            f"{shown(bin_path)} holds {len(tokens)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
+            f"{printable(bin_path)} holds {len(tokens)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
             "the two must agree: write both again with longctx.data.write_tokens"
         )
     full = np.flatnonzero(offsets[1:] > offsets[:-1])  # numbers of the documents that hold anything
@@ -78,7 +78,7 @@ def open_tokens(
         bounds = bounds[: max_documents + 1]
 
     def origin(document: int) -> str:
-        return f"{shown(bin_path)}, document {int(full[document])}"
+        return f"{printable(bin_path)}, document {int(full[document])}"
 
     def corpus(bounds: Int64) -> Corpus:
         part = tokens[: int(bounds[-1])]
@@ -91,8 +91,8 @@ def open_tokens(
 
 
 def _read_index(path: Path, dtype: str) -> tuple[Int64, bytes]:
-    """Offsets int64 ``[D + 1]`` and the recorded SHA-256 of an ``.idx`` file."""
-    where = shown(path)
+    """Reads offsets int64 ``[D + 1]`` and the recorded SHA-256 from an ``.idx`` file."""
+    where = printable(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         header = file.read(HEADER.size)
@@ -139,7 +139,7 @@ def _map_tokens(path: Path, kind: np.dtype[Any]) -> Tokens:
         size = os.fstat(file.fileno()).st_size
         if size % kind.itemsize:
             raise DataError(
-                f"{shown(path)}: {size} bytes is not a multiple of the {kind.itemsize} bytes of a token; "
+                f"{printable(path)}: {size} bytes is not a multiple of the {kind.itemsize} bytes of a token; "
                 "the file is truncated, or data.token_dtype is wrong"
             )
         if not size:  # nothing to map; the corpus is refused as empty
@@ -154,7 +154,7 @@ def _check_digest(path: Path, tokens: Tokens, offsets: Int64, recorded: bytes) -
     digest.update(offsets.astype("<i8", copy=False).data)
     if digest.digest() != recorded:
         raise DataError(
-            f"{shown(path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
+            f"{printable(path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
             f"{recorded.hex()[:12]}...; one of the two was changed or damaged: write both again"
         )
 
@@ -171,7 +171,7 @@ def write_tokens(path: str | Path, documents: Iterable[ArrayLike], dtype: str = 
     kind = token_dtype(dtype)
     bin_path = Path(path)
     if bin_path.suffix != ".bin":
-        raise ConfigError(f"{shown(bin_path)}: a token file ends in .bin, with its boundaries in .idx")
+        raise ConfigError(f"{printable(bin_path)}: a token file ends in .bin, with its boundaries in .idx")
     idx_path = bin_path.with_suffix(".idx")
     with ExitStack() as stack:
         bin_file, bin_temporary = stack.enter_context(_temporary(bin_path))
@@ -213,7 +213,7 @@ def _checked_ids(document: ArrayLike, kind: np.dtype[Any], dtype: str, number: i
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside ``path``, removed at the end unless it was renamed."""
+    """Opens a new file beside ``path``, removed at the end unless it was renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         file = temporary.open("wb")
@@ -230,7 +230,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
 TOKENS = Source(

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longctx.parallel.data import as_sharded, gathered_bytes
+from longctx.parallel.data import as_fsdp_module, gathered_bytes
 from longctx.sequence import LocalBatch
 
 # With several micro-batches, where parameters and their gradients each fit unsharded in this many bytes, parameters
@@ -44,7 +44,7 @@ class NativeEngine:
         """Tells FSDP2 which micro-batch comes; each call of its costs, so only what changes is told."""
         if not first and not last:
             return
-        as_sharded(self.model).set_is_last_backward(last)
+        as_fsdp_module(self.model).set_is_last_backward(last)
         for shard in self._shards:
             if once and first:
                 shard.set_reshard_after_forward(False, recurse=False)

@@ -1,6 +1,6 @@
-"""What a trained model does: text generated from prompts whose keys and values are sharded over ranks."""
+"""Generates text with a trained model; keys and values of the prompts are sharded over ranks."""
 
-from longctx.evaluate.generate import Generated, Ranks, Sampling, generate
-from longctx.evaluate.session import Session
+from longctx.evaluate.generate import Generated, Sampling, SequenceSharding, generate
+from longctx.evaluate.session import DecodingSession
 
-__all__ = ["Generated", "Ranks", "Sampling", "Session", "generate"]
+__all__ = ["DecodingSession", "Generated", "Sampling", "SequenceSharding", "generate"]

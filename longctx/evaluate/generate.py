@@ -1,4 +1,4 @@
-"""Generation: a prompt computed by a sequence-parallel strategy, then token after token by tree decoding."""
+"""Generates text: a sequence-parallel strategy computes the prompt, tree decoding computes each further token."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 from longctx.comm import broadcast, group_of
 from longctx.errors import ConfigError
-from longctx.evaluate.session import Ranks, Session
+from longctx.evaluate.session import DecodingSession, SequenceSharding
 from longctx.model import Decoder
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. ``temperature`` 0 takes the likeliest; ``top_k``: only among so many likeliest ones.
+    """How a token is chosen.
 
-    ``seed``: of a generator that all ranks draw from alike. ``eos``: the token that ends a sequence, None for none.
+    ``temperature`` 0 takes the likeliest; ``top_k``: only among so many likeliest ones. ``seed``: of a generator that
+    all ranks draw from alike. ``eos``: the token that ends a sequence, None for none.
     """
 
     temperature: float = 0.0
@@ -33,14 +34,15 @@ class Sampling:
 
 
 GREEDY = Sampling()
-ALONE = Ranks()
+UNSHARDED = SequenceSharding()
 
 
 @dataclass(frozen=True)
 class Generated:
-    """``tokens``: prompts and what follows, int64 ``[B, S + n]``; after its ``eos`` a sequence repeats it.
+    """Prompts with what was generated after them.
 
-    ``logits``: those that each new token was chosen from, ``[B, n, V]`` on the CPU, where they were asked for.
+    ``tokens``: int64 ``[B, S + n]``; after its ``eos`` a sequence repeats it. ``logits``: those that each new token was
+    chosen from, ``[B, n, V]`` on the CPU, where they were asked for.
     """
 
     tokens: Tensor
@@ -52,25 +54,25 @@ def generate(
     model: Decoder,
     tokens: Tensor,
     max_new_tokens: int,
-    ranks: Ranks = ALONE,
+    sharding: SequenceSharding = UNSHARDED,
     sampling: Sampling = GREEDY,
     keep_logits: bool = False,
 ) -> Generated:
-    """Goes on from ``tokens``, int64 ``[B, S]``, prompts of one length that every rank has whole.
+    """Continues the prompts ``tokens``, int64 ``[B, S]``, which have one length and are whole on every rank.
 
-    Ends after ``max_new_tokens``, or when every sequence has its ``eos``. All ranks return the same.
+    It ends after ``max_new_tokens``, or when every sequence has its ``eos``. All ranks return the same.
     """
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens {max_new_tokens} must be at least 0")
     generator = torch.Generator().manual_seed(sampling.seed)
-    group, prompts = group_of(ranks.group), tokens
+    group, prompts = group_of(sharding.group), tokens
     chosen: list[Tensor] = []
-    seen: list[Tensor] = []
+    kept_logits: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool)
-    with Session(model, ranks) as session:
+    with DecodingSession(model, sharding) as session:
         while len(chosen) < max_new_tokens and not bool(ended.all()):
             logits = session.decode(chosen[-1][:, None])[:, -1] if chosen else session.prefill(prompts)
-            following = choose(logits.cpu(), sampling, generator)
+            following = sample_tokens(logits.cpu(), sampling, generator)
             if sampling.eos is not None:
                 following = following.masked_fill(ended, sampling.eos)
             # Logits of all ranks are the same but for the rounding of their devices, which may decide a near tie.
@@ -79,13 +81,13 @@ def generate(
             if sampling.eos is not None:
                 ended |= agreed == sampling.eos
             if keep_logits:
-                seen.append(logits.cpu())
+                kept_logits.append(logits.cpu())
     new = [token[:, None].to(tokens.device) for token in chosen]
-    return Generated(torch.cat([tokens, *new], dim=1), torch.stack(seen, dim=1) if seen else None)
+    return Generated(torch.cat([tokens, *new], dim=1), torch.stack(kept_logits, dim=1) if kept_logits else None)
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token for each row of logits ``[B, V]``, int64 ``[B]``."""
+def sample_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Chooses one token, int64 ``[B]``, for each row of logits ``[B, V]``."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     count = logits.shape[-1] if sampling.top_k is None else min(sampling.top_k, logits.shape[-1])

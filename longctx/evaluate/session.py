@@ -1,4 +1,4 @@
-"""A decoder that remembers the sequence so far, in a cache that is sharded over a group of ranks."""
+"""Runs a decoder that remembers the sequence so far, in a cache sharded over a group of ranks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NO_PLAN = torch.tensor(-1, dtype=torch.int64)  # new tokens are not cut
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Who shares the sequence, and how a prompt is cut and computed.
+class SequenceSharding:
+    """Which ranks share the sequence, and how a prompt is sharded and computed.
 
     ``group``: None for this process alone. ``prefill``: what computes a prompt's attention; None for the ring.
     ``kernel``: of the new tokens' attention. All ranks of the group hold the model, have the same tokens and do the
@@ -37,15 +37,15 @@ class Ranks:
     kernel: str = "auto"
 
 
-class Session:
+class DecodingSession:
     """Lends the model's layers an attention that keeps keys and values; on exit they get back their own.
 
     A prompt goes through ``prefill``, at most once and first; whatever follows through ``decode``, a few tokens at a
     time. Both give the same logits on every rank.
     """
 
-    def __init__(self, model: Decoder, ranks: Ranks) -> None:
-        if not ranks.mask.causal:
+    def __init__(self, model: Decoder, sharding: SequenceSharding) -> None:
+        if not sharding.mask.causal:
             raise ConfigError("generation needs a causal mask: tokens cannot see those that do not exist yet")
         if not isinstance(model, Decoder) or not (model.part.first and model.part.last):
             raise ConfigError("generation needs the whole model on each rank; this is a part of a pipeline: set pp=1")
@@ -57,18 +57,18 @@ class Session:
                 "have a state instead; it runs on models of softmax layers (model.pattern=S)"
             )
         self._model = model
-        self._ranks = ranks
-        self._group = group_of(ranks.group)
+        self._sharding = sharding
+        self._group = group_of(sharding.group)
         self._device = next(model.parameters()).device
         self._sequences: int | None = None  # of the first tokens, and so of all that follow
         layers = list(model.layers)
         self._own = [block.attention for block in layers]
-        self.cache = SequenceCache(self._group, ranks.mask, len(layers))
-        whole = ranks.prefill or StrategyAttention("ring", ranks.group, ranks.kernel)
+        self.cache = SequenceCache(self._group, sharding.mask, len(layers))
+        whole = sharding.prefill or StrategyAttention("ring", sharding.group, sharding.kernel)
         for number, block in enumerate(layers):
-            block.attention = CachedAttention(whole, self.cache, number, ranks.kernel)
+            block.attention = CachedAttention(whole, self.cache, number, sharding.kernel)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> DecodingSession:
         return self
 
     def __exit__(
@@ -79,7 +79,10 @@ class Session:
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
-        """tokens int64 ``[B, S]``, whole on every rank, to logits of the token after them, ``[B, V]``."""
+        """Computes a prompt and returns the logits ``[B, V]`` of the token after it.
+
+        tokens: int64 ``[B, S]``, whole on every rank.
+        """
         batch, length = tokens.shape
         if not length:
             raise ConfigError("a prompt of 0 tokens has no next token; give at least 1, such as a begin-of-text token")
@@ -91,7 +94,7 @@ class Session:
         self._sequences = batch
         documents = (Documents.single(length),) * batch
         whole = Batch(tokens, torch.full_like(tokens, IGNORE), documents)
-        local = shard(whole, self._ranks.layout, self._ranks.mask, self._group.rank, self._group.size)
+        local = shard(whole, self._sharding.layout, self._sharding.mask, self._group.rank, self._group.size)
         self.cache.expect_prompt(local.plan)
         holder, row = _last(local.plan)
         logits = self._logits_of(local, row if holder == self._group.rank else 0)
@@ -99,7 +102,10 @@ class Session:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """tokens int64 ``[B, n]``, the same on every rank, to logits of what comes after each, ``[B, n, V]``."""
+        """Adds tokens to the sequences and returns the logits ``[B, n, V]`` of what comes after each.
+
+        tokens: int64 ``[B, n]``, the same on every rank.
+        """
         if self._sequences not in (None, len(tokens)):
             raise ConfigError(
                 f"decode got tokens of {len(tokens)} sequences, and this session has {self._sequences}; give as many, "
@@ -112,7 +118,7 @@ class Session:
         return logits
 
     def _logits_of(self, local: LocalBatch, row: int) -> Tensor:
-        """``[B, V]`` of one row of this rank's tokens: those of a whole prompt would not fit."""
+        """Returns the logits ``[B, V]`` of one row of this rank's tokens: those of a whole prompt would not fit."""
         vocabulary = self._model.vocabulary
         self._model.vocabulary = _OneRow(vocabulary, row)
         try:
@@ -135,7 +141,7 @@ class _OneRow(Vocabulary):
 
 
 def _last(plan: SequencePlan) -> tuple[int, int]:
-    """Rank and local row of the sequence's last token."""
-    held = [plan.positions(rank) for rank in range(plan.world)]
-    holder = max(range(plan.world), key=lambda rank: cast("int", held[rank][-1]) if len(held[rank]) else -1)
-    return holder, len(held[holder]) - 1
+    """Returns rank and local row of the sequence's last token."""
+    positions = [plan.positions(rank) for rank in range(plan.world)]
+    holder = max(range(plan.world), key=lambda rank: cast("int", positions[rank][-1]) if len(positions[rank]) else -1)
+    return holder, len(positions[holder]) - 1

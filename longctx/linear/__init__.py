@@ -1,4 +1,4 @@
-"""Linear attention under sequence parallelism: mixers, their core, and the strategies that join ranks."""
+"""Computes linear attention under sequence parallelism: mixers, their core, and the strategies that join ranks."""
 
 from longctx.linear.core import LinearAttention
 from longctx.linear.mixer import HeadDims, Inputs, LinearCore, Mixer, get_mixer

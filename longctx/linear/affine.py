@@ -1,11 +1,11 @@
-"""The one algebra of linear attention: a run of tokens maps the state affinely, and runs compose.
+"""Computes the one algebra of linear attention: a run of tokens maps the state affinely, and runs compose.
 
     S_out = A S_in + B          (A2, B2) after (A1, B1) = (A2 A1, A2 B1 + B2)
 
 States S and additions B are ``[B, n, H, K, V]``, n elements in order. A transition A is kept as what multiplies a
 state: ``[B, n, H, 1, 1]`` a number, ``[B, n, H, K, 1]`` a diagonal, ``[B, n, H, K, K]`` a matrix; dimensions of size
-1 are shared. Decays are numbers of [0, 1], so that products of them can only underflow to the 0 that they mean; a
-document start is A = 0. Everything is in the accumulation dtype.
+1 are shared. Decays are numbers of [0, 1], so products of them can only underflow to the 0 that they mean. A document
+start is A = 0. Everything is in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Runs = tuple[tuple[int, int], ...]  # half-open ranges of elements; each run sta
 def affine_exscan(
     transitions: Tensor, additions: Tensor, initial: Tensor | None = None, runs: Runs | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(the state that enters each element ``[B, n, H, K, V]``, the state that leaves each run ``[B, r, H, K, V]``).
+    """Returns the state that enters each element and the state that leaves each run.
 
-    ``initial`` ``[B, r, H, K, V]``: what enters each run, 0 if left out. Differentiable: the backward pass is the
-    same scan in reverse with the transitions transposed.
+    They are ``[B, n, H, K, V]`` and ``[B, r, H, K, V]``. ``initial`` ``[B, r, H, K, V]``: what enters each run, 0 if
+    left out. Differentiable: the backward pass is the same scan in reverse with the transitions transposed.
     """
     runs = ((0, additions.shape[1]),) if runs is None else runs
     initial = _nothing(additions, runs) if initial is None else initial
@@ -35,7 +35,11 @@ def affine_exscan(
 def affine_exscan_adjoint(
     transitions: Tensor, entering: Tensor, leaving: Tensor | None = None, runs: Runs | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (additions, initial), from those of the states that enter elements and that leave runs (0)."""
+    """Returns the gradients of additions and initial states, which the scan's backward pass computes.
+
+    ``entering``, ``leaving``: gradients of the states that enter elements and that leave runs; the latter are 0 if left
+    out.
+    """
     runs = ((0, entering.shape[1]),) if runs is None else runs
     leaving = _nothing(entering, runs) if leaving is None else leaving
     additions, initial = torch.empty_like(entering), torch.empty_like(leaving)
@@ -48,13 +52,13 @@ def affine_exscan_adjoint(
     return additions, initial
 
 
-def applied(transitions: Tensor, states: Tensor) -> Tensor:
-    """A S, element by element."""
+def apply_transitions(transitions: Tensor, states: Tensor) -> Tensor:
+    """Returns A S, element by element."""
     return _multiplied(transitions, states)
 
 
 def transition_gradient(leaving: Tensor, entering: Tensor, shape: torch.Size) -> Tensor:
-    """dA = D_out S_in^T of every element, summed to what ``shape`` keeps of it."""
+    """Returns the gradient of every transition, dA = D_out S_in^T, summed to what ``shape`` keeps of it."""
     if shape[-1] > 1:
         return (leaving @ entering.mT).sum_to_size(shape)
     return (leaving * entering).sum_to_size(shape)
@@ -69,7 +73,7 @@ def _element(transitions: Tensor, element: int) -> Tensor:
 
 
 def _multiplied(transition: Tensor, state: Tensor) -> Tensor:
-    """A matrix multiplies; a number or a diagonal, whichever way it lies, scales."""
+    """Multiplies by a matrix, or scales by a number or a diagonal, whichever way it lies."""
     if transition.shape[-1] == 1:
         return transition * state
     if transition.shape[-2] == 1:

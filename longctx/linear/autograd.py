@@ -1,4 +1,4 @@
-"""Autograd inside custom operators: their backward passes differentiate local computing rather than spell it out."""
+"""Enables autograd inside custom operators, whose backward passes differentiate local computing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEYS = ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView
 
 @contextmanager
 def autograd() -> Iterator[None]:
-    """Records what runs inside, which torch does not do below a custom operator; checked with torch 2.13."""
+    """Enables autograd inside a custom operator, where torch records nothing by itself; checked with torch 2.13."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in KEYS:
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))

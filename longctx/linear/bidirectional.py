@@ -1,4 +1,4 @@
-"""Queries that see later tokens too: every document has one state, the sum over all of it.
+"""Computes linear attention whose queries see later tokens too: every document has one state, the sum over all of it.
 
 Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid" (2025), without mask.
 
@@ -9,8 +9,8 @@ Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and It
     O = documents inside one chunk                 gradients that need M_d alone
     O += Q M                                       gradients of my parts
 
-A state that decays has no such sum, so transitions are refused. One all-reduce each way, of the documents that several
-ranks hold; nothing is sent for the others.
+A state that decays has no such sum, so transitions are refused. There is one all-reduce each way, of the documents
+that several ranks hold; nothing is sent for the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longctx.attention.costs.estimate import Volume
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import SUM, start_all_reduce
 from longctx.linear.autograd import autograd
-from longctx.linear.chunks import Chunks, distinct, grid_of
+from longctx.linear.chunks import Chunks, distinct_packings, grid_of
 from longctx.linear.diagonal import by_token
 from longctx.linear.registry import LinearSizes
 from longctx.linear.segments import chain_of
@@ -38,7 +38,7 @@ from longctx.sequence.documents import Int64
 
 @dataclass(frozen=True)
 class Parts:
-    """Which documents a rank's chunks hold parts of: at most two, that of its first token and that of its last.
+    """Which documents a rank's chunks hold parts of: at most that of the chunk's first token and that of its last.
 
     ``crossing``: slots of documents that several ranks hold, the same on all; then those of this rank alone, and
     one of no document. ``first``, ``last`` bool ``[B', N, C]``: tokens of such a document, its slot ``[B', N]``;
@@ -59,7 +59,7 @@ class Parts:
 
 
 def crossing_documents(plan: SequencePlan, row: int) -> Int64:
-    """Numbers of a row's documents that have tokens on several ranks."""
+    """Returns the numbers of a row's documents that have tokens on several ranks."""
     bounds = plan.documents[row].cu_seqlens
     holders = sum(
         (np.diff(np.searchsorted(plan.positions(rank), bounds)) > 0).astype(np.int64) for rank in range(plan.world)
@@ -68,9 +68,10 @@ def crossing_documents(plan: SequencePlan, row: int) -> Int64:
 
 
 def cut_parts(plan: SequencePlan, rank: int, chunk: int) -> Parts:
+    """Returns which documents the chunks of one rank hold parts of, on the host."""
     chain = chain_of(plan)
-    grid = grid_of([chain.segments[place] for place in chain.own(rank)], plan.shard, chunk)
-    rows = [_row_parts(plan, row, grid.filled) for row in range(len(distinct(plan.documents)))]
+    grid = grid_of([chain.segments[place] for place in chain.places_of(rank)], plan.shard, chunk)
+    rows = [_row_parts(plan, row, grid.filled) for row in range(len(distinct_packings(plan.documents)))]
     crossing = max(len(crossing_documents(plan, row)) for row in range(len(plan.documents)))
     alone = max(count for _, count in rows)
     arrays = {name: np.stack([found[name] for found, _ in rows]) for name in rows[0][0]}
@@ -109,7 +110,10 @@ _parts: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Parts]] = weakref.Wea
 
 
 def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Parts:
-    """Made at first use and moved once, for a copy from ordinary memory makes the host wait."""
+    """Returns the parts of a rank's chunks on ``device``, made at first use and moved once.
+
+    A copy from ordinary memory makes the host wait.
+    """
     made = _parts.setdefault(plan, {})
     key = (rank, chunk, device)
     if key not in made:
@@ -117,20 +121,20 @@ def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) ->
     return made[key]
 
 
-def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, call: LinearContext) -> tuple[Tensor, Tensor]:
-    """(out ``[B, T/SP, H/TP, V]``, sums of documents ``[B, slots, H/TP, K, V]``)."""
+def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, context: LinearContext) -> tuple[Tensor, Tensor]:
+    """Computes the output ``[B, T/SP, H/TP, V]`` and the sums of documents ``[B, slots, H/TP, K, V]``."""
     q, k, v = _cut(tensors, chunks)
     sums = _sums(k, v, parts)
-    crossing = start_all_reduce(call.group, sums[:, : parts.crossing].contiguous(), SUM)
+    crossing = start_all_reduce(context.group, sums[:, : parts.crossing].contiguous(), SUM)
     out = _inner(q, k, v, parts)
     sums[:, : parts.crossing] = crossing.wait()
     return chunks.join(out + _read(q, sums, parts)), sums
 
 
 def backward(
-    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, call: LinearContext
+    dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, context: LinearContext
 ) -> list[Tensor]:
-    """Gradients of q, k, v."""
+    """Computes the gradients of q, k and v."""
     with autograd():
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         q, k, v = _cut(leaves, chunks)
@@ -139,7 +143,7 @@ def backward(
     dout = chunks.cut(dout.to(sums.dtype))
     with autograd():
         (dsums,) = torch.autograd.grad(read, whole, dout, retain_graph=True)
-    crossing = start_all_reduce(call.group, dsums[:, : parts.crossing].contiguous(), SUM)
+    crossing = start_all_reduce(context.group, dsums[:, : parts.crossing].contiguous(), SUM)
     with autograd():
         out = read + _inner(q, k, v, parts)
         first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
@@ -154,7 +158,7 @@ def _cut(tensors: Sequence[Tensor], chunks: Chunks) -> list[Tensor]:
 
 
 def _sums(k: Tensor, v: Tensor, parts: Parts) -> Tensor:
-    """This rank's share of each document's state, ``[B, slots, H, K, V]``; the last slot is of no use."""
+    """Returns this rank's share of each document's state, ``[B, slots, H, K, V]``; the last slot is of no use."""
     sums = k.new_zeros(len(k), parts.slots, k.shape[2], k.shape[-1], v.shape[-1]).flatten(0, 1)
     for mask, slot in ((parts.first, parts.first_slot), (parts.last, parts.last_slot)):
         part = k.masked_fill(~by_token(mask), 0).mT @ v
@@ -175,13 +179,13 @@ def _inner(q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Tensor:
 
 
 def _flat(slot: Tensor, batch: int, parts: Parts) -> Tensor:
-    """Slots ``[B', N]`` as places among those of all batch rows, ``[B N]``."""
+    """Returns slots ``[B', N]`` as places among those of all batch rows, ``[B N]``."""
     rows = torch.arange(batch, device=slot.device)[:, None]
     return (slot + rows * parts.slots).flatten()
 
 
 def total_volume(plan: SequencePlan, sizes: LinearSizes) -> Volume:
-    """An all-reduce of the states of documents that cross ranks, in each direction."""
+    """Counts an all-reduce of the states of documents that cross ranks, in each direction."""
     crossing = max(len(crossing_documents(plan, row)) for row in range(len(plan.documents)))
     if plan.world == 1 or not crossing:
         return Volume(0, 0, 0, 0)

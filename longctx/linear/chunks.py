@@ -1,6 +1,6 @@
-"""A rank's tokens in chunks, and which of them see what: the part of a plan that local computing reads.
+"""Cuts a rank's tokens into chunks and says which of them see what: the part of a plan that local computing reads.
 
-Each segment is cut into chunks of C tokens from its start; the last one is padded with tokens that write nothing and
+Each segment is cut into chunks of C tokens from its start. The last one is padded with tokens that write nothing and
 let the state through. A document edge may lie anywhere in a chunk:
 
     same[i, j]   j is not after i, both in one document     what i reads of j directly
@@ -28,7 +28,7 @@ from longctx.sequence.documents import Int64
 
 @dataclass(frozen=True)
 class Chunks:
-    """N chunks of C tokens on one rank. B' is B, or 1 where all batch rows are packed alike.
+    """The N chunks of C tokens that one rank holds; B' is B, or 1 where all batch rows are packed alike.
 
     ``runs``: half-open chunk ranges, one for each of the rank's segments. ``segment`` int64 ``[N]``: whose chunk it is.
     ``slots`` int64 ``[n]``: place of each valid local token among the N·C; ``token`` int64 ``[N·C]``: the inverse,
@@ -58,7 +58,7 @@ class Chunks:
         return self.same.shape[-1]
 
     def cut(self, tokens: Tensor) -> Tensor:
-        """``[B, T/SP, H, ...]`` to ``[B, N, H, C, ...]``; 0 for what is not a token of a document."""
+        """Cuts ``[B, T/SP, H, ...]`` into chunks ``[B, N, H, C, ...]``; 0 for what is not a token of a document."""
         if self.full:
             return tokens.unflatten(1, (self.count, self.width)).transpose(2, 3).contiguous()
         padded = F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, 1))
@@ -67,7 +67,7 @@ class Chunks:
         return chunked.masked_fill(~real, 0).transpose(2, 3).contiguous()
 
     def join(self, chunked: Tensor) -> Tensor:
-        """``[B, N, H, C, ...]`` to ``[B, T/SP, H, ...]``; padding is 0."""
+        """Joins chunks ``[B, N, H, C, ...]`` to ``[B, T/SP, H, ...]``; padding is 0."""
         tokens = chunked.transpose(2, 3).flatten(1, 2)
         if self.full:
             return tokens
@@ -81,35 +81,38 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Piece:
-    """Chunks that are computed together: ``rows``, the local ones of their tokens, and ``chunks`` among these rows.
+    """Chunks that are computed together: ``rows`` are the local rows of their tokens.
 
-    What a piece has of a segment is a *span*; they are the runs of its chunks.
+    ``chunks``: the chunks among these rows. What a piece has of a segment is a *span*; they are the runs of its chunks.
     """
 
     rows: slice
     chunks: Chunks
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece's rows of a tensor of tokens ``[B, T/SP, ...]``; one of heads ``[H]`` is whole."""
+        """Returns the piece's rows of a tensor of tokens ``[B, T/SP, ...]``; a tensor of heads ``[H]`` stays whole."""
         return tensor if tensor.ndim == 1 else tensor[:, self.rows]
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A rank's tokens, piece by piece. ``runs``: half-open ranges of spans, one for each of the rank's segments."""
+    """A rank's tokens, divided into pieces; ``runs`` are half-open ranges of spans, one for each of its segments."""
 
     parts: tuple[Piece, ...]
     runs: tuple[tuple[int, int], ...]
 
     def split(self, spans: Tensor) -> tuple[Tensor, ...]:
-        """``[B, spans, ...]`` by piece."""
+        """Splits ``[B, spans, ...]`` by piece."""
         return spans.split([len(piece.chunks.runs) for piece in self.parts], 1)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Chunks as places: global ``position`` int64 ``[N, C]``, -1 for none; ``token``, the local row, or one past the
-    shard. ``filled``: positions, that of the chunk's last token where there is none."""
+class ChunkGrid:
+    """A layout of a rank's chunks that says which token lies where, int64 ``[N, C]`` each.
+
+    ``position``: global, -1 for none. ``token``: the local row, or one past the shard. ``filled``: positions, and that
+    of the chunk's last token where there is none. ``counts``: chunks of each segment.
+    """
 
     counts: list[int]
     position: Int64
@@ -117,8 +120,11 @@ class Grid:
     filled: Int64
 
 
-def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> Grid:
-    """Chunks of at most ``chunk`` tokens of one rank's segments, in order; narrower where no segment is as long."""
+def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> ChunkGrid:
+    """Lays one rank's segments out, in order, as chunks of at most ``chunk`` tokens.
+
+    Chunks are shorter where no segment is as long.
+    """
     width = max(1, min(chunk, max((segment.tokens for segment in segments), default=1)))
     counts = [-(-segment.tokens // width) for segment in segments]
     ends = np.cumsum([0, *counts])
@@ -128,14 +134,15 @@ def grid_of(segments: Sequence[Segment], shard: int, chunk: int) -> Grid:
         position[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.start, segment.stop)
         token[first:last].reshape(-1)[: segment.tokens] = np.arange(segment.first, segment.first + segment.tokens)
     filled = np.where(position >= 0, position, position.max(1, keepdims=True, initial=-1))
-    return Grid(counts, position, token, filled)
+    return ChunkGrid(counts, position, token, filled)
 
 
 def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shard: int, chunk: int) -> Chunks:
+    """Cuts the segments of one rank into chunks, on the host."""
     grid = grid_of(segments, shard, chunk)
     # What pads a chunk belongs to the document of the chunk's last token: it keeps no state from leaving.
     position, filled = grid.position, grid.filled
-    rows = distinct(documents)
+    rows = distinct_packings(documents)
     start = np.stack([row.bounds_of(filled)[0] for row in rows])  # [B', N, C], of each token's document
     real = np.stack([(position >= 0) & (position < row.length) for row in rows])
     same = (start[..., :, None] == start[..., None, :]) & np.tri(position.shape[1], dtype=bool)
@@ -157,25 +164,25 @@ def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shar
     return Chunks(shard, full, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
-def distinct(documents: Sequence[Documents]) -> Sequence[Documents]:
-    """One row's packing for all where they are packed alike."""
+def distinct_packings(documents: Sequence[Documents]) -> Sequence[Documents]:
+    """Returns the packing of each row, or a single one where all rows are packed alike."""
     return documents[:1] if len(set(documents)) == 1 else documents
 
 
 def cut_pieces(segments: Sequence[Segment], documents: Sequence[Documents], chunk: int, tokens: int) -> Pieces:
-    """Pieces of whole chunks, of at most ``tokens`` tokens or one chunk."""
+    """Cuts segments into pieces of whole chunks, of at most ``tokens`` tokens or one chunk."""
     most = max(1, tokens // chunk) * chunk
     parts: list[list[Segment]] = [[]]
-    counts, room = [], most
+    counts, free_tokens = [], most
     for segment in segments:
         before, start = sum(map(len, parts)), segment.start
         while start < segment.stop:
-            if not room:
+            if not free_tokens:
                 parts.append([])
-                room = most
-            stop = min(segment.stop, start + room)
+                free_tokens = most
+            stop = min(segment.stop, start + free_tokens)
             parts[-1].append(replace(segment, start=start, stop=stop, first=segment.first + start - segment.start))
-            room -= -(-(stop - start) // chunk) * chunk
+            free_tokens -= -(-(stop - start) // chunk) * chunk
             start = stop
         counts.append(sum(map(len, parts)) - before)
     ends = np.cumsum([0, *counts]).tolist()
@@ -189,8 +196,8 @@ def _piece(spans: Sequence[Segment], documents: Sequence[Documents], chunk: int)
     return Piece(rows, cut_chunks(shifted, documents, rows.stop - rows.start, chunk))
 
 
-# Tokens of a piece, by kind of device, or all at once. Tensors of a piece stay in a core's cache, more or less, and
-# below what glibc's allocator gives back to the system after every use (32 MiB), page by page.
+# Tokens of a piece, by kind of device, or all at once. Tensors of a piece stay in a core's cache, more or less. They
+# also stay below 32 MiB: glibc's allocator gives larger ones back to the system after every use, page by page.
 PIECE = {"cpu": 2048}
 
 _Key = tuple[int, int, torch.device]
@@ -200,7 +207,10 @@ _pieces: weakref.WeakKeyDictionary[SequencePlan, dict[_PiecesKey, Pieces]] = wea
 
 
 def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Chunks:
-    """Made at first use and moved once, for a copy from ordinary memory makes the host wait."""
+    """Returns a rank's chunks on ``device``, made at first use and moved once.
+
+    A copy from ordinary memory makes the host wait.
+    """
     made = _chunks.setdefault(plan, {})
     key = (rank, chunk, device)
     if key not in made:
@@ -209,7 +219,7 @@ def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
 
 
 def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Pieces:
-    """As ``chunks_of``."""
+    """Returns a rank's pieces on ``device``, made at first use and moved once."""
     made, tokens = _pieces.setdefault(plan, {}), PIECE.get(device.type, plan.length)
     key = (rank, chunk, tokens, device)
     if key not in made:
@@ -221,4 +231,4 @@ def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
 
 def _segments(plan: SequencePlan, rank: int) -> list[Segment]:
     chain: Chain = chain_of(plan)
-    return [chain.segments[place] for place in chain.own(rank)]
+    return [chain.segments[place] for place in chain.places_of(rank)]

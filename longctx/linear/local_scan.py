@@ -1,7 +1,7 @@
-"""From chunks to segments and back: what a rank's segments do to a state, and which state enters each chunk.
+"""Scans what a rank's segments do to a state, and which state enters each chunk.
 
-In two steps of the same kind: chunks are scanned piece by piece, as if nothing entered the piece's spans, and spans to
-segments, as if nothing entered these.
+It takes two steps of the same kind. Chunks are scanned piece by piece, as if nothing entered the piece's spans. Spans
+are scanned to segments, as if nothing entered these.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, applied, transition_gradient
+from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, apply_transitions, transition_gradient
 from longctx.linear.chunks import Chunks, Pieces
 from longctx.linear.states import Summary
 
 
 @dataclass(frozen=True)
 class LocalScan:
-    """The scan over a piece's chunks as if nothing entered its spans.
+    """The scan over a piece's chunks that assumes that nothing entered its spans.
 
-    ``entering`` ``[B, N, H, K, V + c]``: the state at each chunk and, in the last c columns, what the transitions up
-    to there make of one that enters the span: a diagonal (c = 1) or a matrix (c = K). ``leaving``
-    ``[B, n, H, K, V + c]``: the same at the end of each span. ``rows``: 1 where the diagonal is one number.
+    ``entering`` ``[B, N, H, K, V + c]``: the state at each chunk. The last c columns are what the transitions up to
+    there make of a state that enters the span. They are a diagonal (c = 1) or a matrix (c = K). ``leaving`` ``[B, n, H,
+    K, V + c]``: the same at the end of each span. ``rows``: 1 where the diagonal is one number.
     """
 
     entering: Tensor
@@ -33,27 +33,33 @@ class LocalScan:
 
     @property
     def transitions(self) -> Tensor:
-        """Of the spans, ``[B, n, H, 1 or K, 1 or K]``."""
+        """Transitions of the spans, ``[B, n, H, 1 or K, 1 or K]``."""
         return self.leaving[..., : self.rows, self.values :]
 
     @property
     def additions(self) -> Tensor:
-        """Of the spans, ``[B, n, H, K, V]``."""
+        """Additions of the spans, ``[B, n, H, K, V]``."""
         return self.leaving[..., : self.values]
 
     def states(self, entered: Tensor, chunks: Chunks) -> Tensor:
-        """The state that enters each chunk ``[B, N, H, K, V]``; ``entered`` ``[B, n, H, K, V]``: the spans."""
+        """Returns the state that enters each chunk, ``[B, N, H, K, V]``.
+
+        ``entered``: the states that enter the spans, ``[B, n, H, K, V]``.
+        """
         alone, through = self.entering.split([self.values, self.entering.shape[-1] - self.values], -1)
-        return alone + applied(through, entered.index_select(1, chunks.segment))
+        return alone + apply_transitions(through, entered.index_select(1, chunks.segment))
 
     def entered_gradient(self, dstates: Tensor, chunks: Chunks) -> Tensor:
-        """Gradient of ``entered``, from that of the states."""
-        back = applied(self.entering[..., self.values :].mT, dstates)
+        """Returns the gradient of the states that enter the spans, from that of the states that enter chunks."""
+        back = apply_transitions(self.entering[..., self.values :].mT, dstates)
         sums = [back[:, start:stop].sum(1) for start, stop in chunks.runs]
         return torch.stack(sums, 1) if sums else back
 
     def gradients(self, dstates: Tensor, entered: Tensor, leaving: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        """Gradients of (``entering``, ``leaving``), from those of the states and of what leaves the spans."""
+        """Returns the gradients of ``entering`` and ``leaving``.
+
+        ``dstates``, ``leaving``: gradients of the chunks' states and of what leaves the spans.
+        """
         columns = (*self.entering.shape[:-1], self.entering.shape[-1] - self.values)
         through = transition_gradient(dstates, entered.index_select(1, chunks.segment), torch.Size(columns))
         transitions = transition_gradient(leaving, entered, self.transitions.shape)
@@ -66,7 +72,7 @@ class LocalScan:
 
 
 class SpanScan:
-    """The scan over all spans of a rank, as if nothing entered its segments."""
+    """The scan over all spans of a rank that assumes that nothing entered its segments."""
 
     def __init__(self, scans: Sequence[LocalScan], pieces: Pieces) -> None:
         self._transitions = torch.cat([scan.transitions for scan in scans], 1)
@@ -75,20 +81,30 @@ class SpanScan:
 
     @property
     def summary(self) -> Summary:
-        """Of the segments."""
+        """The summary of the rank's segments: their transitions and additions."""
         whole = scan_chunks(self._transitions, self._additions, self._pieces.runs)
         return Summary(whole.transitions, whole.additions)
 
     def entering(self, entered: Tensor) -> tuple[Tensor, ...]:
-        """By piece, the states that enter its spans; ``entered`` ``[B, n, H, K, V]``: the segments."""
+        """Returns the states that enter the spans, by piece.
+
+        ``entered``: the states that enter segments, ``[B, n, H, K, V]``.
+        """
         return self._pieces.split(affine_exscan(self._transitions, self._additions, entered, self._pieces.runs)[0])
 
     def entered_gradient(self, dentering: Tensor) -> Tensor:
-        """Gradient of ``entered``, from those of the states that enter spans by what their chunks read of them."""
+        """Returns the gradient of the states that enter segments.
+
+        ``dentering``: gradients of the states that enter spans, by what their chunks read of them.
+        """
         return affine_exscan_adjoint(self._transitions, dentering, None, self._pieces.runs)[1]
 
     def leaving_gradients(self, dentering: Tensor, leaving: Tensor) -> tuple[Tensor, ...]:
-        """By piece, gradients of the states that leave its spans; ``leaving`` ``[B, n, H, K, V]``: the segments."""
+        """Returns the gradients of the states that leave the spans, by piece.
+
+        ``dentering``: gradients of the states that enter the spans. ``leaving``: gradients of the states that leave
+        segments, ``[B, n, H, K, V]``.
+        """
         return self._pieces.split(affine_exscan_adjoint(self._transitions, dentering, leaving, self._pieces.runs)[0])
 
 

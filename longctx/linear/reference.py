@@ -1,4 +1,4 @@
-"""Linear attention token by token over whole sequences: the definition that everything else is held against.
+"""Computes linear attention token by token over whole sequences: the definition that all else is compared with.
 
 It shares no code with the chunks and needs no plan. Sequences are ``[B, S, ...]``, one ``Documents`` a batch row; what
 is past a row's documents reads and writes nothing, and its output is 0. Slow, for tests and the canary, in any dtype.
@@ -16,8 +16,10 @@ from longctx.sequence import Documents
 
 
 def decayed_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, documents: Sequence[Documents]) -> Tensor:
-    """S_t = decay_t S_{t-1} + k_t v_t^T, o_t = q_t S_t. q, k ``[B, S, H, K]``, v ``[B, S, H, V]``, decay
-    ``[B, S, H, 1 or K]``."""
+    """Computes S_t = decay_t S_{t-1} + k_t v_t^T and o_t = q_t S_t.
+
+    q, k ``[B, S, H, K]``, v ``[B, S, H, V]``, decay ``[B, S, H, 1 or K]``.
+    """
     going_on, real = _tokens(documents, q)
     state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
     out = []
@@ -28,22 +30,27 @@ def decayed_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, documents: Sequ
 
 
 def delta_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, documents: Sequence[Documents]) -> Tensor:
-    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t; decay and beta ``[B, S, H]``."""
+    """Computes S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T and o_t = q_t S_t.
+
+    decay (a) and beta (b): ``[B, S, H]``.
+    """
     going_on, real = _tokens(documents, q)
     state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
     out = []
     for t in range(q.shape[1]):
         state = decay[:, t, :, None, None] * state * going_on[:, t]
-        held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        correction = beta[:, t, :, None] * (v[:, t] - held)
+        stored = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        correction = beta[:, t, :, None] * (v[:, t] - stored)
         state = state + k[:, t].unsqueeze(-1) * correction.unsqueeze(-2)
         out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * real[:, t])
     return torch.stack(out, 1)
 
 
 def convolved(x: Tensor, weight: Tensor, documents: Sequence[Documents]) -> Tensor:
-    """y_t = sum over w of weight[W-1-w] x_{t-w}, as far back as the document goes; x ``[B, S, H, C]``, weight
-    ``[H, C, W]``."""
+    """Computes y_t = sum over w of weight[W-1-w] x_{t-w}, as far back as the document goes.
+
+    x ``[B, S, H, C]``, weight ``[H, C, W]``.
+    """
     going_on, real = _tokens(documents, x)
     taps, out = weight.shape[-1], []
     for t in range(x.shape[1]):
@@ -56,7 +63,7 @@ def convolved(x: Tensor, weight: Tensor, documents: Sequence[Documents]) -> Tens
 
 
 def document_sums(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents]) -> Tensor:
-    """o_t = q_t (sum of k v^T over the document of t)."""
+    """Computes o_t = q_t (sum of k v^T over the document of t)."""
     rows = []
     for row, packing in enumerate(documents):
         parts = [
@@ -104,7 +111,10 @@ class RecurrentCore:
 
 
 def _tokens(documents: Sequence[Documents], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 where a token goes on with its document ``[B, S, 1, 1, 1]``, 1 where it is of one ``[B, S, 1, 1]``)."""
+    """Returns two masks: 1 where a token goes on with its document, and 1 where it is of a document at all.
+
+    They are ``[B, S, 1, 1, 1]`` and ``[B, S, 1, 1]``.
+    """
     going_on = like.new_ones(like.shape[:2])
     real = like.new_zeros(like.shape[:2])
     for row, packing in enumerate(documents):

@@ -1,4 +1,4 @@
-"""What ranks tell each other of their segments, and what becomes of it: the common part of the strategies."""
+"""Holds what ranks send one another about their segments: the common part of the strategies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from longctx.sequence import Rows, SequencePlan
 
 @dataclass(frozen=True)
 class Summary:
-    """Of this rank's n segments: ``transitions`` ``[B, n, H, 1 or K, 1 or K]`` with document starts in them, and
-    ``states`` ``[B, n, H, K, V]``: additions on the way forward, gradients of what entered on the way back."""
+    """What this rank's n segments do to a state.
+
+    ``transitions`` ``[B, n, H, 1 or K, 1 or K]``, with document starts in them. ``states`` ``[B, n, H, K, V]``:
+    additions in the forward pass, gradients of what entered in the backward pass.
+    """
 
     transitions: Tensor
     states: Tensor
@@ -26,10 +29,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class LinearContext:
-    """All that a strategy is told besides its tensors.
+    """All that a strategy is given besides its tensors.
 
-    ``decay``: the log decay ``[H]`` of a token, where all ranks know it: 0 where nothing decays. Then no rank
-    tells its transitions. None where they depend on the tokens.
+    ``decay``: the log decay ``[H]`` of a token where all ranks know it, 0 where nothing decays. Then no rank sends its
+    transitions. None where they depend on the tokens.
     """
 
     plan: SequencePlan
@@ -42,8 +45,8 @@ class LinearContext:
 
     @property
     def own(self) -> tuple[int, ...]:
-        """Places of this rank's segments in the chain."""
-        return self.chain.own(self.group.rank)
+        """Places of this rank's segments in the chain, ascending."""
+        return self.chain.places_of(self.group.rank)
 
 
 # Awaits the exchange: states that enter this rank's segments, or gradients of those that leave them, [B, n, H, K, V].
@@ -51,8 +54,8 @@ Arriving = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Some places of the chain, ascending, and where documents join them; tensors on one device.
+class ChainSubset:
+    """Some places of the chain, ascending, and where documents join them; tensors are on one device.
 
     ``joined``, ``onward``, ``keep`` bool ``[B, n, 1, 1, 1]``: a document reaches each place from the one before,
     reaches from it to the next, reaches through it. ``tokens`` ``[n, 1, 1, 1]``.
@@ -65,7 +68,7 @@ class Stretch:
     tokens: Tensor
 
     @classmethod
-    def of(cls, chain: Chain, places: Sequence[int]) -> Stretch:
+    def of(cls, chain: Chain, places: Sequence[int]) -> ChainSubset:
         joined = torch.from_numpy(chain.joined(places))
         onward = torch.cat([joined[:, 1:], torch.zeros_like(joined[:, :1])], 1)
         keep = torch.from_numpy(chain.keep[:, list(places)])
@@ -73,56 +76,65 @@ class Stretch:
         tokens = torch.from_numpy(chain.tokens[list(places)])
         return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None])
 
-    def to(self, device: torch.device) -> Stretch:
+    def to(self, device: torch.device) -> ChainSubset:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Stretch(self.places, **moved)
+        return ChainSubset(self.places, **moved)
 
     def known(self, decay: Tensor) -> Tensor:
-        """Transitions that follow from the log decay of a token ``[H]``: ``[B, n, H, 1, 1]``."""
+        """Returns transitions ``[B, n, H, 1, 1]`` that follow from the log decay ``[H]`` of a token."""
         return (decay[:, None, None] * self.tokens).exp() * self.keep
 
     def rows(self, places: Sequence[int]) -> Rows:
-        """Where these ascending places are in tensors of the stretch."""
+        """Returns where these ascending places are in tensors of the subset."""
         return rows_of([self.places.index(place) for place in places])
 
 
 def rows_of(elements: Sequence[int]) -> Rows:
-    """Ascending elements as intervals: a list as an index would be copied to the device while the host waits."""
+    """Returns ascending elements as intervals.
+
+    A list as an index would be copied to the device while the host waits.
+    """
     assert all(one < other for one, other in pairwise(elements)), "elements ascend"
     return Rows.union((element, element + 1) for element in elements)
 
 
 _Key = tuple[tuple[int, ...], torch.device]
-_stretches: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Stretch]] = weakref.WeakKeyDictionary()
+_subsets: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, ChainSubset]] = weakref.WeakKeyDictionary()
 
 
-def stretch_of(plan: SequencePlan, places: Sequence[int], device: torch.device) -> Stretch:
-    """Made at first use and moved once, for a copy from ordinary memory makes the host wait."""
-    made = _stretches.setdefault(plan, {})
+def chain_subset(plan: SequencePlan, places: Sequence[int], device: torch.device) -> ChainSubset:
+    """Returns some places of the plan's chain on ``device``, made at first use and moved once.
+
+    A copy from ordinary memory makes the host wait.
+    """
+    made = _subsets.setdefault(plan, {})
     key = (tuple(places), device)
     if key not in made:
-        made[key] = Stretch.of(chain_of(plan), places).to(device)
+        made[key] = ChainSubset.of(chain_of(plan), places).to(device)
     return made[key]
 
 
-def packed(summary: Summary, elements: Sequence[int], call: LinearContext) -> Tensor:
-    """Some of the segments as one message ``[n, B, H, K V + |A|]``; without A where every rank knows it."""
-    parts = [summary.states] if call.decay is not None else [summary.states, summary.transitions]
+def pack_segments(summary: Summary, elements: Sequence[int], context: LinearContext) -> Tensor:
+    """Packs some of the segments as one message ``[n, B, H, K V + |A|]``, without A where every rank knows it."""
+    parts = [summary.states] if context.decay is not None else [summary.states, summary.transitions]
     rows = rows_of(elements)
     return torch.cat([rows.take(part).flatten(3) for part in parts], -1).transpose(0, 1).contiguous()
 
 
-def width(summary: Summary, call: LinearContext) -> int:
-    """Numbers a head of one segment in a message."""
+def segment_width(summary: Summary, context: LinearContext) -> int:
+    """Returns how many numbers a message has for one head of one segment."""
     states, transitions = (tensor.shape[-2] * tensor.shape[-1] for tensor in (summary.states, summary.transitions))
-    return states + (0 if call.decay is not None else transitions)
+    return states + (0 if context.decay is not None else transitions)
 
 
-def unpacked(message: Tensor, summary: Summary, call: LinearContext) -> Summary:
-    """What another rank packed of segments like those of ``summary``; without transitions where all ranks know them."""
+def unpack_segments(message: Tensor, summary: Summary, context: LinearContext) -> Summary:
+    """Unpacks what another rank packed of segments like those of ``summary``.
+
+    Its transitions are left out where all ranks know them.
+    """
     message = message.transpose(0, 1)
     shape, states = summary.states.shape[-2:], summary.states.shape[-2] * summary.states.shape[-1]
     transitions = message[..., states:]
-    if call.decay is None:
+    if context.decay is None:
         transitions = transitions.unflatten(-1, summary.transitions.shape[-2:])
     return Summary(transitions, message[..., :states].unflatten(-1, shape))

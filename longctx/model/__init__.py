@@ -1,4 +1,4 @@
-"""A single-device decoder that knows nothing of ranks: attention and sharding come from outside."""
+"""Defines a single-device decoder that knows nothing of ranks: attention and sharding come from outside."""
 
 from longctx.model.block import Block, SoftmaxBlock
 from longctx.model.decoder import Decoder, Part, Vocabulary

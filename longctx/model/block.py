@@ -1,7 +1,7 @@
-"""One layer in three parts: up to what tokens exchange, the exchange, and the rest.
+"""Defines one layer in three parts: before attention, attention itself, and after it.
 
-The parts are apart because attention is the only place where ranks talk about the sequence: whoever owns the
-layer loop may put other work between ``start`` and ``finish``.
+The parts are apart because attention is the only place where ranks exchange tokens. Whoever owns the layer loop may
+put other work between ``start`` and ``finish``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
-from longctx.model.rotary import Rotation, rotate
+from longctx.model.rotary import Rotation, apply_rotary
 
 
 class Block(nn.Module, ABC):
-    """Pre-norm mixing of tokens, which a subclass says, and SwiGLU.
+    """A pre-norm layer that mixes tokens, as a subclass defines, and applies a SwiGLU MLP.
 
     ``attention``: what computes the core of the mixing, set from outside before the first forward pass.
     """
@@ -37,26 +37,32 @@ class Block(nn.Module, ABC):
         self.mlp_out = nn.Linear(config.hidden_dim, dim, bias=False)
 
     @abstractmethod
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
-        """x ``[B, T/SP, dim]`` to what its tokens read of one another, ``[B, T/SP, H/TP, D]``."""
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+        """Maps x ``[B, T/SP, dim]`` to what its tokens read of one another, ``[B, T/SP, H/TP, D]``."""
 
     def post(self, o: Tensor, x: Tensor) -> Tensor:
-        """What tokens read, o ``[B, T/SP, H/TP, D]``, and the block's input x ``[B, T/SP, dim]`` to its output."""
+        """Maps what tokens read and the block's input to the block's output ``[B, T/SP, dim]``.
+
+        o: ``[B, T/SP, H/TP, D]``. x: the block's input, ``[B, T/SP, dim]``.
+        """
         return self.mlp(x + self.attention_out(o.flatten(-2)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The second half, residual included: each token's by itself, so that tokens may come in parts."""
+        """Applies the second half of the block, residual included.
+
+        Each token is computed by itself, so tokens may come in parts.
+        """
         y = self.mlp_norm(x)
         out: Tensor = x + self.mlp_out(F.silu(self.gate(y)) * self.up(y))
         return out
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
-        """x ``[B, T/SP, dim]`` to the same shape; ``plan``: the handle of the batch's sequence plan."""
-        return self.post(self.mixed(x, rotation, plan), x)
+        """Maps x ``[B, T/SP, dim]`` to the same shape; ``plan`` is the handle of the batch's sequence plan."""
+        return self.post(self.mix_tokens(x, rotation, plan), x)
 
 
 class SoftmaxBlock(Block):
-    """Softmax attention with rotary positions and grouped heads; its core is a ``CoreAttention``."""
+    """A layer of softmax attention with rotary positions and grouped heads; a ``CoreAttention`` computes its core."""
 
     kind = "S"
 
@@ -70,12 +76,12 @@ class SoftmaxBlock(Block):
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def pre(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """x ``[B, T/SP, dim]`` to q ``[B, T/SP, H/TP, D]`` and k, v ``[B, T/SP, Hkv/TP, D]``."""
+        """Projects x ``[B, T/SP, dim]`` to q ``[B, T/SP, H/TP, D]`` and k, v ``[B, T/SP, Hkv/TP, D]``."""
         x = self.attention_norm(x)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
+        return apply_rotary(self.q_norm(q), rotation), apply_rotary(self.k_norm(k), rotation), v
 
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         q, k, v = self.pre(x, rotation)
         out: Tensor = self.attention.finish(self.attention.start(q, k, v, plan))

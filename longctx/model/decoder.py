@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, final norm, and a loss that never holds the logits of a long sequence."""
+"""Defines the decoder: embedding, blocks, final norm, and a loss that never holds all logits of a long sequence."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from longctx.linear import LinearCore
 from longctx.model.block import Block, SoftmaxBlock
 from longctx.model.linear_block import LinearBlock
 from longctx.model.loss import cross_entropy_sum
-from longctx.model.rotary import rotation_of
+from longctx.model.rotary import rotary_angles
 
 
 class Vocabulary:
-    """How hidden states ``[B, T/SP, dim]`` meet the head's weight ``[V, dim]``, all of it being here."""
+    """Computes logits or loss from hidden states ``[B, T/SP, dim]`` and the whole head's weight ``[V, dim]``."""
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)
@@ -29,38 +29,43 @@ class Vocabulary:
     def loss_sum(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         return cross_entropy_sum(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
-    def read(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
-        """The summed loss, or without labels the logits."""
+    def loss_or_logits(self, hidden: Tensor, weight: Tensor, labels: Tensor | None, chunk: int) -> Tensor:
+        """Returns the summed loss, or without labels the logits."""
         return self.logits(hidden, weight) if labels is None else self.loss_sum(hidden, weight, labels, chunk)
 
 
 class Head(nn.Linear):
-    """Weight ``[V, dim]`` of an untied head. It is called like any module, so that whoever gathers weights around
-    calls sees when this one is needed."""
+    """An untied head that holds the weight ``[V, dim]``.
+
+    It is called like any module, so that whoever gathers weights around calls sees when this one is needed.
+    """
 
     def forward(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor | None, chunk: int) -> Tensor:  # type: ignore[override]
-        return vocabulary.read(x, self.weight, labels, chunk)
+        return vocabulary.loss_or_logits(x, self.weight, labels, chunk)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive layers of a decoder; the first part also embeds, the last has the norm, the head and the loss."""
+    """Consecutive layers that a decoder keeps.
+
+    The first part also embeds, the last has the norm, the head and the loss.
+    """
 
     layers: range
     first: bool = True
     last: bool = True
 
 
-def block_of(config: ModelConfig, layer: int) -> Block:
-    """Layer number ``layer``, of the kind that the pattern gives it."""
+def make_block(config: ModelConfig, layer: int) -> Block:
+    """Makes layer number ``layer``, of the kind that the pattern gives it."""
     return LinearBlock(config, layer) if config.kinds[layer] == LinearBlock.kind else SoftmaxBlock(config)
 
 
 class Decoder(nn.Module):
-    """A Llama-style decoder in its configuration's sizes and pattern of layers, or a part of one.
+    """A Llama-style decoder that has its configuration's sizes and pattern of layers, or a part of one.
 
-    ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its
-    default device; ``initialize`` gives them their values. Those of a part have their names in the whole.
+    ``loss_chunk``: tokens whose logits exist at one time. Parameters are made in torch's default dtype on its default
+    device; ``initialize`` gives them their values. Parameters of a part have their names in the whole.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim) if embeds else None
         self.blocks = nn.ModuleList()
         for layer in part.layers:
-            self.blocks.add_module(str(layer), block_of(config, layer))
+            self.blocks.add_module(str(layer), make_block(config, layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
         headed = part.last and not tied
         self.head = Head(config.dim, config.vocab_size, bias=False) if headed else None
@@ -91,13 +96,16 @@ class Decoder(nn.Module):
         return cast("Iterable[Block]", self.blocks)
 
     def set_attention(self, attention: CoreAttention | None, linear: LinearCore | None = None) -> None:
-        """Gives every block what computes its core: ``attention`` softmax layers, ``linear`` linear ones."""
+        """Sets what computes the core of every block: ``attention`` for softmax layers, ``linear`` for linear ones."""
         for block in self.layers:
             block.attention = linear if isinstance(block, LinearBlock) else attention
 
     def cut(self, part: Part) -> Decoder:
-        """The same decoder with only ``part`` kept. Modules are shared, but for an embedding that the head uses
-        too: where the head is in another part it gets a copy."""
+        """Returns the same decoder with only ``part`` kept.
+
+        Modules are shared, but for an embedding that the head uses too: where the head is in another part it gets a
+        copy.
+        """
         with torch.device("meta"):
             kept = Decoder(self.config, loss_chunk=self.loss_chunk, part=part)
         for name in list(kept.blocks._modules):
@@ -109,18 +117,20 @@ class Decoder(nn.Module):
         return kept
 
     def forward(self, x: Tensor, positions: Tensor, plan: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x: tokens, int64 ``[B, T/SP]``, in a later part the hidden states of the part before it, ``[B, T/SP,
-        dim]``; positions and labels: int64 ``[B, T/SP]``; ``plan``: handle of the batch's sequence plan.
+        """Computes the summed loss of tokens, their logits, or the hidden states that the next part takes.
 
-        With labels: the sum (not the mean) of the cross-entropy over this rank's valid tokens, a scalar in
-        fp32 (fp64 for fp64). Without: logits ``[B, T/SP, V]``. A part that is not the last returns its hidden
-        states, whether it is given labels or not.
+        x: tokens, int64 ``[B, T/SP]``; in a later part the hidden states ``[B, T/SP, dim]`` of the part before it.
+        positions and labels: int64 ``[B, T/SP]``. ``plan``: handle of the batch's sequence plan.
+
+        With labels it returns the sum (not the mean) of the cross-entropy over this rank's valid tokens: a scalar in
+        fp32 (fp64 for fp64). Without labels it returns logits ``[B, T/SP, V]``. A part that is not the last returns its
+        hidden states, whether it is given labels or not.
         """
         if self.part.first:
             assert self.embedding is not None, "the first part embeds"
             x = self.embedding(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rotation = rotation_of(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, dtype)
         for block in self.blocks:
             x = block(x, rotation, plan)
         return self._end(x, labels) if self.norm is not None else x
@@ -132,4 +142,4 @@ class Decoder(nn.Module):
             out: Tensor = self.head(x, self.vocabulary, labels, self.loss_chunk)
             return out
         assert self.embedding is not None, "the last part has a head, or the embedding that is tied to it"
-        return self.vocabulary.read(x, self.embedding.weight, labels, self.loss_chunk)
+        return self.vocabulary.loss_or_logits(x, self.embedding.weight, labels, self.loss_chunk)

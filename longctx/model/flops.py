@@ -1,4 +1,4 @@
-"""What a layer's forward pass costs in FLOP; its backward pass costs twice as much."""
+"""Counts what a layer's forward pass costs in FLOP; its backward pass costs twice as much."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx.model.linear_block import mixer_of
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Per token and layer of a kind, and per visible (query, key) ``pair`` of a softmax layer.
+    """What one layer's forward pass costs: FLOP per token, and per visible (query, key) ``pair`` of a softmax layer.
 
     A weight costs 2 FLOP per token, a pair two products of head_dim in every head.
     """
@@ -23,7 +23,10 @@ class LayerFlops:
 
     @classmethod
     def of(cls, model: ModelConfig, chunk: int) -> LayerFlops:
-        """``chunk``: tokens that a linear layer computes at once."""
+        """Counts the FLOP of a model's layers.
+
+        ``chunk``: tokens that a linear layer computes at once.
+        """
         width = model.heads * model.head_dim
         mlp = 3 * model.hidden_dim
         softmax = 2.0 * model.dim * (2 * width + 2 * model.kv_heads * model.head_dim + mlp)

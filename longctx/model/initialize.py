@@ -1,4 +1,4 @@
-"""Initial weights: a function of (seed, parameter's name, its shape), whatever the mesh."""
+"""Draws initial weights as a function of (seed, parameter's name, its shape), whatever the mesh."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEARNED = "learned"  # of a linear block: what is no projection
 
 
 def initialize(model: Decoder, seed: int) -> None:
-    """Matrices are normal with ``init_std``, output projections narrower by sqrt(2 * layers); norms are 1. What a
-    mixer learns of each head starts as the mixer says.
+    """Fills matrices from a normal distribution with ``init_std`` and norms with 1.
 
-    Every parameter has a generator of its own, so that none depends on which others are here; all are drawn
-    on the CPU in fp32, whatever the device and dtype they end in.
+    Output projections are narrower by sqrt(2 * layers). What a mixer learns of each head starts as the mixer says.
+    Every parameter has a generator of its own, so that none depends on which others are here. All are drawn on the CPU
+    in fp32, whatever the device and dtype they end in.
     """
     config = model.config
     with torch.no_grad():

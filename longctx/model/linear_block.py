@@ -1,4 +1,4 @@
-"""A layer of linear attention: whatever its mixer asks for, projected from hidden states.
+"""Defines a layer of linear attention, which projects hidden states to whatever its mixer asks for.
 
 A mixer (``longctx.linear.mixers``) names its inputs; the block owns the weights that make them, norms and gates what
 comes out. Positions are in the mixer's decay or in the order of its writes, so nothing is rotated.
@@ -16,14 +16,16 @@ from longctx.model.rotary import Rotation
 
 
 def mixer_of(config: ModelConfig) -> Mixer:
-    """Of the model's linear layers."""
+    """Returns the mixer of the model's linear layers."""
     assert config.mixer is not None, "a pattern with linear layers has a mixer"
     return get_mixer(config.mixer, **config.mixer_sizes)
 
 
 class LinearBlock(Block):
-    """Layer number ``layer`` of the decoder; its core is a ``LinearCore``. All heads have keys and values of their
-    own."""
+    """Layer number ``layer`` of a decoder, which mixes tokens by linear attention; a ``LinearCore`` computes its core.
+
+    All heads have keys and values of their own.
+    """
 
     kind = "L"
 
@@ -52,19 +54,19 @@ class LinearBlock(Block):
         self.out_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if self.mixer.normed else nn.Identity()
         self.out_gate = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
 
-    def by_head(self) -> dict[str, Tensor]:
-        """What is learned or fixed of each head, ``[H/TP, ...]``."""
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Returns what is learned or fixed of each head, ``[H/TP, ...]``."""
         return {**self.learned, **{name: getattr(self, f"fixed_{name}") for name in self._fixed}}
 
     def mix(self, inputs: Inputs, plan: Tensor) -> Tensor:
-        """What the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""
+        """Returns what the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""
         assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
         return self.mixer.mix(inputs, self.attention, plan)
 
-    def mixed(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
+    def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         x = self.attention_norm(x)
         inputs = {
             name: project(x).unflatten(-1, (-1, self._channels[name])) for name, project in self.projections.items()
         }
-        out = self.out_norm(self.mix({**inputs, **self.by_head()}, plan))
+        out = self.out_norm(self.mix({**inputs, **self.head_tensors()}, plan))
         return out * F.silu(self.out_gate(x)).view_as(out)

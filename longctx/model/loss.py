@@ -1,4 +1,4 @@
-"""Cross-entropy of a long sequence in chunks of tokens: the full logits ``[N, V]`` never exist.
+"""Computes the cross-entropy of a long sequence in chunks of tokens: the full logits ``[N, V]`` never exist.
 
 A chunk's logits, loss and gradients are computed in one go in the forward pass; backward only multiplies by
 the upstream gradient. That holds two gradients (of the hidden states and of the head) in place of the logits
@@ -20,11 +20,11 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
+    """Returns the loss of one chunk and the gradient of its logits ``[n, V]``; both are zero for ignored tokens.
 
     ``where`` rather than a product: an ignored token's hidden state may be anything, even infinite.
     """
-    logits = (hidden @ weight.T).to(wide(hidden))
+    logits = (hidden @ weight.T).to(loss_dtype(hidden))
     ignored = labels == IGNORE
     target = labels.masked_fill(ignored, 0)[:, None]
     logsumexp = logits.logsumexp(dim=1, keepdim=True)
@@ -35,31 +35,33 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, of_chunk: ChunkLoss = chunk_loss
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, chunk_loss_function: ChunkLoss = chunk_loss
 ) -> Tensor:
-    """Sum of the cross-entropy of ``hidden @ weight.T`` over the tokens whose label is not ``IGNORE``.
+    """Sums the cross-entropy of ``hidden @ weight.T`` over the tokens whose label is not ``IGNORE``.
 
-    hidden ``[N, dim]``, weight ``[V, dim]``, labels int64 ``[N]``. The result is a scalar in fp32, fp64 for
-    fp64; softmax, sums and the head's gradient accumulate in the same. ``of_chunk``: who computes a chunk,
-    for a weight that is only part of the vocabulary.
+    hidden ``[N, dim]``, weight ``[V, dim]``, labels int64 ``[N]``. The result is a scalar in fp32, fp64 for fp64;
+    softmax, sums and the head's gradient accumulate in the same. ``chunk_loss_function`` computes a chunk: another one
+    serves a weight that is only part of the vocabulary.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, of_chunk)
+        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, chunk_loss_function)
         return loss
-    total = hidden.new_zeros((), dtype=wide(hidden))
+    total = hidden.new_zeros((), dtype=loss_dtype(hidden))
     for rows in _chunks(hidden, chunk):
-        total += of_chunk(hidden[rows], weight, labels[rows])[0]
+        total += chunk_loss_function(hidden[rows], weight, labels[rows])[0]
     return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, of_chunk: ChunkLoss) -> Tensor:
-        total = hidden.new_zeros((), dtype=wide(hidden))
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, chunk_loss_function: ChunkLoss
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=loss_dtype(hidden))
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=wide(hidden))
+        dweight = torch.zeros_like(weight, dtype=loss_dtype(hidden))
         for rows in _chunks(hidden, chunk):
-            loss, dlogits = of_chunk(hidden[rows], weight, labels[rows])
+            loss, dlogits = chunk_loss_function(hidden[rows], weight, labels[rows])
             total += loss
             dlogits = dlogits.to(hidden.dtype)
             torch.mm(dlogits, weight, out=dhidden[rows])
@@ -82,8 +84,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dhidden.mul_(scale), dweight.mul_(scale), None, None, None
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    """What softmax and sums are computed in."""
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype that softmax and sums are computed in: at least fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""How a single-device decoder is spread over a mesh."""
+"""Spreads a single-device decoder over a mesh."""
 
 from longctx.parallel.apply import parallelize
 

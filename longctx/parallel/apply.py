@@ -1,4 +1,4 @@
-"""A single-device decoder on a mesh: what is done to it, in the only order that works."""
+"""Applies all parallelism to a single-device decoder, in the only order that works."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from longctx.parallel.offload import offload_activations
 from longctx.parallel.ping_pong import take_turns
 from longctx.parallel.pipeline import Pipeline, cut_into_stages
 from longctx.parallel.recompute import names_kept, recompute_activations
-from longctx.parallel.tensor import split_tensors
+from longctx.parallel.tensor import apply_tensor_parallel
 from longctx.parallel.tiled_mlp import tile_mlps
 
 
 def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipeline:
     """Changes ``model`` in place and returns it, or this rank's stages of it where there is a pipeline.
 
-    ``config`` is resolved for the world of ``mesh``. Each step wraps the one before: what is recomputed is the
-    parallel block, what is compiled holds its recomputation, and the gathering of parameters stays outside of
-    both.
+    ``config`` is resolved for the world of ``mesh``. Each step wraps the one before. What is recomputed is the parallel
+    block, and what is compiled holds its recomputation. The gathering of parameters stays outside of both.
     """
     train = config.train
     pipeline = cut_into_stages(model, config, mesh) if config.parallel.pp > 1 else None
@@ -30,7 +29,7 @@ def parallelize(model: Decoder, config: Config, mesh: Mesh) -> Decoder | Pipelin
     if pipeline is not None and isinstance(cores[0], StageAttention):
         pipeline.servers = cores[0]
     for part in [model] if pipeline is None else pipeline.stages:
-        split_tensors(part, mesh.tensor)
+        apply_tensor_parallel(part, mesh.tensor)
         part.set_attention(*cores)
         if config.attention.ping_pong:
             take_turns(part, ping_pong_attention(config, mesh))

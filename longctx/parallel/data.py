@@ -1,4 +1,4 @@
-"""Sharding parameters, gradients and optimizer state over the ranks that hold different tokens (FSDP2)."""
+"""Shards parameters, gradients and optimizer state over the ranks that hold different tokens (FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ COMPUTE_DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 
 
 def master_dtype(dtype: str) -> torch.dtype:
-    """What weights, gradients' sums and optimizer state are kept in."""
+    """Returns the dtype of weights, sums of gradients and optimizer state."""
     return torch.float64 if dtype == "float64" else torch.float32
 
 
 def compute_dtype(dtype: str) -> torch.dtype:
-    """What the forward and backward pass are computed in, and hidden states are."""
+    """Returns the dtype of hidden states and of the computing in forward and backward pass."""
     return COMPUTE_DTYPES[dtype] or master_dtype(dtype)
 
 
 def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: str, keep_gathered: bool = False) -> None:
-    """Shards embedding, blocks and head one by one over ``mesh``, and what is left; gradients become global sums.
+    """Shards embedding, blocks and head one by one over ``mesh``, then the rest; gradients become global sums.
 
-    The sum is never turned into a mean, for ranks hold different numbers of valid tokens and the loss is
-    divided by their global count. Forced sums, because otherwise FSDP2 takes PREMUL_SUM, which Gloo lacks.
-    ``keep_gathered``: blocks stay whole from their first forward to the end of the step, for pipeline stages.
+    The sum is never turned into a mean: ranks hold different numbers of valid tokens, and the loss is divided by their
+    global count. Sums are forced, because otherwise FSDP2 takes PREMUL_SUM, which Gloo lacks. ``keep_gathered``: blocks
+    stay whole from their first forward to the end of the step, for pipeline stages.
     """
     compute = COMPUTE_DTYPES[dtype]
     # Rotations are fp32 whatever the arithmetic, so inputs of blocks are not cast.
@@ -60,19 +60,19 @@ def _shard_ends(model: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) 
     if model.embedding is not None:
         fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # The gradient of a lookup needs no table.
-        as_sharded(model.embedding).set_unshard_in_backward(False)
+        as_fsdp_module(model.embedding).set_unshard_in_backward(False)
     if model.head is not None:
         # The backward pass starts here, right after the forward pass has ended.
         fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """What all parameters, or their gradients, take on one rank before FSDP2 shards them."""
+    """Returns the bytes of all parameters, or of their gradients, on one rank before FSDP2 shards them."""
     return sum(_tensor_part(p) * p.element_size() for p in model.parameters())
 
 
 def _tensor_part(parameter: Tensor) -> int:
-    """Elements of a parameter that its rank of the tensor-parallel axis holds."""
+    """Returns how many elements of a parameter its rank of the tensor-parallel axis holds."""
     if not isinstance(parameter, DTensor):
         return parameter.numel()
     names = parameter.device_mesh.mesh_dim_names or ()
@@ -84,8 +84,8 @@ def _tensor_part(parameter: Tensor) -> int:
     return parameter.numel() // math.prod(split)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter, gradient or state of the optimizer in full on every rank; all ranks call it.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gathers a parameter, gradient or state of the optimizer in full on every rank; all ranks call it.
 
     Shards of FSDP2 lie inside those of the tensor-parallel axis, the last of the mesh, and are gathered first.
     """
@@ -95,6 +95,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[*inner, tensor.placements[-1]]).full_tensor()
 
 
-def as_sharded(model: nn.Module) -> FSDPModule:
-    """The same object by its other name: what ``shard_parameters`` has added to it."""
+def as_fsdp_module(model: nn.Module) -> FSDPModule:
+    """Returns the same object under the type that ``shard_parameters`` has given it."""
     return cast("FSDPModule", model)

@@ -1,4 +1,4 @@
-"""Blocks that keep, for their recompute, their input and whatever is kept by name in host memory.
+"""Offloads what blocks keep for their recompute to host memory: their input, and whatever is kept by name.
 
 It comes back one block ahead of the backward pass. Outputs of collectives stay on the device: they are written
 after the operator has returned.
@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.model import Decoder
-from longctx.parallel.host_memory import HostMemory, Stay, host_memory
+from longctx.parallel.host_memory import BlockOffload, HostMemory, host_memory
 from longctx.parallel.recompute import checkpointed, own_contexts
 
 
 def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
-    """Takes the place of ``recompute_activations``; ``kept``: names of ``recompute.KINDS``."""
+    """Makes blocks recompute from host memory, in place of ``recompute_activations``.
+
+    ``kept``: names of ``recompute.KINDS``.
+    """
     memory = host_memory(model, next(model.parameters()).device)
     blocks = list(model.layers)
     for block in blocks:
@@ -29,7 +32,7 @@ def offload_activations(model: Decoder, kept: tuple[str, ...]) -> None:
 
 
 class OffloadedBlock:
-    """``forward`` of a block, recomputed in the backward pass from what waits in ``memory``."""
+    """A block's ``forward`` that is recomputed in the backward pass from what waits in ``memory``."""
 
     def __init__(self, forward: Callable[..., Tensor], kept: tuple[str, ...], memory: HostMemory, last: bool) -> None:
         self._forward, self._kept, self._memory, self._last = forward, kept, memory, last
@@ -37,9 +40,9 @@ class OffloadedBlock:
     def __call__(self, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return self._forward(*inputs)
-        stay = self._memory.enter_block()
-        pack, unpack = partial(self._memory.pack, stay), self._memory.unpack
-        run = checkpointed(self._forward, partial(self._contexts, stay))
+        offload = self._memory.enter_block()
+        pack, unpack = partial(self._memory.pack, offload), self._memory.unpack
+        run = checkpointed(self._forward, partial(self._contexts, offload))
         # Of the checkpoint these see its inputs alone; what is saved inside goes to the checkpoint's own hooks.
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out = run(*inputs)
@@ -47,5 +50,5 @@ class OffloadedBlock:
             self._memory.leave_last_block()
         return out
 
-    def _contexts(self, stay: Stay) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-        return own_contexts(self._kept, partial(self._memory.pack, stay), self._memory.unpack)
+    def _contexts(self, offload: BlockOffload) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        return own_contexts(self._kept, partial(self._memory.pack, offload), self._memory.unpack)

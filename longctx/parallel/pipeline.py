@@ -1,9 +1,9 @@
-"""Pipeline stages on ``torch.distributed.pipelining``.
+"""Runs pipeline stages on ``torch.distributed.pipelining``.
 
-A stage is a decoder with only its part kept. Each microbatch carries its positions, its labels and the handle of
-its sequence plan as rows of tensors, to every rank of the pipeline: torch hands tensors on row by row, but gives
-whatever is no tensor to all microbatches alike, which would be one microbatch's mask for all. Ranks of a pipeline
-read the same data and make the same plans, so a handle names a plan of the process that reads it and is never sent.
+A stage is a decoder with only its part kept. Each microbatch brings its positions, its labels and the handle of its
+sequence plan as rows of tensors, to every rank of the pipeline. torch hands tensors on row by row, but gives whatever
+is no tensor to all microbatches alike. That would be one microbatch's mask for all. Ranks of a pipeline read the same
+data and make the same plans. So a handle names a plan of the process that reads it and is never sent.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SEVERAL_STAGES: dict[str, Any] = {
 class Pipeline(nn.Module):
     """The stages of a decoder that this rank holds, by their number among all ``total`` stages.
 
-    With tied embeddings the last stage has a copy of the first one's, which is the same parameter: its gradient
-    is the sum over both, and a norm, an update's decisions and a checkpoint know it once.
+    With tied embeddings the last stage has a copy of the first one's, which is the same parameter. Its gradient is the
+    sum over both. A norm, an update's decisions and a checkpoint know it once.
     """
 
     def __init__(self, stages: Mapping[int, Decoder], owners: Sequence[int]) -> None:
@@ -63,7 +63,7 @@ class Pipeline(nn.Module):
 
     @property
     def stages(self) -> list[Decoder]:
-        """In the order in which data pass them."""
+        """Stages that this rank holds, in the order in which data pass them."""
         return cast("list[Decoder]", list(self.children()))
 
     @property
@@ -75,7 +75,7 @@ class Pipeline(nn.Module):
         return next((stage for stage in self.stages if stage.part.last), None)
 
     def own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Parameters by their names in the whole model, without the copy of a tied embedding."""
+        """Yields parameters by their names in the whole model, without the copy of a tied embedding."""
         for stage in self.stages:
             for name, parameter in stage.named_parameters():
                 if stage.part.first or name != "embedding.weight":
@@ -103,12 +103,12 @@ class Pipeline(nn.Module):
 
 
 def decoders(model: Decoder | Pipeline) -> list[Decoder]:
-    """What runs forward on this rank: the stages that it holds, or the whole model."""
+    """Returns what runs forward on this rank: the stages that it holds, or the whole model."""
     return model.stages if isinstance(model, Pipeline) else [model]
 
 
 def cut_into_stages(model: Decoder, config: Config, mesh: Mesh) -> Pipeline:
-    """This rank's stages of ``model``, whose other parts are let go."""
+    """Returns this rank's stages of ``model``; the other parts are freed."""
     parallel, parts = config.parallel, parts_of(config)
     owners = [0] * parallel.stages
     for rank in range(parallel.pp):
@@ -119,9 +119,9 @@ def cut_into_stages(model: Decoder, config: Config, mesh: Mesh) -> Pipeline:
 
 
 def run_forward(pipeline: Pipeline, batch: LocalBatch, mesh: Mesh, dtype: torch.dtype) -> Tensor:
-    """Logits ``[B, T/SP, V]`` of one batch on the ranks of all stages, without a schedule: stage after stage.
+    """Computes logits ``[B, T/SP, V]`` of one batch on the ranks of all stages, stage after stage.
 
-    ``dtype``: of hidden states. All ranks of the pipeline call it, without gradients.
+    It uses no schedule. ``dtype``: of hidden states. All ranks of the pipeline call it, without gradients.
     """
     group, config = mesh.pipeline_group, pipeline.stages[0].config
     ranks, rows, tokens = group_of(group), *batch.tokens.shape
@@ -155,8 +155,11 @@ def _local_gradient(stage: Decoder) -> Tensor:
 
 @dataclass(frozen=True)
 class MicrobatchShape:
-    """What passes between stages: ``microbatches`` times tokens ``[rows, T/SP]`` or hidden states of which each
-    of ``parts`` tensor-parallel ranks has its own, ``[rows, T/SP/TP, dim]``."""
+    """The shape of what passes between stages, for each of ``microbatches``.
+
+    These are tokens ``[rows, T/SP]``, or hidden states of which each of ``parts`` tensor-parallel ranks has its own,
+    ``[rows, T/SP/TP, dim]``.
+    """
 
     microbatches: int
     rows: int
@@ -173,7 +176,7 @@ def make_schedule(
     device: torch.device,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """torch's schedule of that name over the pipeline's stages, or that of stages that serve one another.
+    """Makes torch's schedule of that name over the pipeline's stages, or that of stages that serve one another.
 
     ``dtype``: of hidden states. ``loss`` turns the last stage's output and its row of ``target`` into what is
     differentiated. Shapes are stated, for otherwise torch would find them out by sending pickled objects.
@@ -190,12 +193,12 @@ def make_schedule(
 
 
 def _examples(stage: Decoder, shape: MicrobatchShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Input and output of one microbatch, without storage."""
+    """Returns input and output of one microbatch, without storage."""
     size = (shape.rows, shape.tokens)
     local = (shape.rows, shape.tokens // shape.parts, stage.config.dim)
     hidden = torch.empty(local, dtype=dtype, device="meta", requires_grad=True)
-    wide = torch.promote_types(dtype, torch.float32)
+    loss_dtype = torch.promote_types(dtype, torch.float32)
     return (
         torch.empty(size, dtype=torch.int64, device="meta") if stage.part.first else hidden,
-        torch.empty((), dtype=wide, device="meta", requires_grad=True) if stage.part.last else hidden,
+        torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True) if stage.part.last else hidden,
     )

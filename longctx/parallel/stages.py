@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, by what they are estimated to cost; plain data, the same on all ranks.
+"""Decides which layers each pipeline stage holds, by their estimated cost; plain data, the same on all ranks.
 
 The slowest stage sets the pace of a pipeline, so the largest cost is made as small as it can be, exactly. The ends
 of the model count: a head costs as much as several layers of a small model.
@@ -17,16 +17,16 @@ from longctx.model import LayerFlops, Part
 
 
 @dataclass(frozen=True)
-class Costs:
-    """FLOP of one sequence's forward pass; the backward pass costs twice as much everywhere."""
+class StageCosts:
+    """What one sequence's forward pass costs in FLOP; the backward pass costs twice as much everywhere."""
 
     layers: tuple[float, ...]
     embedding: float
     head: float
 
 
-def estimate_costs(config: Config) -> Costs:
-    """Of a whole sequence without document edges: edges differ from batch to batch, stages do not.
+def estimate_costs(config: Config) -> StageCosts:
+    """Estimates the cost of a whole sequence without document edges: edges differ from batch to batch, stages do not.
 
     The embedding is a lookup: one operation per channel.
     """
@@ -38,18 +38,18 @@ def estimate_costs(config: Config) -> Costs:
         "S": flops.softmax_weights * length + flops.pair * pairs,
         "L": (flops.linear_weights + flops.linear_core) * length,
     }
-    return Costs(
+    return StageCosts(
         tuple(cost[kind] for kind in model.kinds),
         embedding=float(length * model.dim),
         head=2.0 * length * model.dim * model.vocab_size,
     )
 
 
-def split_layers(costs: Costs, stages: int) -> list[range]:
-    """Consecutive layers of each stage, at least one: the largest cost of a stage is as small as possible.
+def split_layers(costs: StageCosts, stages: int) -> list[range]:
+    """Gives each stage consecutive layers, at least one, so that the largest cost of a stage is as small as possible.
 
-    Of all such cuts the one with the smallest sum of squares is taken, so that a dear head does not leave the
-    stages before it to chance.
+    Of all such cuts the one with the smallest sum of squares is taken. So an expensive head does not leave the stages
+    before it to chance.
     """
     assert 1 <= stages <= len(costs.layers), "the configuration refuses more stages than layers"
     sums = list(accumulate(costs.layers, initial=0.0))
@@ -72,8 +72,10 @@ def split_layers(costs: Costs, stages: int) -> list[range]:
 def _cut(
     layers: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Least joined cost of cutting ``layers`` into ``stages``, and the bounds of that cut: dynamic programming
-    over the layers that the first stages hold."""
+    """Returns the least joined cost of cutting ``layers`` into ``stages``, and the bounds of that cut.
+
+    It is dynamic programming over the layers that the first stages hold.
+    """
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for stage in range(stages):
         best = {
@@ -88,7 +90,7 @@ def _cut(
 
 
 def stage_numbers(parallel: ParallelConfig, rank: int) -> list[int]:
-    """The stages that pipeline rank ``rank`` holds, in the order in which data pass them.
+    """Returns the stages that pipeline rank ``rank`` holds, in the order in which data pass them.
 
     V-shaped schedules go down the ranks and up again, so that the first and the last stage share a rank;
     the others go around.
@@ -99,7 +101,7 @@ def stage_numbers(parallel: ParallelConfig, rank: int) -> list[int]:
 
 
 def parts_of(config: Config) -> list[Part]:
-    """The part of the model that each stage holds."""
+    """Returns the part of the model that each stage holds."""
     stages = config.parallel.stages
     cut = split_layers(estimate_costs(config), stages)
     return [Part(layers, number == 0, number == stages - 1) for number, layers in enumerate(cut)]

@@ -1,9 +1,9 @@
-"""Tensor parallelism: heads, hidden channels and vocabulary over the ranks of one axis, by DTensor plans.
+"""Applies tensor parallelism: heads, hidden channels and vocabulary over the ranks of one axis, by DTensor plans.
 
-Between blocks each rank holds its part of the local sequence, ``[B, T/SP/TP, dim]``. A norm works on that part
-and gathers its output over the axis; q, k, v, gate and up are split by their outputs, attention_out and
-mlp_out by their inputs, and the sum of their products is scattered back to parts of the sequence. The core of
-attention sees plain tensors of all local tokens and its own heads, ``[B, T/SP, H/TP, D]``.
+Between blocks each rank holds its part of the local sequence, ``[B, T/SP/TP, dim]``. A norm works on that part and
+gathers its output over the axis. The outputs of q, k, v, gate and up are split, and the inputs of attention_out and
+mlp_out. The sum of their products is scattered back to parts of the sequence. The core of attention sees plain tensors
+of all local tokens and its own heads, ``[B, T/SP, H/TP, D]``.
 
 A block gathers twice and scatters twice per pass. ``recompute=full`` gathers both and scatters the first
 again; ``selective`` keeps what they returned.
@@ -30,13 +30,13 @@ from torch.distributed.tensor.placement_types import Placement
 
 from longctx.config import ModelConfig
 from longctx.model import Block, Decoder, LinearBlock
-from longctx.parallel.vocabulary import ShardedVocabulary, lookup
+from longctx.parallel.vocabulary import ShardedVocabulary, sharded_lookup
 
 TOKENS, HEADS = 1, 2  # dims of [B, T, H, D]
 
 
-def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
-    """Splits ``model``, whose weights are whole and equal on all ranks of ``mesh``, an axis of it.
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Splits ``model``, whose weights are whole and equal on all ranks, over the axis ``mesh``.
 
     Names and global shapes of parameters stay those of the single-device model.
     """
@@ -48,14 +48,14 @@ def split_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     # Weights are whole here already, so that nothing has to be sent to split them.
     parallelize_module(model, mesh, outer_plan, src_data_rank=None)
     for block in model.layers:
-        parallelize_module(block, mesh, plan_of_block(block, model.config, mesh.size()), src_data_rank=None)
+        parallelize_module(block, mesh, block_parallel_plan(block, model.config, mesh.size()), src_data_rank=None)
         if isinstance(block, LinearBlock):
             split_heads(block, mesh)
     model.vocabulary = ShardedVocabulary(mesh)
 
 
-def plan_of_block(block: Block, config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
-    """What happens to each module of a block."""
+def block_parallel_plan(block: Block, config: ModelConfig, degree: int) -> dict[str, ParallelStyle]:
+    """Returns the parallel style of each module of a block."""
     plan: dict[str, ParallelStyle] = {
         "attention_norm": GatheredNorm(),
         "attention_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
@@ -74,31 +74,31 @@ def plan_of_block(block: Block, config: ModelConfig, degree: int) -> dict[str, P
         plan["k"] = SharedHead(config) if replicated else ColwiseParallel()
         plan["v"] = SharedHead(config) if replicated else ColwiseParallel()
         norms = ["q_norm", "k_norm"] if config.qk_norm else []
-    # One weight for all heads: its gradient is a sum over the ranks, shared heads included, for each of their
+    # One weight for all heads: its gradient is a sum over the ranks. That includes shared heads, for each of their
     # copies brings only what its own queries ask of it.
     plan |= {name: SequenceParallel(sequence_dim=HEADS, use_local_output=True) for name in norms}
     return plan
 
 
 def split_heads(block: LinearBlock, mesh: DeviceMesh) -> None:
-    """Leaves a rank what is learned or fixed of its own heads, ``[H/TP, ...]``."""
+    """Keeps only what is learned or fixed of this rank's own heads, ``[H/TP, ...]``."""
     for name, parameter in block.learned.items():
         part: Any = distribute_tensor(cast("Tensor", parameter), mesh, [Shard(0)], src_data_rank=None)
         block.learned[name] = nn.Parameter(part)
     for name, whole in block.named_buffers(recurse=False):
         setattr(block, name, whole.chunk(mesh.size())[mesh.get_local_rank()])
-    block.by_head = partial(_own_heads, block.by_head)  # type: ignore[method-assign]
+    block.head_tensors = partial(_own_heads, block.head_tensors)  # type: ignore[method-assign]
 
 
-def _own_heads(by_head: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in by_head().items()}
+def _own_heads(head_tensors: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in head_tensors().items()}
 
 
 class GatheredNorm(SequenceParallel):
-    """A norm of each rank's part of the sequence, whose output every rank has whole.
+    """A norm that each rank computes for its part of the sequence; its output is whole on every rank.
 
-    ``[B, T/SP/TP, dim]`` to a DTensor ``[B, T/SP, dim]``, gathered once for all projections that read it; the
-    sum of their gradients is scattered once.
+    It takes ``[B, T/SP/TP, dim]`` and returns a DTensor ``[B, T/SP, dim]``, gathered once for all projections that read
+    it. The sum of their gradients is scattered once.
     """
 
     @staticmethod
@@ -109,9 +109,9 @@ class GatheredNorm(SequenceParallel):
 class SharedHead(ParallelStyle):
     """A projection to fewer key/value heads than ranks: each rank computes the one head that its queries read.
 
-    Query heads of rank r are ``r * H/TP ..``, key head of query head h is ``h * Hkv // H``, so the rank reads
-    head ``r * Hkv // TP``. The weight is whole on every rank and its gradient is summed over them: each has
-    that of its own head, and of ranks that share a head each has the part of its own queries.
+    Query heads of rank r are ``r * H/TP ..``, key head of query head h is ``h * Hkv // H``, so the rank reads head
+    ``r * Hkv // TP``. The weight is whole on every rank and its gradient is summed over them. Each has that of its own
+    head. Of ranks that share a head, each has the part of its own queries.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -119,7 +119,7 @@ class SharedHead(ParallelStyle):
         self._heads, self._head_dim = config.kv_heads, config.head_dim
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        place_weight(module, mesh, Replicate())
+        distribute_weight(module, mesh, Replicate())
         first = mesh.get_local_rank() * self._heads // mesh.size() * self._head_dim
         rows = slice(first, first + self._head_dim)
         module.forward = partial(_project_rows, module, rows)
@@ -127,30 +127,30 @@ class SharedHead(ParallelStyle):
 
 
 def _project_rows(module: nn.Module, rows: slice, x: DTensor) -> Tensor:
-    """A DTensor ``[B, T/SP, dim]``, whole on every rank, to ``[B, T/SP, D]``."""
+    """Projects a DTensor ``[B, T/SP, dim]``, whole on every rank, to ``[B, T/SP, D]``."""
     weight = cast("DTensor", module.weight)
     summed = [Partial()]
     return F.linear(x.to_local(grad_placements=summed), weight.to_local(grad_placements=summed)[rows])
 
 
 class VocabularyRows(ParallelStyle):
-    """The weight ``[V, dim]`` of a head, of which each rank has ``[V/TP, dim]``; the loss reads it."""
+    """A head whose weight ``[V, dim]`` is split by rows: each rank has ``[V/TP, dim]``, and the loss reads it."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        place_weight(module, mesh, Shard(0))
+        distribute_weight(module, mesh, Shard(0))
         return module
 
 
 class EmbeddingRows(VocabularyRows):
-    """The table of an embedding by rows: tokens ``[B, T/SP]`` to ``[B, T/SP/TP, dim]``."""
+    """An embedding whose table is split by rows: it maps tokens ``[B, T/SP]`` to ``[B, T/SP/TP, dim]``."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, mesh)
-        module.forward = partial(lookup, module, mesh)
+        module.forward = partial(sharded_lookup, module, mesh)
         return module
 
 
-def place_weight(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
-    """Makes the weight, whole and equal on all ranks, a DTensor."""
+def distribute_weight(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Makes the weight a DTensor; before, it is whole and equal on all ranks."""
     weight: Any = distribute_tensor(cast("Tensor", module.weight), mesh, [placement], src_data_rank=None)
     module.weight = nn.Parameter(weight)

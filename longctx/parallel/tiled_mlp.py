@@ -1,4 +1,4 @@
-"""The MLP of a block in tiles of tokens: its intermediates ``[tokens, hidden_dim]`` never exist whole.
+"""Computes the MLP of a block in tiles of tokens: its intermediates ``[tokens, hidden_dim]`` never exist whole.
 
 Forward runs one tile after the other and keeps the MLP's input alone; backward runs each tile again and
 differentiates it before the next. Known from DeepSpeed's ALST. Arithmetic is that of recomputing the MLP.
@@ -25,12 +25,15 @@ _IN_TILE: ContextVar[bool] = ContextVar("in_tile", default=False)
 
 
 def in_tile() -> bool:
-    """Is a tile being run? Whatever recompute keeps elsewhere, of a tile it keeps nothing."""
+    """Returns whether a tile is being run; recompute keeps nothing of a tile."""
     return _IN_TILE.get()
 
 
 def tile_mlps(model: Decoder, chunk: int | None, tensor_degree: int) -> None:
-    """``chunk``: tokens of a tile, None for all at once; of them a rank of the tensor axis holds its part."""
+    """Makes every block compute its MLP in tiles of ``chunk`` tokens, None for all at once.
+
+    A rank of the tensor axis holds its part of these tokens.
+    """
     if chunk is None:
         return
     for block in model.layers:
@@ -38,7 +41,7 @@ def tile_mlps(model: Decoder, chunk: int | None, tensor_degree: int) -> None:
 
 
 class TiledMlp:
-    """``block.mlp`` over at most ``tokens`` rows of x ``[B, T/SP/TP, dim]`` at a time, all sequences counted."""
+    """Runs ``block.mlp`` over at most ``tokens`` rows of x ``[B, T/SP/TP, dim]`` at a time, all sequences counted."""
 
     def __init__(self, block: Block, tokens: int) -> None:
         self._run: Mlp = block.mlp
@@ -52,7 +55,7 @@ class TiledMlp:
         return out
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those in place now: FSDP2 puts gathered ones there for the time of a pass."""
+        """Returns the parameters that are in place now: FSDP2 puts gathered ones there for the time of a pass."""
         return [parameter for module in self._modules for parameter in module.parameters()]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class TiledMlp:
         return out
 
     def backward(self, x: Tensor, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of x and of the parameters; the latter's sums over tiles are fp32 (fp64 for fp64)."""
+        """Computes gradients of x and of the parameters; the latter's sums over tiles are fp32 (fp64 for fp64)."""
         parameters = self.parameters()
         dx = torch.empty_like(x)
         totals: list[Tensor] = []

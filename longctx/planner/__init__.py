@@ -1,4 +1,4 @@
-"""Who computes which attention cells, and what must travel for it: plain integers, free of torch.
+"""Plans which rank computes which attention cells, and what must be sent for it: plain integers, free of torch.
 
 ``plan(planner, mask, topology, options, home) -> Plan`` is the interface; ``docs/planner.md`` tells the idea.
 """

@@ -1,4 +1,4 @@
-"""What a plan costs: widths of a layer, a cluster's shape and rates, and the report on work and bytes."""
+"""Describes what a plan costs: the sizes of a layer, a cluster's shape and rates, and a report on work and bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from longctx.planner.slices import Int64
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer as a server group sees it. ``element``: bytes per number (2 is bf16). Default: 8B model."""
+    """The sizes of one attention layer, as a server group sees it; the default is that of an 8B model.
+
+    ``element``: bytes per number (2 is bf16).
+    """
 
     heads: int = 32
     kv_heads: int = 8
@@ -31,15 +34,16 @@ class AttentionShape:
 
     @property
     def lse(self) -> int:
-        """Bytes of the fp32 log-sum-exp of one token's heads."""
+        """Bytes of the fp32 log-sum-exps of one token's heads."""
         return 4 * self.heads
 
 
 @dataclass(frozen=True)
 class Topology:
-    """``servers`` ranks, ``per_node`` consecutive ones in a node; rates in bytes/s of one rank.
+    """A cluster of ``servers`` ranks, of which ``per_node`` consecutive ones share a node.
 
-    ``link``: between ranks of a node. ``nic``: one NIC between nodes; a node has ``nics`` of them.
+    Rates are bytes/s of one rank. ``link``: between ranks of a node. ``nic``: one NIC between nodes; a node has
+    ``nics`` of them.
     """
 
     servers: int
@@ -57,22 +61,27 @@ class Topology:
         return -(-self.servers // self.per_node)
 
     def node(self, rank: Int64) -> Int64:
+        """Returns the node of each rank."""
         return np.asarray(rank // self.per_node, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class CostReport:
-    """Work and bytes of a plan for one layer; only what leaves a rank counts, never what stays.
+    """What a plan costs for one layer: work and bytes; only what leaves a rank counts, never what stays.
 
     ``work``: visible cells per server, heads groups counted as fractions, int64 ``[W]`` times ``groups``.
     ``q_sent``, ``q_received``, ``kv_sent``, ``kv_received``: (token, heads group) rows of each rank, int64 ``[W]``. A
     query row crosses once per (row, server), a KV token once per (token, server), however many tasks there read it.
 
-    Bytes, summed over ranks, of a whole server group (divide by the tensor-parallel degree for one device):
-    forward = Q to servers ``q``, K and V to servers ``kv``, O back ``o`` (as many as Q), its log-sum-exp ``lse``.
-    Backward of stateless servers, which keep nothing: dO, O, Q and lse to servers, K and V again, dQ back, dK and dV
-    back (copies of one server summed before): ``4 q + lse + 2 kv``. ``moved`` is ``q + o + kv``, the figure that
-    DistCA's planner is compared by; the log-sum-exp (1/64 of O at head_dim 128 in bf16) stands beside it.
+    Bytes are summed over ranks, of a whole server group; divide by the tensor-parallel degree for one device. Forward
+    sends Q to servers ``q`` and K and V to servers ``kv``. O comes back ``o`` (as many as Q) with its log-sum-exp
+    ``lse``.
+
+    In the backward pass servers are stateless and keep nothing. dO, O, Q and lse go to servers, K and V again. dQ, dK
+    and dV come back (copies of one server summed before). That is ``4 q + lse + 2 kv``.
+
+    ``moved`` is ``q + o + kv``, the figure that DistCA's planner is compared by. The log-sum-exp (1/64 of O at head_dim
+    128 in bf16) stands beside it.
     """
 
     work: Int64
@@ -85,7 +94,7 @@ class CostReport:
 
     @property
     def imbalance(self) -> float:
-        """Maximum over mean work of the servers; 1 where there is none."""
+        """Maximum over mean work of the servers; 1 where there is no work."""
         return float(self.work.max() / self.work.mean()) if self.work.any() else 1.0
 
     @property
@@ -118,7 +127,7 @@ class CostReport:
 
     @property
     def sent(self) -> Int64:
-        """Forward bytes of ``moved`` that each rank sends: Q and KV as a home, O as a server, int64 ``[W]``."""
+        """Forward bytes of ``moved`` that each rank sends: its own Q and KV, and the O of others, int64 ``[W]``."""
         rows = self.q_sent + self.q_received
         return np.asarray((rows * self.widths.row + self.kv_sent * self.widths.kv) // self.groups, dtype=np.int64)
 

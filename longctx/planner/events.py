@@ -1,4 +1,4 @@
-"""An event simulator: operations on ranks and links against a clock, and plans replayed on it.
+"""Simulates operations on ranks and links against a clock, and replays plans on it.
 
 A resource (a rank's compute stream, its NIC) does its operations in program order, each as soon as those that it waits
 for have ended. Times come from a kernel table and bandwidths; nothing here is measured.
@@ -19,11 +19,11 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Hardware:
-    """One server. ``flops`` a second at full efficiency; ``bandwidth`` bytes/s into and out of it; ``memory`` bytes for
-    what attention receives; ``tile``: the kernel's query rows, which a shorter task pays for all the same.
-    ``backward``: backward attention over forward, 2.5 by count of matrix products.
+    """What one server can do; the default is eight H100 as one tensor-parallel group.
 
-    Default: eight H100 as one tensor-parallel group at 55% of 989 TF, 40 GB/s for each.
+    ``flops`` a second at full efficiency; ``bandwidth`` bytes/s into and out of it; ``memory`` bytes for what attention
+    receives. ``tile``: the kernel's query rows, which a shorter task pays for all the same. ``backward``: backward
+    attention over forward, 2.5 by count of matrix products. Default: 55% of 989 TF and 40 GB/s for each H100.
     """
 
     flops: float = 8 * 0.55 * 989e12
@@ -35,7 +35,7 @@ class Hardware:
 
 @dataclass
 class Operation:
-    """``seconds`` on ``resource``, not before the operations numbered ``after`` have ended."""
+    """Work that takes ``seconds`` on ``resource`` and waits until the operations numbered ``after`` have ended."""
 
     resource: str
     seconds: float
@@ -43,7 +43,10 @@ class Operation:
 
 
 def replay(operations: Sequence[Operation]) -> Float64:
-    """When each operation ends, in seconds, ``[N]``. One resource keeps the order of the list; a cycle is an assert."""
+    """Returns when each operation ends, in seconds, ``[N]``.
+
+    One resource keeps the order of the list. A cycle is an assert.
+    """
     queues: dict[str, list[int]] = {}
     for number, one in enumerate(operations):
         queues.setdefault(one.resource, []).append(number)
@@ -74,10 +77,12 @@ def replay(operations: Sequence[Operation]) -> Float64:
 
 
 @dataclass(frozen=True, eq=False)
-class Replayed:
-    """One layer's attention of a plan, forward, in seconds ``[W]``: ``compute`` and ``communication`` of each rank, and
-    ``seconds`` from the first send to the last return if nothing else hides the exchange. ``received``: bytes of Q, K
-    and V that a server holds at once."""
+class ReplayedAttention:
+    """How long one layer's forward attention takes under a plan, in seconds ``[W]``.
+
+    ``compute`` and ``communication``: of each rank. ``seconds``: from the first send to the last return if nothing else
+    hides the exchange. ``received``: bytes of Q, K and V that a server holds at once.
+    """
 
     compute: Float64
     communication: Float64
@@ -85,12 +90,15 @@ class Replayed:
     received: Float64
 
     def hidden(self, window: float) -> bool:
-        """Whether the busiest rank's exchange fits a window of ``window`` seconds of other work."""
+        """Returns whether the busiest rank's exchange fits a window of ``window`` seconds of other work."""
         return bool(self.communication.max(initial=0.0) <= window)
 
 
 def attention_seconds(plan: Plan, hardware: Hardware) -> Float64:
-    """Forward seconds of each server: cells times ``4 heads head_dim`` operations, rows rounded up to tiles."""
+    """Returns the forward seconds of each server.
+
+    It counts cells times ``4 heads head_dim`` operations, rows rounded up to tiles.
+    """
     tasks = plan.tasks
     rows = tasks.q1 - tasks.q0
     padded = tasks.area * (-(-rows // hardware.tile) * hardware.tile / np.maximum(rows, 1))
@@ -98,15 +106,18 @@ def attention_seconds(plan: Plan, hardware: Hardware) -> Float64:
     return cells * 4 * plan.widths.heads * plan.widths.head_dim / plan.groups / hardware.flops
 
 
-def replay_plan(plan: Plan, hardware: Hardware) -> Replayed:
-    """Send Q and KV, compute when all have arrived, return O. NICs send and receive at once, one message at a time."""
+def replay_plan(plan: Plan, hardware: Hardware) -> ReplayedAttention:
+    """Replays one layer: send Q and KV, compute when all have arrived, return O.
+
+    NICs send and receive at once, one message at a time.
+    """
     compute, away = attention_seconds(plan, hardware), 1 - np.eye(plan.servers)
     q, kv = (moves.matrix(plan.servers) * away / plan.groups for moves in (plan.q, plan.kv))
     there = q * plan.widths.row + kv * plan.widths.kv
     back = q.T * (plan.widths.row + plan.widths.lse)
     operations: list[Operation] = []
 
-    def legs(volume: Float64, after: Sequence[Sequence[int]]) -> list[list[int]]:
+    def messages(volume: Float64, after: Sequence[Sequence[int]]) -> list[list[int]]:
         """Numbers of the arrivals at each rank: a message leaves its sender's NIC, then passes its receiver's."""
         arrived: list[list[int]] = [[] for _ in range(plan.servers)]
         world = plan.servers
@@ -121,11 +132,11 @@ def replay_plan(plan: Plan, hardware: Hardware) -> Replayed:
                     arrived[dest] += [len(operations) - 2, len(operations) - 1]
         return arrived
 
-    arrived = legs(there, [[] for _ in range(plan.servers)])
+    arrived = messages(there, [[] for _ in range(plan.servers)])
     first = len(operations)
     operations += [Operation(f"rank {rank}", float(compute[rank]), arrived[rank]) for rank in range(plan.servers)]
-    legs(back, [[first + rank] for rank in range(plan.servers)])
+    messages(back, [[first + rank] for rank in range(plan.servers)])
     ends = replay(operations)
     both = there + back
     communication = np.maximum(both.sum(axis=0), both.sum(axis=1)) / hardware.bandwidth
-    return Replayed(compute, communication, float(ends.max(initial=0.0)), there.sum(axis=0))
+    return ReplayedAttention(compute, communication, float(ends.max(initial=0.0)), there.sum(axis=0))

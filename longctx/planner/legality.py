@@ -1,4 +1,4 @@
-"""Whether a plan is legal: each visible cell once, and whatever a task reads where it is computed."""
+"""Checks that a plan is legal: each visible cell once, and whatever a task reads where it is computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from longctx.planner.transfers import Transfers
 
 
 def check(plan: Plan) -> None:
-    """Raises ConfigError unless a plan is legal, in integers, for any mask: for tests and plans made by hand; it is too
-    slow for every batch.
+    """Raises ConfigError unless a plan is legal, in integers, for any mask.
 
-    Every visible cell belongs to exactly one task per heads group; each task's rows live on its home; each server
-    gets every row and key that its tasks read, none twice in one exchange.
+    It is for tests and plans made by hand, and too slow for every batch. Every visible cell belongs to exactly one task
+    per heads group. Each task's rows live on its home. Each server gets every row and key that its tasks read, none
+    twice in one exchange.
     """
     tasks, mask, home = plan.tasks, plan.mask, plan.home
     columns = [tasks.q0, tasks.q1, tasks.k0, tasks.k1, tasks.lo, tasks.hi]
@@ -55,7 +55,7 @@ def _fields(one: Slice) -> tuple[int, ...]:
 
 
 def _shared(a: Sequence[Int64], b: Sequence[Int64]) -> Int64:
-    """Cells that slices of ``a`` and of ``b`` have in common, int64 ``[A, B]``."""
+    """Returns how many cells slices of ``a`` and of ``b`` have in common, int64 ``[A, B]``."""
     low = [np.maximum(a[i][:, None], b[i][None]) for i in (0, 2, 4)]
     high = [np.minimum(a[i][:, None], b[i][None]) for i in (1, 3, 5)]
     cells = areas(low[0], high[0], low[1], high[1], low[2], np.maximum(high[2], low[2] - 1))
@@ -83,11 +83,11 @@ def _check_moves(plan: Plan, moves: Transfers, low: Int64, high: Int64) -> None:
     _require(np.all(begin[1:] >= end[:-1]), "a token comes twice")
     # Rows of [low, high) that arrive = rows asked for: count arrivals before either end.
     before = np.append(0, np.cumsum(end - begin))
-    asked = ((tasks.server * plan.groups + tasks.group) * docs + tasks.doc) * stride
+    requested = ((tasks.server * plan.groups + tasks.group) * docs + tasks.doc) * stride
 
     def arrived(position: Int64) -> Int64:
         at = np.searchsorted(begin, position, "right") - 1
         inside = np.where(at >= 0, np.clip(position - begin[at], 0, (end - begin)[at]), 0)
         return np.asarray(np.where(at >= 0, before[at], 0) + inside)
 
-    _require(np.array_equal(arrived(asked + high) - arrived(asked + low), high - low), "a task misses rows")
+    _require(np.array_equal(arrived(requested + high) - arrived(requested + low), high - low), "a task misses rows")

@@ -1,4 +1,4 @@
-"""Document lengths for benchmarks and tests: synthetic ones, and rows cut from a draw."""
+"""Provides document lengths for benchmarks and tests: synthetic ones, and rows cut from a draw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONG = 65536  # documents from here on count as long
 
 
 def synthetic(seed: int, count: int = 20000) -> Int64:
-    """Lengths in tokens that resemble a long-context mixture: lognormal, and one in a thousand from a long tail.
+    """Draws lengths in tokens that resemble a long-context mixture: lognormal, and one in a thousand from a long tail.
 
     Median near 1,900, longest near 340,000; a thousandth of the documents has about half of the sum of squares.
     """
@@ -26,7 +26,7 @@ def synthetic(seed: int, count: int = 20000) -> Int64:
 
 
 def read_lengths(path: str) -> Int64:
-    """A JSON list of lengths in tokens. Raises DataError where it is something else."""
+    """Reads a JSON list of lengths in tokens. Raises DataError where it is something else."""
     try:
         found = np.array(json.loads(Path(path).read_text(encoding="utf-8")), dtype=np.int64)
     except (OSError, ValueError, TypeError) as error:
@@ -37,7 +37,7 @@ def read_lengths(path: str) -> Int64:
 
 
 def draw_rows(lengths: Int64, tokens: int, rows: int, rng: np.random.Generator) -> list[Int64]:
-    """``rows`` rows of exactly ``tokens``: documents drawn one by one with replacement; the row's end cuts the last."""
+    """Draws ``rows`` rows of exactly ``tokens``: documents one by one with replacement; the row's end cuts the last."""
     found = []
     for _ in range(rows):
         row, left = [], tokens
@@ -49,8 +49,11 @@ def draw_rows(lengths: Int64, tokens: int, rows: int, rng: np.random.Generator) 
 
 
 def long_mixture(lengths: Int64, context: int, rng: np.random.Generator) -> Int64:
-    """How DistCA's evaluation lengthens a mixture: of the documents below 64K 50-90% stay, longer ones are repeated 2-4
-    times, all grow by ``context / 64K``, and 30% of the long ones become ``context``. Shuffled."""
+    """Lengthens a mixture as DistCA's evaluation does, and shuffles it.
+
+    Of the documents below 64K 50-90% stay; longer ones are repeated 2-4 times. All grow by ``context / 64K``, and 30%
+    of the long ones become ``context``.
+    """
     short, long = lengths[lengths < LONG], lengths[lengths >= LONG]
     short = rng.permutation(short)[: int(len(short) * rng.uniform(0.5, 0.9))]
     long = np.repeat(long, rng.integers(2, 5)) * context // LONG
@@ -59,7 +62,10 @@ def long_mixture(lengths: Int64, context: int, rng: np.random.Generator) -> Int6
 
 
 def stream_rows(lengths: Int64, tokens: int, rows: int) -> list[Int64]:
-    """Documents one after another into ``rows`` rows of exactly ``tokens``; one that crosses a row's end is cut."""
+    """Cuts documents, one after another, into ``rows`` rows of exactly ``tokens``.
+
+    A document that crosses a row's end is cut.
+    """
     ends = np.cumsum(lengths)
     assert len(ends) and ends[-1] >= tokens * rows, "not enough documents"
     edges = np.unique(np.concatenate([ends[ends < tokens * rows], np.arange(rows + 1) * tokens, [0]]))

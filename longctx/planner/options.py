@@ -1,4 +1,4 @@
-"""What planners may be told; each planner states in its docstring which of these it reads."""
+"""Defines the options of planners; each planner states in its docstring which of these it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from longctx.planner.cost import AttentionShape
 
 @dataclass(frozen=True)
 class PlannerOptions:
-    """``tolerance``: the most a server may exceed the mean work, as a share of it.
+    """What a planner may be given as options.
+
+    ``tolerance``: the most a server may exceed the mean work, as a share of it.
     ``block``: rows that a cut counts by, the kernel's tile.
     ``egress``: the most query rows that one rank sends, in multiples of the least that its home layout allows for the
     worst rank. Above 1.5 longer bands share their keys: ``2 egress - 1`` servers at most, for fewer bytes in all.

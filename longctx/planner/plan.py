@@ -1,8 +1,9 @@
-"""A plan: who computes which cells of attention, and what must travel for it, as arrays.
+"""Defines a plan: which rank computes which cells of attention, and what must be sent for it, as arrays.
 
-Tasks (query rows of a document against a key range, for a heads group) have a home, where their rows live, and a
-server, which computes them. Transfers follow from the tasks and the home layout alone: the union of what a server
-reads, so that a token crosses once per (token, server). A plan belongs to no rank; ``rank`` cuts out what one needs.
+A task is query rows of a document against a key range, for a heads group. It has a home, where its rows live, and a
+server, which computes it. Transfers follow from the tasks and the home layout alone. They are the union of what a
+server reads, so that a token crosses once per (token, server). A plan belongs to no rank; ``rank`` cuts out what one
+needs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from longctx.planner.transfers import Transfers
 
 
 class Plan:
-    """Tasks and transfers for all ranks of ``home``; every rank is a server too. ``name``: the planner's.
+    """Tasks and transfers that a planner chose for all ranks of ``home``; every rank is a server too.
 
-    ``groups``: heads groups, equal parts of the KV heads with their queries' heads. ``q``, ``kv``: transfers.
+    ``name``: the planner's. ``groups``: heads groups, equal parts of the KV heads with their queries' heads. ``q``,
+    ``kv``: transfers.
     """
 
     def __init__(
@@ -55,5 +57,5 @@ class Plan:
         return CostReport(work, *sides[0], *sides[1], self.groups, self.widths)
 
     def rank(self, rank: int) -> RankPlan:
-        """One rank's indices, expanded to tokens."""
+        """Returns one rank's indices, expanded to tokens."""
         return RankPlan.of(self.home, self.tasks, self.q, self.kv, rank)

@@ -1,4 +1,4 @@
-"""``plan``: the one interface of all planners, and the cache of what was planned."""
+"""Plans batches: the one interface of all planners, and the cache of what was planned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ KEPT = 32  # plans in the cache; one of 512 servers is about 5 MB
 
 @dataclass(frozen=True)
 class Planner:
-    """``runs``: who computes what, given where tokens live. ``home``: the layout that it is meant for."""
+    """A planner that is registered under a name.
+
+    ``runs``: which rank computes what, given where tokens live. ``home``: the layout that it is meant for.
+    """
 
     runs: Callable[[DocumentPlacement, MaskSlices, Topology, PlannerOptions], TaskRuns]
     home: Callable[[Int64, Topology, PlannerOptions], DocumentPlacement]
@@ -60,11 +63,11 @@ def plan(
     options: PlannerOptions | None = None,
     home: DocumentPlacement | None = None,
 ) -> Plan:
-    """Who computes which cells of ``mask`` on ``topology``; a pure function of all its arguments.
+    """Returns the plan that says which rank computes which cells of ``mask`` on ``topology``.
 
-    ``home``: where the tokens live; left out, the layout that the planner is meant for. Equal arguments give the same
-    object, so every rank that calls it with the same lengths holds the same plan. Raises ConfigError for an unknown
-    planner, or a home of other documents or ranks.
+    It is a pure function of all its arguments. ``home``: where the tokens live; left out, the layout that the planner
+    is meant for. Equal arguments give the same object, so every rank that calls it with the same lengths holds the same
+    plan. Raises ConfigError for an unknown planner, or a home of other documents or ranks.
     """
     options = options or PlannerOptions()
     if planner not in PLANNERS:
@@ -87,7 +90,7 @@ def plan(
 def make_plan(
     planner: str, mask: MaskSlices, topology: Topology, options: PlannerOptions, home: DocumentPlacement | None = None
 ) -> Plan:
-    """``plan`` without the cache."""
+    """Makes the plan that ``plan`` returns, without the cache."""
     chosen = PLANNERS[planner]
     where = home if home is not None else chosen.home(mask.lengths, topology, options)
     runs = chosen.runs(where, mask, topology, options)

@@ -1,7 +1,8 @@
-"""Mask slices: rectangles of one document cut by one diagonal band, closed under cuts along queries and keys.
+"""Describes masks as slices: rectangles of one document cut by one diagonal band.
 
-After MagiAttention's dynamic solver: a type (full, causal, bi-causal) does not survive a cut along keys, a band does.
-Everything here is integers in document coordinates. Row functions take arrays; ``Slice`` is the same for one.
+They are closed under cuts along queries and keys, after MagiAttention's dynamic solver. A type (full, causal,
+bi-causal) does not survive a cut along keys, a band does. Everything here is integers in document coordinates. Row
+functions take arrays; ``Slice`` is the same for one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens ``start <= position < stop`` of document ``doc``."""
+    """A run of tokens of document ``doc``: those with ``start <= position < stop``."""
 
     doc: int
     start: int
@@ -28,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Cells with ``q0 <= q < q1``, ``k0 <= k < k1`` and ``lo <= k - q <= hi``."""
+    """A set of (query, key) cells: those with ``q0 <= q < q1``, ``k0 <= k < k1`` and ``lo <= k - q <= hi``."""
 
     q0: int
     q1: int
@@ -39,42 +40,42 @@ class Slice:
 
     @property
     def area(self) -> int:
-        """Visible cells."""
+        """Number of visible cells of the slice."""
         return sum(
             _below(self.q0, self.q1, self.k0, self.k1, d) * sign for d, sign in ((self.hi, 1), (self.lo - 1, -1))
         )
 
     def cut_q(self, at: int) -> tuple[Slice, Slice]:
-        """Rows before ``at`` and rows from ``at`` on."""
+        """Cuts the slice into rows before ``at`` and rows from ``at`` on."""
         at = min(max(at, self.q0), self.q1)
         return replace(self, q1=at), replace(self, q0=at)
 
     def cut_k(self, at: int) -> tuple[Slice, Slice]:
-        """Keys before ``at`` and keys from ``at`` on."""
+        """Cuts the slice into keys before ``at`` and keys from ``at`` on."""
         at = min(max(at, self.k0), self.k1)
         return replace(self, k1=at), replace(self, k0=at)
 
     def trimmed(self) -> Slice:
-        """The same cells in the smallest rectangle; one without cells has ``q0 == q1`` or ``k0 == k1``."""
+        """Returns the same cells in the smallest rectangle; one without cells has ``q0 == q1`` or ``k0 == k1``."""
         k0, k1 = max(self.k0, self.q0 + self.lo), min(self.k1, self.q1 + self.hi)
         q0, q1 = max(self.q0, k0 - self.hi), min(self.q1, k1 - self.lo)
         return replace(self, q0=q0, q1=max(q0, q1), k0=k0, k1=max(k0, k1))
 
 
 def _below(q0: int, q1: int, k0: int, k1: int, d: int) -> int:
-    """Cells of the rectangle with ``k - q <= d``."""
+    """Returns the number of cells of the rectangle with ``k - q <= d``."""
     first = q0 + d - k0 + 1  # keys of the first row before they are clamped to the rectangle
     return _ramp(first + max(0, q1 - q0), max(0, k1 - k0)) - _ramp(first, max(0, k1 - k0))
 
 
 def _ramp(t: int, keys: int) -> int:
-    """Sum of ``clamp(s, 0, keys)`` over ``s < t``."""
+    """Returns the sum of ``clamp(s, 0, keys)`` over ``s < t``."""
     rising = min(max(t, 0), keys)
     return rising * (rising - 1) // 2 + max(0, t - keys) * keys
 
 
 def areas(q0: Int64, q1: Int64, k0: Int64, k1: Int64, lo: Int64, hi: Int64) -> Int64:
-    """``Slice.area`` of many slices at once, int64 ``[N]``."""
+    """Returns the area of many slices at once, int64 ``[N]``."""
     rows, keys = np.maximum(q1 - q0, 0), np.maximum(k1 - k0, 0)
 
     def below(d: Int64) -> Int64:
@@ -89,7 +90,7 @@ def areas(q0: Int64, q1: Int64, k0: Int64, k1: Int64, lo: Int64, hi: Int64) -> I
 
 
 class MaskSlices:
-    """What every document's queries may see: ``per_doc`` slices for each document, disjoint, as columns.
+    """What every document's queries may see: ``per_doc`` disjoint slices for each document, as columns.
 
     ``q0 .. hi``: int64 ``[documents * per_doc]``, document-major; a document with fewer pads with empty slices.
     ``causal``: a single causal triangle per document, for which cuts have a closed form.
@@ -104,49 +105,52 @@ class MaskSlices:
 
     @property
     def columns(self) -> tuple[Int64, ...]:
-        """Of documents, then of slices."""
+        """Lengths of the documents, then the columns of their slices."""
         return self.lengths, self.q0, self.q1, self.k0, self.k1, self.lo, self.hi
 
     def clipped(self, number: int, doc: Int64, start: Int64, stop: Int64) -> tuple[Int64, ...]:
-        """Columns of slice ``number`` of each ``doc``, cut to rows ``[start, stop)``."""
+        """Returns the columns of slice ``number`` of each ``doc``, cut to rows ``[start, stop)``."""
         at = doc * self.per_doc + number
         q0 = np.maximum(self.q0[at], start)
         q1 = np.maximum(np.minimum(self.q1[at], stop), q0)
         return q0, q1, self.k0[at], self.k1[at], self.lo[at], self.hi[at]
 
     def area(self, doc: Int64, start: Int64, stop: Int64) -> Int64:
-        """Cells of rows ``[start, stop)`` of each document, int64 ``[N]``."""
+        """Returns the cells of rows ``[start, stop)`` of each document, int64 ``[N]``."""
         if self.causal:
             return np.asarray((stop - start) * (start + stop + 1) // 2, dtype=np.int64)
         return np.asarray(sum(areas(*self.clipped(n, doc, start, stop)) for n in range(self.per_doc)), dtype=np.int64)
 
     def of(self, doc: int) -> list[Slice]:
-        """The slices of one document, without the empty ones."""
+        """Returns the slices of one document, without the empty ones."""
         columns = (self.q0, self.q1, self.k0, self.k1, self.lo, self.hi)
         rows = (tuple(int(c[doc * self.per_doc + n]) for c in columns) for n in range(self.per_doc))
         return [one for one in (Slice(*row) for row in rows) if one.area]
 
     def rows_area(self, doc: int, start: int, stop: int) -> int:
-        """``area`` of one run of rows."""
+        """Returns the cells of one run of rows."""
         if self.causal:
             return (stop - start) * (start + stop + 1) // 2
         return sum(replace(s, q0=max(s.q0, start), q1=max(min(s.q1, stop), s.q0, start)).area for s in self.of(doc))
 
 
 def causal(lengths: Iterable[int]) -> MaskSlices:
-    """A query sees its document up to itself."""
+    """Returns a mask under which a query sees its document up to itself."""
     n = _lengths(lengths)
     return MaskSlices(n, (n * 0, n, n * 0, n, -n, n * 0), 1, causal=True)
 
 
 def full(lengths: Iterable[int]) -> MaskSlices:
-    """A query sees its whole document."""
+    """Returns a mask under which a query sees its whole document."""
     n = _lengths(lengths)
     return MaskSlices(n, (n * 0, n, n * 0, n, -n, n), 1)
 
 
 def window(lengths: Iterable[int], size: int, two_sided: bool = False) -> MaskSlices:
-    """A query sees the last ``size`` tokens, itself among them (and as many after it, if two-sided)."""
+    """Returns a mask under which a query sees the last ``size`` tokens, itself among them.
+
+    If ``two_sided``, it sees as many after it.
+    """
     if size < 1:
         raise ConfigError(f"window {size} must be at least 1 (a query sees itself)")
     n = _lengths(lengths)
@@ -154,7 +158,7 @@ def window(lengths: Iterable[int], size: int, two_sided: bool = False) -> MaskSl
 
 
 def prefix_lm(lengths: Iterable[int], prefixes: Iterable[int]) -> MaskSlices:
-    """The first ``prefix`` tokens see each other, the rest is causal."""
+    """Returns a mask under which the first ``prefix`` tokens see each other; the rest is causal."""
     n = _lengths(lengths)
     p = np.asarray(list(prefixes), dtype=np.int64)
     if p.shape != n.shape or np.any(p < 0) or np.any(p > n):
@@ -163,9 +167,10 @@ def prefix_lm(lengths: Iterable[int], prefixes: Iterable[int]) -> MaskSlices:
 
 
 def shared_prefix(prompts: Iterable[int], chosen: Iterable[int], rejected: Iterable[int]) -> MaskSlices:
-    """Packed preference pairs, prompt + chosen + rejected: causal, but rejected rows do not see the chosen ones.
+    """Returns the mask of packed preference pairs, prompt + chosen + rejected.
 
-    Where the rejected answer's first label needs the prompt's last logits, the caller duplicates that token.
+    It is causal, but rejected rows do not see the chosen ones. Where the rejected answer's first label needs the
+    prompt's last logits, the caller duplicates that token.
     """
     p, c, r = (_lengths(part) for part in (prompts, chosen, rejected))
     if not len(p) == len(c) == len(r):

@@ -1,4 +1,4 @@
-"""Who computes which rows: runs, which planners produce, and the mask's cells of them as tasks."""
+"""Assigns rows to servers: runs, which planners produce, and tasks, the mask's cells of these rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from longctx.planner.slices import Int64, MaskSlices, Slice, areas
 
 @dataclass(frozen=True)
 class TaskRuns:
-    """Query rows ``[start, stop)`` of ``doc`` that live on ``home``, computed by ``server`` for its keys in
-    ``[first_key, last_key)``: what planners produce, int64 columns ``[N]``. Every run lies within one span of its home.
+    """Runs of query rows and the server that computes each: what planners produce, int64 columns ``[N]``.
+
+    Rows ``[start, stop)`` of ``doc`` live on ``home``. ``server`` computes them for its keys in ``[first_key,
+    last_key)``. Every run lies within one span of its home.
     """
 
     doc: Int64
@@ -27,11 +29,12 @@ class TaskRuns:
 
     @classmethod
     def at_home(cls, home: DocumentPlacement) -> TaskRuns:
+        """Returns runs in which every rank computes the rows that live on it."""
         return cls.of_rows(home.doc, home.start, home.stop, home.rank, home.rank)
 
     @classmethod
     def between(cls, home: DocumentPlacement, servers: DocumentPlacement) -> TaskRuns:
-        """Rows are computed where another layout of the same documents has them."""
+        """Returns runs that are computed where another layout of the same documents has them."""
         key = servers.table[0]
         first = np.searchsorted(key, home.doc * servers.stride + home.start, "right") - 1
         count = np.searchsorted(key, home.doc * servers.stride + home.stop, "left") - first
@@ -42,13 +45,16 @@ class TaskRuns:
 
     @classmethod
     def of_rows(cls, doc: Int64, start: Int64, stop: Int64, home: Int64, server: Int64) -> TaskRuns:
-        """Rows with all their keys."""
+        """Returns runs of rows with all their keys."""
         return cls(doc, start, stop, home, server, doc * 0, np.full_like(doc, np.iinfo(np.int64).max))
 
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """Columns int64 ``[N]``: a slice of ``doc`` (``q0 .. hi``), heads ``group``, ``home`` and ``server``."""
+    """What servers compute, one mask slice a task, as int64 columns ``[N]``.
+
+    A slice of ``doc`` (``q0 .. hi``), heads ``group``, ``home`` and ``server``.
+    """
 
     doc: Int64
     q0: Int64
@@ -78,7 +84,7 @@ class Tasks:
         return Tasks(*(column[where] for column in self.columns))
 
     def trimmed(self) -> Tasks:
-        """The same cells in the smallest rectangles."""
+        """Returns the same cells in the smallest rectangles."""
         q0, q1, k0, k1 = _trimmed(self.q0, self.q1, self.k0, self.k1, self.lo, self.hi)
         return Tasks(self.doc, q0, q1, k0, k1, self.lo, self.hi, self.group, self.home, self.server)
 
@@ -87,7 +93,7 @@ class Tasks:
 
     @classmethod
     def of_runs(cls, mask: MaskSlices, runs: TaskRuns) -> Tasks:
-        """Every mask slice of every run, one heads group."""
+        """Returns the tasks of runs: every mask slice of every run, one heads group."""
         parts = []
         for number in range(mask.per_doc):
             q0, q1, k0, k1, lo, hi = mask.clipped(number, runs.doc, runs.start, runs.stop)
@@ -105,6 +111,6 @@ def _trimmed(q0: Int64, q1: Int64, k0: Int64, k1: Int64, lo: Int64, hi: Int64) -
 
 
 def ranges(first: Int64, count: Int64) -> Int64:
-    """``first[i], first[i] + 1, ..`` of ``count[i]`` numbers each, one after another."""
+    """Returns ``first[i], first[i] + 1, ..`` of ``count[i]`` numbers each, one after another."""
     before = np.cumsum(count) - count
     return np.asarray(np.repeat(first - before, count) + np.arange(int(count.sum()), dtype=np.int64))

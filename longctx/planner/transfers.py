@@ -1,4 +1,4 @@
-"""What travels from rank to rank: the union of what a server reads; a token crosses once per (token, server)."""
+"""Lists what is sent from rank to rank: the union of what a server reads; a token crosses once per (token, server)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from longctx.planner.tasks import ranges
 
 @dataclass(frozen=True, eq=False)
 class Transfers:
-    """Tokens ``[start, stop)`` of ``doc`` that ``dest`` reads of ``source``, for heads ``group``: int64 ``[N]`` each.
+    """Tokens that ``dest`` reads of ``source``, as int64 columns ``[N]``.
 
-    ``offset``: place of the first one among the source's resident tokens. Ordered by source, destination, group,
-    document and position; with source == destination it stays where it is. No token comes twice to a destination.
+    They are tokens ``[start, stop)`` of ``doc``, for heads ``group``. ``offset``: place of the first one among the
+    source's resident tokens. Ordered by source, destination, group, document and position. With source == destination
+    it stays where it is. No token comes twice to a destination.
     """
 
     source: Int64
@@ -29,7 +30,7 @@ class Transfers:
 
     @classmethod
     def of(cls, home: DocumentPlacement, dest: Int64, group: Int64, doc: Int64, start: Int64, stop: Int64) -> Transfers:
-        """The union of the intervals that each destination reads, cut at the spans of their homes."""
+        """Returns the union of the intervals that each destination reads, cut at the spans of their homes."""
         dest, group, doc, start, stop = _united(dest, group, doc, start, stop, len(home.lengths), home.stride)
         key, _, h_start, h_stop, h_rank, h_offset = home.table
         first = np.searchsorted(key, doc * home.stride + start, "right") - 1
@@ -43,8 +44,8 @@ class Transfers:
             begin, end, h_offset[span] + begin - h_start[span],
         )  # fmt: skip
         # Ordered by destination, group, document and position already; 16 bits let numpy sort by radix.
-        narrow = np.int16 if home.ranks <= 32767 else np.int64
-        order = np.argsort(columns[0].astype(narrow), kind="stable")
+        sort_dtype = np.int16 if home.ranks <= 32767 else np.int64
+        order = np.argsort(columns[0].astype(sort_dtype), kind="stable")
         return cls(*(column[order] for column in columns))
 
     @property
@@ -52,12 +53,12 @@ class Transfers:
         return self.stop - self.start
 
     def matrix(self, ranks: int) -> Int64:
-        """(token, group) rows from rank to rank, int64 ``[W, W]``, those that stay on the diagonal."""
+        """Returns (token, group) rows from rank to rank, int64 ``[W, W]``; those that stay are on the diagonal."""
         flat = np.bincount(self.source * ranks + self.dest, weights=self.rows, minlength=ranks * ranks)
         return np.asarray(flat.astype(np.int64).reshape(ranks, ranks))
 
     def away(self, ranks: int) -> tuple[Int64, Int64]:
-        """Rows that each rank sends to others and receives from others, int64 ``[W]``."""
+        """Returns the rows that each rank sends to others and receives from others, int64 ``[W]``."""
         moved = np.where(self.source == self.dest, 0, self.rows)
         sent, got = (np.bincount(ends, weights=moved, minlength=ranks) for ends in (self.source, self.dest))
         return sent.astype(np.int64), got.astype(np.int64)
@@ -70,14 +71,14 @@ class Transfers:
         return Transfers(*(column[where] for column in self.columns))
 
     def joined(self, other: Transfers) -> Transfers:
-        """These, and behind them those of ``other``."""
+        """Returns these transfers and behind them those of ``other``."""
         return Transfers(*map(np.concatenate, zip(self.columns, other.columns, strict=True)))
 
 
 def _united(
     dest: Int64, group: Int64, doc: Int64, start: Int64, stop: Int64, docs: int, stride: int
 ) -> tuple[Int64, Int64, Int64, Int64, Int64]:
-    """Overlapping and touching intervals of one (destination, group, document) joined; sorted by all."""
+    """Joins overlapping and touching intervals of one (destination, group, document), sorted by all."""
     groups = int(group.max(initial=0)) + 1
     base = ((dest * groups + group) * docs + doc) * stride
     order = np.argsort(base + start)

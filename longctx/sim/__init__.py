@@ -1,6 +1,6 @@
-"""A simulated cluster: ranks are threads of one process behind a ``torch.distributed`` backend ``sim``.
+"""Simulates a cluster in one process: ranks are threads behind the ``torch.distributed`` backend ``sim``.
 
-Exactly one rank runs at a time, so runs are deterministic, deadlocks are reported at once, and every byte and
+Exactly one rank runs at a time. So runs are deterministic, deadlocks are reported at once, and every byte and
 operation is counted. Nothing else in the package knows of it: code runs here as it runs on Gloo or NCCL.
 
     cluster = Cluster(world_size=4)

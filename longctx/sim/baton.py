@@ -1,6 +1,7 @@
-"""The baton: of all rank threads exactly one runs, and it hands over only inside a blocking wait.
+"""Lets exactly one rank thread run at a time: the one that holds the baton.
 
-So a run is deterministic, ranks have no data races, and the moment when nobody can go on is seen at once.
+A rank hands the baton over only inside a blocking wait. So a run is deterministic and ranks have no data races. The
+moment when no rank can go on is noticed at once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 
 from longctx.sim.errors import DeadlockError, Stopped
 
-# A rank that polls is_completed() while nobody else can run will never see an answer; this many polls in a
-# row count as waiting for ever.
+# A rank that polls is_completed() while no other can run will never see an answer. So many polls in a row count as
+# waiting for ever.
 _FRUITLESS_POLLS = 1000
 _LIBRARY_FOLDERS = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
@@ -28,11 +29,14 @@ class Waitable(Protocol):
     """Something that a rank can wait for."""
 
     def ready(self) -> bool:
-        """True once the rank may go on; must become true only through what other ranks do, or time."""
+        """Returns True once the rank may go on.
+
+        It may become True only through what other ranks do, or through time.
+        """
         ...
 
     def describe(self) -> str:
-        """The operation, group, peers, tag and sequence number, for a deadlock report."""
+        """Names the operation, group, peers, tag and sequence number for a deadlock report."""
         ...
 
 
@@ -53,8 +57,8 @@ class Baton:
 
     Args:
         world_size: number of ranks.
-        seed: None hands over in rank order; a number shuffles the order, and lets a rank hand over at waits
-            that could return at once too.
+        seed: None hands over in rank order. A number shuffles the order; a rank may then also hand over at a wait
+            that could return at once.
     """
 
     def __init__(self, world_size: int, seed: int | None) -> None:
@@ -71,11 +75,11 @@ class Baton:
         self._threads = [0] * world_size
         self._generator = torch.default_generator
         self._rng = [self._generator.get_state()] * world_size
-        self._held: list[int] = []  # turns at which delayed messages come due
+        self._expected: list[int] = []  # turns at which delayed messages come due
         self._fruitless = 0
 
-    def conduct(self) -> None:
-        """Start the first rank and return when the last one has finished. Called by the main thread.
+    def run_ranks(self) -> None:
+        """Starts the first rank and returns when the last one has finished; the main thread calls it.
 
         An interrupt (Ctrl-C) stops all ranks at their next operation, then goes on as usual.
         """
@@ -90,13 +94,13 @@ class Baton:
             raise
 
     def begin(self, rank: int) -> None:
-        """Called once by each rank thread before anything else; returns when it first has the baton."""
+        """Waits until the rank thread first gets the baton; each thread calls it before anything else."""
         self._threads[rank] = _thread.get_ident()
         self._locks[rank].acquire()
         self._generator.set_state(self._rng[rank])
 
     def finish(self, rank: int) -> None:
-        """Called by a rank that is done; hands on for good."""
+        """Hands the baton on for good; a rank that is done calls it."""
         self._alive[rank] = False
         successor = self._next_after(rank)
         if successor is None and any(self._alive):
@@ -108,21 +112,24 @@ class Baton:
             self._hand_to(successor)
 
     def check(self) -> None:
-        """Raise Stopped if the run is over; every operation begins with this."""
+        """Raises Stopped if the run is over; every operation begins with this."""
         if self.cause is not None:
             raise Stopped
 
     def stop(self, cause: BaseException) -> None:
-        """End the run: the holder goes on, every other rank gets Stopped in turn. The first cause counts."""
+        """Ends the run: the rank that holds the baton goes on, every other one gets Stopped in turn.
+
+        Of several causes the first one counts.
+        """
         if self.cause is None:
             self.cause = cause
 
-    def hold_until(self, turn: int) -> None:
-        """Promise that something becomes ready at this turn, so that waiting for it is no deadlock."""
-        heapq.heappush(self._held, turn)
+    def expect_at(self, turn: int) -> None:
+        """Records that something becomes ready at this turn, so that waiting for it is no deadlock."""
+        heapq.heappush(self._expected, turn)
 
     def wait(self, rank: int, what: Waitable) -> None:
-        """Return when ``what`` is ready; let the others run until then.
+        """Returns when ``what`` is ready, and lets the other ranks run until then.
 
         Raises:
             Stopped: another rank failed, or all ranks wait for each other.
@@ -133,11 +140,11 @@ class Baton:
         self._switch(rank, what)
 
     def poll(self, rank: int) -> None:
-        """Let the others run once and come back; for code that asks ``is_completed()`` in a loop."""
+        """Lets the other ranks run once, for code that asks ``is_completed()`` in a loop."""
         self.check()
         if self._switch(rank, _Always()):
             self._fruitless = 0
-        elif self._held:
+        elif self._expected:
             self._let_time_pass()
         else:
             self._fruitless += 1
@@ -147,7 +154,7 @@ class Baton:
             raise Stopped
 
     def waits(self) -> list[str]:
-        """One line for every rank: what it waits for, and from where in the caller's code."""
+        """Returns one line for every rank: what it waits for, and from where in the caller's code."""
         frames = sys._current_frames()
         lines = []
         for rank, waiting in enumerate(self._waits):
@@ -193,13 +200,13 @@ class Baton:
                     waiting = self._waits[candidate]
                     if self.cause is not None or waiting is None or waiting.ready():
                         return candidate
-            if not self._held:
+            if not self._expected:
                 return None
             self._let_time_pass()
 
     def _let_time_pass(self) -> None:
         """Nobody can go on now: skip to the turn at which the next delayed message arrives."""
-        self.turn = max(self.turn, heapq.heappop(self._held))
+        self.turn = max(self.turn, heapq.heappop(self._expected))
 
     def _deadlock(self) -> DeadlockError:
         return DeadlockError("deadlock: every rank waits\n" + "\n".join(f"  {line}" for line in self.waits()))

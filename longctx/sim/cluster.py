@@ -1,4 +1,4 @@
-"""A cluster in one process: every rank is a thread, ``torch.distributed`` works in each."""
+"""Runs a cluster in one process: every rank is a thread in which ``torch.distributed`` works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longctx.sim.fake import FakeFloats
 from longctx.sim.faults import Fault, FaultInjector, FaultPlan
 from longctx.sim.ledger import Ledger
 from longctx.sim.process_group import create_group
-from longctx.sim.runtime import Runtime, Seat, current_seat, take_seat
+from longctx.sim.runtime import RankContext, Runtime, current_rank_context, set_rank_context
 from longctx.sim.sharding_decisions import shared_sharding_decisions
 from longctx.sim.store import SimStore
 from longctx.sim.trace import Event, Trace
@@ -33,11 +33,11 @@ _one_run_at_a_time = threading.Lock()
 
 
 class Cluster:
-    """N ranks as threads of this process, one running at a time.
+    """A cluster that runs N ranks as threads of this process, one at a time.
 
-    Results depend on nothing but the ranks' own code and the state of torch's random number generator at the
-    start, which every rank inherits; a seed must not change them. Only torch's default CPU generator is kept
-    per rank; ``random`` and ``numpy.random`` are shared by the ranks of a run.
+    Results depend only on the ranks' own code and on torch's random number generator at the start. Every rank inherits
+    its state; a seed must not change results. Only torch's default CPU generator is kept per rank; ``random`` and
+    ``numpy.random`` are shared by the ranks of a run.
 
     Args:
         world_size: number of ranks, at least 1.
@@ -79,7 +79,7 @@ class Cluster:
 
     @property
     def trace(self) -> list[list[Event]]:
-        """Events of the latest run, a list per rank in that rank's order."""
+        """Events of the latest run: one list per rank, in that rank's order."""
         return self._trace.events
 
     @property
@@ -88,10 +88,10 @@ class Cluster:
         return self._fired
 
     def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
-        """Call ``function(*args, **kwargs)`` on every rank, with torch.distributed initialised.
+        """Calls ``function(*args, **kwargs)`` on every rank, with torch.distributed initialised.
 
-        Ledger, trace and ``fired`` start afresh. Afterwards the caller's process is as before, whatever
-        happened: process groups, random number generators, registered backends, threads.
+        Ledger, trace and ``fired`` start afresh. Afterwards the caller's process is as before, whatever happened:
+        process groups, random number generators, registered backends, threads.
 
         Returns:
             What the ranks returned, by rank.
@@ -101,7 +101,7 @@ class Cluster:
             DeadlockError: all ranks wait for each other.
             RuntimeError: called inside a rank, or while another run goes on.
         """
-        if current_seat() is not None:
+        if current_rank_context() is not None:
             raise RuntimeError("Cluster.run() inside a rank of a cluster; a rank can't host another cluster")
         if not _one_run_at_a_time.acquire(blocking=False):
             raise RuntimeError("another Cluster.run() goes on in this process; only one can at a time")
@@ -139,7 +139,7 @@ class _Run:
         for thread in threads:
             thread.start()
         try:
-            self._baton.conduct()
+            self._baton.run_ranks()
         finally:
             for thread in threads:
                 thread.join()
@@ -151,12 +151,12 @@ class _Run:
 
     def _rank_thread(self, rank: int, body: Callable[[], Any]) -> None:
         self._baton.begin(rank)
-        seat = Seat(rank, self._runtime)
-        take_seat(seat)
+        context = RankContext(rank, self._runtime)
+        set_rank_context(context)
         try:
             self._baton.check()
             dist.init_process_group(BACKEND_NAME, rank=rank, world_size=self._runtime.world_size, store=self._store)
-            with self._modes(seat):
+            with self._modes(context):
                 self._results[rank] = body()
         except Stopped:
             pass
@@ -165,7 +165,7 @@ class _Run:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            take_seat(None)
+            set_rank_context(None)
             self._baton.finish(rank)
 
     def _fail(self, rank: int, error: BaseException) -> None:
@@ -182,25 +182,25 @@ class _Run:
         self._baton.stop(failure)
 
     @contextlib.contextmanager
-    def _modes(self, seat: Seat) -> Iterator[None]:
+    def _modes(self, context: RankContext) -> Iterator[None]:
         with contextlib.ExitStack() as modes:
             fake_mode = modes.enter_context(FakeFloats()) if self._fake else None
             if self._trace_compute:
-                modes.enter_context(ComputeRecorder(seat, fake_mode))
+                modes.enter_context(ComputeRecorder(context, fake_mode))
             yield
 
 
 def _wait_in_current_rank(what: Any) -> None:
-    seat = current_seat()
-    if seat is not None:
-        seat.wait(what)
+    context = current_rank_context()
+    if context is not None:
+        context.wait(what)
     elif not what.ready():
         raise RuntimeError(f"{what.describe()} outside of a rank thread, which can't hand over; ask check() first")
 
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put the process's generators back afterwards."""
+    """Puts the process's generators back afterwards."""
     saved = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,7 +1,7 @@
-"""A collective is a meeting: every rank of the group brings a call, the last one to arrive does the work.
+"""Computes collectives: every rank of a group adds its call, and the last one to arrive computes all results.
 
-Results are kept until each rank awaits its handle, and only then written into that rank's tensors. A program
-that reads an output before it waits sees the old contents, as it may on a real network.
+Results are kept until each rank awaits its handle, and only then written into that rank's tensors. A program that
+reads an output before it waits sees the old contents, as it may on a real network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.sim.errors import MismatchError
-from longctx.sim.tensors import dtype_name, has_no_numbers, overwrite, reduced, shapes, unobserved
+from longctx.sim.tensors import copy_data, dtype_name, has_no_data, reduce_in_rank_order, shapes, without_dispatch_modes
 
 
 @dataclass(slots=True)
@@ -38,14 +38,14 @@ class CollectiveCall:
     receive_splits: list[int] = field(default_factory=list)
 
     def describe(self) -> str:
-        """Operation, detail and tensors: "all_reduce (sum) of (4, 8) float32"."""
+        """Names operation, detail and tensors, such as "all_reduce (sum) of (4, 8) float32"."""
         detail = f" ({self.detail})" if self.detail else ""
         tensors = self.inputs or self.outputs
         what = ", ".join(str(shape) for shape in shapes(tensors))
         return f"{self.operation}{detail}" + (f" of {what} {dtype_name(tensors)}" if what else "")
 
     def matches(self, other: CollectiveCall) -> bool:
-        """Whether both calls can be the same collective."""
+        """Returns whether both calls can be the same collective."""
         return (self.operation, self.detail, self.agreed) == (other.operation, other.detail, other.agreed)
 
 
@@ -53,13 +53,13 @@ class CollectiveCall:
 Combine = Callable[[Sequence[CollectiveCall]], list[list[torch.Tensor]]]
 
 
-class Meeting:
-    """One collective of one group.
+class PendingCollective:
+    """One collective of one group that waits for the calls of all its ranks.
 
     Args:
         title: names the group and the sequence number: "group '0' of ranks (0, 1), sequence 3".
         ranks: global ranks of the group.
-        combine: computes all results once everyone has arrived.
+        combine: computes all results once every rank has arrived.
     """
 
     def __init__(self, title: str, ranks: tuple[int, ...], combine: Combine) -> None:
@@ -73,7 +73,7 @@ class Meeting:
         self._results: list[list[torch.Tensor]] | None = None
 
     def check(self, member: int, call: CollectiveCall) -> None:
-        """Raise MismatchError if this member (group rank) calls something else than the first one did."""
+        """Raises MismatchError if this member (group rank) calls something else than the first one did."""
         if self._first is None:
             self._first = member, call
             return
@@ -86,26 +86,26 @@ class Meeting:
             )
 
     def arrive(self, member: int, call: CollectiveCall) -> None:
-        """Add a member's call; the last one to come computes everyone's results."""
+        """Adds a member's call; the last one to come computes the results of all."""
         self._arrived[member] = call
         if len(self._arrived) < len(self.ranks):
             return
         calls = [self._arrived[rank] for rank in range(len(self.ranks))]
-        if not any(has_no_numbers((*call.inputs, *call.outputs)) for call in calls):
-            with unobserved():
+        if not any(has_no_data((*call.inputs, *call.outputs)) for call in calls):
+            with without_dispatch_modes():
                 self._results = self.combine(calls)
             self._check_results(calls)
         self.complete = True
 
     def deliver(self, member: int, call: CollectiveCall) -> None:
-        """Write the member's results into its output tensors."""
+        """Writes the member's results into its output tensors."""
         if self._results is not None:
-            with unobserved():
+            with without_dispatch_modes():
                 for output, result in zip(call.outputs, self._results[member], strict=True):
-                    overwrite(output, result)
+                    copy_data(output, result)
 
     def missing(self) -> list[int]:
-        """Global ranks that have not arrived."""
+        """Returns the global ranks that have not arrived."""
         return [rank for member, rank in enumerate(self.ranks) if member not in self._arrived]
 
     def _check_results(self, calls: Sequence[CollectiveCall]) -> None:
@@ -121,17 +121,17 @@ class Meeting:
 
 
 def combine_all_reduce(op: dist.ReduceOp) -> Combine:
-    """Every tensor reduced over ranks, for everyone."""
+    """Returns a function that reduces every tensor over ranks, for all of them."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-        results = [reduced(tensors, op) for tensors in zip(*(call.inputs for call in calls), strict=True)]
+        results = [reduce_in_rank_order(tensors, op) for tensors in zip(*(call.inputs for call in calls), strict=True)]
         return [results] * len(calls)
 
     return combine
 
 
 def combine_reduce(op: dist.ReduceOp, root: int) -> Combine:
-    """Every tensor reduced over ranks, for the root."""
+    """Returns a function that reduces every tensor over ranks, for the root."""
     combine_all = combine_all_reduce(op)
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
@@ -141,19 +141,19 @@ def combine_reduce(op: dist.ReduceOp, root: int) -> Combine:
 
 
 def combine_all_gather_single(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-    """Inputs concatenated in rank order, one flat tensor per input, for everyone."""
+    """Concatenates inputs in rank order, one flat tensor per input, for all ranks."""
     results = [_flat_concatenation(tensors) for tensors in zip(*(call.inputs for call in calls), strict=True)]
     return [results] * len(calls)
 
 
 def combine_all_gather(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-    """Inputs of every rank in rank order, each its own tensor, for everyone; sizes may differ."""
+    """Gives all ranks the inputs of every rank in rank order, each its own tensor; sizes may differ."""
     results = [_snapshot(tensor) for call in calls for tensor in call.inputs]
     return [results] * len(calls)
 
 
 def combine_gather(root: int) -> Combine:
-    """Inputs of every rank in rank order, each its own tensor, for the root."""
+    """Returns a function that gives the root the inputs of every rank, each its own tensor."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [results if rank == root else [] for rank, results in enumerate(combine_all_gather(calls))]
@@ -162,11 +162,11 @@ def combine_gather(root: int) -> Combine:
 
 
 def combine_reduce_scatter_single(op: dist.ReduceOp) -> Combine:
-    """Each input reduced over ranks and cut into as many equal parts as there are ranks."""
+    """Returns a function that reduces each input over ranks and cuts it into equal parts, one per rank."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         sums = [
-            reduced([tensor.reshape(-1) for tensor in tensors], op).view(len(calls), -1)
+            reduce_in_rank_order([tensor.reshape(-1) for tensor in tensors], op).view(len(calls), -1)
             for tensors in zip(*(call.inputs for call in calls), strict=True)
         ]
         return [[total[rank] for total in sums] for rank in range(len(calls))]
@@ -175,16 +175,16 @@ def combine_reduce_scatter_single(op: dist.ReduceOp) -> Combine:
 
 
 def combine_reduce_scatter(op: dist.ReduceOp) -> Combine:
-    """Input number r of every rank, reduced, for rank r; sizes may differ."""
+    """Returns a function that reduces input number r of every rank for rank r; sizes may differ."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-        return [[reduced([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
+        return [[reduce_in_rank_order([call.inputs[rank] for call in calls], op)] for rank in range(len(calls))]
 
     return combine
 
 
 def combine_broadcast(root: int) -> Combine:
-    """The root's inputs, for everyone else."""
+    """Returns a function that gives the root's inputs to all other ranks."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         results = [_snapshot(tensor) for tensor in calls[root].inputs]
@@ -194,7 +194,7 @@ def combine_broadcast(root: int) -> Combine:
 
 
 def combine_scatter(root: int) -> Combine:
-    """Input number r of the root, for rank r."""
+    """Returns a function that gives input number r of the root to rank r."""
 
     def combine(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
         return [[_snapshot(tensor)] for tensor in calls[root].inputs]
@@ -203,7 +203,7 @@ def combine_scatter(root: int) -> Combine:
 
 
 def combine_all_to_all_single(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-    """Split r of every rank's input, concatenated in rank order, for rank r."""
+    """Concatenates split r of every rank's input in rank order, for rank r."""
     for source, sender in enumerate(calls):
         for destination, receiver in enumerate(calls):
             if sender.send_splits[destination] != receiver.receive_splits[source]:
@@ -217,12 +217,12 @@ def combine_all_to_all_single(calls: Sequence[CollectiveCall]) -> list[list[torc
 
 
 def combine_all_to_all(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-    """Input number r of every rank in rank order, each its own tensor, for rank r."""
+    """Gives rank r the input number r of every rank in rank order, each its own tensor."""
     return [[_snapshot(call.inputs[rank]) for call in calls] for rank in range(len(calls))]
 
 
 def combine_nothing(calls: Sequence[CollectiveCall]) -> list[list[torch.Tensor]]:
-    """A barrier's result."""
+    """Returns the results of a barrier, which has none."""
     return [[] for _ in calls]
 
 

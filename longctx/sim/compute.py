@@ -1,4 +1,4 @@
-"""Recording of compute: the operators that a rank runs, between its communication.
+"""Records compute: the operators that a rank runs between its communication.
 
 The cluster enters this mode in each rank thread when asked to (``trace_compute=True``), so that model code
 needs no hook of its own. Flops come from torch's registry (``torch.utils.flop_counter``), where an operator
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from longctx.sim.runtime import Seat
+from longctx.sim.runtime import RankContext
 from longctx.sim.tensors import dtype_name, nbytes, shapes
 from longctx.sim.trace import Event
 
@@ -45,7 +45,7 @@ _CPU_FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def _python_body(func: Any) -> Callable[..., Any] | None:
-    """The Python function that implements a custom operator on the CPU, None for other operators."""
+    """Returns the Python function that implements a custom operator on the CPU, None for other operators."""
     definition = None if func.namespace in ("aten", "prims") else _maybe_get_opdef(func._schema.name)
     if definition is None:
         return None
@@ -59,21 +59,21 @@ def _breaks_up(kind: Any) -> bool:
 
 
 class ComputeRecorder(TorchDispatchMode):
-    """Adds a "compute" event to the seat's trace for every operator that touches data.
+    """Adds a "compute" event to the rank's trace for every operator that touches data.
 
-    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is
-    opened up: its inner operators are recorded, in their order among the communication. Its body is called
-    directly, so with fake tensors too it communicates, where its fake kernel would not. Any other operator
-    is one event. What DTensor runs on fake tensors of global shape, to learn how results look, is left out.
+    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is opened up: its
+    inner operators are recorded, in their order among the communication. Its body is called directly, so it
+    communicates with fake tensors too, where its fake kernel would not. Any other operator is one event. DTensor also
+    runs operators on fake tensors of global shape, to learn how results look; these are left out.
 
     Args:
-        seat: the rank.
+        context: the rank.
         fake_mode: the run's own, None if its tensors are real.
     """
 
-    def __init__(self, seat: Seat, fake_mode: FakeTensorMode | None) -> None:
+    def __init__(self, context: RankContext, fake_mode: FakeTensorMode | None) -> None:
         super().__init__()
-        self._seat = seat
+        self._context = context
         self._fake_mode = fake_mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,12 +113,12 @@ class ComputeRecorder(TorchDispatchMode):
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
         event = Event(
             phase="compute",
-            id=self._seat.runtime.trace.next_id(),
-            step=self._seat.step,
+            id=self._context.runtime.trace.next_id(),
+            step=self._context.step,
             operation=f"{func.namespace}.{func.overloadpacket.__name__}",
             bytes=nbytes(inputs) + nbytes(outputs),
             shapes=shapes(inputs),
             dtype=dtype_name(inputs),
             flops=flops,
         )
-        self._seat.record(event)
+        self._context.record(event)

@@ -1,4 +1,4 @@
-"""What can go wrong on a simulated cluster, each as its own type."""
+"""Defines what can go wrong on a simulated cluster, each as its own type."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 class DeadlockError(RuntimeError):
     """Every rank waits and nothing is on its way.
 
-    The message names, for every rank, the operation, group, peers, tag and sequence number that it waits
-    for, and the line of the caller's code.
+    For every rank the message names the operation, group, peers, tag and sequence number that it waits for. It also
+    names the line of the caller's code.
     """
 
 
@@ -32,7 +32,7 @@ class MismatchError(RuntimeError):
 class RankKilled(BaseException):
     """A fault plan killed this rank.
 
-    Not an ``Exception``, so that ``except Exception`` in rank code can't survive it, as it can't a SIGKILL.
+    It is no ``Exception``, so that ``except Exception`` in rank code can't survive it, as it can't a SIGKILL.
     ``finally`` clauses and ``__exit__`` do run, which SIGKILL would not allow.
     """
 

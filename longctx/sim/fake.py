@@ -1,8 +1,8 @@
-"""Shapes without numbers: floating tensors are fake, integers stay real.
+"""Runs ranks on shapes without numbers: floating tensors are fake, integers stay real.
 
-A plain ``FakeTensorMode`` makes every tensor fake, and then no program with a device mesh gets far: rank maps,
-positions, split sizes and masks steer the program, so somebody asks for their values. Integers are small and
-decide what happens; floating tensors are large and only flow through.
+A plain ``FakeTensorMode`` makes every tensor fake. Then no program with a device mesh gets far: rank maps, positions,
+split sizes and masks steer it, so somebody asks for their values. Integers are small and decide what happens;
+floating tensors are large and only flow through.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INTEGERS_FROM_INTEGERS = (_aten.arange, _aten.full, _aten.scalar_tensor, _aten.
 
 
 class FakeFloats(FakeTensorMode):
-    """Fake mode that leaves operators on integers alone."""
+    """A fake mode that leaves operators on integers alone."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)

@@ -1,4 +1,4 @@
-"""Failures on purpose: plain data that say what goes wrong where, and the matching of operations to them."""
+"""Defines failures on purpose as plain data, and matches operations to them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ class Fault:
     """One thing that goes wrong, once.
 
     Attributes:
-        kind: "kill" (the rank raises RankKilled), "hang" (the rank never goes on), "drop" (what the rank
-            sends or puts in never arrives), "delay" (it arrives ``turns`` hand-overs of the baton later),
-            "corrupt" (one bit of it is flipped on the way; the sender's own tensor stays intact).
+        kind: one of
+            "kill": the rank raises RankKilled;
+            "hang": the rank never goes on;
+            "drop": what the rank sends or puts in never arrives;
+            "delay": it arrives ``turns`` hand-overs of the baton later;
+            "corrupt": one bit of it is flipped on the way, and the sender's own tensor stays intact.
         rank: global rank that the fault strikes.
         operation: name as in the ledger, or "recv"; "*" for any that the kind applies to.
         step: the rank's step, 0 until ``mark_step`` says otherwise.
         occurrence: 0 for the first such operation of the step, 1 for the second, ...
-        turns: for "delay". If nobody else can go on, time skips ahead: a delay alone is no deadlock.
-        element, bit: for "corrupt": which element of the first non-empty tensor, and which of its bits, both
-            from the low end or, if negative, from the high end. The default is the highest exponent bit.
+        turns: for "delay". If no rank can go on, time skips ahead: a delay alone is no deadlock.
+        element, bit: for "corrupt": an element of the first non-empty tensor, and one of its bits. Both count from the
+            low end or, if negative, from the high end. The default is the highest exponent bit.
     """
 
     kind: str
@@ -65,7 +68,7 @@ class Fault:
                 raise ValueError(f"{name} of a fault is {getattr(self, name)}, must not be negative; at least 0")
 
     def applies_to(self, operation: str) -> bool:
-        """Whether the fault may strike this operation, place and time aside."""
+        """Returns whether the fault may strike this operation, place and time aside."""
         if self.operation != ANY_OPERATION:
             return operation == self.operation
         return operation not in _NOTHING_TO_LOSE[self.kind]
@@ -73,7 +76,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class FaultPlan:
-    """All faults of a run."""
+    """All faults of a run, in the order in which they are looked up."""
 
     faults: tuple[Fault, ...] = ()
 
@@ -81,7 +84,7 @@ class FaultPlan:
         object.__setattr__(self, "faults", tuple(faults))
 
     def check_world(self, world_size: int) -> None:
-        """Raise ValueError if a fault names a rank that the cluster doesn't have."""
+        """Raises ValueError if a fault names a rank that the cluster doesn't have."""
         for fault in self.faults:
             if fault.rank >= world_size:
                 raise ValueError(
@@ -104,7 +107,7 @@ class FaultInjector:
             self._by_rank.setdefault(fault.rank, []).append((index, fault))
 
     def strike(self, rank: int, step: int, operation: str) -> Fault | None:
-        """The fault for this operation of this rank; counts the operation."""
+        """Returns the fault for this operation of this rank, if any, and counts the operation."""
         struck = None
         for index, fault in self._by_rank.get(rank, ()):
             if fault.step == step and fault.applies_to(operation):
@@ -115,8 +118,8 @@ class FaultInjector:
         return struck
 
 
-def corrupted(tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
-    """A contiguous copy of ``tensor`` with the fault's bit flipped."""
+def with_flipped_bit(tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
+    """Returns a contiguous copy of ``tensor`` with the fault's bit flipped."""
     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     octets = copy.view(-1).view(torch.uint8)
     bits_per_element = 8 * copy.element_size()

@@ -1,4 +1,4 @@
-"""One rank's membership of one group: posting its operations to ledger, trace, fault plan and the others."""
+"""Posts one rank's operations in one group to ledger, trace, fault plan and the other ranks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.sim.collectives import CollectiveCall, Combine, Meeting
-from longctx.sim.faults import Fault, corrupted
+from longctx.sim.collectives import CollectiveCall, Combine, PendingCollective
+from longctx.sim.faults import Fault, with_flipped_bit
 from longctx.sim.ledger import Sent
 from longctx.sim.messages import Message, Receive
-from longctx.sim.runtime import Seat
-from longctx.sim.tensors import check_contiguous, dtype_name, has_no_numbers, nbytes, shapes, unobserved
+from longctx.sim.runtime import RankContext
+from longctx.sim.tensors import check_contiguous, dtype_name, has_no_data, nbytes, shapes, without_dispatch_modes
 from longctx.sim.trace import Event
-from longctx.sim.work import BUFFERED_SEND, Awaited, AwaitedMeeting, AwaitedReceive, SimWork
+from longctx.sim.work import BUFFERED_SEND, Awaited, AwaitedCollective, AwaitedReceive, SimWork
 
 Tensors = Sequence[torch.Tensor]
 
@@ -22,17 +22,17 @@ class GroupMember:
     """Posts operations of one rank in one group.
 
     Args:
-        seat: the rank.
+        context: the rank.
         name: c10d's unique name of the group.
         ranks: global ranks of the group.
         position: of this rank in ``ranks``, its group rank.
     """
 
-    def __init__(self, seat: Seat, name: str, ranks: tuple[int, ...], position: int) -> None:
+    def __init__(self, context: RankContext, name: str, ranks: tuple[int, ...], position: int) -> None:
         self.ranks = ranks
         self.position = position
         self.collectives = 0  # posted so far: the next one's sequence number
-        self._seat = seat
+        self._context = context
         self._key = (name, ranks)
         self.describe("")
 
@@ -43,16 +43,16 @@ class GroupMember:
 
     @property
     def name(self) -> str:
-        """c10d's unique name of the group."""
+        """The group's unique name in c10d."""
         return self._key[0]
 
     def describe(self, description: str) -> None:
-        """Say what the group is for; reports show it beside the name."""
+        """Sets what the group is for; reports show it beside the name."""
         detail = f" ({description})" if description else ""
         self.title = f"group {self.name!r}{detail} of ranks {list(self.ranks)}"
 
-    def meet(self, call: CollectiveCall, combine: Combine, sent: Sent, tensors: Tensors) -> SimWork:
-        """Join the group's next collective.
+    def start_collective(self, call: CollectiveCall, combine: Combine, sent: Sent, tensors: Tensors) -> SimWork:
+        """Joins the group's next collective and returns its handle.
 
         Args:
             call: what this rank brings.
@@ -61,69 +61,69 @@ class GroupMember:
             tensors: what the handle's ``result()`` gives.
         """
         check_contiguous(call.operation, call.inputs)
-        fault = self._seat.enter(call.operation)
+        fault = self._context.enter(call.operation)
         sequence, self.collectives = self.collectives, self.collectives + 1
         others = self.ranks[: self.position] + self.ranks[self.position + 1 :]
         post = self._post(call.operation, call.inputs, sent, others, 0, sequence)
         if fault is not None and fault.kind == "corrupt":
-            with unobserved():
-                call.inputs = _first_corrupted(call.inputs, fault)
-        meetings, key = self._seat.runtime.meetings, (self._key, sequence)
-        meeting = meetings.get(key)
-        if meeting is None:
-            meeting = meetings[key] = Meeting(f"{self.title}, sequence {sequence}", self.ranks, combine)
-        meeting.check(self.position, call)
-        meeting.due = max(meeting.due, self._due(fault))
+            with without_dispatch_modes():
+                call.inputs = _with_first_corrupted(call.inputs, fault)
+        collectives, key = self._context.runtime.collectives, (self._key, sequence)
+        collective = collectives.get(key)
+        if collective is None:
+            collective = collectives[key] = PendingCollective(f"{self.title}, sequence {sequence}", self.ranks, combine)
+        collective.check(self.position, call)
+        collective.due = max(collective.due, self._due(fault))
         if fault is None or fault.kind != "drop":
-            meeting.arrive(self.position, call)
-            if meeting.complete:
-                del meetings[key]
-        return SimWork(self._seat, AwaitedMeeting(self._seat, meeting, self.position, call), tensors, post)
+            collective.arrive(self.position, call)
+            if collective.complete:
+                del collectives[key]
+        return SimWork(self._context, AwaitedCollective(self._context, collective, self.position, call), tensors, post)
 
     def send(self, tensor: torch.Tensor, destination: int, tag: int) -> SimWork:
-        """Send a copy to the group rank ``destination``."""
+        """Sends a copy to the group rank ``destination``."""
         check_contiguous("send", [tensor])
-        fault = self._seat.enter("send")
-        office = self._seat.runtime.post_office(self._key)
-        sequence = office.next_sequence("send", self.position, destination, tag)
+        fault = self._context.enter("send")
+        queue = self._context.runtime.message_queue(self._key)
+        sequence = queue.next_sequence("send", self.position, destination, tag)
         sent = [(destination, nbytes([tensor]))]
         post = self._post("send", [tensor], sent, (self.ranks[destination],), tag, sequence)
         message = Message(self.position, tag, tensor.numel(), tensor.dtype, None, sequence, self._due(fault))
-        if not has_no_numbers([tensor]):
-            with unobserved():
+        if not has_no_data([tensor]):
+            with without_dispatch_modes():
                 message.payload = tensor.detach().clone()
                 if fault is not None and fault.kind == "corrupt":
-                    message.payload = _first_corrupted([message.payload], fault)[0]
+                    message.payload = _with_first_corrupted([message.payload], fault)[0]
         if fault is None or fault.kind != "drop":
-            office.send(destination, message)
-        return SimWork(self._seat, BUFFERED_SEND, [tensor], post)
+            queue.send(destination, message)
+        return SimWork(self._context, BUFFERED_SEND, [tensor], post)
 
     def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> SimWork:
-        """Receive from the group rank ``source``, or from anyone if None."""
+        """Receives from the group rank ``source``, or from any rank if None."""
         check_contiguous("recv", [tensor])
-        fault = self._seat.enter("recv")
-        office = self._seat.runtime.post_office(self._key)
-        sequence = office.next_sequence("recv", source, self.position, tag)
+        fault = self._context.enter("recv")
+        queue = self._context.runtime.message_queue(self._key)
+        sequence = queue.next_sequence("recv", source, self.position, tag)
         peers = () if source is None else (self.ranks[source],)
         post = self._post("recv", [tensor], [], peers, tag, sequence)
         receive = Receive(source, tag, tensor)
-        office.receive(self.position, receive)
-        what: Awaited = AwaitedReceive(self._seat, receive, self.ranks, self.title, sequence, self._due(fault))
-        return SimWork(self._seat, what, [tensor], post)
+        queue.receive(self.position, receive)
+        what: Awaited = AwaitedReceive(self._context, receive, self.ranks, self.title, sequence, self._due(fault))
+        return SimWork(self._context, what, [tensor], post)
 
     def _post(
         self, operation: str, tensors: Tensors, sent: Sent, peers: tuple[int, ...], tag: int, sequence: int
     ) -> Event | None:
-        """Enter an operation in ledger and, if there is one, trace."""
-        seat, runtime = self._seat, self._seat.runtime
+        """Enters an operation in the ledger and, if there is one, in the trace."""
+        context, runtime = self._context, self._context.runtime
         to_global = [(self.ranks[position], count) for position, count in sent]
-        total = runtime.ledger.add(operation, seat.rank, to_global)
+        total = runtime.ledger.add(operation, context.rank, to_global)
         if not runtime.trace.enabled:
             return None
         event = Event(
             phase="post",
             id=runtime.trace.next_id(),
-            step=seat.step,
+            step=context.step,
             operation=operation,
             bytes=total,
             group=self.name,
@@ -134,24 +134,24 @@ class GroupMember:
             tag=tag,
             sequence=sequence,
         )
-        seat.record(event)
+        context.record(event)
         return event
 
     def _due(self, fault: Fault | None) -> int:
-        """Turn of the baton at which what is posted now arrives."""
+        """Returns the turn of the baton at which what is posted now arrives."""
         if fault is None or fault.kind != "delay":
             return 0
-        baton = self._seat.runtime.baton
+        baton = self._context.runtime.baton
         due = baton.turn + fault.turns
-        baton.hold_until(due)
+        baton.expect_at(due)
         return due
 
 
-def _first_corrupted(tensors: Tensors, fault: Fault) -> list[torch.Tensor]:
-    """The tensors with the first one that holds numbers replaced by a corrupted copy."""
+def _with_first_corrupted(tensors: Tensors, fault: Fault) -> list[torch.Tensor]:
+    """Returns the tensors with the first one that holds numbers replaced by a corrupted copy."""
     result = list(tensors)
     for position, tensor in enumerate(result):
-        if tensor.numel() and not has_no_numbers([tensor]):
-            result[position] = corrupted(tensor, fault)
+        if tensor.numel() and not has_no_data([tensor]):
+            result[position] = with_flipped_bit(tensor, fault)
             break
     return result

@@ -1,4 +1,4 @@
-"""Point-to-point messages: sends are buffered, receives match in the order in which they were posted."""
+"""Matches point-to-point messages: sends are buffered, receives match in the order in which they were posted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from longctx.sim.errors import MismatchError
-from longctx.sim.tensors import overwrite, unobserved
+from longctx.sim.tensors import copy_data, without_dispatch_modes
 
 
 @dataclass(slots=True, eq=False)
 class Message:
-    """A message on its way.
+    """A message that is on its way.
 
     Attributes:
         source: sender's rank in the group.
@@ -33,7 +33,7 @@ class Message:
 
 @dataclass(slots=True, eq=False)
 class Receive:
-    """A posted receive; ``source`` None takes a message from anybody."""
+    """A posted receive that waits for a message; ``source`` None takes one from any rank."""
 
     source: int | None
     tag: int
@@ -41,11 +41,11 @@ class Receive:
     message: Message | None = None
 
     def accepts(self, message: Message) -> bool:
-        """Whether source and tag fit."""
+        """Returns whether source and tag fit."""
         return self.tag == message.tag and self.source in (None, message.source)
 
     def deliver(self) -> None:
-        """Copy the message into the buffer.
+        """Copies the message into the buffer.
 
         Raises:
             MismatchError: the buffer's size or dtype is not the message's.
@@ -59,12 +59,12 @@ class Receive:
                 f"{self.buffer.dtype}; sizes and dtypes of sender and receiver must agree"
             )
         if message.payload is not None:
-            with unobserved():
-                overwrite(self.buffer, message.payload)
+            with without_dispatch_modes():
+                copy_data(self.buffer, message.payload)
 
 
-class PostOffice:
-    """All messages of one group that are sent and not yet received, and receives still without a message."""
+class MessageQueue:
+    """Messages of one group that nobody has received yet, and receives that still wait for one."""
 
     def __init__(self) -> None:
         self._waiting: defaultdict[int, list[Receive]] = defaultdict(list)
@@ -72,13 +72,13 @@ class PostOffice:
         self._counts: defaultdict[tuple[str, int | None, int, int], int] = defaultdict(int)
 
     def next_sequence(self, side: str, source: int | None, destination: int, tag: int) -> int:
-        """Number of the next message, or of the next receive, between this pair with this tag."""
+        """Returns the number of the next message, or of the next receive, between this pair with this tag."""
         key = side, source, destination, tag
         self._counts[key] += 1
         return self._counts[key] - 1
 
     def send(self, destination: int, message: Message) -> None:
-        """Give the message to the first posted receive that accepts it, or keep it for a later one."""
+        """Gives the message to the first posted receive that accepts it, or keeps it for a later one."""
         waiting = self._waiting[destination]
         for position, receive in enumerate(waiting):
             if receive.accepts(message):
@@ -88,7 +88,7 @@ class PostOffice:
         self._unclaimed[destination].append(message)
 
     def receive(self, destination: int, receive: Receive) -> None:
-        """Take the earliest unclaimed message that fits, or wait for one."""
+        """Takes the earliest message that fits, or waits for one."""
         unclaimed = self._unclaimed[destination]
         for position, message in enumerate(unclaimed):
             if receive.accepts(message):

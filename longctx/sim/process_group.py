@@ -1,6 +1,6 @@
 # mypy: disable-error-code="override"
 # torch's stubs give each method several overloads; one signature here takes what torch really passes.
-"""The process group of backend ``sim``: what torch calls, in the names that torch 2.13 uses.
+"""Implements the process group of backend ``sim``: what torch 2.13 calls, under its names.
 
 ``torch.distributed`` calls these methods directly, functional collectives and DDP through C++. Both pass an
 options object; a few callers give the root or the reduction itself. Ranks here are group ranks.
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from longctx.sim import collectives as co
 from longctx.sim import ledger
 from longctx.sim.group_member import GroupMember, Tensors
-from longctx.sim.runtime import current_seat
+from longctx.sim.runtime import current_rank_context
 from longctx.sim.tensors import check_contiguous, nbytes, reduction_kind
 from longctx.sim.work import CoalescedWork, SimWork
 
 
 class SimProcessGroup(dist.ProcessGroup):
-    """One rank's end of one group.
+    """One rank's end of one group, as torch calls it.
 
     Args:
         member: posts the operations.
@@ -48,7 +48,7 @@ class SimProcessGroup(dist.ProcessGroup):
         op = _reduction(opts)
         call = co.CollectiveCall("all_reduce", tensors, tensors, _op_name(op), _sizes(tensors))
         sent = ledger.all_reduce_bytes(self._member.position, self.size(), nbytes(tensors))
-        return self._meet(call, co.combine_all_reduce(op), sent, tensors)
+        return self._start(call, co.combine_all_reduce(op), sent, tensors)
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> SimWork:
         return self.allreduce(tensors, opts)
@@ -61,7 +61,7 @@ class SimProcessGroup(dist.ProcessGroup):
             "reduce", tensors, outputs, f"{_op_name(op)} to rank {self._member.ranks[root]}", _sizes(tensors)
         )
         sent = ledger.reduce_bytes(self._member.position, self.size(), root, nbytes(tensors))
-        return self._meet(call, co.combine_reduce(op, root), sent, tensors)
+        return self._start(call, co.combine_reduce(op, root), sent, tensors)
 
     def broadcast(self, tensors: Tensors | torch.Tensor, opts: Any = None) -> SimWork:
         tensors = _listed(tensors)
@@ -70,7 +70,7 @@ class SimProcessGroup(dist.ProcessGroup):
         check_contiguous("broadcast", outputs)
         call = co.CollectiveCall("broadcast", inputs, outputs, f"from rank {self._member.ranks[root]}", _sizes(tensors))
         sent = ledger.broadcast_bytes(self._member.position, self.size(), root, nbytes(tensors))
-        return self._meet(call, co.combine_broadcast(root), sent, tensors)
+        return self._start(call, co.combine_broadcast(root), sent, tensors)
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> SimWork:
         return self.all_gather_single_coalesced([output], [input], opts)
@@ -80,7 +80,7 @@ class SimProcessGroup(dist.ProcessGroup):
             _check_ratio("all_gather", "output", output, "input", source, self.size())
         call = co.CollectiveCall("all_gather", list(inputs), list(outputs), "single", _sizes(inputs))
         sent = ledger.all_gather_bytes(self._member.position, [nbytes(inputs)] * self.size())
-        return self._meet(call, co.combine_all_gather_single, sent, outputs)
+        return self._start(call, co.combine_all_gather_single, sent, outputs)
 
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors | torch.Tensor, opts: Any = None) -> SimWork:
         inputs = _listed(inputs)
@@ -93,7 +93,7 @@ class SimProcessGroup(dist.ProcessGroup):
         call = co.CollectiveCall("all_gather", inputs, blocks, "list", (inputs[0].dtype, per_rank))
         sizes = [nbytes(blocks[rank * per_rank : (rank + 1) * per_rank]) for rank in range(self.size())]
         sent = ledger.all_gather_bytes(self._member.position, sizes)
-        return self._meet(call, co.combine_all_gather, sent, blocks)
+        return self._start(call, co.combine_all_gather, sent, blocks)
 
     def allgather_coalesced(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> SimWork:
         return self.allgather(outputs, inputs, opts)
@@ -103,7 +103,7 @@ class SimProcessGroup(dist.ProcessGroup):
         inputs = _listed(inputs)
         blocks = _listed(outputs[0]) if root == self._member.position else []
         call = co.CollectiveCall("gather", inputs, blocks, f"to rank {self._member.ranks[root]}", _sizes(inputs))
-        return self._meet(call, co.combine_gather(root), [(root, nbytes(inputs))], blocks)
+        return self._start(call, co.combine_gather(root), [(root, nbytes(inputs))], blocks)
 
     def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> SimWork:
         root = _root(opts)
@@ -111,7 +111,7 @@ class SimProcessGroup(dist.ProcessGroup):
         blocks = _listed(inputs[0]) if root == self._member.position else []
         call = co.CollectiveCall("scatter", blocks, outputs, f"from rank {self._member.ranks[root]}", _sizes(outputs))
         sent = [(rank, nbytes([block])) for rank, block in enumerate(blocks)]
-        return self._meet(call, co.combine_scatter(root), sent, outputs)
+        return self._start(call, co.combine_scatter(root), sent, outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> SimWork:
         return self.reduce_scatter_single_coalesced([output], [input], opts)
@@ -124,14 +124,14 @@ class SimProcessGroup(dist.ProcessGroup):
             "reduce_scatter", list(inputs), list(outputs), f"single {_op_name(op)}", _sizes(inputs)
         )
         sent = ledger.reduce_scatter_bytes(self._member.position, [nbytes(outputs)] * self.size())
-        return self._meet(call, co.combine_reduce_scatter_single(op), sent, outputs)
+        return self._start(call, co.combine_reduce_scatter_single(op), sent, outputs)
 
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> SimWork:
         op = _reduction(opts)
         blocks = _listed(inputs[0])
         call = co.CollectiveCall("reduce_scatter", blocks, list(outputs), f"list {_op_name(op)}", _sizes(blocks))
         sent = ledger.reduce_scatter_bytes(self._member.position, [nbytes([block]) for block in blocks])
-        return self._meet(call, co.combine_reduce_scatter(op), sent, outputs)
+        return self._start(call, co.combine_reduce_scatter(op), sent, outputs)
 
     def all_to_all_single(
         self,
@@ -146,15 +146,15 @@ class SimProcessGroup(dist.ProcessGroup):
         receives = _element_splits("output", output, output_split_sizes, self.size())
         call = co.CollectiveCall("all_to_all", [input], [output], "single", (input.dtype,), sends, receives)
         sent = [(rank, count * input.element_size()) for rank, count in enumerate(sends)]
-        return self._meet(call, co.combine_all_to_all_single, sent, [output])
+        return self._start(call, co.combine_all_to_all_single, sent, [output])
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> SimWork:
         call = co.CollectiveCall("all_to_all", list(inputs), list(outputs), "list", (inputs[0].dtype,))
         sent = [(rank, nbytes([tensor])) for rank, tensor in enumerate(inputs)]
-        return self._meet(call, co.combine_all_to_all, sent, outputs)
+        return self._start(call, co.combine_all_to_all, sent, outputs)
 
     def barrier(self, opts: Any = None) -> SimWork:
-        return self._meet(co.CollectiveCall("barrier", [], []), co.combine_nothing, [], [])
+        return self._start(co.CollectiveCall("barrier", [], []), co.combine_nothing, [], [])
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         self.barrier().wait()
@@ -229,13 +229,13 @@ class SimProcessGroup(dist.ProcessGroup):
         return False
 
     def set_timeout(self, timeout: Any) -> None:
-        """There is no clock; a rank that would wait for ever is a deadlock and noticed at once."""
+        """Does nothing, as there is no clock: a rank that would wait for ever is a deadlock, reported at once."""
 
     def shutdown(self) -> None:
-        """Nothing to close."""
+        """Does nothing, as there is nothing to close."""
 
     def abort(self) -> None:
-        """Nothing to close."""
+        """Does nothing, as there is nothing to close."""
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalescing = []
@@ -247,8 +247,8 @@ class SimProcessGroup(dist.ProcessGroup):
     def __repr__(self) -> str:
         return f"SimProcessGroup({self._member.title}, rank {self._member.ranks[self._member.position]})"
 
-    def _meet(self, call: co.CollectiveCall, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
-        return self._posted(self._member.meet(call, combine, sent, tensors))
+    def _start(self, call: co.CollectiveCall, combine: co.Combine, sent: ledger.Sent, tensors: Tensors) -> SimWork:
+        return self._posted(self._member.start_collective(call, combine, sent, tensors))
 
     def _posted(self, work: SimWork) -> SimWork:
         if self._coalescing is not None:
@@ -257,13 +257,13 @@ class SimProcessGroup(dist.ProcessGroup):
 
 
 def create_group(options: Any, backend_options: Any = None) -> SimProcessGroup:
-    """What torch calls to make a group of backend ``sim``; only works in a rank thread."""
-    seat = current_seat()
-    if seat is None:
+    """Makes a group of backend ``sim`` when torch asks for one; it works only in a rank thread."""
+    context = current_rank_context()
+    if context is None:
         raise RuntimeError("backend 'sim' exists only inside the ranks of longctx.sim.Cluster.run()")
     # torch names no ranks when it makes the default group.
     ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
-    member = GroupMember(seat, options.group_id, ranks, options.group_rank)
+    member = GroupMember(context, options.group_id, ranks, options.group_rank)
     return SimProcessGroup(member, options.store)
 
 
@@ -277,7 +277,7 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
 
 
 def _reduction(options: Any) -> Any:
-    """The ReduceOp of an options object, or the ReduceOp given itself; a sum by default."""
+    """Returns the ReduceOp of an options object, or the ReduceOp given itself; a sum by default."""
     return dist.ReduceOp.SUM if options is None else getattr(options, "reduceOp", options)
 
 
@@ -286,7 +286,7 @@ def _op_name(op: Any) -> str:
 
 
 def _root(options: Any) -> int:
-    """The root of an options object, or the root given itself; group rank 0 by default."""
+    """Returns the root of an options object, or the root given itself; group rank 0 by default."""
     return options or 0 if isinstance(options, int | None) else options.rootRank
 
 
@@ -304,7 +304,7 @@ def _check_ratio(operation: str, big: str, many: torch.Tensor, small: str, one: 
 
 
 def _element_splits(which: str, tensor: torch.Tensor, rows: Sequence[int] | None, size: int) -> list[int]:
-    """Elements per rank, from rows per rank; equal parts by default."""
+    """Returns elements per rank, from rows per rank; equal parts by default."""
     length = tensor.shape[0] if tensor.dim() else 1
     if not rows:
         if length % size:

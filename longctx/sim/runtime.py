@@ -1,4 +1,4 @@
-"""What the ranks of one run share, and which rank a thread is."""
+"""Holds what the ranks of one run share, and which rank a thread is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass, field
 
 from longctx.sim.baton import Baton, Waitable
-from longctx.sim.collectives import Meeting
+from longctx.sim.collectives import PendingCollective
 from longctx.sim.errors import RankKilled
 from longctx.sim.faults import Fault, FaultInjector
 from longctx.sim.ledger import Ledger
-from longctx.sim.messages import PostOffice
+from longctx.sim.messages import MessageQueue
 from longctx.sim.trace import Event, Trace
 
 GroupKey = tuple[str, tuple[int, ...]]  # c10d's name of the group, its global ranks
@@ -29,33 +29,33 @@ class _Forever:
 
 @dataclass
 class Runtime:
-    """Shared state of one ``Cluster.run``; only the holder of the baton touches it."""
+    """The state that all ranks of one ``Cluster.run`` share; only the holder of the baton touches it."""
 
     world_size: int
     baton: Baton
     ledger: Ledger
     trace: Trace
     injector: FaultInjector
-    meetings: dict[tuple[GroupKey, int], Meeting] = field(default_factory=dict)
-    post_offices: dict[GroupKey, PostOffice] = field(default_factory=dict)
+    collectives: dict[tuple[GroupKey, int], PendingCollective] = field(default_factory=dict)
+    message_queues: dict[GroupKey, MessageQueue] = field(default_factory=dict)
 
-    def post_office(self, key: GroupKey) -> PostOffice:
-        """The messages of one group."""
-        if key not in self.post_offices:
-            self.post_offices[key] = PostOffice()
-        return self.post_offices[key]
+    def message_queue(self, key: GroupKey) -> MessageQueue:
+        """Returns the messages of one group that are under way."""
+        if key not in self.message_queues:
+            self.message_queues[key] = MessageQueue()
+        return self.message_queues[key]
 
 
 @dataclass
-class Seat:
-    """One rank's place in a run."""
+class RankContext:
+    """What a rank thread needs to know of its run: its rank, its step, the shared state."""
 
     rank: int
     runtime: Runtime
     step: int = 0
 
     def enter(self, operation: str) -> Fault | None:
-        """Every operation begins here: stop if the run is over, and suffer what the fault plan says.
+        """Begins an operation: stops the rank if the run is over, and applies what the fault plan says.
 
         Returns:
             A fault of kind "drop", "delay" or "corrupt" for the caller to apply, else None.
@@ -69,33 +69,33 @@ class Seat:
         return fault
 
     def wait(self, what: Waitable) -> None:
-        """Block this rank until ``what`` is ready."""
+        """Blocks this rank until ``what`` is ready."""
         self.runtime.baton.wait(self.rank, what)
 
     def record(self, event: Event) -> None:
-        """Append to this rank's trace."""
+        """Appends an event to this rank's trace."""
         self.runtime.trace.add(self.rank, event)
 
 
 _thread = threading.local()
 
 
-def take_seat(seat: Seat | None) -> None:
-    """Say which rank this thread is; None when it is none any more."""
-    _thread.seat = seat
+def set_rank_context(context: RankContext | None) -> None:
+    """Sets which rank this thread is; None when it is none any more."""
+    _thread.context = context
 
 
-def current_seat() -> Seat | None:
-    """The calling thread's rank, None outside of rank threads."""
-    return getattr(_thread, "seat", None)
+def current_rank_context() -> RankContext | None:
+    """Returns the calling thread's rank, None outside of rank threads."""
+    return getattr(_thread, "context", None)
 
 
 def mark_step(step: int) -> None:
-    """Say that the calling rank enters this step, for fault plans and traces.
+    """Says that the calling rank enters this step, for fault plans and traces.
 
     Outside of a simulated cluster this does nothing, so a callback that calls it also runs elsewhere.
     """
-    seat = current_seat()
-    if seat is not None:
-        seat.step = step
-        seat.record(Event("step", seat.runtime.trace.next_id(), step, "step"))
+    context = current_rank_context()
+    if context is not None:
+        context.step = step
+        context.record(Event("step", context.runtime.trace.next_id(), step, "step"))

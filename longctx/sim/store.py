@@ -1,4 +1,4 @@
-"""The key-value store of a simulated cluster: a blocking read hands the baton over instead of the process."""
+"""Implements the key-value store of a simulated cluster: a blocking read hands the baton over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Keys:
 
 
 class SimStore(dist.Store):
-    """In-memory store shared by all rank threads.
+    """An in-memory store that all rank threads share.
 
     Args:
         wait: blocks the calling rank until the given waitable is ready. Timeouts are not kept: on one

@@ -1,4 +1,4 @@
-"""Small operations on tensors that move data between ranks without leaving marks on autograd."""
+"""Moves data between ranks' tensors without leaving marks on autograd."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RedOpType: Any = dist.ReduceOp.RedOpType
 _no_modes = contextlib.nullcontext()
 
 
-def unobserved() -> contextlib.AbstractContextManager[object]:
-    """Run data movement outside the calling rank's dispatch modes.
+def without_dispatch_modes() -> contextlib.AbstractContextManager[object]:
+    """Runs data movement outside the calling rank's dispatch modes.
 
     The last rank to arrive moves the data of all; its flop counter or fake mode must not see that. Autograd
     sees nothing either, since all of this works on detached tensors.
@@ -28,13 +28,13 @@ def unobserved() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _no_modes
 
 
-def has_no_numbers(tensors: Iterable[torch.Tensor]) -> bool:
-    """True if any tensor is fake or on the meta device: there is nothing to move, only shapes to check."""
+def has_no_data(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns True if any tensor is fake or on the meta device, where only shapes can be checked."""
     return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError for strided tensors, which Gloo and NCCL refuse: what passes here must run there."""
+    """Raises ValueError for strided tensors, which Gloo and NCCL refuse: what passes here must run there."""
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise ValueError(
@@ -43,10 +43,10 @@ def check_contiguous(operation: str, tensors: Iterable[torch.Tensor]) -> None:
             )
 
 
-def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the numbers of ``source`` (same element count) into ``destination`` of any layout.
+def copy_data(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies the numbers of ``source`` into ``destination``, of as many elements and any layout.
 
-    Through ``.data``, as a network card would: autograd's version counter does not move.
+    It goes through ``.data``, as a network card would: autograd's version counter does not move.
     """
     if source.shape != destination.shape:
         source = source.view(destination.shape)
@@ -54,17 +54,17 @@ def overwrite(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the elements of all tensors."""
+    """Returns the bytes of the elements of all tensors."""
     return sum([tensor.nbytes for tensor in tensors])
 
 
 def shapes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
-    """The tensors' shapes."""
+    """Returns the shape of each tensor."""
     return tuple([tuple(tensor.shape) for tensor in tensors])
 
 
 def dtype_name(tensors: Sequence[torch.Tensor]) -> str:
-    """Name of the first tensor's dtype, "float32"; "" without tensors."""
+    """Returns the name of the first tensor's dtype, such as "float32"; "" without tensors."""
     return _dtype_name(tensors[0].dtype) if tensors else ""
 
 
@@ -73,10 +73,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
-    """Reduce over ranks, strictly in rank order, so that no schedule can change the sum.
+def reduce_in_rank_order(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
+    """Reduces over ranks, strictly in rank order, so that no schedule can change the sum.
 
-    Floating types narrower than fp32 are accumulated in fp32 and rounded once.
+    Floating types below fp32 are accumulated in fp32 and rounded once.
 
     Args:
         tensors: one per rank, of equal shape and dtype.
@@ -91,8 +91,8 @@ def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
     kind = reduction_kind(op)
     dtype = tensors[0].dtype
     _check_reduction(kind, dtype)
-    narrow = dtype.is_floating_point and dtype.itemsize < 4
-    accumulator = tensors[0].detach().to(torch.float32 if narrow else dtype, copy=True)
+    low_precision = dtype.is_floating_point and dtype.itemsize < 4
+    accumulator = tensors[0].detach().to(torch.float32 if low_precision else dtype, copy=True)
     if kind == RedOpType.PREMUL_SUM:
         accumulator.mul_(op.factor)
     for tensor in tensors[1:]:
@@ -103,7 +103,7 @@ def reduced(tensors: Sequence[torch.Tensor], op: dist.ReduceOp) -> torch.Tensor:
 
 
 def reduction_kind(op: Any) -> Any:
-    """``op`` may be a ReduceOp or already its type, both occur in torch."""
+    """Returns the type of ``op``, which may be a ReduceOp or already its type; both occur in torch."""
     return getattr(op, "op", op)
 
 

@@ -1,7 +1,7 @@
-"""What each rank did, in its own order.
+"""Records what each rank did, in its own order.
 
 A trace holds no times: the order in which the baton went around is not the order of time. Times come from
-replaying traces against a clock, for which an event says what was moved, between whom, and where in the
+replaying traces against a clock. For that an event says what was moved and between whom. It also says where in the
 rank's program it was started ("post") and awaited ("wait").
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """One entry of a rank's trace.
+    """One entry of a rank's trace, which says what happened to one operation.
 
     Attributes:
         phase: "post" (an operation started), "wait" (its handle was awaited; same ``id``), "compute" or
@@ -58,10 +58,10 @@ class Trace:
         self._ids = itertools.count()
 
     def next_id(self) -> int:
-        """An id that no other operation of the run has."""
+        """Returns an id that no other operation of the run has."""
         return next(self._ids)
 
     def add(self, rank: int, event: Event) -> None:
-        """Append to the rank's list, unless tracing is off."""
+        """Appends to the rank's list, unless tracing is off."""
         if self.enabled:
             self.events[rank].append(event)

@@ -1,4 +1,4 @@
-"""Handles of operations under way."""
+"""Defines the handles of operations that are under way."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import Work
 
-from longctx.sim.collectives import CollectiveCall, Meeting
+from longctx.sim.collectives import CollectiveCall, PendingCollective
 from longctx.sim.messages import Receive
-from longctx.sim.runtime import Seat
+from longctx.sim.runtime import RankContext
 from longctx.sim.tensors import dtype_name
 from longctx.sim.trace import Event
 
 
 @dataclass(slots=True)
-class AwaitedMeeting:
-    """One member's share of a collective."""
+class AwaitedCollective:
+    """One member's share of a collective that its handle waits for."""
 
-    seat: Seat
-    meeting: Meeting
+    context: RankContext
+    collective: PendingCollective
     member: int
     call: CollectiveCall
 
     def ready(self) -> bool:
-        return self.meeting.complete and self.seat.runtime.baton.turn >= self.meeting.due
+        return self.collective.complete and self.context.runtime.baton.turn >= self.collective.due
 
     def describe(self) -> str:
-        missing = self.meeting.missing()
+        missing = self.collective.missing()
         state = f"ranks {missing} have not arrived" if missing else "everyone has arrived"
-        return f"{self.call.describe()} in {self.meeting.title}: {state}"
+        return f"{self.call.describe()} in {self.collective.title}: {state}"
 
     def deliver(self) -> None:
-        self.meeting.deliver(self.member, self.call)
+        self.collective.deliver(self.member, self.call)
 
 
 @dataclass(slots=True)
 class AwaitedReceive:
-    """A receive.
+    """A receive that its handle waits for.
 
     Attributes:
         ranks: global ranks of the group.
@@ -47,7 +47,7 @@ class AwaitedReceive:
         not_before: turn of the baton before which the message doesn't count as arrived.
     """
 
-    seat: Seat
+    context: RankContext
     receive: Receive
     ranks: tuple[int, ...]
     group: str
@@ -56,7 +56,7 @@ class AwaitedReceive:
 
     def ready(self) -> bool:
         message = self.receive.message
-        return message is not None and self.seat.runtime.baton.turn >= max(message.due, self.not_before)
+        return message is not None and self.context.runtime.baton.turn >= max(message.due, self.not_before)
 
     def describe(self) -> str:
         buffer, source, tag = self.receive.buffer, self.receive.source, self.receive.tag
@@ -82,22 +82,24 @@ class _BufferedSend:
 
 
 BUFFERED_SEND = _BufferedSend()
-Awaited = AwaitedMeeting | AwaitedReceive | _BufferedSend
+Awaited = AwaitedCollective | AwaitedReceive | _BufferedSend
 
 
 class SimWork(Work):
-    """The handle that torch returns to callers.
+    """The handle that torch returns to callers of an operation.
 
     Args:
-        seat: the rank that posted the operation.
+        context: the rank that posted the operation.
         what: the operation; its results are delivered on the first wait.
         tensors: what ``result()`` and the future give.
         post: the operation's event in the trace, None without a trace; the first wait adds its counterpart.
     """
 
-    def __init__(self, seat: Seat, what: Awaited, tensors: Sequence[torch.Tensor], post: Event | None) -> None:
+    def __init__(
+        self, context: RankContext, what: Awaited, tensors: Sequence[torch.Tensor], post: Event | None
+    ) -> None:
         super().__init__()
-        self._seat = seat
+        self._context = context
         self._what = what
         self._tensors = list(tensors)
         self._post = post
@@ -105,19 +107,19 @@ class SimWork(Work):
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block the rank until the operation is done and its results are in place. Timeouts are not kept."""
+        """Blocks the rank until the operation is done and its results are in place; timeouts are not kept."""
         if not self._waited:
-            self._seat.wait(self._what)
+            self._context.wait(self._what)
             self._what.deliver()
             self._waited = True
             if self._post is not None:
-                self._seat.record(self._wait_event(self._post))
+                self._context.record(self._wait_event(self._post))
         return True
 
     def is_completed(self) -> bool:
-        """True once ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
+        """Returns whether ``wait`` would not block; a False lets the other ranks run, so polling makes progress."""
         if not self._waited and not self._what.ready():
-            self._seat.runtime.baton.poll(self._seat.rank)
+            self._context.runtime.baton.poll(self._context.rank)
         return self._waited or self._what.ready()
 
     def is_success(self) -> bool:
@@ -134,14 +136,17 @@ class SimWork(Work):
         return self._tensors
 
     def source_rank(self) -> int:
-        """Group rank of the sender of a received message."""
+        """Returns the group rank of the sender of a received message, -1 for other operations."""
         message = self._what.receive.message if isinstance(self._what, AwaitedReceive) else None
         return -1 if message is None else message.source
 
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        """A completed future. Waiting on a future would block the process, not the rank, so it waits here."""
+        """Returns a completed future.
+
+        It waits here: to wait on a future would block the process, not the rank.
+        """
         if self._future is None:
             self.wait()
             self._future = torch.futures.Future()
@@ -154,18 +159,18 @@ class SimWork(Work):
             message = self._what.receive.message
             assert message is not None
             peers, sequence = (self._what.ranks[message.source],), message.sequence
-        return Event("wait", post.id, self._seat.step, *post[3:7], peers, *post[8:11], sequence)
+        return Event("wait", post.id, self._context.step, *post[3:7], peers, *post[8:11], sequence)
 
 
 class CoalescedWork(Work):
-    """All operations of one coalescing context."""
+    """One handle that stands for all operations of a coalescing context."""
 
     def __init__(self, works: Sequence[SimWork]) -> None:
         super().__init__()
         self._works = list(works)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Wait for all of them."""
+        """Waits for all operations."""
         return all(work.wait() for work in self._works)
 
     def is_completed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Process-group state of torch.distributed, one per thread.
+"""Gives each thread its own process-group state of torch.distributed.
 
 torch keeps everything that ``torch.distributed`` knows about a process in module-level objects. Ranks as
 threads need one such world each. Upstream's own threaded tests use the same trick
@@ -46,7 +46,7 @@ class ThreadLocalWorld(threading.local):
 
 @contextlib.contextmanager
 def isolated_world(create_group: Callable[..., dist.ProcessGroup]) -> Iterator[None]:
-    """Give every thread its own ``torch.distributed`` state and register the backend ``sim``.
+    """Gives every thread its own ``torch.distributed`` state and registers the backend ``sim``.
 
     Everything is put back on the way out. The backend is registered for this time only: a plugin that stays
     registered changes how torch picks the default backend of ``"cpu:gloo"`` groups.

@@ -16,5 +16,5 @@ class StepParts:
 
     state: TrainState
     step: TrainStep
-    ahead: Prefetcher
+    prefetcher: Prefetcher
     memory: StepMemory | None

@@ -1,4 +1,4 @@
-"""One exactness check: what is computed, on which inputs, and how far it may be off."""
+"""Describes one exactness check: what is computed, on which inputs, and how far it may be off."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from longctx.sequence import Documents, Layout, Mask, SequencePlan, make_layout,
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative norm error that rounding may cost: (always, at most). Between the two it may be ROUNDING_FACTOR times
-# what the same kernel loses on one device; the upper end keeps a wrong kernel from excusing itself.
+# what the same kernel loses on one device. The upper end keeps a wrong kernel from excusing itself.
 TOLERANCE = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
 ROUNDING_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
 class VerifyCase:
-    """Plain data, so that it travels to worker processes as JSON."""
+    """One exactness check as plain data, which travels to worker processes as JSON."""
 
     strategy: str
     layout: str
@@ -50,7 +50,7 @@ class VerifyCase:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> VerifyCase:
-        """From its fields as JSON has them."""
+        """Makes a case from its fields as JSON has them."""
         options = StrategyOptions(**plain["options"])
         return cls(**{**plain, "documents": tuple(plain["documents"]), "options": options})
 
@@ -83,7 +83,7 @@ class VerifyCase:
 
     @property
     def attention_case(self) -> AttentionCase:
-        """What is asked of the strategy."""
+        """What the case asks of the strategy."""
         packed = len(self.documents) > 1
         return AttentionCase(
             self.world, self.heads, self.kv_heads, self.layout, self.mask, self.options, packed, self.kernel
@@ -96,8 +96,9 @@ class VerifyCase:
         return make_plan(self.packing, self.mask, self.make_layout(), self.seq, self.world)
 
     def refused(self) -> str | None:
-        """Why softmax attention is not executed exactly: by the strategy's own declaration, the mask's, the layout's
-        or the kernel's rules; None if it is.
+        """Returns why softmax attention is not executed exactly, None if it is.
+
+        The reason comes from the rules of the strategy, the mask, the layout or the kernel.
         """
         problem = KernelProblem("cpu", DTYPES[self.dtype], self.heads, self.kv_heads, self.head_dim)
         try:
@@ -110,7 +111,7 @@ class VerifyCase:
         return reason
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, dout): whole tensors ``[B, S, H or Hkv, D]``, the same on every rank."""
+        """Draws (q, k, v, dout): whole tensors ``[B, S, H or Hkv, D]``, the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(heads: int) -> Tensor:
@@ -122,7 +123,7 @@ class VerifyCase:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank computed and spent. Tensors by name, local ``[B, T/SP, H or Hkv, D]``."""
+    """What one rank computed and what that cost it; tensors are by name, local ``[B, T/SP, H or Hkv, D]``."""
 
     tensors: dict[str, Tensor]
     bytes_forward: int
@@ -132,7 +133,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``longctx verify`` prints; fields are those of its JSON object."""
+    """What ``longctx verify`` prints; the fields are those of its JSON object."""
 
     strategy: str
     layout: str

@@ -1,4 +1,4 @@
-"""Linear mixers under ``longctx verify``: their inputs, how a rank computes them, and their recurrence."""
+"""Checks linear mixers for ``longctx verify``: their inputs, what a rank computes, and their recurrence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from longctx.verify.case import DTYPES, VerifyCase
 
 
 def refused(case: VerifyCase) -> str | None:
-    """Why this is not executed exactly: by the strategy's own declaration, the layout's, or for options that linear
-    layers do not have; None if it is."""
+    """Returns why a linear mixer is not executed exactly, None if it is.
+
+    The reason comes from the rules of the strategy or the layout, or from options that linear layers do not have.
+    """
     given = {"window": case.window, "kernel": None if case.kernel == "auto" else case.kernel, **case.options.chosen()}
     for name, value in given.items():
         if value is not None:
@@ -28,10 +30,10 @@ def refused(case: VerifyCase) -> str | None:
             f"--heads {case.heads}"
         )
     try:
-        asked = LinearCase(
+        linear_case = LinearCase(
             case.world, case.heads, mixer_of(case).name, case.layout, case.layout_block, case.chunk, case.causal
         )
-        reason = refusal(get_linear(case.strategy), asked)
+        reason = refusal(get_linear(case.strategy), linear_case)
         if reason is None:
             case.make_layout()
     except ConfigError as error:
@@ -40,41 +42,50 @@ def refused(case: VerifyCase) -> str | None:
 
 
 def mixer_of(case: VerifyCase) -> Mixer:
+    """Returns the mixer that the case names."""
     assert case.mixer is not None, "the command names one"
     return get_mixer(case.mixer, mixer_block=case.mixer_block, mixer_top_k=case.mixer_top_k)
 
 
 def inputs(case: VerifyCase) -> dict[str, Tensor]:
-    """Whole tensors by name, the same on every rank: of tokens and ``dout`` ``[B, S, H, c]`` in the case's dtype, of
-    heads ``[H, ...]`` in the accumulation dtype, as shares of gradients that add up over ranks should be."""
+    """Draws whole tensors by name, the same on every rank.
+
+    Tensors of tokens and ``dout`` are ``[B, S, H, c]`` in the case's dtype. Tensors of heads are ``[H, ...]`` in the
+    accumulation dtype, as shares of gradients that add up over ranks should be.
+    """
     mixer, widths = mixer_of(case), HeadDims(case.head_dim, case.head_dim)
     generator, dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
-    wide = accumulation_dtype(dtype)
+    acc_dtype = accumulation_dtype(dtype)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     tokens = {**mixer.tokens(widths), "dout": widths.value}
     by_token = {name: draw(case.batch, case.seq, case.heads, channels).to(dtype) for name, channels in tokens.items()}
-    learned = {name: draw(case.heads, *shape).to(wide) for name, shape in mixer.parameters(widths).items()}
-    fixed = {name: value.to(wide) for name, value in mixer.constants(case.heads, 0, 2).items()}
+    learned = {name: draw(case.heads, *shape).to(acc_dtype) for name, shape in mixer.parameters(widths).items()}
+    fixed = {name: value.to(acc_dtype) for name, value in mixer.constants(case.heads, 0, 2).items()}
     return {**by_token, **learned, **fixed}
 
 
-def by_head(case: VerifyCase) -> frozenset[str]:
-    """Inputs that every rank holds whole; their gradients are shares that add up over ranks."""
+def head_tensors(case: VerifyCase) -> frozenset[str]:
+    """Returns the names of inputs that every rank holds whole; their gradients are shares that add up over ranks."""
     widths = HeadDims(case.head_dim, case.head_dim)
     mixer = mixer_of(case)
     return frozenset(mixer.parameters(widths)) | frozenset(mixer.constants(case.heads, 0, 2))
 
 
-def computed(case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor) -> Tensor:
-    """The output of this rank's tokens ``[B, T/SP, H, D]``."""
+def local_output(
+    case: VerifyCase, group: dist.ProcessGroup | None, local: Mapping[str, Tensor], plan: Tensor
+) -> Tensor:
+    """Computes the output of this rank's tokens ``[B, T/SP, H, D]``."""
     return mixer_of(case).mix(local, LinearAttention(case.strategy, group, case.chunk), plan)
 
 
 def reference(case: VerifyCase, whole: Mapping[str, Tensor]) -> Tensor:
-    """The output of all tokens ``[B, S, H, D]``, token by token; of queries that see later tokens, from the sums."""
+    """Computes the output of all tokens ``[B, S, H, D]``, token by token.
+
+    Where queries see later tokens it is computed from the sums of whole documents.
+    """
     mixer = mixer_of(case)
     if case.causal:
         return mixer.recurrence(whole, case.packing)

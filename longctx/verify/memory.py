@@ -1,4 +1,4 @@
-"""Peak of live tensor bytes, counted from what operators return rather than asked of an allocator."""
+"""Counts the peak of live tensor bytes from what operators return, without asking an allocator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.attention.runtime.operands import tensors_in
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts storages born under it, at their full size, until they die.
+    """Counts storages that are made under it, at their full size, until they are freed.
 
     ``implementations``: operators to look inside, with the function that each runs.
     """

@@ -1,4 +1,4 @@
-"""Running a case on one rank, and judging what all ranks computed against the dense reference."""
+"""Runs a case on one rank, and judges what all ranks computed against the dense reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longctx.verify.memory import PeakMemory
 
 
 def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
-    """Forward and backward of this rank's share, with the random upstream gradient of the case."""
+    """Runs forward and backward of this rank's share, with the random upstream gradient of the case."""
     ranks = group_of(group)
     plan, local, dout = local_inputs(case, ranks.rank)
     compute = core_of(case, group)
@@ -34,10 +34,11 @@ def run_rank(case: VerifyCase, group: dist.ProcessGroup | None) -> RankResult:
 
 
 def local_inputs(case: VerifyCase, rank: int) -> tuple[SequencePlan, dict[str, Tensor], Tensor]:
-    """The case's plan, a rank's inputs by name, which want gradients, and its upstream gradient."""
-    plan, by_head = case.plan(), shared_inputs(case)
+    """Returns the case's plan, a rank's inputs by name, and its upstream gradient; the inputs want gradients."""
+    plan, head_tensors = case.plan(), shared_inputs(case)
     local = {
-        name: whole.clone() if name in by_head else cut(whole, plan, rank) for name, whole in whole_inputs(case).items()
+        name: whole.clone() if name in head_tensors else cut(whole, plan, rank)
+        for name, whole in whole_inputs(case).items()
     }
     dout = local.pop("dout")
     for tensor in local.values():
@@ -46,27 +47,30 @@ def local_inputs(case: VerifyCase, rank: int) -> tuple[SequencePlan, dict[str, T
 
 
 def whole_inputs(case: VerifyCase) -> dict[str, Tensor]:
-    """What is computed from, by name, and the upstream gradient ``dout``; the same on every rank."""
+    """Returns all inputs by name and the upstream gradient ``dout``, the same on every rank."""
     if case.mixer is not None:
         return linear.inputs(case)
     return dict(zip(("q", "k", "v", "dout"), case.inputs(), strict=True))
 
 
 def shared_inputs(case: VerifyCase) -> frozenset[str]:
-    """Inputs of which every rank holds all, and a share of the gradient."""
-    return linear.by_head(case) if case.mixer is not None else frozenset()
+    """Returns the names of inputs that every rank holds whole; each has a share of their gradient."""
+    return linear.head_tensors(case) if case.mixer is not None else frozenset()
 
 
 def core_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """From a rank's inputs and the plan's handle to its output; ranks of the group call it at the same point."""
+    """Returns a function from a rank's inputs and the plan's handle to its output.
+
+    Ranks of the group call it at the same point.
+    """
     if case.mixer is not None:
-        return partial(linear.computed, case, group)
+        return partial(linear.local_output, case, group)
     attention = attention_of(case, group)
     return lambda local, plan: attention(local["q"], local["k"], local["v"], plan)
 
 
 def refusal_of(case: VerifyCase) -> str | None:
-    """Why this is not executed exactly; None if it is."""
+    """Returns why the case is not executed exactly, None if it is."""
     return case.refused() if case.mixer is None else linear.refused(case)
 
 
@@ -75,13 +79,13 @@ def _named(out: Tensor, inputs: Iterable[str], grads: Iterable[Tensor]) -> dict[
 
 
 def attention_of(case: VerifyCase, group: dist.ProcessGroup | None) -> StrategyAttention:
-    """The case's strategy; ranks of the group call it at the same point."""
+    """Returns the case's strategy; ranks of the group call it at the same point."""
     options = settled(get_strategy(case.strategy), case.attention_case)
     return StrategyAttention(case.strategy, group, case.kernel, options=options)
 
 
 def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
-    """This rank's rows of ``[B, S, ...]`` in a shard of physical length, ``[B, T/SP, ...]``; padding is 0."""
+    """Returns this rank's rows of ``[B, S, ...]`` in a shard of physical length, ``[B, T/SP, ...]``; padding is 0."""
     where = torch.from_numpy(plan.positions(rank))
     local = whole.new_zeros(whole.shape[0], plan.shard, *whole.shape[2:])
     local[:, : len(where)] = whole[:, where]
@@ -89,8 +93,10 @@ def cut(whole: Tensor, plan: SequencePlan, rank: int) -> Tensor:
 
 
 def reference(case: VerifyCase) -> dict[str, Tensor]:
-    """The output and all gradients in float64, on the case's inputs as rounded to its dtype: of dense attention, or
-    of a mixer's recurrence."""
+    """Computes the output and all gradients in float64, on the case's inputs as rounded to its dtype.
+
+    They are those of dense attention, or of a mixer's recurrence.
+    """
     whole = {name: value.double() for name, value in whole_inputs(case).items()}
     dout = whole.pop("dout")
     for tensor in whole.values():
@@ -103,7 +109,7 @@ def reference(case: VerifyCase) -> dict[str, Tensor]:
 
 
 def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[str, Tensor]]:
-    """The verdict, and the whole computed tensors in natural order (with the inputs) for ``--dump``."""
+    """Returns the verdict, and for ``--dump`` the inputs and the computed tensors, whole and in natural order."""
     plan, truth, inputs = case.plan(), reference(case), whole_inputs(case)
     added = {f"d{name}" for name in shared_inputs(case)}
     whole = {}
@@ -136,6 +142,7 @@ def judge(case: VerifyCase, results: list[RankResult]) -> tuple[Verdict, dict[st
 
 
 def refused(case: VerifyCase, reason: str) -> Verdict:
+    """Returns the verdict on a case that is refused for ``reason``."""
     return Verdict(
         case.strategy, case.layout, case.mixer, case.world, case.backend, case.dtype, reason, {}, [], [], 0, False
     )
@@ -144,7 +151,10 @@ def refused(case: VerifyCase, reason: str) -> Verdict:
 def tensor_errors(
     case: VerifyCase, plan: SequencePlan, whole: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Worst rank's error norm over (norm of the whole reference + 1e-3 of the upstream gradient's)."""
+    """Returns each tensor's relative error: that of the worst rank, over the norm of the whole reference.
+
+    The upstream gradient's norm times 1e-3 is added to the latter.
+    """
     upstream, shared = 1e-3 * whole_inputs(case)["dout"].double().norm(), shared_inputs(case)
     errors = {}
     for name, expected in truth.items():
@@ -158,7 +168,7 @@ def tensor_errors(
 
 
 def _limits(case: VerifyCase, truth: dict[str, Tensor]) -> dict[str, float]:
-    """How far each tensor may be off; see ``TOLERANCE``."""
+    """Returns how far each tensor may be off; see ``TOLERANCE``."""
     least, most = TOLERANCE[case.dtype]
     if least == most:
         return dict.fromkeys(truth, most)

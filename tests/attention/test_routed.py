@@ -6,7 +6,7 @@ import torch.distributed as dist
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import one_node, topology_of
 from longctx.attention.strategies.disaggregated.execute import bundles_of, dispatches
-from longctx.comm import Links, settle_nodes
+from longctx.comm import Links, register_nodes
 from longctx.options import StrategyOptions
 from longctx.planner import AttentionShape, Topology
 from longctx.sim import Cluster
@@ -20,7 +20,7 @@ def check(case, per_node, links):
     plan, asked = case.plan(), set()
 
     def body():
-        settle_nodes([rank // per_node for rank in range(case.world)], links)
+        register_nodes([rank // per_node for rank in range(case.world)], links)
         asked.add(topology_of(range(case.world)))
         return run_rank(case, dist.group.WORLD)
 
@@ -81,7 +81,7 @@ def test_ranks_in_a_pipeline_or_beside_tensors_share_the_nics_of_their_node():
     """Two nodes of eight ranks and NICs; of a group of every second rank, four of each node with as many NICs."""
 
     def body():
-        settle_nodes([rank // 8 for rank in range(16)], Links(nics=8))
+        register_nodes([rank // 8 for rank in range(16)], Links(nics=8))
         return [topology_of(range(16)), topology_of(range(0, 16, 2)), topology_of(range(8)), topology_of([3, 11])]
 
     shapes = [(one.servers, one.per_node, one.nics) for one in Cluster(16).run(body)[0]]

@@ -11,7 +11,7 @@ from longctx.config import ModelConfig, simulated_world_size
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import whole
+from longctx.parallel.data import full_tensor
 from longctx.sim import Cluster
 from tests.parallel.small_decoder import config_of
 
@@ -46,8 +46,8 @@ def digest(state):
     """Weights and momenta, whole."""
     named = dict(state.model.named_parameters())
     momenta = {name: state.optimizer.state[p]["momentum_buffer"] for name, p in named.items()}
-    weights = {f"weight {name}": whole(p.detach()) for name, p in named.items()}
-    return weights | {f"momentum {name}": whole(momentum) for name, momentum in momenta.items()}
+    weights = {f"weight {name}": full_tensor(p.detach()) for name, p in named.items()}
+    return weights | {f"momentum {name}": full_tensor(momentum) for name, momentum in momenta.items()}
 
 
 def save(config, directory):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.comm import Links, exchange, group_of, node_of, per_node, settle_nodes
+from longctx.comm import Links, exchange, group_of, node_of, per_node, register_nodes
 from longctx.comm.nodes import _runs, links_of
 from longctx.sim import Cluster
 
@@ -32,7 +32,7 @@ def test_groups_of_strided_ranks_know_their_own_nodes():
     """Two nodes of four ranks: neighbours, every second rank, every fourth."""
 
     def body():
-        settle_nodes([rank // 4 for rank in range(8)])
+        register_nodes([rank // 4 for rank in range(8)])
         found = []
         for stride in (1, 2, 4):
             groups = [dist.new_group(list(range(first, 8, stride))) for first in range(stride)]
@@ -49,7 +49,7 @@ def test_a_world_of_which_nobody_said_it_is_one_node():
 
 def test_a_group_has_its_share_of_a_nodes_nics_and_never_more():
     def body(nodes, ranks):
-        settle_nodes(nodes, Links(nics=4))
+        register_nodes(nodes, Links(nics=4))
         return links_of(ranks).nics
 
     assert Cluster(8).run(body, [0] * 4 + [1] * 4, range(8)) == [4] * 8
@@ -63,9 +63,9 @@ def test_a_group_has_its_share_of_a_nodes_nics_and_never_more():
 
 def test_nodes_are_settled_once_and_forgotten_with_their_world():
     def body(nodes):
-        settle_nodes(nodes)
+        register_nodes(nodes)
         with pytest.raises(AssertionError, match="once"):
-            settle_nodes(nodes)
+            register_nodes(nodes)
         return per_node(group_of(dist.group.WORLD).ranks)
 
     cluster = Cluster(2)
@@ -75,7 +75,7 @@ def test_nodes_are_settled_once_and_forgotten_with_their_world():
 
 def test_bytes_between_nodes_are_those_of_the_ledger():
     def body():
-        settle_nodes([0, 0, 1, 1])
+        register_nodes([0, 0, 1, 1])
         # Of a strided group: its ranks are on nodes 0 and 1.
         pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         mine, everyone = group_of(pairs[dist.get_rank() % 2]), group_of(dist.group.WORLD)

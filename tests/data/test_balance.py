@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.data import Balance, Corpus, Loader, Packing
-from longctx.data.balance import WINDOW, dealt, packed
+from longctx.data.balance import WINDOW, deal_rows, pack_pieces
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 
@@ -53,10 +53,10 @@ def test_cells_are_those_of_the_mask(lengths: list[int], window: int | None) -> 
 def test_every_row_goes_out_once_and_evenly(ranks: int, micro: int, batches: int, data: Any) -> None:
     count = ranks * micro * batches
     works = np.array(data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count)))
-    rows = dealt(works, ranks, micro)
+    rows = deal_rows(works, ranks, micro)
     assert rows.shape == (ranks, batches, micro)
     assert sorted(rows.ravel().tolist()) == list(range(count))
-    assert np.array_equal(rows, dealt(works, ranks, micro))
+    assert np.array_equal(rows, deal_rows(works, ranks, micro))
     sums = works[rows].sum(axis=2)
     spread = int(works.max() - works.min())
     # Ranks take rows that follow one another in order of work, so that all gaps together are no more than the range.
@@ -65,12 +65,12 @@ def test_every_row_goes_out_once_and_evenly(ranks: int, micro: int, batches: int
 
 
 def test_rows_of_equal_work_stay_in_order() -> None:
-    assert dealt(np.full(4, 7), 1, 1).ravel().tolist() == [0, 1, 2, 3]
+    assert deal_rows(np.full(4, 7), 1, 1).ravel().tolist() == [0, 1, 2, 3]
 
 
 def test_two_rows_of_a_micro_batch_make_up_for_each_other() -> None:
     works = np.array([9, 1, 8, 2, 7, 3, 6, 4])
-    assert works[dealt(works, 2, 2)].sum(axis=2).tolist() == [[10, 10], [10, 10]]
+    assert works[deal_rows(works, 2, 2)].sum(axis=2).tolist() == [[10, 10], [10, 10]]
 
 
 @settings(max_examples=150, deadline=None)
@@ -81,12 +81,12 @@ def test_documents_fill_their_rows_and_are_cut_where_none_has_room(seq_len: int,
         length = data.draw(st.integers(1, left))
         pieces.append((total, total + length, total + length + data.draw(st.integers(0, 3))))
         left, total = left - length, total + length
-    found = packed(pieces, rows, seq_len, DOCUMENTS)
+    found = pack_pieces(pieces, rows, seq_len, DOCUMENTS)
     assert [sum(stop - start for start, stop, _ in row) for row in found] == [seq_len] * rows
     tokens = Counter((token, end) for start, stop, end in pieces for token in range(start, stop))
     assert Counter((token, end) for row in found for start, stop, end in row for token in range(start, stop)) == tokens
     assert sum(map(len, found)) <= len(pieces) + rows - 1  # a cut fills a row, and the last row needs none
-    assert found == packed(pieces, rows, seq_len, DOCUMENTS)
+    assert found == pack_pieces(pieces, rows, seq_len, DOCUMENTS)
 
 
 @settings(max_examples=25, deadline=None)

@@ -16,8 +16,8 @@ from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttenti
 from longctx.comm import Group, broadcast, group_of
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError
-from longctx.evaluate import Generated, Ranks, Sampling, Session, generate
-from longctx.evaluate.generate import choose
+from longctx.evaluate import DecodingSession, Generated, Sampling, SequenceSharding, generate
+from longctx.evaluate.generate import sample_tokens
 from longctx.launcher import build
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, Part, initialize
@@ -69,7 +69,7 @@ def forgetful(tokens: torch.Tensor, count: int, mask: Mask = Mask(), config: Mod
 def generated(world: int, length: int, layout: str, strategy: str = "ring", mask: Mask = Mask()) -> list[Generated]:  # noqa: B008
     def run() -> Generated:
         prefill = StrategyAttention(strategy, dist.group.WORLD)
-        ranks = Ranks(dist.group.WORLD, prefill, LAYOUTS[layout], mask)
+        ranks = SequenceSharding(dist.group.WORLD, prefill, LAYOUTS[layout], mask)
         return generate(model_of(), prompt(length), NEW, ranks, keep_logits=True)
 
     return Cluster(world, trace=False).run(run)
@@ -125,7 +125,7 @@ def test_a_few_tokens_at_a_time_from_an_empty_cache(world, cut):
         expected = model(tokens, torch.arange(9).expand(2, 9), torch.tensor(-1))
 
     def run():
-        with Session(model_of(), Ranks(dist.group.WORLD)) as session:
+        with DecodingSession(model_of(), SequenceSharding(dist.group.WORLD)) as session:
             logits = [session.decode(part) for part in tokens.split(cut, dim=1)]
             return torch.cat(logits, dim=1), session.cache.counts
 
@@ -138,7 +138,7 @@ def test_new_tokens_fill_the_emptiest_ranks_first():
     """Striped by 3, seven tokens on four ranks lie as 3, 3, 1, 0."""
 
     def run():
-        with Session(model_of(), Ranks(dist.group.WORLD, layout=Striped(3))) as session:
+        with DecodingSession(model_of(), SequenceSharding(dist.group.WORLD, layout=Striped(3))) as session:
             session.prefill(prompt(7))
             seen = [list(session.cache.counts)]
             for token in prompt(6).split(1, dim=1):
@@ -157,7 +157,7 @@ def sent(world: int, length: int, tokens: int, dtype: torch.dtype) -> list[tuple
 
     def run() -> tuple[int, int]:
         traffic = group_of(dist.group.WORLD).traffic
-        with Session(model_of(dtype=dtype), Ranks(dist.group.WORLD)) as session:
+        with DecodingSession(model_of(dtype=dtype), SequenceSharding(dist.group.WORLD)) as session:
             session.prefill(prompt(length))
             before, messages = traffic.bytes, traffic.messages
             session.decode(prompt(tokens))
@@ -235,7 +235,9 @@ def test_ranks_without_keys_take_part_with_zeros():
 
 def test_no_order_of_hand_overs_changes_a_bit():
     def run() -> Generated:
-        return generate(model_of(), prompt(11), NEW, Ranks(dist.group.WORLD), Sampling(1.0, seed=3), keep_logits=True)
+        return generate(
+            model_of(), prompt(11), NEW, SequenceSharding(dist.group.WORLD), Sampling(1.0, seed=3), keep_logits=True
+        )
 
     expected = Cluster(3).run(run)
     for seed in (0, 1):
@@ -246,7 +248,7 @@ def test_no_order_of_hand_overs_changes_a_bit():
 def test_samples_are_those_of_the_seed_on_any_world():
     def run(seed: int) -> torch.Tensor:
         sampling = Sampling(temperature=2.0, top_k=7, seed=seed)
-        return generate(model_of(), prompt(5, 3), 8, Ranks(dist.group.WORLD), sampling).tokens
+        return generate(model_of(), prompt(5, 3), 8, SequenceSharding(dist.group.WORLD), sampling).tokens
 
     expected = generate(model_of(), prompt(5, 3), 8, sampling=Sampling(2.0, 7, 4)).tokens
     for world in (1, 3):
@@ -257,9 +259,9 @@ def test_samples_are_those_of_the_seed_on_any_world():
 def test_choices_follow_their_odds_and_never_leave_the_likeliest():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0]).log_softmax(-1).expand(20_000, 4)
     generator = torch.Generator().manual_seed(0)
-    assert choose(logits[:1], Sampling(), generator).tolist() == [1]
+    assert sample_tokens(logits[:1], Sampling(), generator).tolist() == [1]
     for top_k, allowed in ((None, [0, 1, 2, 3]), (2, [1, 3]), (99, [0, 1, 2, 3]), (1, [1])):
-        drawn = choose(logits, Sampling(0.5, top_k), generator)
+        drawn = sample_tokens(logits, Sampling(0.5, top_k), generator)
         odds = torch.zeros(4)
         odds[allowed] = torch.softmax(logits[0, allowed] / 0.5, -1)
         assert (drawn.bincount(minlength=4) / 20_000 - odds).abs().max() < 0.015
@@ -272,7 +274,7 @@ def test_eos_ends_a_sequence_and_all_of_them_the_generation():
     first = [next((i for i, token in enumerate(row) if token == eos), None) for row in free.tolist()]
 
     def run() -> torch.Tensor:
-        return generate(model_of(), prompt(6), 12, Ranks(dist.group.WORLD), Sampling(eos=eos)).tokens[:, 6:]
+        return generate(model_of(), prompt(6), 12, SequenceSharding(dist.group.WORLD), Sampling(eos=eos)).tokens[:, 6:]
 
     for found in Cluster(2).run(run):
         ends = [12 if end is None else end + 1 for end in first]
@@ -299,7 +301,7 @@ def test_a_model_with_its_own_head_and_normed_queries():
     expected = forgetful(prompt(4), NEW, config=config)
 
     def run() -> Generated:
-        return generate(model_of(config), prompt(4), NEW, Ranks(dist.group.WORLD), keep_logits=True)
+        return generate(model_of(config), prompt(4), NEW, SequenceSharding(dist.group.WORLD), keep_logits=True)
 
     check(Cluster(2).run(run), expected)
 
@@ -314,10 +316,13 @@ def test_nothing_new_is_nothing():
     [
         (lambda: generate(model_of(), prompt(0), 1), "a prompt of 0 tokens has no next token"),
         (lambda: generate(model_of(), prompt(1), -1), "max_new_tokens -1 must be at least 0"),
-        (lambda: generate(model_of(), prompt(1), 1, Ranks(mask=Mask(False))), "needs a causal mask"),
-        (lambda: Session(model_of().cut(Part(range(1), last=False)), Ranks()), "needs the whole model"),
+        (lambda: generate(model_of(), prompt(1), 1, SequenceSharding(mask=Mask(False))), "needs a causal mask"),
         (
-            lambda: Session(model_of(replace(MODEL, pattern="LS", mixer="retnet")), Ranks()),
+            lambda: DecodingSession(model_of().cut(Part(range(1), last=False)), SequenceSharding()),
+            "needs the whole model",
+        ),
+        (
+            lambda: DecodingSession(model_of(replace(MODEL, pattern="LS", mixer="retnet")), SequenceSharding()),
             "model.pattern=LS has linear",
         ),
         (lambda: Sampling(temperature=-0.5), "temperature -0.5 must be at least 0"),
@@ -366,7 +371,7 @@ def test_a_model_whose_halves_take_turns_generates_like_any_other(batch):
     for model in (plain, turning):
         model.set_attention(StrategyAttention("disaggregated"))
     take_turns(turning, PingPongAttention(group_of(None)))
-    expected, found = (generate(model, prompt(9, batch), NEW, Ranks()) for model in (plain, turning))
+    expected, found = (generate(model, prompt(9, batch), NEW, SequenceSharding()) for model in (plain, turning))
     assert torch.equal(found.tokens, expected.tokens)
 
 
@@ -378,14 +383,14 @@ def test_a_model_that_is_split_is_refused(tmp_path, parallel):
     def body():
         model = build.build_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
         with pytest.raises(ConfigError, match=r"set (tp|pp)=1"):
-            Session(model, Ranks())
+            DecodingSession(model, SequenceSharding())
 
     Cluster(2).run(body)
 
 
 def test_a_session_takes_one_prompt_and_first():
-    for begin in (Session.prefill, Session.decode):
-        with Session(model_of(), Ranks()) as session:
+    for begin in (DecodingSession.prefill, DecodingSession.decode):
+        with DecodingSession(model_of(), SequenceSharding()) as session:
             begin(session, prompt(3))
             with pytest.raises(ConfigError, match="a prompt comes first, and this session has 3 tokens"):
                 session.prefill(prompt(2))
@@ -394,7 +399,7 @@ def test_a_session_takes_one_prompt_and_first():
 
 @pytest.mark.parametrize(("held", "given"), [(1, 2), (2, 1), (2, 3)])
 def test_a_session_goes_on_with_as_many_sequences_as_it_began_with(held, given):
-    with Session(model_of(), Ranks()) as session:
+    with DecodingSession(model_of(), SequenceSharding()) as session:
         session.prefill(prompt(3, held))
         with pytest.raises(ConfigError, match=f"tokens of {given} sequences, and this session has {held}"):
             session.decode(prompt(1, given))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import pieces
-from longctx.kernels.pieces import NARROW_WINDOW, SQUARES, PieceShape, TilePiece, halved, pieces_of
+from longctx.kernels.pieces import NARROW_WINDOW, SQUARES, PieceShape, TilePiece, pieces_of, split_squares
 from longctx.sequence import Tile
 from tests.sequence.brute_force import tile_cells
 
@@ -77,11 +77,11 @@ def test_masked_pieces_are_no_longer_than_a_chunk():
 @given(st.sampled_from(SQUARES), st.integers(1, 70), st.integers(1, 20))
 def test_halves_of_a_square_cover_its_cells_once(shape, rows, largest):
     whole = TilePiece(shape, 3, 3 + rows, 5, 5 + rows)
-    parts = list(halved(whole, largest))
+    parts = list(split_squares(whole, largest))
     assert Counter(cell for part in parts for cell in piece_cells(part)) == Counter(piece_cells(whole))
     assert all(part.q_stop - part.q_start <= largest for part in parts if part.shape in SQUARES)
 
 
 def test_what_is_no_square_stays_whole():
     full = TilePiece(PieceShape.FULL, 0, 900, 0, 400)
-    assert list(halved(full, 256)) == [full]
+    assert list(split_squares(full, 256)) == [full]

@@ -13,7 +13,7 @@ import pytest
 from longctx.errors import DataError, NumericsError, RequeueError, StorageError
 from longctx.launcher import cli, env
 from longctx.launcher.compose import compose
-from longctx.launcher.failures import Failure, clear, first, run_recorded
+from longctx.launcher.failures import Failure, clear_failures, first_failure, run_recorded
 
 
 @pytest.fixture
@@ -201,9 +201,9 @@ def test_the_first_failure_is_the_cause(tmp_path, capsys):
     assert run_recorded(1, tmp_path, fail) == 65
     assert run_recorded(0, tmp_path, lambda: 1 / 0) == 70
     where = f"process {os.getpid()} on {platform.node()}"
-    assert first(tmp_path) == Failure(1, first(tmp_path).seconds, 65, "why", None, where)
-    clear(tmp_path)
-    assert first(tmp_path) is None
+    assert first_failure(tmp_path) == Failure(1, first_failure(tmp_path).seconds, 65, "why", None, where)
+    clear_failures(tmp_path)
+    assert first_failure(tmp_path) is None
     assert run_recorded(0, None, fail) == 65
     assert capsys.readouterr().err == "longctx: why\n"
     assert run_recorded(3, None, lambda: 1 / 0) == 70

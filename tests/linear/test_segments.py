@@ -104,7 +104,7 @@ def test_cutting_and_joining_are_inverse_but_for_padding(plan, chunk):
 @given(plan=plans(), chunk=st.integers(1, 9), tokens=st.integers(1, 30), data=st.data())
 def test_pieces_hold_all_chunks_of_a_rank_in_order(plan, chunk, tokens, data):
     chain, rank = chain_of(plan), data.draw(st.integers(0, plan.world - 1))
-    segments = [chain.segments[place] for place in chain.own(rank)]
+    segments = [chain.segments[place] for place in chain.places_of(rank)]
     pieces = cut_pieces(segments, plan.documents, chunk, tokens)
     edges = [(piece.rows.start, piece.rows.stop) for piece in pieces.parts]
     assert [edge for edges_of in edges for edge in edges_of][1:-1] == [
@@ -133,6 +133,6 @@ def test_what_is_full_needs_no_padding_and_no_mask(plan, chunk):
     valid = all(int((plan.positions(0) < row.length).sum()) == plan.shard for row in plan.documents)
     even = all(
         segment.tokens % chunks.width == 0
-        for segment in map(chain_of(plan).segments.__getitem__, chain_of(plan).own(0))
+        for segment in map(chain_of(plan).segments.__getitem__, chain_of(plan).places_of(0))
     )
     assert chunks.full == (valid and even and len(plan.positions(0)) == plan.shard)

@@ -58,8 +58,8 @@ def test_bfloat16_sums_in_fp32():
     loss = cross_entropy_sum(hidden, weight, labels, 4)
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss.dtype == torch.float32
-    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    right = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum"), wide)
+    loss_dtype = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    right = torch.autograd.grad(F.cross_entropy(loss_dtype[0] @ loss_dtype[1].T, labels, reduction="sum"), loss_dtype)
     for gradient, reference in zip(gradients, right, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient - reference).norm() <= 2e-2 * reference.norm()

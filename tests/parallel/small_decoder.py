@@ -9,7 +9,7 @@ from longctx.engines import NativeEngine
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype, whole
+from longctx.parallel.data import full_tensor, master_dtype
 from longctx.sequence import Batch, Documents
 from longctx.sim import Cluster
 from longctx.train.batch_sharder import BatchSharder
@@ -50,7 +50,7 @@ def gradients(config: Config) -> Outcome:
     loss = engine.accumulate([border(batch) for batch in mine], 0.5)
     torch.distributed.all_reduce(loss, group=mesh.token_group)
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
-    return Outcome(float(loss), {n: whole(p.grad) for n, p in model.named_parameters()})
+    return Outcome(float(loss), {n: full_tensor(p.grad) for n, p in model.named_parameters()})
 
 
 def config_of(dp_shard=1, sp=1, dp_replicate=1, tp=1, layout="zigzag", model=MODEL, **train) -> Config:

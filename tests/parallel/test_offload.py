@@ -70,6 +70,6 @@ def test_a_block_comes_back_one_ahead():
     memory = HostMemory(CPU)
     packed = [memory.pack(memory.enter_block(), torch.full((1000,), float(number))) for number in range(3)]
     assert memory.unpack(packed[2])[0] == 2
-    assert [bool(p.away.coming) for p in packed] == [False, True, False]
+    assert [bool(p.storage.incoming) for p in packed] == [False, True, False]
     assert memory.unpack(packed[1])[0] == 1
-    assert [bool(p.away.coming) for p in packed] == [True, False, False]
+    assert [bool(p.storage.incoming) for p in packed] == [True, False, False]

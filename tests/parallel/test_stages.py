@@ -13,12 +13,12 @@ from longctx.config.pipeline import RULES
 from longctx.config.pipeline import RULES as SCHEDULES
 from longctx.model import Decoder, Part, initialize
 from longctx.parallel.pipeline import ONE_STAGE, SEVERAL_STAGES
-from longctx.parallel.stages import Costs, estimate_costs, parts_of, split_layers, stage_numbers
+from longctx.parallel.stages import StageCosts, estimate_costs, parts_of, split_layers, stage_numbers
 
 positive = st.floats(0.01, 100.0)
 
 
-def stage_costs(costs: Costs, cut: list[range]) -> list[float]:
+def stage_costs(costs: StageCosts, cut: list[range]) -> list[float]:
     sums = [sum(costs.layers[layer] for layer in layers) for layers in cut]
     sums[0] += costs.embedding
     sums[-1] += costs.head
@@ -28,7 +28,7 @@ def stage_costs(costs: Costs, cut: list[range]) -> list[float]:
 @given(st.data(), st.lists(positive, min_size=1, max_size=8), positive, positive)
 def test_the_largest_cost_is_the_least_of_all_cuts(data, layers, embedding, head):
     stages = data.draw(st.integers(1, len(layers)))
-    costs = Costs(tuple(layers), embedding, head)
+    costs = StageCosts(tuple(layers), embedding, head)
     cut = split_layers(costs, stages)
     assert [layer for layers in cut for layer in layers] == list(range(len(layers)))
     assert len(cut) == stages and all(cut)
@@ -38,9 +38,9 @@ def test_the_largest_cost_is_the_least_of_all_cuts(data, layers, embedding, head
 
 
 def test_a_dear_head_takes_layers_off_its_stage_and_leaves_the_others_even():
-    costs = Costs((1.0,) * 10, 0.0, 4.0)
+    costs = StageCosts((1.0,) * 10, 0.0, 4.0)
     assert sorted(stage_costs(costs, split_layers(costs, 3))) == [4.0, 5.0, 5.0]
-    assert [len(layers) for layers in split_layers(Costs((1.0,) * 7, 0.0, 9.0), 4)] == [2, 2, 2, 1]
+    assert [len(layers) for layers in split_layers(StageCosts((1.0,) * 7, 0.0, 9.0), 4)] == [2, 2, 2, 1]
 
 
 def config_of(seq_len: int, window: int | None = None, **parallel) -> Config:

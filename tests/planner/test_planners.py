@@ -33,9 +33,9 @@ from longctx.planner import (
     zigzag,
 )
 from longctx.planner.lengths import draw_rows, synthetic
-from longctx.planner.planners.bands import ORDERS, Bands
+from longctx.planner.planners.bands import ORDERS, BandSearch
 from longctx.planner.planners.cad import _at_homes, _merged, least_egress
-from longctx.planner.planners.prefix_affinity import seated
+from longctx.planner.planners.prefix_affinity import with_prefix_affinity
 from tests.planner.dense_executor import dense, execute
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -214,7 +214,7 @@ def test_bands_for_few_servers_are_legal_within_the_limit_and_the_egress(lengths
     limit = int(load.sum() * 1.02 / servers)
     assume(load.max() > limit)
     cap = int(egress * least_egress(home, mask, limit).max())
-    bands = Bands(home, load, limit, np.full(servers, cap), PlannerOptions(block=block))
+    bands = BandSearch(home, load, limit, np.full(servers, cap), PlannerOptions(block=block))
     begins = set(zip(home.doc.tolist(), home.start.tolist(), strict=True))
     for order in ORDERS:
         placed = bands.place(order)
@@ -239,13 +239,13 @@ def test_seats_are_those_of_tokens_that_read_less_there(lengths, servers, cap):
     mask, widths = causal(lengths), AttentionShape()
     for home in (streamed(lengths, servers), contiguous(lengths, servers), zigzag(lengths, servers)):
         limit = int(mask.area(home.doc, home.start, home.stop).sum())
-        seats = seated(home, widths, np.full(servers, cap), limit)
-        runs = _at_homes(TaskRuns.at_home(seats), home)
+        preferred = with_prefix_affinity(home, widths, np.full(servers, cap), limit)
+        runs = _at_homes(TaskRuns.at_home(preferred), home)
         made = Plan("seats", home, mask, Tasks.of_runs(mask, runs), widths)
         check(made)
         assert made.cost.q_sent.max() <= cap
         before = make_plan("local", mask, Topology(servers), PlannerOptions(), home).cost
-        assert made.cost.moved < before.moved or seats is home
+        assert made.cost.moved < before.moved or preferred is home
 
 
 def test_ends_behind_ends_go_to_one_seat():
@@ -253,20 +253,21 @@ def test_ends_behind_ends_go_to_one_seat():
     spans = [[Span(0, 0, 2), Span(0, 399, 400)], [Span(0, 2, 40), Span(0, 390, 399)], [Span(0, 40, 390)]]
     home = DocumentPlacement.of([400], spans)
     spare = np.full(3, 20)
-    seats = seated(home, AttentionShape(), spare, 10**6)
-    assert [seats.spans(rank) for rank in range(3)] == [
+    preferred = with_prefix_affinity(home, AttentionShape(), spare, 10**6)
+    assert [preferred.spans(rank) for rank in range(3)] == [
         spans[0][:1],
         spans[1][:1],
         [Span(0, 40, 390), Span(0, 390, 399), Span(0, 399, 400)],
     ]
-    only_short = seated(home, AttentionShape(), np.full(3, 5), 10**6)
+    only_short = with_prefix_affinity(home, AttentionShape(), np.full(3, 5), 10**6)
     assert only_short.spans(0) == spans[0][:1] and only_short.spans(1) == [
         Span(0, 2, 40),
         Span(0, 390, 399),
         Span(0, 399, 400),
     ]
     assert (
-        seated(home, AttentionShape(), 0 * spare, 10**6) is home and seated(home, AttentionShape(), spare, 400) is home
+        with_prefix_affinity(home, AttentionShape(), 0 * spare, 10**6) is home
+        and with_prefix_affinity(home, AttentionShape(), spare, 400) is home
     )
 
 

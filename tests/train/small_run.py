@@ -111,6 +111,6 @@ def train_rank(config: Config, source: Corpus) -> list[tuple[float, float, float
 def train_on_sim(config: Config) -> tuple[list[tuple[float, float, float, float]], Cluster]:
     """``train_rank`` of rank 0 in a simulated world, and the world with its ledger."""
     cluster = Cluster(simulated_world_size(config), seed=config.comm.shuffle_seed)
-    results = cluster.run(build.on_nodes, config, train_rank, config, corpus())
+    results = cluster.run(build.run_with_nodes, config, train_rank, config, corpus())
     assert all(result == results[0] for result in results), "ranks disagree about the run"
     return results[0], cluster

@@ -74,7 +74,7 @@ def test_two_processes_agree_with_one_rank(capsys):
 @pytest.mark.gloo
 def test_a_process_settles_the_nodes_and_nics_of_its_run(monkeypatch, tmp_path):
     settled = []
-    monkeypatch.setattr(build, "settle_nodes", lambda *what: settled.append(what))
+    monkeypatch.setattr(build, "register_nodes", lambda *what: settled.append(what))
     words = ["attention=zeppelin", "cluster.devices_per_node=1", "cluster.nics=2"]
     job = {"config": verify_mesh.prepare(compose(words), 1, 1, 1).to_dict(), "steps": 1}
     verify_mesh.worker([json.dumps(job), str(tmp_path), "0", "1"])

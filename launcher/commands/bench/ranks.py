@@ -54,7 +54,7 @@ def as_rank(
             raise
         # Every rank refuses a wrong configuration for the same reason; one message is enough.
         return error.exit_code
-    with build.joined(config) as device, build.deterministic(config):
+    with build.init_distributed(config) as device, build.deterministic(config):
         if rank.rank:
             measure(config, job, device, silent)
             return 0
@@ -78,7 +78,7 @@ def worker(words: Sequence[str], measure: Measure) -> None:
     config = Config.from_dict(work["config"])
     device = join(folder, rank, world, config.comm.backend)
     with build.deterministic(config):
-        found = build.on_nodes(config, measure, config, work["job"], device, to_file(folder, rank))
+        found = build.run_with_nodes(config, measure, config, work["job"], device, to_file(folder, rank))
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
     dist.barrier()

@@ -94,7 +94,7 @@ def measured(config: Config, job: Found, device: torch.device, report: Report) -
     try:
         cost = measure(config, parts, meter, job["warm_up"], job["steps"], report)
     finally:
-        parts.ahead.close()
+        parts.prefetcher.close()
     return {
         "machine": machine.described(),
         "backend": config.comm.backend,

@@ -1,8 +1,8 @@
-"""BASED: the exponential of softmax as its second-order Taylor polynomial, which is a product of features.
+"""BASED approximates softmax's exponential by its second-order Taylor polynomial, a product of features.
 
 Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024). It wants narrow
-queries and keys, for their features are about half of the width squared, and layers with a sliding window beside it
-(``attention.window`` of the softmax layers of a pattern).
+queries and keys, for their features are about half of the width squared. It also wants layers with a sliding window
+beside it (``attention.window`` of the softmax layers of a pattern).
 
     f(x) = [1, x / d^(1/4), x_i^2 / sqrt(2d), x_i x_j / sqrt(d) for i < j]
     f(q) f(k) = 1 + s + s^2 / 2,  s = q k / sqrt(d)
@@ -39,7 +39,7 @@ def tokens(widths: HeadDims) -> dict[str, int]:
 
 
 def features(x: Tensor) -> Tensor:
-    """``[..., d]`` to ``[..., 1 + d + d (d + 1) / 2]``."""
+    """Maps ``[..., d]`` to features ``[..., 1 + d + d (d + 1) / 2]``."""
     width = x.shape[-1]
     first, second = torch.triu_indices(width, width, offset=1, device=x.device)
     parts = (
@@ -56,7 +56,7 @@ def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
 
 
 def recurrence(x: Inputs, documents: Sequence[Documents]) -> Tensor:
-    """By the polynomial itself, query by query."""
+    """Computes the output from the polynomial itself, query by query."""
     out = torch.zeros_like(x["v"])
     for row, packed in enumerate(documents):
         for start, stop in pairwise(packed.cu_seqlens.tolist()):

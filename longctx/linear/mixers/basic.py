@@ -1,4 +1,4 @@
-"""Linear attention: softmax's exponential becomes a product of features, so that keys and values sum up to a state.
+"""Linear attention replaces softmax's exponential by a product of features, so that keys and values sum up to a state.
 
 Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention" (2020), with their
 features f(x) = elu(x) + 1.
@@ -36,7 +36,7 @@ def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
 
 
 def normalised(q: Tensor, k: Tensor, v: Tensor, core: LinearCore, plan: Tensor) -> Tensor:
-    """Means of the values, weighted by products of positive features q, k ``[B, T/SP, H/TP, any]``."""
+    """Returns means of the values, weighted by products of positive features q, k ``[B, T/SP, H/TP, any]``."""
     extended = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     y, z = core.attend(q, k, extended, plan).split([v.shape[-1], 1], -1)
     return y / z.masked_fill(z == 0, 1)  # 0 on padding alone

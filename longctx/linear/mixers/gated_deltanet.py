@@ -1,7 +1,7 @@
-"""Gated DeltaNet: a token overwrites what the state holds under its key, and decides how much of the rest stays.
+"""Gated DeltaNet overwrites what the state holds under a token's key and decides how much of the rest stays.
 
-Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024): short convolutions before
-queries, keys and values, the gate of Mamba-2, queries and keys of length 1.
+Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024). It has short convolutions
+before queries, keys and values, the gate of Mamba-2, and queries and keys of length 1.
 
     q, k, v = silu(convolve(.));  q, k /= |q|, |k|;  b_t = sigmoid(b);  log a_t = -e^A softplus(x_t + dt)
     S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T        o_t = q_t S_t / sqrt(K)
@@ -43,9 +43,9 @@ def fill(name: str, parameter: Tensor, generator: Generator) -> None:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in the accumulation dtype: keys of other lengths make the delta rule explode."""
-    wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * (wide.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()).to(x.dtype)
+    """Scales rows to length 1, in the accumulation dtype: keys of other lengths make the delta rule explode."""
+    in_acc_dtype = x.to(accumulation_dtype(x.dtype))
+    return (in_acc_dtype * (in_acc_dtype.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()).to(x.dtype)
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:

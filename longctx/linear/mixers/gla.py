@@ -1,4 +1,4 @@
-"""Gated linear attention: each token decides how much of every channel of the state stays.
+"""Gated linear attention decides for each token how much of every channel of the state stays.
 
 Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024). Their gates come from a
 projection of low rank; here the block projects them as it does queries.

@@ -1,7 +1,7 @@
-"""Hedgehog: features that learn to mimic softmax.
+"""Hedgehog learns features that mimic softmax.
 
-Zhang et al., "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024): twice as many
-features as channels, a softmax over both signs of a learned map that starts as the identity.
+Zhang et al., "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024). There are twice
+as many features as channels: a softmax over both signs of a learned map that starts as the identity.
 
     f(x) = softmax([2 W x, -2 W x])
     S_t = S_{t-1} + f(k_t) [v_t, 1]^T        [y, z] = f(q_t) S_t        o_t = y / z
@@ -21,7 +21,7 @@ from longctx.sequence import Documents
 
 
 def parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
-    """One map for queries, one for keys."""
+    """Returns the shapes of what each head learns: one map for queries, one for keys."""
     return {"q_map": (widths.key, widths.key), "k_map": (widths.key, widths.key)}
 
 
@@ -30,7 +30,7 @@ def fill(name: str, parameter: Tensor, generator: Generator) -> None:
 
 
 def features(x: Tensor, weight: Tensor) -> Tensor:
-    """x ``[B, T/SP, H/TP, D]``, weight ``[H/TP, D, D]`` to ``[B, T/SP, H/TP, 2 D]``."""
+    """Maps x ``[B, T/SP, H/TP, D]`` by weight ``[H/TP, D, D]`` to features ``[B, T/SP, H/TP, 2 D]``."""
     mapped = 2 * torch.einsum("bthd,hed->bthe", x, weight)
     return torch.cat([mapped, -mapped], -1).softmax(-1)
 
@@ -55,7 +55,7 @@ def _by_definition(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def flops(widths: HeadDims, chunk: int) -> float:
-    """The scan of twice as many channels, and both maps."""
+    """Counts the scan of twice as many channels, and both maps."""
     return scan_flops(HeadDims(2 * widths.key, widths.value + 1), chunk) + 4.0 * widths.key**2
 
 

@@ -1,7 +1,7 @@
-"""HGRN2: a token writes into a channel of the state what it forgets there.
+"""HGRN2 writes into a channel of the state as much as it forgets there.
 
-Qin et al., "HGRN2: Gated Linear RNNs with State Expansion" (2024). Its lower bounds of the forget gate, which grow with
-the depth, are learned there; here they are fixed at the values that learning starts from.
+Qin et al., "HGRN2: Gated Linear RNNs with State Expansion" (2024). Its lower bounds of the forget gate grow with the
+depth and are learned there. Here they are fixed at the values that learning starts from.
 
     f_t = l / L + (1 - l / L) sigmoid(x_t)        layer l of L
     S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T     o_t = silu(q_t) S_t
@@ -28,14 +28,14 @@ def tokens(widths: HeadDims) -> dict[str, int]:
 
 
 def bounds(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
-    """What every head forgets at most: the same share in each, fp64 ``[H]``."""
+    """Returns the lower bound of every head's forget gate, fp64 ``[H]``: the same in each."""
     return {"floor": torch.full((heads,), layer / layers, dtype=torch.float64)}
 
 
 def mix(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
-    wide = accumulation_dtype(x["f"].dtype)
-    floor = x["floor"].to(wide).unsqueeze(-1)
-    gate = x["f"].to(wide).clamp(min=LEAST)
+    acc_dtype = accumulation_dtype(x["f"].dtype)
+    floor = x["floor"].to(acc_dtype).unsqueeze(-1)
+    gate = x["f"].to(acc_dtype).clamp(min=LEAST)
     written = (1 - floor) * torch.sigmoid(-gate)
     # Each by what it is near to: where little is forgotten, 1 - f keeps the digits, otherwise f does.
     little = torch.log1p(-written.clamp(max=0.5))

@@ -1,8 +1,7 @@
-"""TransNormer with Lightning Attention: decay of each head fixed by its number and its layer's, no normaliser.
+"""TransNormer with Lightning Attention fixes the decay of each head by its number and its layer's, without normaliser.
 
-Qin et al., "TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer" (2023), whose slopes
-these are; "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models"
-(2024).
+Qin et al., "TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer" (2023), which gives the
+slopes. "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models" (2024).
 
     S_t = e^-s S_{t-1} + k_t v_t^T        o_t = q_t S_t / sqrt(K)        q, k = silu(.)
     s = 2^(-8 (h+1) / H) (1 - l / (L-1) + 1e-5)        head h of H, layer l of L
@@ -22,7 +21,7 @@ from longctx.sequence import Documents
 
 
 def slopes(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
-    """Log decay of each head, fp64 ``[H]``."""
+    """Returns the log decay of each head, fp64 ``[H]``."""
     number = torch.arange(1, heads + 1, dtype=torch.float64)
     depth = 1 - layer / max(1, layers - 1) + 1e-5
     return {"log_decay": -(2.0 ** (-8 * number / heads)) * depth}

@@ -1,4 +1,4 @@
-"""RetNet: a state that decays at a rate of its own in every head.
+"""RetNet keeps a state that decays at a rate of its own in every head.
 
 Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models" (2023), without its rotation of
 queries and keys.
@@ -19,7 +19,7 @@ from longctx.sequence import Documents
 
 
 def rates(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
-    """Log decay of each head, fp64 ``[H]``; the same in every layer."""
+    """Returns the log decay of each head, fp64 ``[H]``; it is the same in every layer."""
     return {"log_decay": torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float64))))}
 
 

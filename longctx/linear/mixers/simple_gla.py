@@ -1,6 +1,6 @@
-"""Simple GLA: each token decides how much of every head's state stays, by the gate of Mamba-2.
+"""Simple GLA decides for each token how much of every head's state stays, by the gate of Mamba-2.
 
-Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), with one gate a head; the
+Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), with one gate a head. The
 gate is that of Dao and Gu, "Transformers are SSMs" (2024).
 
     S_t = a_t S_{t-1} + k_t v_t^T        o_t = q_t S_t / sqrt(K)        log a_t = -e^A softplus(x_t + dt)
@@ -38,7 +38,7 @@ def parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
 
 
 def log_decay(x: Inputs) -> Tensor:
-    """``[B, T/SP, H/TP]``, in the accumulation dtype."""
+    """Returns the log decay of each token and head, ``[B, T/SP, H/TP]``, in the accumulation dtype."""
     a, rate, step = (x[name].to(accumulation_dtype(x["a"].dtype)) for name in ("a", "A_log", "dt_bias"))
     return -rate.exp() * F.softplus(a.squeeze(-1) + step)
 

@@ -1,1 +1,1 @@
-"""One file per strategy that moves the states of linear layers between ranks."""
+"""Holds one file per strategy that moves the states of linear layers between ranks."""

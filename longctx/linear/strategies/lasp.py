@@ -1,4 +1,4 @@
-"""LASP: the state itself goes along the chain, from each segment to the next.
+"""LASP passes the state itself along the chain, from each segment to the next.
 
 Sun et al., "Linear Attention Sequence Parallelism" (2024).
 
@@ -23,27 +23,27 @@ from torch import Tensor
 
 from longctx.attention.costs.estimate import Volume
 from longctx.comm import exchange
-from longctx.linear.affine import applied
+from longctx.linear.affine import apply_transitions
 from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
 from longctx.linear.segments import chain_of
-from longctx.linear.states import Arriving, LinearContext, Summary, stretch_of
+from longctx.linear.states import Arriving, LinearContext, Summary, chain_subset
 from longctx.sequence import SequencePlan
 
 
-def enter(summary: Summary, call: LinearContext) -> Arriving:
-    """S_in of this rank's segments."""
-    return _walk(summary, call, +1)
+def enter(summary: Summary, context: LinearContext) -> Arriving:
+    """Starts the forward pass along the chain, which gives S_in of this rank's segments."""
+    return _walk(summary, context, +1)
 
 
-def leave(summary: Summary, call: LinearContext) -> Arriving:
-    """D_out of this rank's segments."""
-    return _walk(summary, call, -1)
+def leave(summary: Summary, context: LinearContext) -> Arriving:
+    """Starts the backward pass along the chain, which gives D_out of this rank's segments."""
+    return _walk(summary, context, -1)
 
 
-def _walk(summary: Summary, call: LinearContext, direction: int) -> Arriving:
+def _walk(summary: Summary, context: LinearContext, direction: int) -> Arriving:
     """Starts along the chain, as far as it goes without waiting."""
     received = torch.zeros_like(summary.states)
-    steps = _steps(summary, call, direction, received)
+    steps = _steps(summary, context, direction, received)
     next(steps, None)
 
     def go_on() -> Tensor:
@@ -54,33 +54,38 @@ def _walk(summary: Summary, call: LinearContext, direction: int) -> Arriving:
     return go_on
 
 
-def _steps(summary: Summary, call: LinearContext, direction: int, received: Tensor) -> Iterator[None]:
+def _steps(summary: Summary, context: LinearContext, direction: int, received: Tensor) -> Iterator[None]:
     """Fills ``received``, one segment after another; pauses before it waits."""
-    chain, sent = call.chain, []
-    joined = stretch_of(call.plan, range(len(chain)), received.device).joined
-    for element, place in list(enumerate(call.own))[::direction]:
+    chain, sent = context.chain, []
+    joined = chain_subset(context.plan, range(len(chain)), received.device).joined
+    for element, place in list(enumerate(context.own))[::direction]:
         # An edge of segments has the number of the place behind it.
         edge, onward = (place, place + 1)[::direction]
         state = torch.zeros_like(received[:, element])
         if chain.crossed(edge):
-            coming = exchange(call.group, [], [(chain.segments[place - direction].rank, torch.empty_like(state))])
+            receiving = exchange(context.group, [], [(chain.segments[place - direction].rank, torch.empty_like(state))])
             yield
-            state = coming.wait()[0] * joined[:, edge]
+            state = receiving.wait()[0] * joined[:, edge]
             received[:, element] = state
         if chain.crossed(onward):
             transition = summary.transitions[:, element]
-            passed = applied(transition if direction > 0 else transition.mT, state) + summary.states[:, element]
-            sent.append(exchange(call.group, [(chain.segments[place + direction].rank, passed.contiguous())], []))
+            passed = (
+                apply_transitions(transition if direction > 0 else transition.mT, state) + summary.states[:, element]
+            )
+            sent.append(exchange(context.group, [(chain.segments[place + direction].rank, passed.contiguous())], []))
     yield
     for message in sent:
         message.wait()
 
 
 def volume(plan: SequencePlan, rank: int, sizes: LinearSizes) -> Volume:
-    """A state over each edge of this rank's segments that a document crosses: forward behind, backward before."""
+    """Counts a state over each edge of this rank's segments that a document crosses.
+
+    It goes to the segment behind in the forward pass, to the one before in the backward pass.
+    """
     chain = chain_of(plan)
-    behind = sum(chain.crossed(place + 1) for place in chain.own(rank))
-    before = sum(chain.crossed(place) for place in chain.own(rank))
+    behind = sum(chain.crossed(place + 1) for place in chain.places_of(rank))
+    before = sum(chain.crossed(place) for place in chain.places_of(rank))
     return Volume(behind * sizes.state, before * sizes.state, behind, before)
 
 

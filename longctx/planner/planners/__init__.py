@@ -1,1 +1,1 @@
-"""One file per planner: who computes which rows of attention."""
+"""Holds one file per planner; each decides which rank computes which rows of attention."""

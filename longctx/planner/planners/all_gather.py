@@ -1,4 +1,4 @@
-"""All-gather context parallelism (Llama 3, 2024): every rank gets all keys and values and computes its own queries.
+"""All-gather context parallelism (Llama 3, 2024) sends all keys and values to every rank, which keeps its own queries.
 
 The gather does not ask who reads what: ``Plan`` counts every key to every other rank.
 """
@@ -13,5 +13,5 @@ from longctx.planner.tasks import TaskRuns
 
 
 def all_gather(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads no option."""
+    """Computes all rows on their homes. Reads no option."""
     return TaskRuns.at_home(home)

@@ -1,8 +1,9 @@
-"""Shipped query rows find servers where these are few: bands of rows, each cut for the room that it fills.
+"""Places shipped query rows on few servers: bands of rows, each cut for the capacity that it fills.
 
-The best band next, of all pieces of all donors and for all servers, by bytes against cells: rows that fill a large
-room, or whose prefix their server holds already. What is left in the end fits badly, and how badly hangs on what came
-first; so it is done in several orders, and whoever asks keeps what moves the fewest bytes.
+It always takes the best band next, of all pieces of all donors and for all servers, by bytes against cells. Such are
+rows that fill a large capacity, or rows whose prefix their server holds already. What is left in the end fits badly,
+and how badly depends on what came first. So it is done in several orders, and the caller keeps what moves the fewest
+bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.options import PlannerOptions
-from longctx.planner.planners.placement import Run
+from longctx.planner.planners.placement import RowRun
 from longctx.planner.slices import Int64
 
 Float64 = NDArray[np.float64]
@@ -26,28 +27,39 @@ MOST = 8  # bands for each server; an order that takes more is given up
 
 
 @dataclass(frozen=True)
-class Order:
-    """A band's price is ``bytes / cells ** power``: 1/2 treats small and large ones alike, 1 prefers the large.
+class BandOrder:
+    """How bands are ranked: a band's price is ``bytes / cells ** power``.
 
-    ``thrift``: what Q and O of a row are taken for when the band is shaped, in multiples of their bytes; more means
-    fewer rows with a longer prefix, hence less egress.
+    A power of 1/2 treats small and large ones alike, 1 prefers the large. ``row_price``: what Q and O of a row are
+    taken for when the band is shaped, in multiples of their bytes. More means fewer rows with a longer prefix, hence
+    less egress.
     """
 
     power: float
-    thrift: float
+    row_price: float
 
 
 # Of 25 tried on real lengths those that between them find the best plan of nearly every draw.
-ORDERS = (Order(0.85, 2), Order(0.85, 3), Order(0.7, 1), Order(0.7, 1.5), Order(0.7, 4), Order(0.6, 1))
+ORDERS = (
+    BandOrder(0.85, 2),
+    BandOrder(0.85, 3),
+    BandOrder(0.7, 1),
+    BandOrder(0.7, 1.5),
+    BandOrder(0.7, 4),
+    BandOrder(0.6, 1),
+)
 
 
 # (document, first row, last + 1) at home on a donor
 Piece = tuple[int, int, int]
 
 
-class Bands:
-    """Causal documents on few servers. ``load``: cells of each rank; ``limit``: the most a server may compute;
-    ``spare``: query rows that each rank may send, ``[W]``."""
+class BandSearch:
+    """Searches for bands of rows that few servers take over from others, under causal documents.
+
+    ``load``: cells of each rank; ``limit``: the most a server may compute; ``spare``: query rows that each rank may
+    send, ``[W]``.
+    """
 
     def __init__(self, home: DocumentPlacement, load: Int64, limit: int, spare: Int64, options: PlannerOptions) -> None:
         self._spare, self._block = spare, options.block
@@ -58,18 +70,18 @@ class Bands:
             self._spans[donor] = [(span.doc, span.start, span.stop) for span in home.spans(donor)]
         self._begins = {piece[:2] for spans in self._spans.values() for piece in spans}
         # Tokens of each document, from its start, that a server has: it reads what its own rows see.
-        held = np.zeros((home.ranks, len(home.lengths)))
-        np.maximum.at(held, (home.rank, home.doc), home.stop)
-        self._first_held = held
+        prefixes = np.zeros((home.ranks, len(home.lengths)))
+        np.maximum.at(prefixes, (home.rank, home.doc), home.stop)
+        self._first_prefixes = prefixes
 
-    def place(self, order: Order) -> list[tuple[Run, int]] | None:
-        """(run, server) of rows that bring all donors below the limit; None where this order does not come to it."""
-        self._room, self._held = self._limits.copy(), self._first_held.copy()
+    def place(self, order: BandOrder) -> list[tuple[RowRun, int]] | None:
+        """Returns (run, server) of rows that bring all donors below the limit; None where this order finds none."""
+        self._capacity, self._prefixes = self._limits.copy(), self._first_prefixes.copy()
         self._pieces = {donor: sorted(spans, key=_by_prefix) for donor, spans in self._spans.items()}
         sent = dict.fromkeys(self._pieces, 0)
-        placed: list[tuple[Run, int]] = []
-        while any(self._room[donor] < 0 for donor in self._pieces):
-            found = self._best(order) if len(placed) < MOST * len(self._room) else None
+        placed: list[tuple[RowRun, int]] = []
+        while any(self._capacity[donor] < 0 for donor in self._pieces):
+            found = self._best(order) if len(placed) < MOST * len(self._capacity) else None
             if found is None:
                 return None
             placed.append(self._taken(*found))
@@ -79,18 +91,22 @@ class Bands:
                 return None
         return placed
 
-    def _best(self, order: Order) -> tuple[int, Piece, int, int, int] | None:
-        """(donor, piece, server, first row, last + 1) of the band with the lowest price."""
+    def _best(self, order: BandOrder) -> tuple[int, Piece, int, int, int] | None:
+        """Returns (donor, piece, server, first row, last + 1) of the band with the lowest price."""
         rows = list(self._open())
-        servers = np.flatnonzero(self._room > 0)
+        servers = np.flatnonzero(self._capacity > 0)
         if not rows or not len(servers):
             return None
         donor, doc, start, stop = (np.array(column)[:, None] for column in zip(*rows, strict=True))
-        room, need, held = self._room[servers][None], -self._room[donor], self._held[servers][:, doc[:, 0]].T
-        end, count = self._shaped(start, stop, np.minimum(need, room), held, need <= room, order.thrift)
+        capacity, need, prefixes = (
+            self._capacity[servers][None],
+            -self._capacity[donor],
+            self._prefixes[servers][:, doc[:, 0]].T,
+        )
+        end, count = self._shaped(start, stop, np.minimum(need, capacity), prefixes, need <= capacity, order.row_price)
         area = count * end - count * (count - 1) / 2
-        fits = (end <= stop) & (end - count >= start) & (area <= room)
-        cost = self._ratio * count + np.maximum(0, end - held)
+        fits = (end <= stop) & (end - count >= start) & (area <= capacity)
+        cost = self._ratio * count + np.maximum(0, end - prefixes)
         price = np.where(fits, cost / np.maximum(area, 1) ** order.power, np.inf)
         at, server = np.unravel_index(int(np.argmin(price)), price.shape)
         if not fits[at, server]:
@@ -99,16 +115,23 @@ class Bands:
         return rows[at][0], rows[at][1:], int(servers[server]), last - int(count[at, server]), last
 
     def _shaped(
-        self, start: Int64, stop: Int64, cells: Float64, held: Float64, all_of_it: NDArray[np.bool_], thrift: float
+        self,
+        start: Int64,
+        stop: Int64,
+        cells: Float64,
+        prefixes: Float64,
+        all_of_it: NDArray[np.bool_],
+        row_price: float,
     ) -> tuple[Float64, Float64]:
-        """(end, rows) of bands of so many ``cells``: a little less where there is no room for more, else
-        (``all_of_it``) a little more. The fewest bytes in whole blocks, moved down until the cells are met; short
-        pieces whole.
+        """Returns (end, rows) of bands of so many ``cells``.
 
-        q rows that end at E and hold F cells cost ``g q + E - held``, least at ``q = sqrt(F / (g + 1/2))``.
+        A band is a little smaller where the server has no capacity for more, else (``all_of_it``) a little larger. It
+        has the fewest bytes in whole blocks and is moved down until the cells are met. Short pieces stay whole.
+
+        q rows that end at E and hold F cells cost ``g q + E - prefix``, least at ``q = sqrt(F / (g + 1/2))``.
         """
-        best = np.sqrt(cells / (self._ratio * thrift + 0.5))
-        end = np.minimum(stop, np.maximum(cells / best + best / 2, held))
+        best = np.sqrt(cells / (self._ratio * row_price + 0.5))
+        end = np.minimum(stop, np.maximum(cells / best + best / 2, prefixes))
         rows = end + 0.5 - np.sqrt(np.maximum(0, (end + 0.5) ** 2 - 2 * cells))
         count = np.maximum(1, np.round(rows / self._block)) * self._block
         # Towards the top a block may be too many, or too few.
@@ -119,14 +142,14 @@ class Bands:
         return np.where(whole, stop, end), np.where(whole, stop - start, count)
 
     def _open(self) -> Iterator[tuple[int, int, int, int]]:
-        """(donor, document, first row, last + 1) of what may be cut next."""
+        """Yields (donor, document, first row, last + 1) of what may be cut next."""
         for donor, pieces in self._pieces.items():
-            if self._room[donor] < 0:
+            if self._capacity[donor] < 0:
                 yield from ((donor, *piece) for piece in pieces[:LOOKED_AT])
 
-    def _taken(self, donor: int, piece: Piece, server: int, first: int, last: int) -> tuple[Run, int]:
+    def _taken(self, donor: int, piece: Piece, server: int, first: int, last: int) -> tuple[RowRun, int]:
         doc, start, stop = piece
-        run = Run(doc, first, last, donor, (last - first) * (first + last + 1) // 2)
+        run = RowRun(doc, first, last, donor, (last - first) * (first + last + 1) // 2)
         # Whole blocks, but for what begins a span.
         low = start if piece[:2] in self._begins else first - (first - start) // self._block * self._block
         above = (stop - last) // self._block
@@ -134,9 +157,9 @@ class Bands:
         left += [(doc, last, last + above * self._block)] if above >= APART else []
         kept = [one for one in self._pieces[donor] if one != piece]
         self._pieces[donor] = sorted(kept + left, key=_by_prefix)
-        self._room[donor] += run.area
-        self._room[server] -= run.area
-        self._held[server, doc] = max(self._held[server, doc], last)
+        self._capacity[donor] += run.area
+        self._capacity[server] -= run.area
+        self._prefixes[server, doc] = max(self._prefixes[server, doc], last)
         return run, server
 
 

@@ -1,9 +1,11 @@
-"""Core attention disaggregation: overloaded ranks ship query rows to servers with room (DistCA, 2025), improved.
+"""Core attention disaggregation (DistCA, 2025) ships query rows of overloaded ranks to servers with free capacity.
 
-What differs from DistCA's greedy: donors are bounded as well as receivers, so that nobody ends above
-``(1 + tolerance)`` times the mean; a receiver is priced by the bytes that it does not hold already; cuts are
-contiguous (a mirrored pair of bands reads the whole prefix twice over); rows come in blocks, lengths are free;
-the worst rank's query egress is bounded against the least that its home layout allows.
+This one is improved. It differs from DistCA's greedy planner:
+- Donors are bounded as well as receivers, so that nobody ends above ``(1 + tolerance)`` times the mean.
+- A receiver is priced by the bytes that it does not hold already.
+- Cuts are contiguous: a mirrored pair of bands reads the whole prefix twice over.
+- Rows come in blocks, lengths are free.
+- The worst rank's query egress is bounded against the least that its home layout allows.
 """
 
 from __future__ import annotations
@@ -17,28 +19,28 @@ from longctx.planner.cost import AttentionShape, Topology
 from longctx.planner.document_placement import DocumentPlacement
 from longctx.planner.options import PlannerOptions
 from longctx.planner.plan import Plan
-from longctx.planner.planners.bands import ORDERS, Bands
-from longctx.planner.planners.placement import Placement, Run, cut
-from longctx.planner.planners.prefix_affinity import seated
+from longctx.planner.planners.bands import ORDERS, BandSearch
+from longctx.planner.planners.placement import RowRun, RunPlacement, cut_rows
+from longctx.planner.planners.prefix_affinity import with_prefix_affinity
 from longctx.planner.slices import Int64, MaskSlices
 from longctx.planner.tasks import TaskRuns, Tasks
 
 FEW = 64  # servers, up to which several ways are tried
-FEWEST = 16  # up to which bands are cut for rooms, a search that grows with the square of the servers
+FEWEST = 16  # up to which bands are cut for capacities, a search that grows with the square of the servers
 
 
 def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
+    """Ships query rows of overloaded ranks. Reads ``tolerance``, ``block``, ``egress`` and ``widths``."""
     load = _load(home, mask)
     limit = int(load.sum() * (1 + options.tolerance) / home.ranks)
     if load.max(initial=0) <= limit:
         return TaskRuns.at_home(home)
     least = _least(home, mask, load, limit, _threshold(home, mask, load, limit))
     cap = int(options.egress * least.max())
-    seats = seated(home, options.widths, cap - least, limit) if mask.causal else home
+    preferred = with_prefix_affinity(home, options.widths, cap - least, limit) if mask.causal else home
     # Few servers are worth several ways, of which the fewest bytes win.
-    tried = _ways(seats, home, mask, limit, cap, options, home.ranks <= FEWEST)
-    if home.ranks <= FEW and seats is not home:
+    tried = _ways(preferred, home, mask, limit, cap, options, home.ranks <= FEWEST)
+    if home.ranks <= FEW and preferred is not home:
         tried += _ways(home, home, mask, limit, cap, options, False)
     if len(tried) == 1:
         return tried[0]
@@ -46,7 +48,7 @@ def cad(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: 
 
 
 def _ways(
-    seats: DocumentPlacement,
+    preferred: DocumentPlacement,
     home: DocumentPlacement,
     mask: MaskSlices,
     limit: int,
@@ -54,49 +56,53 @@ def _ways(
     options: PlannerOptions,
     search: bool,
 ) -> list[TaskRuns]:
-    """Tokens of ``home`` shared out from their ``seats`` in several ways; ``search``: among them bands for rooms."""
-    load = _load(seats, mask)
+    """Shares out the tokens of ``home`` in several ways, each starting from the ``preferred`` placement.
+
+    ``search``: bands that are cut for capacities are among them.
+    """
+    load = _load(preferred, mask)
     if load.max(initial=0) <= limit:
-        return [_at_homes(TaskRuns.at_home(seats), home)]
-    spare = cap - _sent(seats, home)
-    first = _threshold(seats, mask, load, limit)
-    shipped = _shipped(seats, mask, load - limit, first, spare, options)
-    left, room = spare.copy(), limit - load
+        return [_at_homes(TaskRuns.at_home(preferred), home)]
+    spare = cap - _sent(preferred, home)
+    first = _threshold(preferred, mask, load, limit)
+    shipped = _shipped(preferred, mask, load - limit, first, spare, options)
+    left, capacity = spare.copy(), limit - load
     for run in shipped.values():
-        room[run.home] += run.area
+        capacity[run.home] += run.area
         left[run.home] -= run.stop - run.start
     # Sharing keys pays among many servers and may cost among few.
     ways = max(1, int(2 * options.egress - 1))
     placed = []
     for each in {ways, 1} if home.ranks <= FEW else {ways}:
-        placement = Placement(seats, mask, room, left.tolist(), options, each)
+        placement = RunPlacement(preferred, mask, capacity, left.tolist(), options, each)
         placed.append(placement.place(list(shipped.values())))
     if mask.causal and search:
-        bands = Bands(seats, load, limit, spare, options)
+        bands = BandSearch(preferred, load, limit, spare, options)
         found = [bands.place(order) for order in ORDERS]
-        placed += [[(*one, 0, seats.stride) for one in bands] for bands in found if bands]
-    return [_at_homes(_merged(seats, one), home) for one in placed]
+        placed += [[(*one, 0, preferred.stride) for one in bands] for bands in found if bands]
+    return [_at_homes(_merged(preferred, one), home) for one in placed]
 
 
-def _sent(seats: DocumentPlacement, home: DocumentPlacement) -> Int64:
-    """Query rows that each rank sends for them to be seated, ``[W]``."""
-    runs = _at_homes(TaskRuns.at_home(seats), home)
+def _sent(preferred: DocumentPlacement, home: DocumentPlacement) -> Int64:
+    """Returns the query rows that each rank sends to bring them to their preferred placement, ``[W]``."""
+    runs = _at_homes(TaskRuns.at_home(preferred), home)
     away = np.where(runs.home == runs.server, 0, runs.stop - runs.start)
     return np.bincount(runs.home, weights=away, minlength=home.ranks).astype(np.int64)
 
 
 def _at_homes(runs: TaskRuns, home: DocumentPlacement) -> TaskRuns:
-    """The same with the homes that rows really have; seats are whole spans."""
+    """Returns the same runs with the homes that rows really have; the preferred placement moves whole spans."""
     at = np.searchsorted(home.table[0], runs.doc * home.stride + runs.start, "right") - 1
     return replace(runs, home=home.table[4][at])
 
 
 def least_egress(home: DocumentPlacement, mask: MaskSlices, limit: int) -> Int64:
-    """The fewest query rows that each rank must send so that no server computes more than ``limit`` cells, ``[W]``.
+    """Returns the fewest query rows that each rank must send so that no server computes more than ``limit``, ``[W]``.
 
-    A row takes at most its own cells along, so the fewest are the longest: rows in order of their keys until what is
-    left fits. Of one home layout; a layout that spreads long rows over more ranks lowers it. Exact for masks whose
-    rows see more keys the later they are (causal); by position, not by keys, for others.
+    ``limit``: cells. A row takes at most its own cells along, so the fewest are the longest. Rows are taken in order of
+    their keys until what is left fits. It is the least of one home layout; a layout that spreads long rows over more
+    ranks lowers it. Exact for masks whose rows see more keys the later they are (causal); by position, not by keys, for
+    others.
     """
     load = _load(home, mask)
     if load.max(initial=0) <= limit:
@@ -121,7 +127,10 @@ def _least(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: int, f
 
 
 def _threshold(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: int) -> Int64:
-    """The highest position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``."""
+    """Returns the position from which on a rank's rows, of all documents, hold what it has above ``limit``, ``[W]``.
+
+    It is the highest such position.
+    """
     spans = np.flatnonzero((load > limit)[home.rank])
     rank, doc, start, stop = (column[spans] for column in (home.rank, home.doc, home.start, home.stop))
     low = np.zeros(home.ranks, dtype=np.int64)
@@ -136,8 +145,8 @@ def _threshold(home: DocumentPlacement, mask: MaskSlices, load: Int64, limit: in
 
 def _shipped(
     home: DocumentPlacement, mask: MaskSlices, surplus: Int64, first: Int64, spare: Int64, options: PlannerOptions
-) -> dict[int, Run]:
-    """What each rank with a surplus gives away, by span.
+) -> dict[int, RowRun]:
+    """Returns what each rank with a surplus gives away, by span.
 
     Fewest bytes: the longest documents first, whole or as one contiguous run. Where that sends more rows than the
     ``spare`` egress, the fewest rows instead.
@@ -147,13 +156,13 @@ def _shipped(
     # Of a donor's spans those of long documents come first, and of one document the later one.
     order = spans[np.lexsort((-home.start[spans], home.doc[spans], -mask.lengths[home.doc[spans]], home.rank[spans]))]
     columns = (order, home.doc[order], home.start[order], home.stop[order])
-    held = list(zip(*(column.tolist() for column in columns), strict=True))
+    donor_spans = list(zip(*(column.tolist() for column in columns), strict=True))
     ends = np.searchsorted(home.rank[order], [donors, donors + 1])
-    shipped: dict[int, Run] = {}
+    shipped: dict[int, RowRun] = {}
     for donor, low, high in zip(donors.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True):
-        found = _fewest_bytes(donor, mask, held[low:high], int(surplus[donor]), options)
+        found = _fewest_bytes(donor, mask, donor_spans[low:high], int(surplus[donor]), options)
         if sum(run.stop - run.start for run in found.values()) > spare[donor]:
-            found = _fewest_rows(donor, mask, held[low:high], int(first[donor]), options.block)
+            found = _fewest_rows(donor, mask, donor_spans[low:high], int(first[donor]), options.block)
         shipped |= found
     return shipped
 
@@ -164,36 +173,36 @@ _Span = tuple[int, int, int, int]
 
 def _fewest_bytes(
     donor: int, mask: MaskSlices, spans: list[_Span], need: int, options: PlannerOptions
-) -> dict[int, Run]:
+) -> dict[int, RowRun]:
     found = {}
     for number, doc, start, stop in spans:
         begin, end, area = start, stop, mask.rows_area(doc, start, stop)
         if area > need:
             if mask.causal and start == 0 and stop == mask.lengths[doc]:
                 end = _best_end(need, stop, options.widths, options.block)
-            begin = cut(mask, (doc, start, end), need, options.block, over=True)
+            begin = cut_rows(mask, (doc, start, end), need, options.block, over=True)
             area = mask.rows_area(doc, begin, end)
-        found[number] = Run(doc, begin, end, donor, area)
+        found[number] = RowRun(doc, begin, end, donor, area)
         need -= area
         if need <= 0:
             break
     return found
 
 
-def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, Run]:
+def _fewest_rows(donor: int, mask: MaskSlices, spans: list[_Span], first: int, block: int) -> dict[int, RowRun]:
     found = {}
     for number, doc, start, stop in spans:
         if first < stop:
             begin = max(start, stop - -(-(stop - max(start, first)) // block) * block)
-            found[number] = Run(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
+            found[number] = RowRun(doc, begin, stop, donor, mask.rows_area(doc, begin, stop))
     return found
 
 
 def _best_end(need: int, length: int, widths: AttentionShape, block: int) -> int:
-    """Where a run of ``need`` cells should end so that its rows and its prefix are fewest bytes together.
+    """Returns where a run of ``need`` cells should end so that its rows and its prefix are fewest bytes together.
 
-    q rows that end at E cost ``g q + E`` for g = bytes of Q and O over those of K and V; at a fixed area the least is
-    ``q = sqrt(F / (g + 1/2))``, ``E = F / q + q / 2``, or the document's end where that lies beyond it.
+    q rows that end at E cost ``g q + E``, with g the bytes of Q and O over those of K and V. At a fixed area the least
+    is ``q = sqrt(F / (g + 1/2))``, ``E = F / q + q / 2``, or the document's end where that lies beyond it.
     """
     ratio = 2 * widths.row / widths.kv
     rows = sqrt(need / (ratio + 0.5))
@@ -201,8 +210,8 @@ def _best_end(need: int, length: int, widths: AttentionShape, block: int) -> int
     return min(length, end)
 
 
-def _merged(home: DocumentPlacement, placed: list[tuple[Run, int, int, int]]) -> TaskRuns:
-    """What was placed (run, server, first key, last key), and what spans keep."""
+def _merged(home: DocumentPlacement, placed: list[tuple[RowRun, int, int, int]]) -> TaskRuns:
+    """Returns the runs of what was placed (run, server, first key, last key), and of what spans keep."""
     rows = [(run.doc, run.start, run.stop, run.home, server, first, last) for run, server, first, last in placed]
     table = np.array(rows, dtype=np.int64).reshape(-1, 7)
     table = table[np.lexsort((table[:, 1], table[:, 0]))].T

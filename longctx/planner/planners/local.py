@@ -1,4 +1,4 @@
-"""Every rank computes the queries that live on it; keys of documents that cross a boundary come to it."""
+"""The local planner computes queries on the rank that they live on; keys that cross a boundary come to it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from longctx.planner.tasks import TaskRuns
 
 
 def local(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads no option."""
+    """Computes all rows on their homes. Reads no option."""
     return TaskRuns.at_home(home)

@@ -1,6 +1,6 @@
-"""Per-document context parallelism (Llama 3, 2024; WLB-LLM, 2025): every document over all ranks, in zigzag.
+"""Per-document context parallelism (Llama 3, 2024; WLB-LLM, 2025) spreads every document over all ranks, in zigzag.
 
-Causal work is equal for every document by itself, at the price of short rows: a document of L tokens gives each rank
+Causal work is equal for every document by itself, at the price of short rows. A document of L tokens gives each rank
 two chunks of ``L / 2P`` rows. Documents are never padded; leftovers are dealt round-robin.
 """
 
@@ -16,5 +16,8 @@ from longctx.planner.tasks import TaskRuns
 def per_document_zigzag(
     home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions
 ) -> TaskRuns:
-    """Reads no option. Queries move only where ``home`` is another layout than ``home.zigzag``."""
+    """Computes rows where a zigzag layout of each document has them. Reads no option.
+
+    Queries move only where ``home`` is another layout than ``home.zigzag``.
+    """
     return TaskRuns.between(home, zigzag(home.lengths, home.ranks))

@@ -1,7 +1,8 @@
-"""Where rows are looked for before anything is balanced: at home, but for short ends of documents.
+"""Prefers servers that have read a prefix already: short ends of documents go where the rows before them live.
 
-A rank that holds the last rows of a document and little before them reads all that lies between for a few queries. The
-rank that holds the rows before has read that prefix for its own; seated there, the queries travel instead.
+A rank may hold the last rows of a document and little before them. It then reads all that lies between for a few
+queries. The rank that holds the rows before has read that prefix for its own rows. If the queries go there, only they
+are sent.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from longctx.planner.slices import Int64
 LIGHT = 0.05  # of a server's cells
 
 
-def seated(home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit: int) -> DocumentPlacement:
-    """The same tokens, as if a span lived where the rows before it do, wherever that moves fewer bytes under a causal
-    mask. ``limit``: cells that a server may compute, of which a span is a small part, for heavy ones have to find room
-    elsewhere anyway. No rank sends more than its ``spare`` rows for it, ``[W]``: of one that would, all stay.
+def with_prefix_affinity(
+    home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit: int
+) -> DocumentPlacement:
+    """Returns a placement of the same tokens in which short ends of documents live where the rows before them do.
 
-    q rows that a rank has last of a document cost ``g q`` in Q and O, and their own keys, against the keys between
-    them and the rank's rows before.
+    A span moves where that sends fewer bytes under a causal mask. ``limit``: cells that a server may compute. Only
+    spans that are a small part of it move, for heavy ones have to be placed elsewhere anyway. No rank sends more than
+    its ``spare`` rows for it, ``[W]``: of one that would, all stay.
+
+    q rows that a rank has last of a document cost ``g q`` in Q and O, and their own keys. Against that stand the keys
+    between them and the rank's rows before.
     """
     rank, ratio = home.rank[home.by_position], 2 * widths.row / widths.kv
     _, doc, start, stop, *_ = home.table
@@ -36,14 +41,16 @@ def seated(home: DocumentPlacement, widths: AttentionShape, spare: Int64, limit:
     if not moved.any():
         return home
     # An end behind an end goes where that one went.
-    seat = rank[np.maximum.accumulate(np.where(moved, 0, np.arange(len(rank))))]
-    order = np.lexsort((start, doc, seat))
-    return DocumentPlacement(home.lengths, home.ranks, [column[order] for column in (seat, doc, start, stop)])
+    target = rank[np.maximum.accumulate(np.where(moved, 0, np.arange(len(rank))))]
+    order = np.lexsort((start, doc, target))
+    return DocumentPlacement(home.lengths, home.ranks, [column[order] for column in (target, doc, start, stop)])
 
 
 def _of_same_rank(key: Int64, stop: Int64) -> tuple[Int64, Int64]:
-    """Of spans in order of position: where the one before with the same key stops, 0 without; and whether it is the
-    last of its key."""
+    """Returns, of spans in order of position, where the one before with the same key stops, and which is the last.
+
+    It is 0 where there is none before.
+    """
     order = np.argsort(key, kind="stable")
     same = key[order][1:] == key[order][:-1]
     before, last = np.zeros_like(stop), np.ones(len(stop), dtype=bool)

@@ -1,6 +1,6 @@
-"""Zeppelin (2025): hierarchical zones. A document is on one device (z0), on a ring in a node (z1) or across nodes (z2).
+"""Zeppelin (2025) puts each document on one device (z0), on a ring in a node (z1) or across nodes (z2).
 
-Its home layout is attention's own, so queries stay and only KV of rings moves; the linear layers then want equal
+Its home layout is attention's own, so queries stay and only KV of rings moves. The linear layers then want equal
 tokens, which ``remap`` moves there and back. Reconstructed from the paper; there is no public code.
 """
 
@@ -20,19 +20,25 @@ from longctx.planner.tasks import TaskRuns
 
 @dataclass(frozen=True)
 class Zones:
-    """``members``: the ranks of each document's ring, in order; ``zone``: 0, 1 or 2 of each document."""
+    """Which ranks hold each document: its zone and the members of its ring.
+
+    ``members``: the ranks of each document's ring, in order; ``zone``: 0, 1 or 2 of each document.
+    """
 
     members: tuple[tuple[int, ...], ...]
     zone: tuple[int, ...]
 
 
 def zeppelin(home: DocumentPlacement, mask: MaskSlices, topology: Topology, options: PlannerOptions) -> TaskRuns:
-    """Reads ``capacity``. Queries move only where ``home`` is another layout than ``zone_layout``."""
+    """Computes rows where ``zone_layout`` has them. Reads ``capacity``.
+
+    Queries move only where ``home`` is another layout than ``zone_layout``.
+    """
     return TaskRuns.between(home, zone_layout(home.lengths, topology, options))
 
 
 def zone_layout(lengths: Int64, topology: Topology, options: PlannerOptions) -> DocumentPlacement:
-    """Where attention wants the tokens: whole documents, or zigzag over the ring of their zone."""
+    """Returns where attention wants the tokens: whole documents, or zigzag over the ring of their zone."""
     rows, turn = [], 0
     for doc, (length, members) in enumerate(zip(lengths.tolist(), zones(lengths, topology, options).members)):
         placed, turn = zigzag_spans(length, members, turn)
@@ -41,7 +47,7 @@ def zone_layout(lengths: Int64, topology: Topology, options: PlannerOptions) -> 
 
 
 def zones(lengths: Int64, topology: Topology, options: PlannerOptions) -> Zones:
-    """Nodes first, then the ranks inside each node, by the same rule at two scales."""
+    """Assigns documents to zones: to nodes first, then to the ranks inside each node, by the same rule."""
     device = max(1, -(-int(lengths.sum() * options.capacity) // topology.servers))
     ranks = [
         list(range(first, min(first + topology.per_node, topology.servers)))
@@ -72,33 +78,33 @@ def zones(lengths: Int64, topology: Topology, options: PlannerOptions) -> Zones:
 def _partition(
     docs: Sequence[int], sizes: Sequence[int], tokens: list[float], work: list[float], capacity: Sequence[float]
 ) -> list[tuple[int, ...]]:
-    """Bins of each document: one, or several for documents of at least the threshold.
+    """Returns the bins of each document: one, or several for documents of at least the threshold.
 
-    The threshold begins at a bin's capacity. Longest first, each document goes to the bin of least quadratic work;
-    where its tokens overflow a bin, the threshold falls to the next longest document and all begins again.
+    The threshold begins at a bin's capacity. Longest first, each document goes to the bin of least quadratic work.
+    Where its tokens overflow a bin, the threshold falls to the next longest document and all begins again.
     """
     order = sorted(docs, key=lambda doc: (-sizes[doc], doc))
     levels = sorted({sizes[doc] for doc in docs if sizes[doc] < capacity[0]}, reverse=True)
     for threshold in [capacity[0], *levels]:
-        held, load = list(tokens), list(work)
+        bin_tokens, load = list(tokens), list(work)
         chosen: dict[int, tuple[int, ...]] = {}
         for doc in order:
             size = sizes[doc]
-            ways = min(len(held), max(2, -(-size // int(capacity[0])))) if size >= threshold else 1
-            bins = sorted(range(len(held)), key=lambda place: (load[place], place))[:ways]
+            ways = min(len(bin_tokens), max(2, -(-size // int(capacity[0])))) if size >= threshold else 1
+            bins = sorted(range(len(bin_tokens)), key=lambda place: (load[place], place))[:ways]
             for place in bins:
-                held[place] += size / len(bins)
+                bin_tokens[place] += size / len(bins)
                 load[place] += size * size / len(bins)
             chosen[doc] = tuple(sorted(bins))
-        if len(held) == 1 or all(have <= most for have, most in zip(held, capacity, strict=True)):
+        if len(bin_tokens) == 1 or all(have <= most for have, most in zip(bin_tokens, capacity, strict=True)):
             break
     return [chosen[doc] for doc in docs]
 
 
 def route(volume: float, topology: Topology) -> tuple[int, float]:
-    """NICs to use for ``volume`` bytes between two nodes, and the seconds that they take.
+    """Returns how many NICs to use for ``volume`` bytes between two nodes, and the seconds that they take.
 
-    One hop uses one NIC; scattered over x proxies of the node it uses x and pays the links twice:
+    One hop uses one NIC. Scattered over x proxies of the node it uses x and pays the links twice:
     ``V / (x nic) + 2 V (x - 1) / (x link)``. x is 1 where nothing is faster.
     """
     ways = range(1, min(topology.nics, topology.per_node) + 1)
@@ -122,10 +128,10 @@ class Remap:
 
 
 def remap(tokens: Int64, topology: Topology) -> Remap:
-    """Equal tokens on all ranks, from ``tokens`` of each: inside nodes as far as that goes, then across.
+    """Returns the moves that give all ranks equal tokens, from ``tokens`` of each: inside nodes first, then across.
 
-    The slowest rank decides, and links across nodes are slow: of a node's surplus what leaves it is levelled over its
-    ranks, as is what comes into a node.
+    The slowest rank decides, and links across nodes are slow. Of a node's surplus, what leaves the node is levelled
+    over its ranks; so is what comes into a node.
     """
     ranks = len(tokens)
     total = int(tokens.sum())
@@ -151,7 +157,7 @@ def remap(tokens: Int64, topology: Topology) -> Remap:
 
 
 def _tops(amounts: Int64, total: int) -> Int64:
-    """``total`` taken off the largest amounts, so that the largest that stays is as small as it can be."""
+    """Returns ``total`` taken off the largest amounts, so that the largest that stays is as small as it can be."""
     low, high = 0, int(amounts.max(initial=0))
     while low < high:
         level = (low + high) // 2
@@ -164,7 +170,7 @@ def _tops(amounts: Int64, total: int) -> Int64:
 
 
 def _matched(sources: Int64, give: Int64, dests: Int64, take: Int64) -> list[tuple[int, int, int]]:
-    """(source, destination, count), both sides in order."""
+    """Returns (source, destination, count), both sides in order."""
     ends_give, ends_take = np.cumsum(give), np.cumsum(take)
     edges = np.unique(np.concatenate([[0], ends_give, ends_take]))
     if len(edges) < 2:

@@ -1,1 +1,1 @@
-"""The start-up canary and parity checks: a shrunken run on its mesh against one dense device."""
+"""Checks a shrunken run on its mesh against one dense device: the start-up canary and the parity check."""

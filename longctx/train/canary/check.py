@@ -1,9 +1,8 @@
-"""The start-up canary: one tiny step with the run's own parts, against the dense single-device step.
+"""Runs the start-up canary: one tiny step with the run's own parts, against the dense single-device step.
 
-Silent wrong masks and scales are the standing bug of sequence parallelism. So before its first step every
-run trains one layer per pipeline stage on short sequences with its own mesh, strategy, layout, head counts,
-kernel, arithmetic, recompute and mask, and rank 0 compares outputs, loss and gradients with attention by its
-definition, in fp64.
+Silent wrong masks and scales are the standing bug of sequence parallelism. So before its first step every run trains
+one layer per pipeline stage on short sequences. It uses its own mesh, strategy, layout, head counts, kernel,
+arithmetic, recompute and mask. Rank 0 compares outputs, loss and gradients with attention by its definition, in fp64.
 Compilation is left out: it alone would take longer than a canary may.
 """
 
@@ -27,17 +26,17 @@ from longctx.parallel.data import compute_dtype
 from longctx.parallel.pipeline import Pipeline, run_forward
 from longctx.sequence import Batch, LocalBatch, unshard
 from longctx.train.canary.comparison import gradient_errors, relative, tolerance_of
-from longctx.train.canary.reference import Findings, dense_model, dense_step
+from longctx.train.canary.reference import StepTensors, dense_model, dense_step
 from longctx.train.canary.sample import make_batches, shrink
 from longctx.train.canary.tiny_run import TinyRun
 
 
 @dataclass(frozen=True)
 class CanaryVerdict:
-    """What the canary found. ``worst``: the tensor with the largest relative error, ``error``.
+    """What the canary found; ``worst`` is the tensor with the largest relative error, ``error``.
 
-    ``gradient_scale``: length of the run's gradient along the dense one, 1 when right; a mean in place of a
-    sum shows here as one over the number of ranks.
+    ``gradient_scale``: length of the run's gradient along the dense one, 1 when right. A mean in place of a sum shows
+    here as one over the number of ranks.
     """
 
     passed: bool
@@ -49,9 +48,10 @@ class CanaryVerdict:
 
 
 def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, Any]:
-    """The verdict as plain JSON values. Every rank calls it; random generators are left as they were.
+    """Returns the canary's verdict as plain JSON values; every rank calls it.
 
-    Raises ``NumericsError`` on all ranks, naming the worst tensor, its error and the tolerance.
+    Random generators are left as they were. Raises ``NumericsError`` on all ranks, naming the worst tensor, its error
+    and the tolerance.
     """
     started = time.perf_counter()
     tiny = shrink(replace(config, train=replace(config.train, seed=0)))  # the same for every run
@@ -73,8 +73,11 @@ def run_canary(config: Config, mesh: Mesh, device: torch.device) -> dict[str, An
     return asdict(verdict)
 
 
-def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], float]:
-    """Relative error of each tensor (infinite for what is not finite), and the gradient's scale."""
+def compare(found: StepTensors, expected: StepTensors) -> tuple[dict[str, float], float]:
+    """Returns the relative error of each tensor and the gradient's scale.
+
+    An error is infinite for what is not finite.
+    """
     square = sum(float(g.square().sum()) for g in expected.gradients.values())
     along = sum(float((found.gradients[n] * g).sum()) for n, g in expected.gradients.items())
     errors = {
@@ -85,19 +88,19 @@ def compare(found: Findings, expected: Findings) -> tuple[dict[str, float], floa
     return errors, along / square
 
 
-def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> Findings:
-    """Outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
+def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Sequence[Batch]) -> StepTensors:
+    """Returns outputs of all ranks in natural order, global loss and gradients, all in fp64 on every rank."""
     run = TinyRun.of(config, mesh, device)
-    local = [run.border(batch) for batch in batches]
+    local = [run.sharder(batch) for batch in batches]
     with torch.no_grad():
         outputs = [_whole(_outputs(run.model, batch, config, mesh), batch, mesh) for batch in local]
     result = run.step.gradients(local)
     assert result.loss is not None, "the canary's sequences have labels"
-    return Findings(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
+    return StepTensors(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
 
 
 def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:
-    """Logits ``[B, T/SP, V]`` of this rank's tokens, in a pipeline on the ranks of all stages."""
+    """Returns logits ``[B, T/SP, V]`` of this rank's tokens, in a pipeline on the ranks of all stages."""
     if isinstance(model, Pipeline):
         logits = run_forward(model, batch, mesh, compute_dtype(config.train.dtype))
     else:
@@ -106,7 +109,7 @@ def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) ->
 
 
 def _whole(local: Tensor, batch: LocalBatch, mesh: Mesh) -> Tensor:
-    """``[B, T/SP, V]`` of each rank to ``[B, S, V]`` of each data-parallel group, one behind the other."""
+    """Turns ``[B, T/SP, V]`` of each rank into ``[B, S, V]`` of each data-parallel group, one behind the other."""
     ranks = mesh.tokens.size()
     everyone = local.new_empty(ranks * len(local), *local.shape[1:])
     dist.all_gather_single(everyone, local.contiguous(), group=mesh.token_group)

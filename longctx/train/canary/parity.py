@@ -1,9 +1,9 @@
-"""A few optimizer steps of a shrunken run on its mesh and on one rank: ``longctx verify --mesh``.
+"""Trains a shrunken run for a few steps on its mesh and on one rank, for ``longctx verify --mesh``.
 
 The mesh trains with the run's own parts: strategy, layout, kernel, mask, head counts, arithmetic, recompute,
-micro-batches, clipping, optimizer. One device trains from the same weights on the same sequences in fp64, with
-attention by its definition and no plan, tile, chunked loss or recompute. What differs between them beyond
-rounding is a mistake. Compilation is left out: it alone would take longer than all steps.
+micro-batches, clipping, optimizer. One device trains from the same weights on the same sequences in fp64. Its
+attention is by definition, without plan, tile, chunked loss or recompute. What differs between them beyond rounding is
+a mistake. Compilation is left out: it alone would take longer than all steps.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class StepParity:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """The report. ``gradients``: by parameter, of the first step; ``weights``: by parameter, after the last.
+class ParityReport:
+    """What the parity check found; all differences are relative.
 
-    ``worst``: what differs most, by ``difference``. Differences are relative.
+    ``gradients``: by parameter, of the first step; ``weights``: by parameter, after the last. ``worst``: what differs
+    most, by ``difference``.
     """
 
     backend: str
@@ -73,8 +74,8 @@ class Parity:
 
 
 @dataclass
-class Trained:
-    """What some steps came to; gradients of the first one, weights after the last, all in fp64."""
+class TrainingRecord:
+    """What some steps of training gave: gradients of the first one, weights after the last, all in fp64."""
 
     losses: list[float]
     norms: list[float]
@@ -83,7 +84,7 @@ class Trained:
 
 
 def shrink_for_parity(config: Config, steps: int) -> Config:
-    """A resolved run as the canary has it, but with its own micro-batches, for ``steps`` steps.
+    """Shrinks a resolved run as for the canary, but with its own micro-batches and for ``steps`` steps.
 
     Warm-up and the chunks of the loss shrink in proportion, so that both still matter. AdamW's eps grows, and its
     learning rate is bounded.
@@ -111,59 +112,62 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     )
 
 
-def run_parity(config: Config, device: torch.device) -> tuple[bool, Parity | None]:
-    """Whether both agree, on every rank, and the report, on rank 0. ``config``: from ``shrink_for_parity``."""
+def run_parity(config: Config, device: torch.device) -> tuple[bool, ParityReport | None]:
+    """Returns whether mesh and one rank agree, on every rank, and the report, on rank 0.
+
+    ``config``: from ``shrink_for_parity``.
+    """
     mesh = build_mesh(config.parallel, device.type)
     found = train_on_mesh(config, mesh, device)
     report = None
     if dist.get_rank(mesh.world_group) == 0:
-        report = compare(config, found, train_on_one(config, device))
-    said = [0.0 if report is None else float(report.passed)]
-    return bool(gather_numbers(said, mesh.world_group, device)[0][0]), report
+        report = compare(config, found, train_on_one_rank(config, device))
+    flags = [0.0 if report is None else float(report.passed)]
+    return bool(gather_numbers(flags, mesh.world_group, device)[0][0]), report
 
 
-def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> Trained:
-    """Every rank of the world calls it."""
+def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> TrainingRecord:
+    """Trains the shrunken run on its mesh; every rank of the world calls it."""
     run = TinyRun.of(config, mesh, device)
     schedule = WarmupCosine(config.optim, config.train.steps)
-    trained = Trained([], [], {}, {})
+    record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
-        batches = [run.border(batch) for batch in _batches(config, step)[mesh.data_rank]]
-        if not trained.gradients:
+        batches = [run.sharder(batch) for batch in _batches(config, step)[mesh.data_rank]]
+        if not record.gradients:
             # The step proper uses them up, so the first one is computed twice.
             run.step.gradients(batches)
-            trained.gradients = run.gradients()
+            record.gradients = run.gradients()
             run.step.engine.discard()
         result = run.step(batches, schedule.advance(), step)
         assert result.loss is not None, "its sequences have labels"
-        trained.losses.append(result.loss)
-        trained.norms.append(result.grad_norm)
-    trained.weights = run.weights()
-    return trained
+        record.losses.append(result.loss)
+        record.norms.append(result.grad_norm)
+    record.weights = run.weights()
+    return record
 
 
-def train_on_one(config: Config, device: torch.device) -> Trained:
-    """The same run without a mesh: dense attention, fp64, torch's own clipping."""
+def train_on_one_rank(config: Config, device: torch.device) -> TrainingRecord:
+    """Trains the same run without a mesh: dense attention, fp64, torch's own clipping."""
     model = dense_model(config, device)
     optimizer = build_optimizer(model, config.optim)
     schedule = WarmupCosine(config.optim, config.train.steps)
     largest = float("inf") if config.optim.grad_clip is None else config.optim.grad_clip
-    trained = Trained([], [], {}, {})
+    record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
         expected = dense_step(model, config, _batches(config, step), device)
-        trained.gradients = trained.gradients or {name: g.clone() for name, g in expected.gradients.items()}
-        trained.losses.append(float(expected.loss))
-        trained.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)))
+        record.gradients = record.gradients or {name: g.clone() for name, g in expected.gradients.items()}
+        record.losses.append(float(expected.loss))
+        record.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)))
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad()
-    trained.weights = {name: p.detach() for name, p in model.named_parameters()}
-    return trained
+    record.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return record
 
 
-def compare(config: Config, found: Trained, expected: Trained) -> Parity:
-    """The report about a mesh (``found``) and one rank (``expected``)."""
+def compare(config: Config, found: TrainingRecord, expected: TrainingRecord) -> ParityReport:
+    """Reports how a mesh (``found``) and one rank (``expected``) differ."""
     steps = [
         StepParity(number, loss, one_loss, _difference(loss, one_loss), norm, one_norm, _difference(norm, one_norm))
         for number, (loss, one_loss, norm, one_norm) in enumerate(
@@ -179,7 +183,7 @@ def compare(config: Config, found: Trained, expected: Trained) -> Parity:
     worst = max(differences, key=lambda name: differences[name])
     tolerance = tolerance_of(config.train.dtype, config.model.layers)
     sizes = {name: getattr(config.model, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim")}
-    return Parity(
+    return ParityReport(
         backend=config.comm.backend,
         mesh={name: getattr(config.parallel, name) for name in DEGREES},
         strategy=config.attention.strategy,

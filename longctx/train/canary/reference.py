@@ -1,8 +1,7 @@
-"""What the canary expects: the step on one device, in fp64, with attention by its definition and linear layers token
-by token.
+"""Computes what the canary expects: the step on one device, in fp64, without any of the run's parallel code.
 
-It shares the decoder's code with the run and nothing else: no plan, layout, tile, kernel, chunked loss or
-recompute.
+Attention follows its definition, and linear layers go token by token. It shares the decoder's code with the run and
+nothing else: no plan, layout, tile, kernel, chunked loss or recompute.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from longctx.train.canary.sample import seed_of
 
 
 @dataclass(frozen=True)
-class Findings:
-    """One step's results in fp64: ``outputs`` ``[N, S, V]`` of all sequences, mean loss, gradients."""
+class StepTensors:
+    """What one step computed, in fp64: ``outputs`` ``[N, S, V]`` of all sequences, mean loss, gradients."""
 
     outputs: Tensor
     loss: Tensor
@@ -36,7 +35,7 @@ class Findings:
 
 
 class DenseAttention:
-    """Core attention of one whole sequence by its definition; it needs no plan."""
+    """Computes the core attention of one whole sequence by its definition; it needs no plan."""
 
     def __init__(self, documents: Documents, mask: Mask) -> None:
         self._documents = documents
@@ -50,17 +49,17 @@ class DenseAttention:
 
 
 def dense_model(config: Config, device: torch.device) -> Decoder:
-    """The run's initial weights, rounded as the run has them and then taken to fp64."""
+    """Returns a decoder with the run's initial weights, rounded as the run has them and then taken to fp64."""
     model = Decoder(config.model).to(master_dtype(config.train.dtype))
     initialize(model, seed_of(config))
     return model.to(device).double()
 
 
-def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> Findings:
-    """The run's sequences; ``batches`` as ``make_batches`` gives them. Leaves the gradients in ``model`` too.
+def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]], device: torch.device) -> StepTensors:
+    """Computes one step on the run's sequences and leaves the gradients in ``model`` too.
 
-    Equal sequences are computed once and counted as often as they occur. Outputs come in the order in which
-    the run has them: by micro-batch, then by group.
+    ``batches`` are as ``make_batches`` gives them. Equal sequences are computed once and counted as often as they
+    occur. Outputs come in the order in which the run has them: by micro-batch, then by group.
     """
     order = [row for micro in zip(*batches, strict=True) for batch in micro for row in _rows(batch)]
     count = sum(row.valid_tokens for row in order)
@@ -75,7 +74,7 @@ def dense_step(model: Decoder, config: Config, batches: Sequence[Sequence[Batch]
         loss += share.detach()
         outputs[name] = logits.detach()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Findings(torch.stack([outputs[name] for name in names]), loss, gradients)
+    return StepTensors(torch.stack([outputs[name] for name in names]), loss, gradients)
 
 
 def _token_by_token(mixer: Mixer, documents: Documents, inputs: Inputs, plan: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ def _rows(batch: Batch) -> list[Batch]:
 
 
 def _logits(model: Decoder, row: Batch, mask: Mask, device: torch.device) -> Tensor:
-    """``[S, V]`` of one whole sequence."""
+    """Returns logits ``[S, V]`` of one whole sequence."""
     (documents,) = row.documents
     model.set_attention(DenseAttention(documents, mask))
     for block in model.layers:

@@ -1,4 +1,4 @@
-"""A run shrunk to one layer per stage and to short sequences that are hard to get right.
+"""Shrinks a run to one layer per stage and to short sequences that are hard to get right.
 
 The canary and ``longctx verify --mesh`` train on it.
 """
@@ -25,16 +25,15 @@ LARGEST_BLOCK = 4  # of the striped layout, and chunk: the run's own would put a
 
 
 def seed_of(config: Config) -> int:
-    """Of weights and sequences."""
+    """Returns the seed of weights and sequences."""
     return SEED + config.train.seed
 
 
 def shrink(config: Config) -> Config:
-    """The same run with one layer per pipeline stage (and of each kind), a few tokens per rank, and a window in the
-    same proportion.
+    """Returns the same run with one layer per pipeline stage (and of each kind) and a few tokens per rank.
 
-    Head counts, head dimension and whatever else attention depends on stay. Wider initial weights make
-    attention far from uniform, so that a wrong scale or mask shows.
+    A window shrinks in the same proportion. Head counts, head dimension and whatever else attention depends on stay.
+    Wider initial weights make attention far from uniform, so that a wrong scale or mask shows.
     """
     attention = config.attention
     block = min(attention.layout_block, LARGEST_BLOCK)
@@ -74,10 +73,10 @@ def shrink(config: Config) -> Config:
 
 
 def make_batches(config: Config, groups: int, count: int | None = None, step: int = 0) -> list[list[Batch]]:
-    """``count`` micro-batches ``[micro_batch, S]`` of each data-parallel group, of a configuration that was shrunk.
+    """Makes ``count`` micro-batches ``[micro_batch, S]`` of each data-parallel group of a shrunken configuration.
 
-    None: as many as the pipeline's schedule takes. Each ``step`` has tokens of its own, and the next kind of
-    sequence in each place.
+    None: as many as the pipeline's schedule takes. Each ``step`` has tokens of its own, and the next kind of sequence
+    in each place.
     """
     rows, parallel = config.train.micro_batch, config.parallel
     if count is None:
@@ -98,7 +97,7 @@ def _stack(sequences: list[Batch]) -> Batch:
 
 
 def _sequence(config: Config, number: int, step: int) -> Batch:
-    """Sequence ``number`` modulo ``DISTINCT``: unequal valid tokens, on some rank perhaps none."""
+    """Makes sequence ``number`` modulo ``DISTINCT``: unequal valid tokens, on some rank perhaps none."""
     kind = number % DISTINCT
     length, world = config.data.seq_len, config.parallel.sp
     seed = seed_of(config) + DISTINCT * step + kind
@@ -113,7 +112,7 @@ def _sequence(config: Config, number: int, step: int) -> Batch:
 
 
 def _documents(kind: int, length: int, world: int) -> Documents:
-    """One-token documents, long ones, and ones that end where a rank's contiguous chunk ends."""
+    """Makes one-token documents, long ones, and ones that end where a rank's contiguous chunk ends."""
     edges = [rank * length // world for rank in range(1, world)] or [length // 2]
     cuts = {
         0: [1],

@@ -1,4 +1,4 @@
-"""A shrunken run on its mesh: what the canary and ``longctx verify --mesh`` step and look into."""
+"""Builds a shrunken run on its mesh, which the canary and ``longctx verify --mesh`` step and inspect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longctx.engines import engine_of
 from longctx.mesh import Mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.data import master_dtype, whole
+from longctx.parallel.data import full_tensor, master_dtype
 from longctx.parallel.pipeline import Pipeline
 from longctx.train.batch_sharder import BatchSharder
 from longctx.train.canary.sample import seed_of
@@ -24,17 +24,17 @@ from longctx.train.step import TrainStep
 
 @dataclass(frozen=True)
 class TinyRun:
-    """The run's own parts in small, as one rank holds them."""
+    """A shrunken run that has the real run's own parts, as one rank holds them."""
 
     model: Decoder | Pipeline
     step: TrainStep
-    border: BatchSharder
+    sharder: BatchSharder
     mesh: Mesh
     shapes: dict[str, torch.Size]  # of the whole model's parameters
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, device: torch.device) -> TinyRun:
-        """``config``: shrunk, and resolved for the world of ``mesh``. Every rank calls it."""
+        """Builds a run from a shrunken configuration that is resolved for ``mesh``'s world; every rank calls it."""
         decoder = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
         initialize(decoder, seed_of(config))
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
@@ -44,22 +44,25 @@ class TinyRun:
         return cls(model, step, BatchSharder.of(config, mesh, device), mesh, shapes)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient in full and in fp64, on every rank; all ranks call it after ``gradients``."""
+        """Returns every parameter's gradient in full and in fp64, on every rank.
+
+        All ranks call it after the step's ``gradients``.
+        """
         parts = {name: p.grad for name, p in self._parameters() if p.grad is not None}
         assert len(parts) == len(list(self._parameters())), "every parameter takes part in the loss"
         return self._whole(parts.items())
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter in full and in fp64, on every rank; all ranks call it."""
+        """Returns every parameter in full and in fp64, on every rank; all ranks call it."""
         return self._whole((name, p.detach()) for name, p in self._parameters())
 
     def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Parameters of which this rank holds a part."""
+        """Yields the parameters that this rank holds a part of."""
         return self.model.own_parameters() if isinstance(self.model, Pipeline) else self.model.named_parameters()
 
     def _whole(self, parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Every stage's tensors on every rank: each is one stage's, to which the others add zeros."""
-        own = {name: whole(part).double() for name, part in parts}
+        """Returns every stage's tensors on every rank: each is one stage's, to which the others add zeros."""
+        own = {name: full_tensor(part).double() for name, part in parts}
         nothing = next(iter(own.values())).new_zeros(())
         flat = torch.cat([own.get(name, nothing.expand(shape)).flatten() for name, shape in self.shapes.items()])
         dist.all_reduce(flat, group=self.mesh.pipeline_group)
