@@ -126,7 +126,7 @@ def shifted_positions(patch):
 
 def forgotten_decay(patch):
     """Only the mesh's optimizer: the gradients of the first step can't show it."""
-    from longctx.train.canary.check import tiny_run
+    from longctx.train.canary import tiny_run
 
     right = tiny_run.build_optimizer
     patch.setattr(tiny_run, "build_optimizer", lambda model, config: right(model, replace(config, weight_decay=0.0)))
@@ -163,7 +163,7 @@ def test_the_parameter_whose_gradient_is_not_summed_is_named(capsys, monkeypatch
 
 
 def test_numbers_that_are_not_finite_fail_and_are_null(capsys, monkeypatch):
-    from longctx.train.canary.check import tiny_run
+    from longctx.train.canary import tiny_run
 
     right = tiny_run.TinyRun.gradients
 
