@@ -103,7 +103,7 @@ def followed(items: Sequence[Item], report: Report, name: Callable[[Item], str] 
 
 
 def about(part: str, report: Report) -> Report:
-    """The same report of one part of the work, which is named."""
+    """Returns a report that names the part of the work it is about."""
     return lambda done, total, what: report(done, total, f"{part}: {what}")
 
 

@@ -146,8 +146,10 @@ def recorded(case: VerifyCase, group: dist.ProcessGroup | None) -> tuple[LocalKe
 def recorded_pass(
     attention: Callable[[], Attention], plan: SequencePlan, local: Sequence[Tensor], kernel: LocalKernel
 ) -> list[KernelCall]:
-    """What ``kernel`` is asked by one pass on ``local``: q, k, v, dout. ``attention`` makes one whose kernel is
-    ``NAME``."""
+    """Records what one pass asks of ``kernel``.
+
+    ``local``: q, k, v, dout. ``attention`` makes an attention whose kernel is ``NAME``.
+    """
     recorder = _recorder()
     recorder.by, recorder.calls = kernel, []
     q, k, v = (tensor.detach().requires_grad_() for tensor in local[:3])
@@ -178,8 +180,10 @@ def replay(kernel: LocalKernel, calls: Sequence[KernelCall]) -> Callable[[], obj
 
 
 def rows_of_scores(case: VerifyCase, rank: int, device: torch.device | None = None) -> Callable[[], tuple[Tensor, ...]]:
-    """The products of ``strategies.rsa``, a block of keys at a time as it has them: two products forward, and
-    backward those of the scores once more and four others."""
+    """Makes what computes the products of ``strategies.rsa``, a block of keys at a time.
+
+    Those are two products forward; backward computes the scores once more and four others.
+    """
     plan, scale = case.plan(), case.head_dim**-0.5
     whole_q, whole_k, whole_v, whole_dout = (whole.to(device or "cpu") for whole in case.inputs())
     kv_heads, mine = whole_k.shape[2], len(plan.positions(rank))

@@ -20,8 +20,10 @@ GATE_TOKENS = 509  # a prime, so that no layout cuts it evenly
 
 
 def require_exact(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
-    """Errors by tensor of the small shape: in the run's own dtype, and before it, and told, in float64 where the
-    kernel has that.
+    """Refuses to go on unless the case is exact at a small shape; returns its errors by tensor.
+
+    It is computed in float64 first, where the kernel has that, then in the run's own dtype. What comes first is
+    returned.
 
     All ranks of the world call it together. Raises ``NumericsError`` on all of them when a tensor is off by more than
     ``longctx verify`` allows.
@@ -45,7 +47,7 @@ def require_exact(case: VerifyCase, group: dist.ProcessGroup | None, device: tor
 
 
 def shrunk(case: VerifyCase) -> VerifyCase:
-    """The same with few tokens; documents and window shrink with them."""
+    """Returns the case with few tokens; documents and window shrink with them."""
     seq = min(case.seq, GATE_TOKENS)
     bounds = [0, *(end * seq // case.seq for end in itertools.accumulate(case.documents))]
     lengths = tuple(stop - start for start, stop in itertools.pairwise(bounds) if stop > start)
@@ -54,7 +56,10 @@ def shrunk(case: VerifyCase) -> VerifyCase:
 
 
 def errors_of(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
-    """Of each tensor on the world's worst rank, by the rule of ``longctx verify``; no number counts as infinite."""
+    """Returns the error of each tensor on the world's worst rank, by the rule of ``longctx verify``.
+
+    What is not a number counts as infinite.
+    """
     rank, shared, truth = group_of(group).rank, shared_inputs(case), reference(case)
     upstream = 1e-3 * whole_inputs(case)["dout"].double().norm()
     plan, rows = case.plan(), torch.from_numpy(case.plan().positions(rank))

@@ -33,8 +33,10 @@ class Timing:
 
 
 def spread(timing: Mapping[str, float], scale: float, form: str) -> str:
-    """Median and, of several, the range: 901 (859-959). ``timing``: the fields of a ``Timing``; ``scale``: what its
-    numbers are multiplied by."""
+    """Writes a median and, of several timings, their range: 901 (859-959).
+
+    ``timing``: the fields of a ``Timing``. ``scale``: a factor for its numbers.
+    """
     low, median, high = (format(timing[name] * scale, form) for name in ("low", "median", "high"))
     return f"{median} ({low}-{high})" if timing["repeats"] > 1 else f"{median} (once)"
 

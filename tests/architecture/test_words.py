@@ -26,8 +26,6 @@ NOT_YET_HELD = (
     "longctx/launcher/compose.py",
     "longctx/launcher/options.py",
     "longctx/launcher/processes.py",
-    "longctx/launcher/reference.py",
-    "longctx/launcher/spread.py",
     "longctx/launcher/verify/",
     "longctx/linear/core.py",
     "longctx/linear/mixer.py",

@@ -70,8 +70,6 @@ def parsed(words: list[str]) -> argparse.Namespace:
 
 @pytest.mark.parametrize("words", commands("longctx "))
 def test_a_command_of_longctx_parses_and_composes(words):
-    if words[1] == "bench" and not any(command.name.startswith("bench") for command in COMMANDS):
-        pytest.skip("longctx bench is on a branch of its own; remove these two lines when it has come")
     arguments = parsed(words)
     if words[1] == "submit":
         submit.prepare(compose(arguments.overrides))

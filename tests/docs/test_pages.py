@@ -24,7 +24,7 @@ def text_of(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", (PAGES[0], *PAGES[2:]), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w./]+/[\w.]*(?:\.py|\.md|\.yaml|\.toml|/))`", text))

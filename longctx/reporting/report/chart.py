@@ -29,7 +29,7 @@ SMOOTH_FROM = 8  # values; fewer are shown as they are
 
 
 @dataclass(frozen=True)
-class Frame:
+class ChartFrame:
     """Holds the range of values that a chart shows, and places each of them in the picture."""
 
     x_low: float
@@ -93,7 +93,7 @@ def line_chart(
     if not known:
         return fill("empty.html.jinja")
     y_low, y_high, y_ticks = round_scale(min(y for _, y in known), max(y for _, y in known))
-    frame = Frame(float(steps[0]), float(max(steps[-1], steps[0] + 1)), y_low, y_high)
+    frame = ChartFrame(float(steps[0]), float(max(steps[-1], steps[0] + 1)), y_low, y_high)
     smooth = smooth and len(known) >= SMOOTH_FROM
     raw = [_extremes(piece) for piece in _pieces(steps, values)]
     lines = [_placed("raw" if smooth else "line", piece, frame) for piece in raw]
@@ -126,7 +126,7 @@ def round_scale(low: float, high: float) -> tuple[float, float, list[float]]:
     return first * step, last * step, [number * step for number in range(first, last + 1)]
 
 
-def _placed(kind: str, points: Points, frame: Frame) -> Line:
+def _placed(kind: str, points: Points, frame: ChartFrame) -> Line:
     return Line(kind, [(frame.x(x), frame.y(y)) for x, y in points])
 
 
@@ -173,18 +173,18 @@ def _means(points: Points) -> Points:
     return [(sum(x for x, _ in bucket) / len(bucket), sum(y for _, y in bucket) / len(bucket)) for bucket in buckets]
 
 
-def _step_ticks(frame: Frame) -> list[Tick]:
+def _step_ticks(frame: ChartFrame) -> list[Tick]:
     _, _, ticks = round_scale(frame.x_low, frame.x_high)
     shown = [tick for tick in ticks if frame.x_low <= tick <= frame.x_high and tick == int(tick)]
     return [Tick(frame.x(tick), f"{int(tick)}") for tick in shown]
 
 
-def _gaps(steps: Sequence[int], values: Sequence[float | None], frame: Frame) -> list[Tick]:
+def _gaps(steps: Sequence[int], values: Sequence[float | None], frame: ChartFrame) -> list[Tick]:
     missing = [step for step, value in zip(steps, values, strict=True) if value is None]
     return [Tick(frame.x(step), f"step {step}: no finite value") for step in missing[:_MOST_GAPS]]
 
 
-def _hints(known: Points, frame: Frame, form: Form) -> Iterator[Hint]:
+def _hints(known: Points, frame: ChartFrame, form: Form) -> Iterator[Hint]:
     """Targets side by side over the whole width, each around the value that it tells."""
     told = known[:: math.ceil(len(known) / _MOST_HINTS)]
     at = [frame.x(step) for step, _ in told]

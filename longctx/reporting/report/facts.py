@@ -58,7 +58,7 @@ def outcome(run: RunFiles) -> str:
 
 def figures(run: RunFiles) -> list[Figure]:
     """Computes the headline figures."""
-    mesh = Mesh.of(run)
+    mesh = MeshFacts.of(run)
     peak = max(run.known("memory_peak_bytes"), default=None)
     shown = [
         _loss(run),
@@ -90,7 +90,7 @@ def _loss(run: RunFiles) -> Figure:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshFacts:
     """Holds the mesh in words: how many ranks, the axes above 1, and the same with what they split."""
 
     ranks: str
@@ -98,7 +98,7 @@ class Mesh:
     described: str
 
     @classmethod
-    def of(cls, run: RunFiles) -> Mesh:
+    def of(cls, run: RunFiles) -> MeshFacts:
         """Puts ``parallel`` of the configuration into words."""
         degrees = {axis: run.setting("parallel", axis) for axis in AXES}
         if not all(type(degree) is int for degree in degrees.values()):
@@ -122,7 +122,7 @@ def _setup(run: RunFiles) -> Card:
         ("arithmetic", "{train.dtype} over {comm.backend}"),
     ]
     facts = [Fact(name, words) for name, form in settings if (words := _worded(run, form))]
-    mesh = Mesh.of(run)
+    mesh = MeshFacts.of(run)
     if mesh.described:
         facts.insert(1, Fact("mesh", mesh.described))
     if run.setting("parallel", "pp") not in (None, 1):
