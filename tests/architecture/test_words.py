@@ -163,7 +163,6 @@ def glossary_line(word: str, glossary: Path) -> str:
 
 @pytest.mark.parametrize("word", METAPHORS)
 def test_metaphors_have_a_short_line_in_the_glossary(word):
-    if GLOSSARY.exists():
-        meaning = re.sub(rf"\W*\*\*{word}\*\*\W*", "", glossary_line(word, GLOSSARY), count=1)
-        words = re.findall(r"\w[\w'−-]*", meaning)
-        assert 0 < len(words) <= MOST_GLOSSARY_WORDS, f"{word}: {meaning!r} has {len(words)} words"
+    meaning = re.sub(rf"\W*\*\*{word}\*\*\W*", "", glossary_line(word, GLOSSARY), count=1)
+    words = re.findall(r"\w[\w'−-]*", meaning)
+    assert 0 < len(words) <= MOST_GLOSSARY_WORDS, f"{word}: {meaning!r} has {len(words)} words"
