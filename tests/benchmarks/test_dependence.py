@@ -7,10 +7,15 @@ import pytest
 from benchmarks.commands.link import predicted
 from benchmarks.dependence import chained_seconds
 from benchmarks.link import PASSES, busiest, crossing
+from longctx.options import DEFAULT, StrategyOptions
 from longctx.verify import VerifyCase
 
 RATE_MBIT = 8  # a byte is a microsecond
-ROUTES = {"flat ring": ("ring", None), "double ring": ("burst", 2), "USP": ("usp", 2)}
+ROUTES = {
+    "flat ring": ("ring", DEFAULT),
+    "double ring": ("burst", StrategyOptions(inner_ring=2)),
+    "USP": ("usp", StrategyOptions(ulysses_degree=2)),
+}
 
 
 @dataclass
