@@ -92,7 +92,7 @@ class _Renamed(argparse.Action):
     """A flag that has another name now."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.error(flags_told(f"attention.{self.dest}"))
+        raise UsageError(flags_told(f"attention.{self.dest}"))
 
 
 def flags_told(key: str) -> str:
