@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from longctx.sequence.plan import SequencePlan
 from longctx.sequence.rows import Rows
+from longctx.sequence.views import view
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,22 @@ class RingSchedule:
         """Rows of gradients that all ranks together send: summed on their way, and straight home."""
         stops = [stop for block in self.stops for stop in block[1:]]
         return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
+
+
+def key_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
+    """How key/value blocks travel around the ring of all ranks, or the double ring of rows of ``lap`` ranks."""
+    return _ring(plan, "keys", lap or plan.world)
+
+
+def query_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
+    """How blocks of queries travel, likewise."""
+    return _ring(plan, "queries", lap or plan.world)
+
+
+@view
+def _ring(plan: SequencePlan, what: str, lap: int) -> RingSchedule:
+    reads = plan.reads if what == "keys" else lambda reader, owner: plan.sees(owner, reader)
+    return plan_rotation(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
 
 
 def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:

@@ -9,7 +9,7 @@ from longctx.attention.costs.memory import alive_on_way, blocks_alive
 from longctx.attention.costs.ring import keys_peak
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.burst import route_of, side_of
-from longctx.sequence import RingSchedule, SequencePlan
+from longctx.sequence import RingSchedule, SequencePlan, key_ring, query_ring
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
@@ -17,7 +17,7 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     side = side_of(plan, sizes)
     rotation, block, gradients = route_of(plan, side, sizes)
     tensors = 1 if side == "kv" else 2
-    passed = plan.key_rotation_in(sizes.inner).leaving(rank)
+    passed = key_ring(plan, sizes.inner).leaving(rank)
     returned = rotation.returning(rank, sizes.options.grad_dtype == "compute")
     return [
         *((to, Volume(2 * len(rows) * sizes.keys, 0, 1, 0)) for to, rows in passed),
@@ -28,11 +28,11 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """As the ring around the same route; backward of the side that travels."""
-    keys = keys_peak(plan, plan.key_rotation_in(sizes.inner), sizes)
+    keys = keys_peak(plan, key_ring(plan, sizes.inner), sizes)
     if side_of(plan, sizes) == "kv":
         return keys
     straight = sizes.options.grad_dtype == "compute"
-    return Peak(keys.forward, queries_peak(plan, plan.query_rotation_in(sizes.inner), sizes, straight))
+    return Peak(keys.forward, queries_peak(plan, query_ring(plan, sizes.inner), sizes, straight))
 
 
 def queries_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes, straight: bool) -> int:

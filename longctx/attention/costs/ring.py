@@ -7,14 +7,14 @@ from dataclasses import astuple
 from longctx.attention.costs.estimate import Costs, Peak, Sent, Volume, summed
 from longctx.attention.costs.memory import alive_on_way, blocks_alive
 from longctx.attention.runtime.sizes import Sizes
-from longctx.sequence import RingSchedule, SequencePlan
+from longctx.sequence import RingSchedule, SequencePlan, key_ring
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     """Keys and values of the rows that a rank passes on, in the backward pass once more, and dk and dv of every row
     it has held for others, passed on, sent home, or both.
     """
-    rotation, straight = plan.rotation, sizes.options.grad_dtype == "compute"
+    rotation, straight = key_ring(plan), sizes.options.grad_dtype == "compute"
     block, gradients = 2 * sizes.keys, 2 * (sizes.keys if straight else sizes.key_gradients)
     passed = [(to, len(rows) * block) for to, rows in rotation.leaving(rank)]
     returned = [(to, len(rows) * gradients) for to, rows in rotation.returning(rank, straight)]
@@ -26,7 +26,7 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """What keys around the plan's ring take."""
-    return keys_peak(plan, plan.rotation, sizes)
+    return keys_peak(plan, key_ring(plan), sizes)
 
 
 def keys_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes) -> Peak:

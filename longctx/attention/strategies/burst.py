@@ -30,19 +30,19 @@ import torch
 from torch import Tensor
 
 from longctx.attention.runtime.delta import delta_of, stand_in
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.runtime.ring_transport import Block, GradientReturn, travel, zeros
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.ring import pass_keys, pass_keys_backward
 from longctx.comm import Group
-from longctx.sequence import RingSchedule, Rows, SequencePlan
+from longctx.sequence import RingSchedule, Rows, SequencePlan, key_ring, query_ring
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    return pass_keys(q, k, v, call, call.plan.key_rotation_in(_inner(call.group)))
+    return pass_keys(q, k, v, call, key_ring(call.plan, _inner(call.group)))
 
 
 def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,9 +59,9 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
         options=call.options,
     )
     if side_of(call.plan, sizes) == "kv":
-        return pass_keys_backward(dout, saved, call, call.plan.key_rotation_in(sizes.inner))
+        return pass_keys_backward(dout, saved, call, key_ring(call.plan, sizes.inner))
     straight = q.dtype if call.options.grad_dtype == "compute" else None
-    return pass_queries_backward(dout, saved, call, call.plan.query_rotation_in(sizes.inner), straight)
+    return pass_queries_backward(dout, saved, call, query_ring(call.plan, sizes.inner), straight)
 
 
 def pass_queries_backward(
@@ -110,9 +110,9 @@ def route_of(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule,
     """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
     compute = sizes.options.grad_dtype == "compute"
     if side == "kv":
-        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)
+        return key_ring(plan, sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)
     gradients = sizes.queries if compute else sizes.query_gradients
-    return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
+    return query_ring(plan, sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
 
 
 def _inner(group: Group) -> int:
@@ -127,7 +127,7 @@ def _one_row(case: AttentionCase) -> int:
 
 BURST = Strategy(
     "burst",
-    define_operator("burst", forward, backward, tail=True),
+    define_strategy("burst", forward, backward, tail=True),
     options=frozenset({"grad_dtype", "backward_rotates", "inner_ring"}),
     grid=Grid(_one_row, option="inner_ring"),
     two_way=True,

@@ -21,21 +21,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Strategy
 from longctx.attention.runtime.ring_transport import GradientReturn, travel, zeros
-from longctx.sequence import RingSchedule
+from longctx.sequence import RingSchedule, key_ring
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    return pass_keys(q, k, v, call, call.plan.rotation)
+    return pass_keys(q, k, v, call, key_ring(call.plan))
 
 
 def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
-    return pass_keys_backward(dout, saved, call, call.plan.rotation)
+    return pass_keys_backward(dout, saved, call, key_ring(call.plan))
 
 
 def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext, rotation: RingSchedule) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _refuses_striped(case: AttentionCase) -> str | None:
 
 RING = Strategy(
     "ring",
-    define_operator("ring", forward, backward, tail=True),
+    define_strategy("ring", forward, backward, tail=True),
     options=frozenset({"grad_dtype"}),
     half=True,
     costs="longctx.attention.costs.ring:COSTS",
