@@ -97,15 +97,15 @@ class RingSchedule:
         sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
         return [(receiver, rows) for receiver, rows in sent if rows]
 
-    def returning(self, rank: int, straight: bool) -> list[tuple[int, Rows]]:
+    def returning(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
         """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
 
-        ``straight``: each holder's share goes home by itself, of the rows that it reads.
+        ``direct``: each holder's share goes home by itself, of the rows that it reads.
         """
         sent = []
         for hop in range(1, self.world):
             owner = self.owner(rank, hop)
-            if straight:
+            if direct:
                 sent.append((owner, self.at(owner, hop).read))
             else:
                 sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
@@ -124,7 +124,7 @@ class RingSchedule:
 
     @cached_property
     def gradient_rows(self) -> tuple[int, int]:
-        """Rows of gradients that all ranks together send: summed on their way, and straight home."""
+        """Rows of gradients that all ranks together send: summed on their way, and returned directly."""
         stops = [stop for block in self.stops for stop in block[1:]]
         return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
 
@@ -183,15 +183,15 @@ def _route(
     stops = []
     for hop in range(world):
         if hop % lap == 0:
-            block = narrowed_rows(block, to_end[hop // lap]) if hop else block
-            inside = narrowed_rows(block, to_lap_end[hop]) if hop else block
+            block = trimmed_rows(block, to_end[hop // lap]) if hop else block
+            inside = trimmed_rows(block, to_lap_end[hop]) if hop else block
         else:
-            inside = narrowed_rows(inside, to_lap_end[hop])
-        stops.append(Stop(inside if hop % lap else block, inside, narrowed_rows(inside, own[hop])))
+            inside = trimmed_rows(inside, to_lap_end[hop])
+        stops.append(Stop(inside if hop % lap else block, inside, trimmed_rows(inside, own[hop])))
     return tuple(stops)
 
 
-def narrowed_rows(block: Rows, needed: Rows) -> Rows:
+def trimmed_rows(block: Rows, needed: Rows) -> Rows:
     """``needed``, or the whole block where cutting it would save a row or a thirty-second; an unread one stops."""
     dropped = len(block) - len(needed)
     return needed if not needed or dropped > max(1, len(block) // 32) else block

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longctx.attention import StrategyAttention
 from longctx.attention.runtime.head_sharding import HeadGroups
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
+from longctx.operators import IMPLEMENTATIONS
 from longctx.attention.runtime.sizes import Sizes
 from longctx.catalog import KERNELS
 from longctx.options import DEFAULT, StrategyOptions

@@ -15,7 +15,7 @@ from longctx.sequence import SequencePlan, query_ring
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
     passed, blocks = tally(query_ring(plan).leaving(rank))
-    returned, shares = tally(query_ring(plan).returning(rank, straight=True))
+    returned, shares = tally(query_ring(plan).returning(rank, direct=True))
     home = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
     return Volume(
         passed * sizes.queries + returned * (home + sizes.lse),
@@ -38,7 +38,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         ):
             for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
                 forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
-    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
+    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, direct=True))
 
 
 COSTS = Costs(volume, peak_memory)

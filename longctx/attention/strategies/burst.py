@@ -60,29 +60,29 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
     )
     if side_of(call.plan, sizes) == "kv":
         return pass_keys_backward(dout, saved, call, key_ring(call.plan, sizes.inner))
-    straight = q.dtype if call.options.grad_dtype == "compute" else None
-    return pass_queries_backward(dout, saved, call, query_ring(call.plan, sizes.inner), straight)
+    direct_dtype = q.dtype if call.options.grad_dtype == "compute" else None
+    return pass_queries_backward(dout, saved, call, query_ring(call.plan, sizes.inner), direct_dtype)
 
 
 def pass_queries_backward(
-    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule, straight: torch.dtype | None
+    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule, direct_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
+    """Gradients where queries travel. ``direct_dtype``: shares of dq go home by themselves, in this dtype."""
     q, k, v, out, _ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
-    homeward = GradientReturn((zeros(q, dtype),), rotation, call.group, straight)
+    gradients = GradientReturn((zeros(q, dtype),), rotation, call.group, direct_dtype)
     for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(
         _queries(dout, saved, rotation.carried(me, 0)), rotation, call.group
     ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
-        [dq] = homeward.room(hop, rows)
+        [dq] = gradients.buffer(hop, rows)
         outputs = stand_in(upstream, delta) if hop else rows.take(out)
         given = (upstream, queries, k, v, outputs, block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
-        homeward.settle(hop)
+        gradients.send(hop)
         del queries, upstream, block_lse, delta, outputs, given, dq
-    [dq] = homeward.finish()
+    [dq] = gradients.finish()
     return dq, dk, dv
 
 
@@ -100,8 +100,8 @@ def side_of(plan: SequencePlan, sizes: Sizes) -> str:
 
     def cost(side: str) -> int:
         rotation, block, gradients = route_of(plan, side, sizes)
-        summed, straight = rotation.gradient_rows
-        return sum(rotation.cost) * block + (straight if sizes.options.grad_dtype == "compute" else summed) * gradients
+        summed, direct = rotation.gradient_rows
+        return sum(rotation.cost) * block + (direct if sizes.options.grad_dtype == "compute" else summed) * gradients
 
     return min(("kv", "q"), key=cost)
 

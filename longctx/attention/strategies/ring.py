@@ -52,16 +52,16 @@ def pass_keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
-    straight = k.dtype if call.options.grad_dtype == "compute" else None
+    direct_dtype = k.dtype if call.options.grad_dtype == "compute" else None
     dq = zeros(q, dtype)
-    homeward = GradientReturn((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, straight)
+    gradients = GradientReturn((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, direct_dtype)
     for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
         tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
-        dk, dv = homeward.room(hop, rows)
+        dk, dv = gradients.buffer(hop, rows)
         call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
-        homeward.settle(hop)
+        gradients.send(hop)
         del block, dk, dv
-    dk, dv = homeward.finish()
+    dk, dv = gradients.finish()
     return dq, dk, dv
 
 

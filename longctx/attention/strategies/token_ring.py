@@ -9,7 +9,7 @@ Communication" (2024). The published code has no backward pass; this one is of t
         send (O, lse) home                             send dQ home
         merge what the hop before has brought home     add what the hop before has brought home
 
-Queries move one neighbour per hop, in the direction that moves fewer rows; what comes of them returns straight,
+Queries move one neighbour per hop, in the direction that moves fewer rows; what comes of them returns directly,
 hop ranks the other way, while the next hop computes, on a channel of its own, so that both directions of the links
 are in use. The last hop's returns are exposed. Outputs and dq return in the accumulation dtype or, where
 ``grad_dtype`` is ``compute``, in that of the inputs, and only for queries that the sender's keys are seen by.
@@ -23,7 +23,7 @@ from torch import Tensor
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import Strategy, work_at_keys
-from longctx.attention.runtime.ring_transport import narrowed, send_home, travel
+from longctx.attention.runtime.ring_transport import select_rows, send_home, travel
 from longctx.attention.strategies.burst import pass_queries_backward
 from longctx.comm import Pending
 from longctx.sequence import Rows, SequencePlan, query_ring
@@ -47,8 +47,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Te
         if hop == 0:
             continue
         leaving, coming = rotation.at(owner, hop).read, rotation.at(me, hop).read
-        out = narrowed(share.out.unsqueeze(0), rows, leaving).to(_returned(q, call))
-        lse = narrowed(share.lse.unsqueeze(0), rows, leaving)
+        out = select_rows(share.out.unsqueeze(0), rows, leaving).to(_returned(q, call))
+        lse = select_rows(share.lse.unsqueeze(0), rows, leaving)
         following = holder, coming, send_home((out, lse), hop, leaving, coming, rotation, call.group)
         if returning:
             _merge(returning, plan, me, partial)

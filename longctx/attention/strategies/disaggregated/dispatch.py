@@ -142,7 +142,7 @@ class Dispatch:
         return made.transpose(0, 2, 1) if bundle.home else made
 
     def routes(self, bundle: Bundle) -> Routes | None:
-        """How the messages of such an exchange travel; None: straight."""
+        """How the messages of such an exchange travel; None: directly."""
         if bundle not in self._routes:
             self._routes[bundle] = routes(self.sizes(bundle), self._topology)
         return self._routes[bundle]

@@ -103,15 +103,16 @@ class BackwardRun:
 
     def serve(self) -> None:
         call, served, (q, k, v, out, lse) = self._call, self._served, self._saved
-        dtype, narrow = accumulation_dtype(q.dtype), q.dtype
+        dtype = accumulation_dtype(q.dtype)
         self._grads = _zeros((q, k, v), dtype)
         call.kernel.backward(self._dout, q, k, v, out, lse, served.here, call.scale, self._grads)
         queries, upstream, sums, delta, keys, values = self._arriving.wait()
         shares = _zeros((queries, keys, values), dtype)
         given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
         call.kernel.backward(*given, served.rest, call.scale, shares)
-        self._of_queries = Returning(shares[:1], (), self._dispatch, call, narrow)
-        self._of_keys = Returning((), shares[1:], self._dispatch, call, narrow)
+        travels = q.dtype if call.options.grad_dtype == "compute" else dtype
+        self._of_queries = Returning(shares[:1], (), self._dispatch, call, travels)
+        self._of_keys = Returning((), shares[1:], self._dispatch, call, travels)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of the local tokens in the accumulation dtype."""
@@ -202,8 +203,8 @@ def _started(group: Group, routed: Routes | None, sends: list[Message], receives
 class Returning:
     """What was computed for tokens, queries or keys, on its way to their homes.
 
-    ``of_queries`` or ``of_keys``: by place in the server's buffer, the other empty. ``narrow``: the dtype in which
-    ``attention.grad_dtype=compute`` sends shares of gradients.
+    ``of_queries`` or ``of_keys``: by place in the server's buffer, the other empty. ``dtype``: what it is sent in, by
+    default its own.
     """
 
     def __init__(
@@ -212,18 +213,18 @@ class Returning:
         of_keys: Block,
         dispatch: Dispatch,
         call: AttentionContext,
-        narrow: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._me, block = call.group.rank, of_queries or of_keys
         served = dispatch.served(self._me)
         crossing, self._number = (served.queries if of_queries else served.keys), len(block)
         self._own = tuple(crossing.picked(self._me, part, part.dtype) for part in block)
-        dtypes = [narrow if narrow and call.options.grad_dtype == "compute" else part.dtype for part in block]
+        dtypes = [dtype or part.dtype for part in block]
         sends, receives = [], []
         for other in call.group.others:
-            for part, dtype in zip(block, dtypes, strict=True):
-                sends.append((other, crossing.picked(other, part, dtype)))
-                receives.append((other, part.new_empty(1, crossing.asked(other), *part.shape[2:], dtype=dtype)))
+            for part, its in zip(block, dtypes, strict=True):
+                sends.append((other, crossing.picked(other, part, its)))
+                receives.append((other, part.new_empty(1, crossing.asked(other), *part.shape[2:], dtype=its)))
         widths = _widths(block, dtypes)
         bundle = Bundle(widths, (), home=True) if of_queries else Bundle((), widths, home=True)
         self._pending = _started(call.group, dispatch.routes(bundle), sends, receives)
