@@ -6,12 +6,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.operator import AttentionContext
 from longctx.attention.strategies.disaggregated.assignment import home_of
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
-from longctx.attention.strategies.disaggregated.prepared import dispatches
+from longctx.attention.strategies.disaggregated.prepared import dispatches, dispatches_of, prepared
+from longctx.comm import group_of
+from longctx.options import DEFAULT
 from longctx.planner import AttentionShape, legality
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from tests.attention.cuts import Homes, plan_of, random_pieces
@@ -111,6 +116,18 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
     assert runs <= 2 * world and len(home_of(plan).rank) <= cuts
     ranks = [there.plan.rank(rank) for rank in range(world)]
     assert sum(len(one.group) for rank in ranks for one in (rank.here, rank.rest)) <= 4 * cuts
+
+
+def test_an_operator_gets_what_was_prepared_and_nothing_else():
+    """It would plan again in the middle of a step, and nobody would know."""
+    plan, ring = SequencePlan((Documents.single(16),), Mask(), Contiguous(), 16, 1), group_of(None)
+    q, k = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16, 2, 8)
+    call = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
+    ahead = prepared(plan, "cad", AttentionShape(4, 2, 8, 4))
+    assert dispatches_of(call, "cad", q, k) is ahead
+    assert dispatches_of(call, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
+    with pytest.raises(AssertionError, match="was planned ahead"):
+        dispatches_of(call, "cad", q.double(), k.double())
 
 
 def test_a_plan_that_was_dispatched_does_not_outlive_its_batch():
