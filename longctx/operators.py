@@ -139,17 +139,17 @@ class Differentiation:
 
     @cached_property
     def places(self) -> list[int]:
-        """Of what is saved, among inputs and outputs."""
+        """Says where what is saved stands among inputs and outputs."""
         every = (*self.inputs, *self.outputs)
         return [every.index(value) for value in self.saved]
 
     @cached_property
     def asked(self) -> list[bool]:
-        """Which inputs have a gradient."""
+        """Says which inputs have a gradient."""
         return [value in self.of for value in self.inputs]
 
     def gradients(self, dout: Any, kept: Sequence[Any], context: Sequence[Any]) -> list[Any]:
-        """Of the inputs, None for those that have none."""
+        """Returns the gradients of the inputs, None for those that have none."""
         if self.backward is None:
             raise RuntimeError(f"{self.operator} has no gradient")
         if dout is None:
