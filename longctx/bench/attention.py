@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention.runtime.local_kernel import KernelProblem, kernel_for, select_kernel
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.attention.runtime.registry import get_strategy, inner_of, refusal
 from longctx.bench.floor import NAME, recorded_pass, replay, rows_of_scores
 from longctx.bench.gate import require_exact
@@ -22,6 +21,7 @@ from longctx.bench.timing import Entrant, Pass, Report, Timing, seconds_of, sile
 from longctx.comm import group_of
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.errors import ConfigError
+from longctx.operators import IMPLEMENTATIONS
 from longctx.sequence import SequencePlan
 from longctx.verify import VerifyCase, refusal_of
 from longctx.verify.case import DTYPES

@@ -15,7 +15,6 @@ that several ranks hold; nothing is sent for the others.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ from longctx.linear.diagonal import by_token
 from longctx.linear.registry import LinearSizes
 from longctx.linear.segments import chain_of
 from longctx.linear.states import LinearContext
-from longctx.sequence import SequencePlan
+from longctx.sequence import SequencePlan, view
 from longctx.sequence.documents import Int64
 
 
@@ -105,20 +104,13 @@ def _row_parts(plan: SequencePlan, row: int, position: Int64) -> tuple[dict[str,
     return found, len(alone)
 
 
-_Key = tuple[int, int, torch.device]
-_parts: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Parts]] = weakref.WeakKeyDictionary()
-
-
+@view
 def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Parts:
-    """Returns the parts of a rank's chunks on ``device``, made at first use and moved once.
+    """Returns the parts of a rank's chunks on ``device``, moved once.
 
     A copy from ordinary memory makes the host wait.
     """
-    made = _parts.setdefault(plan, {})
-    key = (rank, chunk, device)
-    if key not in made:
-        made[key] = cut_parts(plan, rank, chunk).to(device)
-    return made[key]
+    return cut_parts(plan, rank, chunk).to(device)
 
 
 def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, context: LinearContext) -> tuple[Tensor, Tensor]:

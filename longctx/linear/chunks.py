@@ -12,7 +12,6 @@ let the state through. A document edge may lie anywhere in a chunk:
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.linear.segments import Chain, Segment, chain_of
-from longctx.sequence import Documents, SequencePlan
+from longctx.sequence import Documents, SequencePlan, view
 from longctx.sequence.documents import Int64
 
 
@@ -200,33 +199,26 @@ def _piece(spans: Sequence[Segment], documents: Sequence[Documents], chunk: int)
 # also stay below 32 MiB: glibc's allocator gives larger ones back to the system after every use, page by page.
 PIECE = {"cpu": 2048}
 
-_Key = tuple[int, int, torch.device]
-_PiecesKey = tuple[int, int, int, torch.device]
-_chunks: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, Chunks]] = weakref.WeakKeyDictionary()
-_pieces: weakref.WeakKeyDictionary[SequencePlan, dict[_PiecesKey, Pieces]] = weakref.WeakKeyDictionary()
 
-
+@view
 def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Chunks:
-    """Returns a rank's chunks on ``device``, made at first use and moved once.
+    """Returns a rank's chunks on ``device``, moved once.
 
     A copy from ordinary memory makes the host wait.
     """
-    made = _chunks.setdefault(plan, {})
-    key = (rank, chunk, device)
-    if key not in made:
-        made[key] = cut_chunks(_segments(plan, rank), plan.documents, plan.shard, chunk).to(device)
-    return made[key]
+    return cut_chunks(_segments(plan, rank), plan.documents, plan.shard, chunk).to(device)
 
 
 def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> Pieces:
-    """Returns a rank's pieces on ``device``, made at first use and moved once."""
-    made, tokens = _pieces.setdefault(plan, {}), PIECE.get(device.type, plan.length)
-    key = (rank, chunk, tokens, device)
-    if key not in made:
-        pieces = cut_pieces(_segments(plan, rank), plan.documents, chunk, tokens)
-        parts = tuple(replace(piece, chunks=piece.chunks.to(device)) for piece in pieces.parts)
-        made[key] = replace(pieces, parts=parts)
-    return made[key]
+    """Returns a rank's pieces on ``device``, moved once."""
+    return _pieces(plan, rank, chunk, PIECE.get(device.type, plan.length), device)
+
+
+@view
+def _pieces(plan: SequencePlan, rank: int, chunk: int, tokens: int, device: torch.device) -> Pieces:
+    pieces = cut_pieces(_segments(plan, rank), plan.documents, chunk, tokens)
+    parts = tuple(replace(piece, chunks=piece.chunks.to(device)) for piece in pieces.parts)
+    return replace(pieces, parts=parts)
 
 
 def _segments(plan: SequencePlan, rank: int) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""A linear layer's core as a pair of torch custom operators, for the reasons of ``attention.operator``.
+"""A linear layer's core as a pair of torch custom operators, for the reasons of ``longctx.operators``.
 
 The forward operator returns, beside the output, the states that entered this rank's segments. Selective recompute
 keeps both, so that neither local computing nor the exchange runs twice; the backward operator computes everything else
@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import register
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
@@ -25,6 +24,7 @@ from longctx.linear.chunks import Chunks, Piece, Pieces, chunks_of, pieces_of
 from longctx.linear.local_scan import LocalScan, SpanScan, scan_chunks
 from longctx.linear.registry import LinearStrategy, get_linear
 from longctx.linear.states import LinearContext, Summary
+from longctx.operators import Gradient, define_operator
 from longctx.sequence import plan_of
 
 
@@ -145,11 +145,10 @@ def _joined(tensor: Tensor, again: Sequence[_Again], number: int) -> Tensor:
 
 
 _CONTEXT = "Tensor plan, str group, str strategy, int chunk"
-_CONTEXT_SIZE = 4
 
 
-def define_operator(name: str, core: Core) -> Any:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd."""
+def define_core(name: str, core: Core) -> Any:
+    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``, the two passes of a core."""
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
         tensors, (call, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *context), context[-1]
@@ -172,43 +171,15 @@ def define_operator(name: str, core: Core) -> Any:
         dq, dk, dv, *dgates = (grad.to(tensor.dtype) for grad, tensor in zip(found, tensors, strict=True))
         return dq, dk, dv, dgates
 
-    forward_op = register(
-        name, run_forward, f"(Tensor q, Tensor k, Tensor v, Tensor[] gates, {_CONTEXT}) -> (Tensor, Tensor)"
-    )
-    backward_op = register(
-        f"{name}_backward",
-        run_backward,
-        f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor entered, {_CONTEXT})"
-        " -> (Tensor, Tensor, Tensor, Tensor[])",
-    )
+    schema = f"(Tensor q, Tensor k, Tensor v, Tensor[] gates, {_CONTEXT}) -> (Tensor out, Tensor entered)"
+    gradient = Gradient(run_backward, saves=("q", "k", "v", "gates", "entered"))
+    return define_operator(name, schema, run_forward, _shapes, gradient)
 
-    @forward_op.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
-        segments = torch.library.get_ctx().new_dynamic_size()
-        shape = (q.shape[0], segments, q.shape[2], q.shape[3], v.shape[3])
-        return q.new_empty(v.shape), q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
-    @backward_op.register_fake
-    def _(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), [g.new_empty(g.shape) for g in gates]
-
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, gates, plan, *ctx.names = inputs
-        ctx.save_for_backward(q, k, v, output[1], plan, *gates)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx: Any, dout: Tensor | None, _dentered: None) -> tuple[Any, ...]:
-        q, k, v, entered, plan, *gates = ctx.saved_tensors
-        if dout is None:
-            return (None, None, None, [None] * len(gates), *(None,) * _CONTEXT_SIZE)
-        grads = backward_op(dout, q, k, v, gates, entered, plan, *ctx.names)
-        return (*grads, *(None,) * _CONTEXT_SIZE)
-
-    forward_op.register_autograd(differentiate, setup_context=remember)
-    return forward_op
+def _shapes(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
+    segments = torch.library.get_ctx().new_dynamic_size()
+    shape = (q.shape[0], segments, q.shape[2], q.shape[3], v.shape[3])
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 def _resolve(
@@ -239,5 +210,5 @@ def _whole(call: LinearContext, chunk: int, q: Tensor) -> tuple[Chunks, bidirect
     return chunks_of(*where), bidirectional.parts_of(*where)
 
 
-diagonal_attention = define_operator("linear_diagonal", diagonal)
-delta_attention = define_operator("linear_delta", delta)
+diagonal_attention = define_core("linear_diagonal", diagonal)
+delta_attention = define_core("linear_delta", delta)

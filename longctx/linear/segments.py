@@ -9,7 +9,6 @@ a segment reads is one stretch of the chain before it, known from the plan on ev
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from longctx.sequence import Documents, SequencePlan
+from longctx.sequence import Documents, SequencePlan, view
 from longctx.sequence.documents import Int64
 
 Bool = NDArray[np.bool_]
@@ -148,11 +147,7 @@ def _runs(rank: int, positions_held: Int64) -> list[Segment]:
     ]
 
 
-_chains: weakref.WeakKeyDictionary[SequencePlan, Chain] = weakref.WeakKeyDictionary()
-
-
+@view
 def chain_of(plan: SequencePlan) -> Chain:
-    """Returns the plan's chain of segments, made at first use."""
-    if plan not in _chains:
-        _chains[plan] = Chain([plan.positions(rank) for rank in range(plan.world)], plan.documents)
-    return _chains[plan]
+    """Returns the plan's chain of segments."""
+    return Chain([plan.positions(rank) for rank in range(plan.world)], plan.documents)

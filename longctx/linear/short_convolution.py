@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import register
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, exchange, group_named
-from longctx.sequence import Halo, SequencePlan, plan_of
+from longctx.operators import Gradient, define_operator
+from longctx.sequence import Halo, SequencePlan, halo_of, plan_of
+from longctx.sequence.halo import CPU
 
 
 def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, group: str) -> list[Tensor]:
@@ -35,7 +36,7 @@ def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, grou
 
 def run_forward(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
     ranks, sequence = group_named(group), plan_of(plan)
-    halo = sequence.halo(ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
+    halo = halo_of(sequence, ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
     fetched = _fetch(xs, halo, ranks, sequence)
     return [_forward(x, rows, weight, halo) for x, rows, weight in zip(xs, fetched, weights, strict=True)]
 
@@ -52,7 +53,7 @@ def run_backward(
     douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     ranks, sequence = group_named(group), plan_of(plan)
-    halo = sequence.halo(ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
+    halo = halo_of(sequence, ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
     fetched = _fetch(xs, halo, ranks, sequence)
     dxs, dweights = zip(*(_backward(*given, halo) for given in zip(douts, xs, fetched, weights, strict=True)))
     homes = _home(dxs, xs[0].shape[1], halo, ranks, sequence)
@@ -76,7 +77,7 @@ def _backward(dout: Tensor, x: Tensor, fetched: Tensor, weight: Tensor, halo: Ha
 
 def _fetch(xs: Sequence[Tensor], halo: Halo, ranks: Group, plan: SequencePlan) -> Sequence[Tensor]:
     """Of each x the rows of other ranks that are read here, ``[B, halo, H, C]``, side by side in one message."""
-    rows = [plan.halo(reader, len(halo.index)).rows[ranks.rank] for reader in range(ranks.size)]
+    rows = [halo_of(plan, reader, len(halo.index), CPU).rows[ranks.rank] for reader in range(ranks.size)]
     sends = [(reader, torch.cat([its.take(x) for x in xs], -1)) for reader, its in enumerate(rows)]
     widths = [x.shape[-1] for x in xs]
     buffers = [xs[0].new_empty(len(xs[0]), len(its), xs[0].shape[2], sum(widths)) for its in halo.rows]
@@ -85,7 +86,7 @@ def _fetch(xs: Sequence[Tensor], halo: Halo, ranks: Group, plan: SequencePlan) -
 
 def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: SequencePlan) -> list[Tensor]:
     """Gradients of this rank's rows, ``[B, T/SP, H, C]``: its own shares, and what other ranks send of theirs."""
-    rows = [plan.halo(reader, len(halo.index)).rows[ranks.rank] for reader in range(ranks.size)]
+    rows = [halo_of(plan, reader, len(halo.index), CPU).rows[ranks.rank] for reader in range(ranks.size)]
     widths = [dx.shape[-1] for dx in dxs]
     shares = torch.cat([dx[:, own:] for dx in dxs], -1).split([len(its) for its in halo.rows], 1)
     buffers = [dxs[0].new_empty(len(dxs[0]), len(its), dxs[0].shape[2], sum(widths)) for its in rows]
@@ -99,43 +100,18 @@ def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: Seque
 
 def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]:
     """Rows that ``rank`` sends forward, and of gradients backward, where it sends those of forward once more."""
-    forward = sum(len(plan.halo(reader, reach).rows[rank]) for reader in range(plan.world))
-    return forward, plan.halo(rank, reach).length
+    forward = sum(len(halo_of(plan, reader, reach, CPU).rows[rank]) for reader in range(plan.world))
+    return forward, halo_of(plan, rank, reach, CPU).length
 
 
-_convolve = register(
-    "short_convolution",
-    run_forward,
-    "(Tensor[] xs, Tensor[] weights, Tensor plan, str group) -> Tensor[]",
-)
-_convolve_backward = register(
-    "short_convolution_backward",
-    run_backward,
-    "(Tensor[] douts, Tensor[] xs, Tensor[] weights, Tensor plan, str group) -> (Tensor[], Tensor[])",
-)
-
-
-@_convolve.register_fake
-def _(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
+def _shapes(xs: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in xs]
 
 
-@_convolve_backward.register_fake
-def _(
-    douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [x.new_empty(x.shape) for x in xs], [weight.new_empty(weight.shape) for weight in weights]
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    xs, weights, plan, ctx.group = inputs
-    ctx.save_for_backward(plan, *xs, *weights)
-
-
-def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
-    plan, *tensors = ctx.saved_tensors
-    xs, weights = tensors[: len(douts)], tensors[len(douts) :]
-    return (*_convolve_backward(douts, xs, weights, plan, ctx.group), None, None)
-
-
-_convolve.register_autograd(_differentiate, setup_context=_remember)
+_convolve = define_operator(
+    "short_convolution",
+    "(Tensor[] xs, Tensor[] weights, Tensor plan, str group) -> (Tensor[] out)",
+    run_forward,
+    _shapes,
+    Gradient(run_backward, saves=("xs", "weights")),
+)

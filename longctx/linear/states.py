@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from longctx.comm import Group
 from longctx.linear.segments import Chain, chain_of
-from longctx.sequence import Rows, SequencePlan
+from longctx.sequence import Rows, SequencePlan, view
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,17 @@ def rows_of(elements: Sequence[int]) -> Rows:
     return Rows.union((element, element + 1) for element in elements)
 
 
-_Key = tuple[tuple[int, ...], torch.device]
-_subsets: weakref.WeakKeyDictionary[SequencePlan, dict[_Key, ChainSubset]] = weakref.WeakKeyDictionary()
-
-
 def chain_subset(plan: SequencePlan, places: Sequence[int], device: torch.device) -> ChainSubset:
-    """Returns some places of the plan's chain on ``device``, made at first use and moved once.
+    """Returns some places of the plan's chain on ``device``, moved once.
 
     A copy from ordinary memory makes the host wait.
     """
-    made = _subsets.setdefault(plan, {})
-    key = (tuple(places), device)
-    if key not in made:
-        made[key] = ChainSubset.of(chain_of(plan), places).to(device)
-    return made[key]
+    return _subset(plan, tuple(places), device)
+
+
+@view
+def _subset(plan: SequencePlan, places: tuple[int, ...], device: torch.device) -> ChainSubset:
+    return ChainSubset.of(chain_of(plan), places).to(device)
 
 
 def pack_segments(summary: Summary, elements: Sequence[int], context: LinearContext) -> Tensor:

@@ -12,12 +12,13 @@ from longctx.planner.slices import Int64, Span
 
 
 class DocumentPlacement:
-    """Spans of every rank, as columns int64 ``[N]``: ``rank`` (ascending), ``doc``, ``start``, ``stop``.
+    """Spans of every rank, as columns int64 ``[N]``: ``rank`` (ascending), ``doc``, ``start``, ``stop``, ``offset``.
 
-    ``offset``: place of a span's first token among the rank's resident tokens. All ranks partition all documents.
+    ``offset``: the local row of a span's first token; where no column says it, spans lie one after another. ``rows``:
+    local rows of each rank, padding included; as many as tokens by default. All ranks partition all documents.
     """
 
-    def __init__(self, lengths: Int64, ranks: int, columns: Sequence[Int64] | Int64) -> None:
+    def __init__(self, lengths: Int64, ranks: int, columns: Sequence[Int64] | Int64, rows: Int64 | None = None) -> None:
         self.lengths, self.ranks = lengths, ranks
         self.rank: Int64 = columns[0]
         self.doc: Int64 = columns[1]
@@ -26,7 +27,9 @@ class DocumentPlacement:
         sizes = self.stop - self.start
         before = np.cumsum(sizes) - sizes
         self.tokens: Int64 = np.bincount(self.rank, weights=sizes, minlength=ranks).astype(np.int64)
-        self.offset = before - (np.cumsum(self.tokens) - self.tokens)[self.rank]
+        dense = before - (np.cumsum(self.tokens) - self.tokens)[self.rank]
+        self.offset: Int64 = columns[4] if len(columns) > 4 else dense
+        self.rows: Int64 = self.tokens if rows is None else rows
         self._check(sizes)
 
     def _check(self, sizes: Int64) -> None:
@@ -57,15 +60,15 @@ class DocumentPlacement:
 
     @property
     def columns(self) -> tuple[Int64, ...]:
-        """Of documents, then of spans."""
-        return self.lengths, self.rank, self.doc, self.start, self.stop
+        """Of documents, of spans, then of ranks."""
+        return self.lengths, self.rank, self.doc, self.start, self.stop, self.offset, self.rows
 
     def span(self, doc: Int64, position: Int64) -> Int64:
         """Which span, in order of document and position, holds each of these tokens."""
         return np.asarray(np.searchsorted(self.table[0], doc * self.stride + position, "right") - 1)
 
     def place(self, doc: Int64, position: Int64) -> Int64:
-        """Where they lie among the resident tokens of their ranks."""
+        """Their local rows."""
         at = self.span(doc, position)
         return np.asarray(self.table[5][at] + position - self.table[2][at])
 

@@ -17,7 +17,7 @@ from longctx.planner.transfers import Transfers
 class RankTransfers:
     """One rank's side of moving rows to servers: Q with its O on the way back, or K and V.
 
-    ``send``: int64 ``[n]``, resident tokens to send, in order of destination; ``send_group``: their heads groups.
+    ``send``: int64 ``[n]``, local rows to send, in order of destination; ``send_group``: their heads groups.
     ``send_counts``, ``recv_counts``: int64 ``[W]``, the split lists; a rank's own rows among them are those that it
     reads in its buffer. ``order``: int64 ``[m]``; received rows taken in this order lie by heads group, document and
     position.
@@ -58,16 +58,16 @@ class TaskList:
 class RankPlan:
     """What one rank's executor needs; it sends as a home and computes as a server.
 
-    ``here``: tasks over the rank's ``tokens`` resident ones as they lie, whose queries and keys are all its own; they
+    ``here``: tasks over the rank's ``rows`` local ones as they lie, whose queries and keys are all its own; they
     need nothing of others. ``rest``: tasks over two buffers, of the rows of ``q`` and of ``kv``.
 
     Forward: send Q and KV rows by ``q`` and ``kv``, compute ``here``, put the received rows in ``order``, compute
     ``rest``. Partials of one row are merged on the server in order of the tasks, return by the transposed counts (undo
     ``order``), and a home merges what it gets of one row, its own first, in order of the servers: row j of the returned
-    buffer belongs to resident token ``q.send[j]``, heads group ``q.send_group[j]``.
+    buffer belongs to local row ``q.send[j]``, heads group ``q.send_group[j]``.
     """
 
-    tokens: int
+    rows: int
     q: RankTransfers
     kv: RankTransfers
     here: TaskList
@@ -85,7 +85,7 @@ class RankPlan:
         side_q, q_start = _exchange(home, q, own_q, rank, rest, rest.q0)
         side_kv, k_start = _exchange(home, kv, own_kv, rank, rest, rest.k0)
         return cls(
-            int(home.tokens[rank]),
+            int(home.rows[rank]),
             side_q,
             side_kv,
             TaskList.of(here, home.place(here.doc, here.q0), home.place(here.doc, here.k0)),

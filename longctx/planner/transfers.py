@@ -15,8 +15,8 @@ from longctx.planner.tasks import ranges
 class Transfers:
     """Tokens that ``dest`` reads of ``source``, as int64 columns ``[N]``.
 
-    They are tokens ``[start, stop)`` of ``doc``, for heads ``group``. ``offset``: place of the first one among the
-    source's resident tokens. Ordered by source, destination, group, document and position. With source == destination
+    They are tokens ``[start, stop)`` of ``doc``, for heads ``group``. ``offset``: the local row of the first one on the
+    source. Ordered by source, destination, group, document and position. With source == destination
     it stays where it is. No token comes twice to a destination.
     """
 

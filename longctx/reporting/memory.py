@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config
 from longctx.engines import Engine
 from longctx.mesh import Mesh
 from longctx.model import Decoder, Vocabulary
+from longctx.operators import IMPLEMENTATIONS
 from longctx.parallel.host_memory import host_buffers
 from longctx.reporting.live_storages import Life, LiveStorages
 from longctx.sequence import LocalBatch

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from longctx.sequence.documents import Documents, Int64
+from longctx.sequence.plan import SequencePlan
 from longctx.sequence.rows import Rows
+from longctx.sequence.views import view
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,14 @@ def plan_halo(positions: Sequence[Int64], documents: Sequence[Documents], reader
     padded = np.zeros((len(documents), reach, shard), dtype=bool)
     padded[:, :, : len(own)] = seen
     return Halo(tuple(rows), torch.from_numpy(index), torch.from_numpy(padded))
+
+
+CPU = torch.device("cpu")
+
+
+@view
+def halo_of(plan: SequencePlan, reader: int, reach: int, device: torch.device) -> Halo:
+    """What ``reader`` needs of other ranks to look ``reach`` tokens back, with indices on ``device``."""
+    if device != CPU:
+        return halo_of(plan, reader, reach, CPU).to(device)
+    return plan_halo([plan.positions(rank) for rank in range(plan.world)], plan.documents, reader, reach, plan.shard)

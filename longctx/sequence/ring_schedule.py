@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from longctx.sequence.plan import SequencePlan
 from longctx.sequence.rows import Rows
+from longctx.sequence.views import view
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,15 @@ class RingSchedule:
         sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
         return [(receiver, rows) for receiver, rows in sent if rows]
 
-    def returning(self, rank: int, straight: bool) -> list[tuple[int, Rows]]:
+    def returning(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
         """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
 
-        ``straight``: each holder's share goes home by itself, of the rows that it reads.
+        ``direct``: each holder's share goes home by itself, of the rows that it reads.
         """
         sent = []
         for hop in range(1, self.world):
             owner = self.owner(rank, hop)
-            if straight:
+            if direct:
                 sent.append((owner, self.at(owner, hop).read))
             else:
                 sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
@@ -122,9 +124,25 @@ class RingSchedule:
 
     @cached_property
     def gradient_rows(self) -> tuple[int, int]:
-        """Rows of gradients that all ranks together send: summed on their way, and straight home."""
+        """Rows of gradients that all ranks together send: summed on their way, and returned directly."""
         stops = [stop for block in self.stops for stop in block[1:]]
         return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
+
+
+def key_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
+    """How key/value blocks travel around the ring of all ranks, or the double ring of rows of ``lap`` ranks."""
+    return _ring(plan, "keys", lap or plan.world)
+
+
+def query_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
+    """How blocks of queries travel, likewise."""
+    return _ring(plan, "queries", lap or plan.world)
+
+
+@view
+def _ring(plan: SequencePlan, what: str, lap: int) -> RingSchedule:
+    reads = plan.reads if what == "keys" else lambda reader, owner: plan.sees(owner, reader)
+    return plan_rotation(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
 
 
 def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:
@@ -165,15 +183,15 @@ def _route(
     stops = []
     for hop in range(world):
         if hop % lap == 0:
-            block = narrowed_rows(block, to_end[hop // lap]) if hop else block
-            inside = narrowed_rows(block, to_lap_end[hop]) if hop else block
+            block = trimmed_rows(block, to_end[hop // lap]) if hop else block
+            inside = trimmed_rows(block, to_lap_end[hop]) if hop else block
         else:
-            inside = narrowed_rows(inside, to_lap_end[hop])
-        stops.append(Stop(inside if hop % lap else block, inside, narrowed_rows(inside, own[hop])))
+            inside = trimmed_rows(inside, to_lap_end[hop])
+        stops.append(Stop(inside if hop % lap else block, inside, trimmed_rows(inside, own[hop])))
     return tuple(stops)
 
 
-def narrowed_rows(block: Rows, needed: Rows) -> Rows:
+def trimmed_rows(block: Rows, needed: Rows) -> Rows:
     """``needed``, or the whole block where cutting it would save a row or a thirty-second; an unread one stops."""
     dropped = len(block) - len(needed)
     return needed if not needed or dropped > max(1, len(block) // 32) else block

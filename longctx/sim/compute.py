@@ -45,7 +45,13 @@ _CPU_FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def _python_body(func: Any) -> Callable[..., Any] | None:
-    """Returns the Python function that implements a custom operator on the CPU, None for other operators."""
+    """Returns the Python function that implements a custom operator on the CPU, None for other operators.
+
+    An operator registered by a ``torch.library.Library`` names it as its ``python_body``.
+    """
+    if (named := getattr(func, "python_body", None)) is not None:
+        body: Callable[..., Any] = named
+        return body
     definition = None if func.namespace in ("aten", "prims") else _maybe_get_opdef(func._schema.name)
     if definition is None:
         return None
@@ -61,7 +67,7 @@ def _breaks_up(kind: Any) -> bool:
 class ComputeRecorder(TorchDispatchMode):
     """Adds a "compute" event to the rank's trace for every operator that touches data.
 
-    Views are left out. A Python custom operator (``torch.library.custom_op``) without a flop formula is opened up: its
+    Views are left out. A Python custom operator (``_python_body``) without a flop formula is opened up: its
     inner operators are recorded, in their order among the communication. Its body is called directly, so it
     communicates with fake tensors too, where its fake kernel would not. Any other operator is one event. DTensor also
     runs operators on fake tensors of global shape, to learn how results look; these are left out.

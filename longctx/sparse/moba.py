@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from longctx.attention.runtime.local_kernel import kernel_for
-from longctx.attention.runtime.operator import register, require_fit
+from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.comm import Group, exchange, group_named
 from longctx.errors import ConfigError
 from longctx.linear.mixer import HeadDims, LinearCore, Mixer
+from longctx.operators import Gradient, define_operator
 from longctx.sequence import Documents, Rows, SequencePlan, TileSet, plan_of
 from longctx.sequence.documents import Int64
 from longctx.sequence.tiles import group_rows, tiles_of
@@ -97,10 +98,9 @@ def run_forward(
     return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), made
 
 
-def run_backward(
-    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``saved``: q, k, v, out, lse, chosen."""
+def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``given``: q, k, v, out, lse and chosen of the forward pass, and its context."""
+    *saved, plan, group, block, _ = given
     sequence, ranks = plan_of(plan), group_named(group)
     q, k, v = saved[:3]
     call = _call(q, sequence, ranks, block)
@@ -246,48 +246,18 @@ def first_keys(delivery: RowExchange, call: BlockContext) -> Tensor:
     return torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(call.shard.rows.device)
 
 
-_CONTEXT = "Tensor plan, str group, int block"
-_attend = register(
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = out_and_lse(q)
+    return out, lse, q.new_empty(*q.shape[:3], context[-1] - 1, dtype=torch.int32)
+
+
+_attend = define_operator(
     "moba",
+    f"({QKV}, Tensor plan, str group, int block, int top_k) -> (Tensor out, Tensor lse, Tensor chosen)",
     run_forward,
-    f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}, int top_k) -> (Tensor, Tensor, Tensor)",
+    _shapes,
+    Gradient(run_backward),
 )
-_attend_backward = register(
-    "moba_backward",
-    run_backward,
-    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse, q.new_empty(*q.shape[:3], top_k - 1, dtype=torch.int32)
-
-
-@_attend_backward.register_fake
-def _(dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (one.new_empty(one.shape) for one in saved[:3])
-    return q, k, v
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, plan, ctx.group, ctx.block, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, plan)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 7
-    *saved, plan = ctx.saved_tensors
-    return (*_attend_backward(dout, saved, plan, ctx.group, ctx.block), None, None, None, None)
-
-
-_attend.register_autograd(_differentiate, setup_context=_remember)
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], block: int, top_k: int) -> Tensor:

@@ -16,7 +16,6 @@ The paper's form, but for its rotary embedding: layers of mixers rotate nothing.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,12 +26,13 @@ import torch
 from torch import Generator, Tensor
 
 from longctx.attention.runtime.local_kernel import kernel_for
-from longctx.attention.runtime.operator import register, require_fit
+from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
 from longctx.linear.mixer import HeadDims, LinearCore, Mixer
-from longctx.sequence import Documents, SequencePlan, TileSet, plan_of
+from longctx.operators import Gradient, define_operator
+from longctx.sequence import Documents, SequencePlan, TileSet, plan_of, view
 from longctx.sequence.tiles import group_rows, tiles_of
 from longctx.sparse.document_blocks import Shard, blocks_of, shard_of
 from longctx.sparse.row_exchange import RowExchange
@@ -61,21 +61,8 @@ class RatChunks:
     tiles: tuple[TileSet, ...]
 
 
-_chunks: weakref.WeakKeyDictionary[SequencePlan, dict[tuple[int, int, torch.device], RatChunks]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
+@view
 def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> RatChunks:
-    """Made once per plan."""
-    made = _chunks.setdefault(plan, {})
-    key = (rank, chunk, device)
-    if key not in made:
-        made[key] = _plan_chunks(plan, rank, chunk, device)
-    return made[key]
-
-
-def _plan_chunks(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> RatChunks:
     blocks = blocks_of(plan.documents, plan.length, chunk)
     held = [shard_of(plan, one, torch.device("cpu")).places for one in range(plan.world)]
     near, far = [], []
@@ -126,10 +113,9 @@ def run_forward(
     return unpack(partial.out, q), unpack(partial.lse, q.to(dtype)), unpack(states, q)
 
 
-def run_backward(
-    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``saved``: q, k, v, gate, out, lse, states."""
+def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``given``: q, k, v, gate, out, lse and states of the forward pass, and its context."""
+    *saved, plan, group, chunk = given
     sequence, ranks = plan_of(plan), group_named(group)
     q, k, v, gate = saved[:4]
     chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
@@ -208,50 +194,18 @@ def volume(plan: SequencePlan, rank: int, chunk: int, batch_row: tuple[int, int,
     return forward * size, forward * size + back * max(size, 4)
 
 
-_CONTEXT = "Tensor plan, str group, int chunk"
-_attend = register(
+def _shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = out_and_lse(q)
+    return out, lse, q.new_empty(*q.shape[:3], 2 * q.shape[3])
+
+
+_attend = define_operator(
     "rat",
+    f"({QKV}, Tensor gate, Tensor plan, str group, int chunk) -> (Tensor out, Tensor lse, Tensor states)",
     run_forward,
-    f"(Tensor q, Tensor k, Tensor v, Tensor gate, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+    _shapes,
+    Gradient(run_backward),
 )
-_attend_backward = register(
-    "rat_backward",
-    run_backward,
-    f"(Tensor dout, Tensor[] saved, {_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse, q.new_empty(*q.shape[:3], 2 * q.shape[3])
-
-
-@_attend_backward.register_fake
-def _(
-    dout: Tensor, saved: Sequence[Tensor], plan: Tensor, group: str, chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, gate = (one.new_empty(one.shape) for one in saved[:4])
-    return q, k, v, gate
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, plan, ctx.group, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors, *output, plan)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 7
-    *saved, plan = ctx.saved_tensors
-    return (*_attend_backward(dout, saved, plan, ctx.group, ctx.chunk), None, None, None)
-
-
-_attend.register_autograd(_differentiate, setup_context=_remember)
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int) -> Tensor:

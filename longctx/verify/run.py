@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import StrategyAttention, dense_attention, get_strategy, settled
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.comm import group_of
+from longctx.operators import IMPLEMENTATIONS
 from longctx.options import DEFAULT
 from longctx.sequence import SequencePlan, unshard
 from longctx.verify import linear

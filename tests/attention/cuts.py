@@ -1,22 +1,70 @@
 """Partitions of a batch's attention by hand and at random, as plans."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from longctx.attention.strategies.disaggregated.assignment import home_of, mask_of
 from longctx.planner import AttentionShape, DocumentPlacement, MaskSlices, Plan, Tasks
-from longctx.sequence import TokenOwnership
+from longctx.sequence import Documents, SequencePlan
+from longctx.sequence.documents import Int64
 
 FINEST = 2  # tokens; smaller pieces are not cut again
 Piece = tuple[int, int, int, int, int, int]  # document, first and last + 1 of its rows, of its keys, server
 
 
-def plan_of(homes: TokenOwnership, *pieces_of_groups: list[Piece]) -> Plan:
+@dataclass(frozen=True, eq=False)
+class Homes:
+    """Where tokens live, one by one: the definition of what ``home_of`` says in spans.
+
+    Tokens of all batch rows are numbered row by row: row times ``length`` plus position. ``numbers[rank]``: of the
+    rank's valid tokens; ``local[rank]``: their local rows.
+    """
+
+    plans: tuple[SequencePlan | None, ...]
+
+    @classmethod
+    def of(cls, *plans: SequencePlan | None) -> Homes:
+        return cls(plans)
+
+    @property
+    def one(self) -> SequencePlan:
+        return next(plan for plan in self.plans if plan is not None)
+
+    @property
+    def world(self) -> int:
+        return len(self.plans) * self.one.world
+
+    @property
+    def documents(self) -> list[Documents]:
+        return [row for plan in self.plans if plan is not None for row in plan.documents]
+
+    @property
+    def numbers(self) -> list[Int64]:
+        return [numbers for numbers, _ in self._tokens()]
+
+    @property
+    def local(self) -> list[Int64]:
+        return [local for _, local in self._tokens()]
+
+    def _tokens(self) -> Iterator[tuple[Int64, Int64]]:
+        first = 0
+        for plan in self.plans:
+            rows = np.arange(0 if plan is None else len(plan.documents))[:, None]
+            for rank in range(self.one.world):
+                positions = self.one.positions(rank)
+                numbers = ((first + rows) * self.one.length + positions).ravel()
+                yield numbers, (rows * self.one.shard + np.arange(len(positions))).ravel()
+            first += len(rows)
+
+
+def plan_of(homes: Homes, *pieces_of_groups: list[Piece]) -> Plan:
     """Every piece of a document's square, for each heads group; cells that are not visible are nobody's."""
-    home, mask, groups = home_of(homes), mask_of(homes), len(pieces_of_groups)
+    home, mask, groups = home_of(*homes.plans), mask_of(*homes.plans), len(pieces_of_groups)
     rows = [
         row
         for group, pieces in enumerate(pieces_of_groups)
@@ -39,7 +87,7 @@ def _tasks(home: DocumentPlacement, mask: MaskSlices, piece: Piece, group: int) 
                     yield doc, cut.q0, cut.q1, cut.k0, cut.k1, cut.lo, cut.hi, group, rank, server
 
 
-def random_pieces(homes: TokenOwnership, seed: int) -> list[Piece]:
+def random_pieces(homes: Homes, seed: int) -> list[Piece]:
     """Every document's square cut at random, each piece with a random server."""
     chance, found = random.Random(seed), []
 
@@ -60,5 +108,5 @@ def random_pieces(homes: TokenOwnership, seed: int) -> list[Piece]:
     return found
 
 
-def random_plan(homes: TokenOwnership, seed: int, groups: int = 1) -> Plan:
+def random_plan(homes: Homes, seed: int, groups: int = 1) -> Plan:
     return plan_of(homes, *(random_pieces(homes, seed + group) for group in range(groups)))

@@ -10,7 +10,7 @@ from longctx.attention.runtime.registry import inner_of
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.burst import side_of
 from longctx.options import StrategyOptions
-from longctx.sequence import Explicit, Mask
+from longctx.sequence import Explicit, Mask, key_ring
 from longctx.sim import Cluster
 from tests.attention.travelling import HEADS, assert_no_order_matters, kernels, spans, traced
 from tests.equivalence import attention_cases
@@ -102,7 +102,7 @@ def test_without_a_mask_it_costs_what_the_paper_says(world, inner, dtype):
 def test_crossings_carry_each_block_once_to_each_row_of_ranks():
     world, inner, rows = 8, 4, 4
     plan = plan_of([(rows * world,)], Mask(False), LAYOUTS["striped"], rows * world, world)
-    assert plan.key_rotation_in(inner).cost == (world * (world // inner - 1) * rows, world * 2 * (inner - 1) * rows)
+    assert key_ring(plan, inner).cost == (world * (world // inner - 1) * rows, world * 2 * (inner - 1) * rows)
 
 
 def sizes(h: int, k: int, dim: int = 128, grad_dtype: str = "fp32") -> Sizes:

@@ -8,25 +8,25 @@ from hypothesis import strategies as st
 
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import home_of, mask_of
-from longctx.attention.strategies.disaggregated.execute import assign, dispatches
 from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttention
+from longctx.attention.strategies.disaggregated.prepared import assign, dispatches
 from longctx.catalog import KERNELS
 from longctx.comm import group_of
 from longctx.errors import ConfigError
 from longctx.options import StrategyOptions
 from longctx.planner import PLANNERS, AttentionShape, Plan, PlannerOptions, Topology, make_plan
-from longctx.sequence import SequencePlan, TokenOwnership
+from longctx.sequence import SequencePlan
 from longctx.sim import Cluster, Event, RankFailed, mark_step
 from longctx.verify import VerifyCase
 from longctx.verify.run import judge, run_rank
 from tests.attention import marking_kernel
-from tests.attention.cuts import plan_of, random_plan
+from tests.attention.cuts import Homes, plan_of, random_plan
 from tests.attention.travelling import spans
 from tests.volume.measure import BACKWARD, FORWARD, costs
 
 
 def plan_at_random(case: VerifyCase, seed: int, groups: int = 1) -> Plan:
-    return random_plan(TokenOwnership.of(case.plan()), seed, groups)
+    return random_plan(Homes.of(case.plan()), seed, groups)
 
 
 def check(case: VerifyCase, forward=None, backward=None):
@@ -113,7 +113,7 @@ def test_heads_groups_that_do_not_divide_are_refused():
 def test_plans_that_are_not_of_the_batch_are_refused():
     """Before anything is computed: they would be silently wrong."""
     plan = case_of(2, [12, 5]).plan()
-    homes = TokenOwnership.of(plan)
+    homes = Homes.of(plan)
     pieces = [(0, 0, 12, 0, 12, 1), (1, 0, 5, 0, 5, 0)]
     legal = plan_of(homes, pieces)
     assign(plan, legal)
@@ -121,11 +121,11 @@ def test_plans_that_are_not_of_the_batch_are_refused():
         (plan_of(homes, pieces[:1]), "not legal: document 1: tasks have other cells"),
         (plan_of(homes, [*pieces, (1, 2, 3, 0, 1, 1)]), "document 1: tasks have other"),
         (
-            plan_of(TokenOwnership.of(case_of(2, [5, 12]).plan()), [(0, 0, 5, 0, 5, 1), (1, 0, 12, 0, 12, 0)]),
+            plan_of(Homes.of(case_of(2, [5, 12]).plan()), [(0, 0, 5, 0, 5, 1), (1, 0, 12, 0, 12, 0)]),
             "not where the batch",
         ),
-        (plan_of(TokenOwnership.of(case_of(3, [12, 5]).plan()), pieces), "17 tokens on 3 ranks"),
-        (plan_of(TokenOwnership.of(case_of(2, [12, 5], window=3).plan()), pieces), "mask is not the batch's"),
+        (plan_of(Homes.of(case_of(3, [12, 5]).plan()), pieces), "17 tokens on 3 ranks"),
+        (plan_of(Homes.of(case_of(2, [12, 5], window=3).plan()), pieces), "mask is not the batch's"),
     ):
         with pytest.raises(ConfigError, match=why):
             assign(plan, other)
@@ -140,7 +140,7 @@ def test_shares_may_go_home_in_the_inputs_dtype():
 
 def test_one_server_for_all_and_servers_without_work():
     case = case_of(4, [19, 12])
-    plan = check(case, plan_of(TokenOwnership.of(case.plan()), [(0, 0, 19, 0, 19, 2), (1, 0, 12, 0, 12, 2)]))
+    plan = check(case, plan_of(Homes.of(case.plan()), [(0, 0, 19, 0, 19, 2), (1, 0, 12, 0, 12, 2)]))
     there, _ = dispatches(plan, "cad", AttentionShape())
     assert [there.cells(rank) for rank in range(4)] == [0, 0, 19 * 20 // 2 + 12 * 13 // 2, 0]
 
@@ -148,7 +148,7 @@ def test_one_server_for_all_and_servers_without_work():
 def at_home(plan):
     """Every query of the one document is served where it is."""
     rows = [(plan.positions(rank)[[0, -1]] + [0, 1]).tolist() for rank in range(plan.world)]
-    return plan_of(TokenOwnership.of(plan), [(0, *row, 0, plan.length, rank) for rank, row in enumerate(rows)])
+    return plan_of(Homes.of(plan), [(0, *row, 0, plan.length, rank) for rank, row in enumerate(rows)])
 
 
 def test_served_at_home_only_keys_travel():
@@ -163,7 +163,7 @@ def test_served_at_home_only_keys_travel():
 def test_a_token_crosses_once_however_many_tasks_read_it():
     case = case_of(2, [16])
     pieces = [(0, q, q + 2, k, k + 4, 1) for q in range(0, 16, 2) for k in range(0, 16, 4)]
-    plan = check(case, plan_of(TokenOwnership.of(case.plan()), pieces))
+    plan = check(case, plan_of(Homes.of(case.plan()), pieces))
     volume = costs("disaggregated").volume(plan, 0, Sizes(1, 2, 1, 4, 8, 8))
     sizes = Sizes(1, 2, 1, 4, 8, 8)
     assert volume.forward == 8 * (sizes.queries + 2 * sizes.keys)
@@ -184,9 +184,9 @@ def test_one_executor_runs_what_any_planner_makes(name, layout):
     """An all-gather among them, whose ranks are sent keys that they do not read."""
     for world, mask in ((1, {}), (3, {"window": 6}), (4, {"batch": 2})):
         case = case_of(world, [61, 1, 1, 40, 9], layout=layout, **mask)
-        homes = TokenOwnership.of(case.plan())
+        batch = case.plan()
         made = make_plan(
-            name, mask_of(homes), Topology(world, per_node=2), PlannerOptions(block=4, chunk=8), home_of(homes)
+            name, mask_of(batch), Topology(world, per_node=2), PlannerOptions(block=4, chunk=8), home_of(batch)
         )
         check(case, made)
 

@@ -6,14 +6,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.attention.runtime.local_kernel import kernel_for
+from longctx.attention.runtime.operator import AttentionContext
+from longctx.attention.strategies.disaggregated.assignment import home_of
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
-from longctx.attention.strategies.disaggregated.execute import dispatches
+from longctx.attention.strategies.disaggregated.prepared import dispatches, dispatches_of, prepared
+from longctx.comm import group_of
+from longctx.options import DEFAULT
 from longctx.planner import AttentionShape, legality
-from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, TokenOwnership, Zigzag
-from tests.attention.cuts import plan_of, random_pieces
+from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
+from tests.attention.cuts import Homes, plan_of, random_pieces
 
 LAYOUTS = [Contiguous(), Zigzag(), Striped(1), Striped(3)]
 MASKS = [Mask(), Mask(window=4), Mask(causal=False), Mask(causal=False, window=3)]
@@ -23,13 +29,15 @@ def by_definition(homes, pieces, server):
     """Cells served at home, queries and keys of the rest, as sets of token numbers. A piece is at home as far as all
     that its rows see lies side by side on the server."""
     first_number = [
-        row * homes.length + start for row, one in enumerate(homes.documents) for start in one.cu_seqlens[:-1].tolist()
+        row * homes.one.length + start
+        for row, one in enumerate(homes.documents)
+        for start in one.cu_seqlens[:-1].tolist()
     ]
     lengths = [length for one in homes.documents for length in one.lengths.tolist()]
-    line = dict(zip(homes.numbers[server].tolist(), homes.lines[server].tolist(), strict=True))
+    line = dict(zip(homes.numbers[server].tolist(), homes.local[server].tolist(), strict=True))
     here, rest, queries, keys = 0, 0, set(), set()
     for doc, q0, q1, k0, k1, _ in (piece for piece in pieces if piece[5] == server):
-        starts, stops = homes.mask.key_range(np.arange(q0, q1), Documents.single(lengths[doc]))
+        starts, stops = homes.one.mask.key_range(np.arange(q0, q1), Documents.single(lengths[doc]))
         for query, start, stop in zip(range(q0, q1), starts.tolist(), stops.tolist(), strict=True):
             seen = [first_number[doc] + key for key in range(max(start, k0), min(stop, k1))]
             places = [line.get(key) for key in seen]
@@ -58,7 +66,7 @@ def compare(homes, dispatch, pieces):
         ):
             places = getattr(served, side).places
             assert len(places.positions) == len(wanted)
-            for home, (numbers, line) in enumerate(zip(homes.numbers, homes.lines, strict=True)):
+            for home, (numbers, line) in enumerate(zip(homes.numbers, homes.local, strict=True)):
                 lie = [at for number, at in zip(numbers.tolist(), line.tolist(), strict=True) if number in wanted]
                 rows = getattr(dispatch.served(home), side).rows[server]
                 assert [at for start, stop in rows.intervals for at in range(start, stop)] == lie
@@ -79,16 +87,16 @@ def test_servers_ask_for_what_their_tasks_need(rows, world, layout, mask, seed):
     documents = tuple(Documents.from_lengths(lengths) for lengths in rows)
     length = max(row.length for row in documents) + seed % 3
     plan = SequencePlan(documents, mask, layout, length, world, multiple=2)
-    homes = TokenOwnership.of(plan)
+    homes = Homes.of(plan)
     pieces = random_pieces(homes, seed)
     made = plan_of(homes, pieces)
     legality.check(made)
-    compare(homes, Dispatch(homes, made), pieces)
+    compare(homes, Dispatch(made), pieces)
 
 
 def test_without_tasks_nobody_asks():
-    homes = TokenOwnership.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
-    dispatch = Dispatch(homes, plan_of(homes, []))
+    homes = Homes.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
+    dispatch = Dispatch(plan_of(homes, []))
     served = dispatch.served(1)
     assert served.here == served.rest == () and dispatch.cells(1) == 0
     assert [len(side.rows[home]) for side in (served.queries, served.keys) for home in range(2)] == [0] * 4
@@ -103,10 +111,23 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
     documents = (Documents.from_lengths([*lengths.tolist(), world * 32768 - int(lengths.sum())]),)
     plan = SequencePlan(documents, Mask(), Zigzag(), world * 32768, world)
     there, _ = dispatches(plan, "cad", AttentionShape())
-    runs, cuts = len(TokenOwnership.of(plan).runs.start), len(documents[0]) + 2 * world
-    assert runs <= 2 * world
+    runs = sum(1 + int((np.diff(plan.positions(rank)) != 1).sum()) for rank in range(world))
+    cuts = len(documents[0]) + 2 * world
+    assert runs <= 2 * world and len(home_of(plan).rank) <= cuts
     ranks = [there.plan.rank(rank) for rank in range(world)]
     assert sum(len(one.group) for rank in ranks for one in (rank.here, rank.rest)) <= 4 * cuts
+
+
+def test_an_operator_gets_what_was_prepared_and_nothing_else():
+    """It would plan again in the middle of a step, and nobody would know."""
+    plan, ring = SequencePlan((Documents.single(16),), Mask(), Contiguous(), 16, 1), group_of(None)
+    q, k = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16, 2, 8)
+    call = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
+    ahead = prepared(plan, "cad", AttentionShape(4, 2, 8, 4))
+    assert dispatches_of(call, "cad", q, k) is ahead
+    assert dispatches_of(call, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
+    with pytest.raises(AssertionError, match="was planned ahead"):
+        dispatches_of(call, "cad", q.double(), k.double())
 
 
 def test_a_plan_that_was_dispatched_does_not_outlive_its_batch():

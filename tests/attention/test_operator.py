@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longctx.attention import StrategyAttention, dense_attention, get_strategy
+from longctx.attention.runtime.operator import decoded, encoded
 from longctx.errors import ConfigError
+from longctx.options import StrategyOptions
 from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster, RankFailed
 
@@ -28,7 +30,7 @@ def drawn(plan: SequencePlan, *heads: int) -> list[torch.Tensor]:
 def test_opcheck(strategy):
     plan = plan_for(1)
     q, k, v = drawn(plan, 4, 2, 2)
-    operator = get_strategy(strategy).operator._opoverload
+    operator = get_strategy(strategy).operator
     assert operator is getattr(torch.ops.longctx, strategy).default
     torch.library.opcheck(operator, (q, k, v, plan.handle, "", "auto", 0.4))
     with torch.no_grad():
@@ -63,6 +65,19 @@ def test_compiled_attention_is_one_graph_and_exact(strategy):
     assert len(graphs) == 1, "another plan is another value of the handle, not another graph"
     calls = [node for node in graphs[0].graph.nodes if node.target is getattr(torch.ops.longctx, strategy).default]
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (StrategyOptions(), ""),
+        (StrategyOptions(grad_dtype="compute"), '{"grad_dtype": "compute"}'),
+        (StrategyOptions("compute", "kv", 2, 4), None),
+    ],
+)
+def test_options_travel_as_one_string(options, text):
+    assert decoded(encoded(options)) == options
+    assert text is None or encoded(options) == text
 
 
 def test_the_log_sum_exp_has_no_gradient():

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
-from longctx.attention.strategies.disaggregated.execute import dispatches
 from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, Phase, lockstep_plan_of
 from longctx.attention.strategies.disaggregated.pipeline import Empty, StageAttention
+from longctx.attention.strategies.disaggregated.prepared import dispatches
 from longctx.comm import group_of
 from longctx.options import StrategyOptions
 from longctx.planner import Topology
@@ -25,7 +25,7 @@ from longctx.sim import Cluster, RankFailed
 from longctx.verify import VerifyCase
 from longctx.verify.case import RankResult
 from longctx.verify.run import cut, judge
-from tests.attention.cuts import random_plan
+from tests.attention.cuts import Homes, random_plan
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 4
 EMPTY = Empty(HEADS, KV_HEADS, HEAD_DIM, torch.float64, torch.device("cpu"))
@@ -121,8 +121,8 @@ def assign_at_random(problem: Problem) -> LockstepPlan:
     for phase in Phase:
         for tick in range(ticks.count):
             for call in range(ticks.calls(phase, tick)):
-                homes = ticks.homes(ticks.held(phase, tick, call))
-                ticks.assign(phase, tick, call, Dispatch(homes, random_plan(homes, seed.randrange(2**16))))
+                homes = Homes.of(*ticks.batches(ticks.held(phase, tick, call)))
+                ticks.assign(phase, tick, call, Dispatch(random_plan(homes, seed.randrange(2**16))))
     return ticks
 
 

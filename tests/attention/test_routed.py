@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import one_node, topology_of
-from longctx.attention.strategies.disaggregated.execute import bundles_of, dispatches
+from longctx.attention.strategies.disaggregated.execute import bundles_of
+from longctx.attention.strategies.disaggregated.prepared import dispatches
 from longctx.comm import Links, register_nodes
 from longctx.options import StrategyOptions
 from longctx.planner import AttentionShape, Topology

@@ -212,7 +212,8 @@ def test_opcheck(strategy):
     q, k, v = (torch.randn(1, 31, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     attention = StrategyAttention(strategy)
     operator = getattr(torch.ops.longctx, strategy).default
-    torch.library.opcheck(operator, (q, k, v, plan.handle, attention._group, "auto", 0.4, ""))
+    kv_heads = () if strategy == "gather" else (2,)
+    torch.library.opcheck(operator, (q, k, v, plan.handle, attention._group, "auto", 0.4, "", *kv_heads))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.options import StrategyOptions
-from longctx.sequence import Explicit, Mask
+from longctx.sequence import Explicit, Mask, query_ring
 from longctx.sim import Cluster, Event
 from tests.attention.travelling import HEADS, assert_no_order_matters, spans, traced
 from tests.equivalence import attention_cases
@@ -93,7 +93,7 @@ def returns(event: Event) -> bool:
 def test_queries_and_returns_go_opposite_ways_on_channels_of_their_own():
     world = 4
     plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
-    turn = plan.query_rotation.direction
+    turn = query_ring(plan).direction
     for rank, events in enumerate(traced("token_ring", plan, (4, 2))):
         messages = [event for _, _, event in spans(events)]
         channels = [{event.group for event in messages if returns(event) is home} for home in (True, False)]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention import StrategyAttention, get_strategy
+from longctx.attention.runtime.operator import encoded
 from longctx.attention.runtime.partial import Partial
 from longctx.options import StrategyOptions
 from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag
@@ -125,8 +126,10 @@ def test_opcheck():
     documents = [Documents.from_lengths((20, 1, 9)), Documents.single(31)]
     plan = SequencePlan(documents, Mask(window=12), Zigzag(), 31, 1)
     q, k, v = (torch.randn(2, 31, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
-    operator = get_strategy("tree").operator._opoverload
-    torch.library.opcheck(operator, (q, k, v, plan.handle, "", "auto", 0.4, "auto", "compute"))
+    operator = get_strategy("tree").operator
+    torch.library.opcheck(
+        operator, (q, k, v, plan.handle, "", "auto", 0.4, encoded(StrategyOptions(grad_dtype="compute")))
+    )
     out, lse = (tensor.detach() for tensor in operator(q, k, v, plan.handle, "", "auto", 0.4))
     arguments = [tensor.detach() for tensor in (torch.randn_like(out), q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.longctx.tree_backward.default, (*arguments, plan.handle, "", "auto", 0.4))

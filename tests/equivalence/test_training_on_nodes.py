@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longctx.attention.strategies.disaggregated import execute as disaggregated
 from longctx.attention.strategies.disaggregated import lockstep as ticks
+from longctx.attention.strategies.disaggregated import prepared as disaggregated
 from longctx.launcher import build, cli
 from longctx.reporting.report.page import render
 from longctx.sequence import make_plan
@@ -64,7 +64,7 @@ def test_plans_follow_the_nodes_of_the_sequence_group(tmp_path, monkeypatch, par
     monkeypatch.setattr(disaggregated, "planned", lambda *args: asked.append(args) or plan(*args))
     found, _ = train_on_sim(config_of(tmp_path / "shared", parallel, devices))
     assert {(topology.servers, topology.per_node) for *_, topology in asked} == {(parallel["sp"], per_node)}
-    batches = [homes.documents for homes, *_ in asked]
+    batches = [plans[0].documents for plans, *_ in asked]
     assert len(set(batches)) == len(batches) > 0
     alone, _ = train_on_sim(config_of(tmp_path / "alone", {}, None, "local"))
     assert largest_difference(found, alone) <= 1e-9

@@ -59,7 +59,7 @@ def completed(strategy: str, plan: SequencePlan, heads: tuple[int, int], inner: 
     tails = tail_of(out, lse, *context[:2])
     traffic = group_of(dist.group.WORLD).traffic
     before = traffic.bytes, traffic.messages
-    again = COMPLETIONS[operator._opoverload](q, k, v, *tails, *context)
+    again = COMPLETIONS[operator](q, k, v, *tails, *context)
     return (out, lse), again, [traffic.bytes - before[0], traffic.messages - before[1]]
 
 

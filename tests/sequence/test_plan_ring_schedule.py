@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag
+from longctx.sequence import Contiguous, Documents, Mask, Rows, SequencePlan, Striped, Zigzag, key_ring, query_ring
 from tests.sequence.brute_force import examples
 from tests.volume.ring_count import visible
 
@@ -32,7 +32,7 @@ def readings(plan: SequencePlan, queries: bool):
 def test_a_block_meets_every_rank_once_with_all_that_it_reads(example, queries, data):
     plan, world = example.plan(), example.world
     lap = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    rotation = plan.query_rotation_in(lap) if queries else plan.key_rotation_in(lap)
+    rotation = query_ring(plan, lap) if queries else key_ring(plan, lap)
     reads = readings(plan, queries)
     for owner in range(world):
         assert sorted(rotation.holder(owner, hop) for hop in range(world)) == list(range(world))
@@ -55,7 +55,7 @@ def test_a_block_meets_every_rank_once_with_all_that_it_reads(example, queries, 
 def test_what_nobody_reads_later_is_left_behind_but_for_a_trifle(example, data):
     plan, world = example.plan(), example.world
     lap = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    rotation, reads = plan.key_rotation_in(lap), readings(plan, False)
+    rotation, reads = key_ring(plan, lap), readings(plan, False)
     for owner in range(world):
         for hop in range(1, world):
             end = world if hop % lap == 0 else hop - hop % lap + lap
@@ -72,8 +72,8 @@ def test_what_nobody_reads_later_is_left_behind_but_for_a_trifle(example, data):
 @pytest.mark.parametrize("mask", [Mask(), Mask(False), Mask(window=20)])
 def test_one_row_and_rows_of_one_are_the_same_plain_ring(layout, mask):
     plan = SequencePlan([Documents.from_lengths((50, 40))], mask, layout, 96, 4)
-    row, column = plan.key_rotation_in(4), plan.key_rotation_in(1)
-    assert row is plan.rotation and (row.cost[0], column.cost[1]) == (0, 0)
+    row, column = key_ring(plan, 4), key_ring(plan, 1)
+    assert row is key_ring(plan) and (row.cost[0], column.cost[1]) == (0, 0)
     assert row.direction == column.direction
     for owner in range(4):
         assert [row.holder(owner, hop) for hop in range(4)] == [column.holder(owner, hop) for hop in range(4)]
@@ -83,5 +83,5 @@ def test_one_row_and_rows_of_one_are_the_same_plain_ring(layout, mask):
 def test_crossings_are_what_is_saved_first():
     """Contiguous and causal: a block never crosses to rows before its own, and never twice."""
     plan = SequencePlan([Documents.single(96)], Mask(), Contiguous(), 96, 8)
-    assert plan.key_rotation_in(4).cost[0] == 4 * 12
-    assert plan.key_rotation_in(2).cost[0] == 2 * 12 * (3 + 2 + 1)
+    assert key_ring(plan, 4).cost[0] == 4 * 12
+    assert key_ring(plan, 2).cost[0] == 2 * 12 * (3 + 2 + 1)

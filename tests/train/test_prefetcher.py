@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longctx.attention.strategies.disaggregated import dispatch
-from longctx.attention.strategies.disaggregated import execute as disaggregated
+from longctx.attention.strategies.disaggregated import prepared as disaggregated
 from longctx.data import Loader, Packing
 from longctx.errors import DataError
 from longctx.launcher import build

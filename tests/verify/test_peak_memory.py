@@ -2,7 +2,7 @@
 
 import torch
 
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
+from longctx.operators import IMPLEMENTATIONS
 from longctx.verify.memory import PeakMemory
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from longctx.attention import StrategyAttention
 from longctx.attention.runtime.head_sharding import HeadGroups
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.attention.runtime.sizes import Sizes
 from longctx.catalog import KERNELS
+from longctx.operators import IMPLEMENTATIONS
 from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import Mask, SequencePlan
 from longctx.sim import Cluster

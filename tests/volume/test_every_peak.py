@@ -11,9 +11,9 @@ import torch.distributed as dist
 from benchmarks.tables.volume import ABOVE, WITHIN
 from longctx import catalog
 from longctx.attention import AttentionCase, StrategyAttention
-from longctx.attention.runtime.operator import IMPLEMENTATIONS
 from longctx.attention.runtime.sizes import Sizes
 from longctx.catalog import KERNELS
+from longctx.operators import IMPLEMENTATIONS
 from longctx.sim import Cluster
 from longctx.verify.memory import PeakMemory
 from tests.equivalence.pairwise import pairwise

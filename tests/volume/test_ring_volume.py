@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from longctx.attention.costs.estimate import Volume
 from longctx.attention.runtime.sizes import Sizes
 from longctx.options import StrategyOptions
-from longctx.sequence import Contiguous, Explicit, Mask, SequencePlan
+from longctx.sequence import Contiguous, Explicit, Mask, SequencePlan, key_ring
 from longctx.sim import Cluster
 from tests.equivalence.pairwise import pairwise
 from tests.sequence.brute_force import examples
@@ -21,7 +21,7 @@ def measured_by_pass(plan: SequencePlan, heads: int, kv_heads: int, dtype: torch
     """Bytes by rank in forward and in backward; none goes another way than the ring's."""
     cluster = Cluster(plan.world)
     found = measured("ring", plan, (heads, kv_heads), dtype, cluster=cluster)
-    turn = plan.rotation.direction
+    turn = key_ring(plan).direction
     forward = [
         (rank, event.peers[0])
         for rank, events in enumerate(cluster.trace)
@@ -123,7 +123,7 @@ def test_closed_form_is_the_independent_count(example):
 @given(examples(longest=300, rows=2))
 def test_long_blocks_are_narrowed_by_the_documented_rule(example):
     plan = example.plan()
-    assert [plan.rotation.rows_sent(rank) for rank in range(example.world)] == count(plan).keys
+    assert [key_ring(plan).rows_sent(rank) for rank in range(example.world)] == count(plan).keys
 
 
 def test_documents_that_end_on_shard_edges_send_nothing():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from longctx.attention.costs.estimate import Peak, Sent, Volume
 from longctx.attention.runtime.head_sharding import HeadGroups, HeadSplit
 from longctx.attention.runtime.sizes import Sizes
-from longctx.sequence import SequencePlan
+from longctx.sequence import SequencePlan, row_places
 
 Around = Callable[[SequencePlan, Sizes], Peak]  # of the passes between rows, beside what is saved
 
@@ -78,7 +78,7 @@ class _Group:
         others = [groups.part(rank, group) for rank in range(groups.ranks) if rank != me]
         away = sum(split.queries + 2 * split.keys(other) + mine for other in others)
         copied = 2 * local if split.copies(part) else 0
-        by_index = not all(plan.row_places(groups.ranks, row).in_runs for row in range(joined.world))
+        by_index = not all(row_places(plan, groups.ranks, row).in_runs for row in range(joined.world))
         summed = 2 * split.keys(part) if copied else 0
         return cls(
             swapped=plan.shard * away * one.queries,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from longctx.attention.costs.estimate import Costs, Peak, Volume
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.gather import head_groups
-from longctx.sequence import SequencePlan
+from longctx.sequence import SequencePlan, gathered_keys
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
@@ -41,7 +41,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         following = sum(seen) + sent if part < 1 else 0
         forward = max(forward, sizes.held(keys=(keys + following) * part))
         summed, home = here + own, sum(seen) + asked
-        if not plan.gathered(rank).places.in_runs:
+        if not gathered_keys(plan, rank).places.in_runs:
             summed += picked
         if sizes.options.grad_dtype == "compute":
             keys, summed, home = keys + home, summed + picked, 0

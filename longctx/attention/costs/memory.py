@@ -35,7 +35,7 @@ def _in_flight(rotation: RingSchedule, rank: int, hop: int, to: int) -> tuple[in
 
 @dataclass(frozen=True)
 class GradientsAlive:
-    """Rows of visiting blocks' gradients at one hop, as they are summed and as they go home (``straight``), while
+    """Rows of visiting blocks' gradients at one hop, as they are summed and as they go home (``direct``), while
     room is made for the next, while they are computed, and while they are sent."""
 
     room: tuple[int, int]
@@ -43,11 +43,11 @@ class GradientsAlive:
     sending: tuple[int, int]
 
 
-def alive_on_way(rotation: RingSchedule, rank: int, straight: bool, sizes: Sizes) -> list[GradientsAlive]:
-    """By hop, of gradients of visiting blocks that are summed on their way or go straight home."""
-    if not straight:
+def alive_on_way(rotation: RingSchedule, rank: int, direct: bool, sizes: Sizes) -> list[GradientsAlive]:
+    """By hop, of gradients of visiting blocks that are summed on their way or go home directly."""
+    if not direct:
         return gradients_alive(rotation, rank)
-    return straight_alive(rotation, rank, sizes.options.grad_dtype == "compute" and sizes.element < sizes.wide)
+    return direct_alive(rotation, rank, sizes.options.grad_dtype == "compute" and sizes.element < sizes.wide)
 
 
 def gradients_alive(rotation: RingSchedule, rank: int) -> list[GradientsAlive]:
@@ -70,8 +70,8 @@ def gradients_alive(rotation: RingSchedule, rank: int) -> list[GradientsAlive]:
     return found
 
 
-def straight_alive(rotation: RingSchedule, rank: int, converted: bool) -> list[GradientsAlive]:
-    """By hop: those that ``GradientReturn`` sends straight home, beside its own. ``converted``: to another dtype."""
+def direct_alive(rotation: RingSchedule, rank: int, converted: bool) -> list[GradientsAlive]:
+    """By hop: those that ``GradientReturn`` sends home directly, beside its own. ``converted``: to another dtype."""
     found, before, under_way = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
     for hop in range(1, rotation.world):
         stop = rotation.at(rotation.owner(rank, hop), hop)

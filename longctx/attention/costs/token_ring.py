@@ -9,13 +9,13 @@ from longctx.attention.costs.estimate import Costs, Peak, Volume
 from longctx.attention.costs.memory import alive_on_way, blocks_alive
 from longctx.attention.runtime.ring_transport import tally
 from longctx.attention.runtime.sizes import Sizes
-from longctx.sequence import SequencePlan
+from longctx.sequence import SequencePlan, query_ring
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
-    passed, blocks = tally(plan.query_rotation.leaving(rank))
-    returned, shares = tally(plan.query_rotation.returning(rank, straight=True))
+    passed, blocks = tally(query_ring(plan).leaving(rank))
+    returned, shares = tally(query_ring(plan).returning(rank, direct=True))
     home = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
     return Volume(
         passed * sizes.queries + returned * (home + sizes.lse),
@@ -28,7 +28,7 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
     at hand, leaving and coming."""
-    rows, rotation, compute = plan.shard, plan.query_rotation, sizes.options.grad_dtype == "compute"
+    rows, rotation, compute = plan.shard, query_ring(plan), sizes.options.grad_dtype == "compute"
     wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
     merging = rows * sizes.held(outputs=int(compute), sums=2) if plan.world > 1 else 0
     forward = rows * sizes.held(queries=1)
@@ -38,7 +38,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         ):
             for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
                 forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
-    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, straight=True))
+    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, direct=True))
 
 
 COSTS = Costs(volume, peak_memory)

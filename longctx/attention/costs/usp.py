@@ -9,7 +9,7 @@ from longctx.attention.costs.all_to_all import peak_in_rows, swap_sends
 from longctx.attention.costs.estimate import Costs, Peak, Sent, summed
 from longctx.attention.runtime.head_sharding import HeadGroups
 from longctx.attention.runtime.sizes import Sizes
-from longctx.sequence import SequencePlan
+from longctx.sequence import SequencePlan, key_ring
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
@@ -27,7 +27,7 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """What swaps around the ring of rows take."""
-    return peak_in_rows(plan, sizes, lambda rows, own: ring.keys_alive(rows, rows.rotation, own))
+    return peak_in_rows(plan, sizes, lambda rows, own: ring.keys_alive(rows, key_ring(rows), own))
 
 
 COSTS = Costs(summed(sends), peak_memory, sends)

@@ -1,4 +1,4 @@
-"""Attention between two swaps of axes: Ulysses, and whatever goes on between rows of a grid, as one operator.
+"""Attention between two all-to-alls: Ulysses, and whatever goes on between rows of a grid, as one operator.
 
     start bringing the first heads
     for each group of my heads:                    backward:
@@ -6,38 +6,42 @@
         attention of all the row's tokens              its gradients
         start sending out home                         start sending dq, dk, dv home
 
-so that all swaps but the first and the last hide behind the computing of other heads. What attention computes between
-the rows is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept for the
-backward pass as they lie in the row, so that they do not travel again.
+so that all exchanges but the first and the last hide behind the computing of other heads. What attention computes
+between the rows is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept
+for the backward pass as they lie in the row, so that they do not travel again.
+
+Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them, so that layouts,
+documents and windows are whatever that plan says. Who has which heads is ``runtime.head_sharding``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.head_sharding import GridRow, HeadGroups, ToHeads, ToTokens, sum_copies
+from longctx.attention.runtime.head_sharding import HeadGroups
 from longctx.attention.runtime.operator import (
+    QKV,
     Attend,
     AttentionContext,
     Backward,
     Forward,
     Saved,
-    call_of,
-    register,
+    context_of,
     require_fit,
 )
 from longctx.attention.runtime.partial import accumulation_dtype
-from longctx.comm import group_named
+from longctx.comm import Group, Pending, exchange, group_named
 from longctx.errors import ConfigError
+from longctx.operators import Gradient, define_operator
+from longctx.sequence import Places, row_places
 
-# Without defaults, for torch leaves out arguments that equal them, and where a list is returned it wants a gradient of
-# just as many as were given.
-_CONTEXT = "Tensor plan, str group, str kernel, float scale, str options"
+# Of k backward is given the number of heads alone; it comes last, so that it stands where torch leaves nothing out.
+_CONTEXT = "Tensor plan, str group, str kernel, float scale, str options, int kv_heads"
 
 
 def forward_in_rows(
@@ -45,20 +49,19 @@ def forward_in_rows(
 ) -> tuple[Tensor, list[Saved]]:
     """q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]`` to out of the local tokens, and what backward takes of each
     group of heads: q, k, v, out ``[B, T/SP·u, heads, D]`` and lse ``[B, T/SP·u, heads]``."""
-    row, inside = GridRow.of(call.plan, call.group), _inside(call)
-    groups = HeadGroups.of(q.shape[2], k.shape[2], row.group.size)
-    home = OutputAssembly(row, groups, q[:, :, :0], ((q.shape[2], q.dtype),))
-    coming = [_bring(q, k, v, row, groups, 0)]
+    row, column = GridRow.of(call, q.shape[2], k.shape[2]), _over_column(call)
+    assembly = OutputAssembly(row, q[:, :, :0], ((q.shape[2], q.dtype),))
+    coming = [ToHeads(row, (q, k, v), 0)]
     kept: list[Saved] = []
-    for group in range(groups.count):
-        if group + 1 < groups.count:
-            coming.append(_bring(q, k, v, row, groups, group + 1))
-        inputs = _in_order(coming.pop(0), row, groups, group)
-        out, lse = attend(*inputs, inside)
+    for group in range(row.heads.count):
+        if group + 1 < row.heads.count:
+            coming.append(ToHeads(row, (q, k, v), group + 1))
+        inputs = _with_copies(coming.pop(0).wait(), row, group)
+        out, lse = attend(*inputs, column)
         kept.append((*inputs, out.to(q.dtype), lse))
         del out
-        home.send(kept[-1][3:4], group)
-    [whole] = home.finish()
+        assembly.send(kept[-1][3:4], group)
+    [whole] = assembly.finish()
     return whole, kept
 
 
@@ -66,110 +69,181 @@ def backward_in_rows(
     dout: Tensor, kept: Sequence[Saved], call: AttentionContext, kv_heads: int, differentiate: Backward
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v; those of key/value heads that ranks share are summed."""
-    row, inside, dtype = GridRow.of(call.plan, call.group), _inside(call), dout.dtype
-    groups = HeadGroups.of(dout.shape[2], kv_heads, row.group.size)
-    keys = (kv_heads, accumulation_dtype(dtype) if groups.shared else dtype)
-    home = OutputAssembly(row, groups, dout[:, :, :0], ((dout.shape[2], dtype), keys, keys), groups.shared)
-    coming = [_bring_upstream(dout, row, groups, 0)]
+    row, column, dtype = GridRow.of(call, dout.shape[2], kv_heads), _over_column(call), dout.dtype
+    keys = (kv_heads, accumulation_dtype(dtype) if row.heads.shared else dtype)
+    assembly = OutputAssembly(row, dout[:, :, :0], ((dout.shape[2], dtype), keys, keys), row.heads.shared)
+    coming = [ToHeads(row, (dout,), 0)]
     for group, saved in enumerate(kept):
-        if group + 1 < groups.count:
-            coming.append(_bring_upstream(dout, row, groups, group + 1))
+        if group + 1 < row.heads.count:
+            coming.append(ToHeads(row, (dout,), group + 1))
         [upstream] = coming.pop(0).wait()
-        grads = differentiate(upstream, saved, inside)
+        grads = differentiate(upstream, saved, column)
         del upstream
-        grads = _unshared(grads, dtype, row, groups, group)
-        home.send(grads, group)
+        grads = _without_copies(grads, dtype, row, group)
+        assembly.send(grads, group)
         del grads
-    dq, dk, dv = home.finish()
+    dq, dk, dv = assembly.finish()
     return dq, dk.to(dtype), dv.to(dtype)
+
+
+def _over_column(call: AttentionContext) -> AttentionContext:
+    """Attention between rows: of all the row's tokens, over the column of this rank."""
+    assert call.group.inner is not None and call.group.outer is not None, "StrategyAttention makes the grid"
+    return replace(call, plan=call.plan.joined(call.group.inner.size), group=call.group.outer)
+
+
+def _with_copies(found: Sequence[Tensor], row: GridRow, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a group, with copies of key/value heads where a kernel wants them."""
+    queries, keys, values = found
+    copies = row.heads.copies(row.group.rank, group)
+    return (queries, keys, values) if copies is None else (queries, keys[:, :, copies], values[:, :, copies])
+
+
+def _without_copies(
+    grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, row: GridRow, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the dtype in which they travel; those of copies of a key/value head are summed."""
+    dq, dk, dv = grads
+    copies, heads = row.heads.copies(row.group.rank, group), row.heads.key_heads(row.group.rank, group)
+    if copies is not None:
+        dk, dv = (_sum_copies(grad, copies, heads.stop - heads.start) for grad in (dk, dv))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
+    total = grad.new_zeros(*grad.shape[:2], heads, grad.shape[3], dtype=accumulation_dtype(grad.dtype))
+    total.index_add_(2, torch.tensor(copies, device=grad.device), grad.to(total.dtype))
+    return total.to(grad.dtype)
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A row of the grid, seen from one of its ranks: whose tokens lie where among those of the row, and who has which
+    heads. ``tokens``: physical ones, T/SP of this rank times ranks: a constant of the run."""
+
+    group: Group
+    places: Places  # of each rank's valid tokens among the row's
+    tokens: int
+    heads: HeadGroups
+
+    @classmethod
+    def of(cls, call: AttentionContext, heads: int, kv_heads: int) -> GridRow:
+        plan, inner = call.plan, call.group.inner
+        assert inner is not None, "StrategyAttention makes the grid"
+        places = row_places(plan, inner.size, call.group.rank // inner.size)
+        return cls(inner, places, inner.size * plan.shard, HeadGroups.of(heads, kv_heads, inner.size))
+
+    @property
+    def valid(self) -> int:
+        """Tokens of this rank that are no padding."""
+        return self.places.counts[self.group.rank]
+
+    def views(self, tensors: Sequence[Tensor], rank: int, group: int) -> list[Tensor]:
+        """Of local tokens the heads that belong to a rank's group, ``[B, valid, heads, D]``; the first of the tensors
+        is of query heads, the others of key/value heads."""
+        queries, keys = self.heads.query_heads(rank, group), self.heads.key_heads(rank, group)
+        return [whole[:, : self.valid, keys if number else queries] for number, whole in enumerate(tensors)]
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """For all tokens of the row, ``[B, T/SP·u, heads, D]``; padding, where there is any, is 0."""
+        shape = (like.shape[0], self.tokens, *like.shape[2:])
+        return like.new_empty(shape) if sum(self.places.counts) == self.tokens else like.new_zeros(shape)
+
+    def exchange(self, parts: dict[int, Tensor], heads: Sequence[int], tokens: Sequence[int]) -> Pending:
+        """All-to-all: sends ``parts[r]`` to rank r of the row; expects so many heads of so many tokens of each."""
+        first = next(iter(parts.values()), None)
+        if first is None:
+            return exchange(self.group, [], [])
+        shapes = [(first.shape[0], tokens[rank], heads[rank], first.shape[3]) for rank in self.group.others]
+        receives = [(rank, first.new_empty(shape)) for rank, shape in zip(self.group.others, shapes, strict=True)]
+        return exchange(self.group, list(parts.items()), receives)
+
+
+class ToHeads:
+    """Tensors of local tokens ``[B, T/SP, heads, D]``, on their way to the ranks that compute a group of their heads:
+    one message per rank, all tensors side by side."""
+
+    def __init__(self, row: GridRow, tensors: Sequence[Tensor], group: int) -> None:
+        parts = [row.views(tensors, rank, group) for rank in range(row.group.size)]
+        self._row, self._own = row, parts[row.group.rank]
+        self._widths = [part.shape[2] for part in self._own]
+        packed = {rank: torch.cat(parts[rank], dim=2) for rank in row.group.others}
+        self._pending = row.exchange(packed, [sum(self._widths)] * row.group.size, row.places.counts)
+
+    def wait(self) -> list[Tensor]:
+        """Each tensor of the row's tokens in order of position, ``[B, T/SP·u, heads, D]``; padding is 0."""
+        row = self._row
+        wholes = [row.buffer(part) for part in self._own]
+        for whole, part in zip(wholes, self._own, strict=True):
+            row.places.put(row.group.rank, part, whole)
+        for rank, message in zip(row.group.others, self._pending.wait(), strict=True):
+            for whole, part in zip(wholes, message.split(self._widths, dim=2), strict=True):
+                row.places.put(rank, part, whole)
+        return wholes
 
 
 class OutputAssembly:
     """Whole tensors of the local tokens, ``[B, T/SP, heads, D]``, which come home group by group of all ranks' heads.
 
     ``like``: what else they are like. ``wholes``: heads and dtype of each, the first of queries, others of keys.
-    ``sums``: ranks share heads of these. They are made when the first group leaves.
+    ``sums``: ranks share heads of these; what comes is added, this rank's own first and then in the order of ranks.
     """
 
     def __init__(
-        self,
-        row: GridRow,
-        groups: HeadGroups,
-        like: Tensor,
-        wholes: tuple[tuple[int, torch.dtype], ...],
-        sums: bool = False,
+        self, row: GridRow, like: Tensor, wholes: tuple[tuple[int, torch.dtype], ...], sums: bool = False
     ) -> None:
-        self._row, self._groups, self._like, self._sums = row, groups, like, sums
-        self._shapes = wholes
-        self._wholes: list[Tensor] = []
-        self._under_way: ToTokens | None = None
+        self._row, self._like, self._sums, self._shapes = row, like, sums, wholes
+        self._wholes: list[Tensor] = []  # made when the first group leaves
+        self._under_way: tuple[int, Pending] | None = None
 
     def send(self, shares: tuple[Tensor, ...], group: int) -> None:
         """Of the row's tokens in this rank's heads of the group; the group before has come home while they were
         computed."""
-        self._land()
+        row, me = self._row, self._row.group.rank
+        self._receive()
         if not self._wholes:
-            self._wholes = [self._made(heads, dtype) for heads, dtype in self._shapes]
-        rooms = [self._rooms(rank, group) for rank in range(self._groups.ranks)]
-        self._under_way = ToTokens(self._row, shares, rooms, self._sums)
+            self._wholes = [self._zeros_or_empty(heads, dtype) for heads, dtype in self._shapes]
+        packed = {rank: self._packed(shares, rank) for rank in row.group.others}
+        widths = [sum(part.shape[2] for part in row.views(self._wholes, rank, group)) for rank in range(row.group.size)]
+        self._under_way = group, row.exchange(packed, widths, [row.valid] * row.group.size)
+        if self._sums:
+            self._add(me, group, self._packed(shares, me))
+        else:
+            for share, whole in zip(shares, row.views(self._wholes, me, group), strict=True):
+                row.places.pick(me, share, whole)
 
     def finish(self) -> list[Tensor]:
-        self._land()
+        self._receive()
         return self._wholes
 
-    def _land(self) -> None:
+    def _receive(self) -> None:
         if self._under_way:
-            self._under_way.wait()
+            group, pending = self._under_way
+            for rank, message in zip(self._row.group.others, pending.wait(), strict=True):
+                self._add(rank, group, message)
             self._under_way = None
 
-    def _made(self, heads: int, dtype: torch.dtype) -> Tensor:
+    def _add(self, rank: int, group: int, message: Tensor) -> None:
+        wholes = self._row.views(self._wholes, rank, group)
+        for whole, part in zip(wholes, message.split([one.shape[2] for one in wholes], dim=2), strict=True):
+            if self._sums:
+                whole.add_(part)
+            else:
+                whole.copy_(part)
+
+    def _packed(self, shares: tuple[Tensor, ...], rank: int) -> Tensor:
+        """The rank's tokens, of all tensors side by side."""
+        batch, _, _, dim = shares[0].shape
+        widths, places = [share.shape[2] for share in shares], self._row.places
+        packed = shares[0].new_empty(batch, places.counts[rank], sum(widths), dim)
+        for share, part in zip(shares, packed.split(widths, dim=2), strict=True):
+            places.pick(rank, share, part)
+        return packed
+
+    def _zeros_or_empty(self, heads: int, dtype: torch.dtype) -> Tensor:
         batch, shard, _, dim = self._like.shape
         whole = self._like.new_empty(batch, shard, heads, dim, dtype=dtype)
         return whole if self._row.valid == shard and not self._sums else whole.zero_()
-
-    def _rooms(self, rank: int, group: int) -> list[Tensor]:
-        queries, *keys = self._wholes
-        read = self._groups.split.key_heads(self._groups.part(rank, group))
-        parts = [(queries, self._groups.heads(rank, group)), *((whole, read) for whole in keys)]
-        return [whole[:, : self._row.valid, some] for whole, some in parts]
-
-
-def _inside(call: AttentionContext) -> AttentionContext:
-    """Attention between rows: of all the row's tokens, over the column of this rank."""
-    assert call.group.inner is not None and call.group.outer is not None, "StrategyAttention makes the grid"
-    return replace(call, plan=call.plan.joined(call.group.inner.size), group=call.group.outer)
-
-
-def _bring(q: Tensor, k: Tensor, v: Tensor, row: GridRow, groups: HeadGroups, group: int) -> ToHeads:
-    """Each rank its group's heads of q, k and v, side by side."""
-    parts = []
-    for rank in range(groups.ranks):
-        queries, keys = groups.heads(rank, group), groups.split.key_heads(groups.part(rank, group))
-        parts.append([whole[:, : row.valid, some] for whole, some in ((q, queries), (k, keys), (v, keys))])
-    return ToHeads(row, parts)
-
-
-def _bring_upstream(dout: Tensor, row: GridRow, groups: HeadGroups, group: int) -> ToHeads:
-    return ToHeads(row, [[dout[:, : row.valid, groups.heads(rank, group)]] for rank in range(groups.ranks)])
-
-
-def _in_order(arriving: ToHeads, row: GridRow, groups: HeadGroups, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of the group that has arrived, with copies of key/value heads where a kernel wants them."""
-    queries, keys, values = arriving.wait()
-    copies = groups.split.copies(groups.part(row.group.rank, group))
-    return (queries, keys, values) if copies is None else (queries, keys[:, :, copies], values[:, :, copies])
-
-
-def _unshared(
-    found: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, row: GridRow, groups: HeadGroups, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the dtype in which they travel; copies of a key/value head are summed."""
-    dq, dk, dv = found
-    part = groups.part(row.group.rank, group)
-    copies = groups.split.copies(part)
-    if copies is not None:
-        dk, dv = (sum_copies(grad, copies, groups.split.keys(part)) for grad in (dk, dv))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def _require_shares(q: Tensor, call: AttentionContext) -> None:
@@ -190,63 +264,46 @@ def swapped(name: str, attend: Forward, differentiate: Backward) -> Attend:
     """
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, list[Tensor]]:
-        call = call_of(q, k, *context)
+        call = context_of(q, k, *context[:-1])
         require_fit(q, call.plan, call.group)
         _require_shares(q, call)
         out, kept = forward_in_rows(q, k, v, call, attend)
         return out, [tensor for saved in kept for tensor in saved]
 
-    def run_backward(dout: Tensor, kept: list[Tensor], kv_heads: int, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run_backward(dout: Tensor, kept: list[Tensor], *context: Any) -> tuple[Tensor, Tensor, Tensor]:
         saved = [_saved(kept[first : first + 5]) for first in range(0, len(kept), 5)]
-        return backward_in_rows(dout, saved, call_of(kept[0], kept[1], *context), kv_heads, differentiate)
+        call = context_of(kept[0], kept[1], *context[:-1])
+        return backward_in_rows(dout, saved, call, context[-1], differentiate)
 
-    forward_op = register(name, run_forward, f"(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor[])")
-    backward_op = register(
-        f"{name}_backward",
-        run_backward,
-        f"(Tensor dout, Tensor[] kept, int kv_heads, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    )
-
-    @forward_op.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any) -> tuple[Tensor, list[Tensor]]:
-        inner = group_named(group).inner
-        assert inner is not None, "StrategyAttention makes the grid"
-        groups = HeadGroups.of(q.shape[2], k.shape[2], inner.size)
-        rows, dtype = (q.shape[0], q.shape[1] * inner.size), accumulation_dtype(q.dtype)
-        kept = []
-        for number in range(groups.count):
-            keys = groups.split.local_keys(groups.part(inner.rank, number))
-            shapes = [(heads, q.shape[3]) for heads in (groups.split.queries, keys, keys, groups.split.queries)]
-            kept += [q.new_empty(*rows, *shape) for shape in shapes]
-            kept.append(q.new_empty(*rows, groups.split.queries, dtype=dtype))
-        return q.new_empty(q.shape), kept
-
-    @backward_op.register_fake
-    def _(dout: Tensor, kept: list[Tensor], kv_heads: int, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
-        keys = dout.new_empty(*dout.shape[:2], kv_heads, dout.shape[3])
-        return dout.new_empty(dout.shape), keys, torch.empty_like(keys)
-
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-        _, k, _, plan, *ctx.names = inputs
-        ctx.kv_heads = k.shape[2]
-        ctx.save_for_backward(*output[1], plan)
-        ctx.mark_non_differentiable(*output[1])
-        ctx.set_materialize_grads(False)
-
-    def differentiate_operator(ctx: Any, dout: Tensor | None, _kept: Any) -> tuple[Tensor | None, ...]:
-        context = (None,) * (1 + len(ctx.names))
-        if dout is None:
-            return (None, None, None, *context)
-        *kept, plan = ctx.saved_tensors
-        return (*backward_op(dout, kept, ctx.kv_heads, plan, *ctx.names), *context)
-
-    forward_op.register_autograd(differentiate_operator, setup_context=remember)
+    schema = f"({QKV}, {_CONTEXT}) -> (Tensor out, Tensor[] kept)"
+    gradient = Gradient(run_backward, ("kept",), ("q", "k", "v"), _gradient_shapes)
+    operator = define_operator(name, schema, run_forward, _shapes, gradient)
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *names: Any) -> tuple[Tensor, Tensor]:
-        out, kept = forward_op(q, k, v, plan, group, *names)
+        kernel, scale, options = (*names, "")[:3]
+        out, kept = operator(q, k, v, plan, group, kernel, scale, options, k.shape[2])
         return out, kept[-1]
 
     return run
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *_: Any) -> tuple[Tensor, list[Tensor]]:
+    inner = group_named(group).inner
+    assert inner is not None, "StrategyAttention makes the grid"
+    groups = HeadGroups.of(q.shape[2], k.shape[2], inner.size)
+    rows, dtype = (q.shape[0], q.shape[1] * inner.size), accumulation_dtype(q.dtype)
+    kept = []
+    for number in range(groups.count):
+        keys = groups.split.local_keys(groups.part(inner.rank, number))
+        shapes = [(heads, q.shape[3]) for heads in (groups.split.queries, keys, keys, groups.split.queries)]
+        kept += [q.new_empty(*rows, *shape) for shape in shapes]
+        kept.append(q.new_empty(*rows, groups.split.queries, dtype=dtype))
+    return q.new_empty(q.shape), kept
+
+
+def _gradient_shapes(dout: Tensor, kept: list[Tensor], *context: Any) -> tuple[Tensor, Tensor, Tensor]:
+    keys = dout.new_empty(*dout.shape[:2], context[-1], dout.shape[3])
+    return dout.new_empty(dout.shape), keys, torch.empty_like(keys)
 
 
 def _saved(kept: list[Tensor]) -> Saved:

@@ -1,8 +1,7 @@
-"""A strategy as a pair of torch custom operators.
+"""A strategy as a pair of operators (``longctx.operators``): what they take, and what a strategy is told.
 
-An ``autograd.Function`` would hide attention from selective recompute and break ``torch.compile``'s graph.
-As operators, the forward can be marked MUST_SAVE, so that recompute keeps (out, lse) and attention neither
-runs nor communicates twice, and the compiler sees one node.
+What is no tensor an operator takes by name: the plan by its handle, the group and the kernel by theirs, and the options
+as one string, so that a new option changes no schema.
 """
 
 from __future__ import annotations
@@ -20,19 +19,25 @@ from longctx.attention.runtime.local_kernel import LocalKernel, kernel_for
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, group_named
 from longctx.errors import ConfigError
+from longctx.operators import Gradient, define_operator
 from longctx.options import DEFAULT, StrategyOptions
 from longctx.sequence import SequencePlan, plan_of
+from longctx.sequence.plan import named_by
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """All that a strategy is told besides its tensors."""
+    """All that a strategy is told besides its tensors.
+
+    ``named``: what the operator's handle names; the plan, or what has it as ``plan`` and says more than a plan could.
+    """
 
     plan: SequencePlan
     group: Group
     kernel: LocalKernel
     scale: float
     options: StrategyOptions
+    named: object
 
 
 class Forward(Protocol):
@@ -65,11 +70,8 @@ class Attend(Protocol):
 # Of a strategy's operator: what completes its (out, lse), of which only the tail was kept (``tail_of``).
 COMPLETIONS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-# What runs behind each operator, for tools that look inside (a dispatch mode sees an operator as one call).
-IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
-
+QKV = "Tensor q, Tensor k, Tensor v"
 CONTEXT = 'Tensor plan, str group, str kernel, float scale, str options=""'
-CONTEXT_SIZE = 5
 
 
 @lru_cache(maxsize=64)
@@ -87,17 +89,10 @@ def decoded(options: str) -> StrategyOptions:
     return StrategyOptions(**json.loads(options)) if options else DEFAULT
 
 
-def register(name: str, run: Callable[..., Any], schema: str) -> Any:
-    """The operator ``longctx::<name>``, which tools that look inside know too. It changes none of its arguments."""
-    operator = torch.library.custom_op(f"longctx::{name}", run, mutates_args=(), schema=schema)
-    IMPLEMENTATIONS[operator._opoverload] = run
-    return operator
-
-
-def define_operator(
+def define_strategy(
     name: str, forward: Forward, backward: Backward, tail: bool = False, fits: Callable[..., None] | None = None
 ) -> Attend:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward`` and joins them by autograd.
+    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``, a strategy's two passes.
 
     ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
     than keys: the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses queries that
@@ -106,56 +101,26 @@ def define_operator(
     require = fits or require_fit
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        call = call_of(q, k, *context)
+        call = context_of(q, k, *context)
         require(q, call.plan, call.group)
         out, lse = forward(q, k, v, call)
         return out.to(q.dtype), lse
 
-    def run_backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *context: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = backward(dout, (q, k, v, out, lse), call_of(q, k, *context))
+    def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, lse, *context = given
+        dq, dk, dv = backward(dout, (q, k, v, out, lse), context_of(q, k, *context))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    forward_op = register(name, run_forward, f"(Tensor q, Tensor k, Tensor v, {CONTEXT}) -> (Tensor, Tensor)")
-    backward_op = register(
-        f"{name}_backward",
-        run_backward,
-        f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    )
-
-    @forward_op.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-
-    @backward_op.register_fake
-    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, plan, *ctx.names = inputs
-        ctx.save_for_backward(q, k, v, *output, plan)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * (3 + CONTEXT_SIZE)
-        q, k, v, out, lse, plan = ctx.saved_tensors
-        grads = backward_op(dout, q, k, v, out, lse, plan, *ctx.names)
-        return (*grads, *(None,) * CONTEXT_SIZE)
-
-    forward_op.register_autograd(differentiate, setup_context=remember)
+    schema = f"({QKV}, {CONTEXT}) -> (Tensor out, Tensor lse)"
+    operator: Attend = define_operator(name, schema, run_forward, out_and_lse, Gradient(run_backward))
     if tail:
-        COMPLETIONS[forward_op._opoverload] = _define_completion(name, forward)
-    attend: Attend = forward_op
-    return attend
+        COMPLETIONS[operator] = _define_completion(name, forward)
+    return operator
+
+
+def out_and_lse(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Empty tensors like what attention of q ``[B, T/SP, H/TP, D]`` returns."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -164,19 +129,15 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
     def complete(
         q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *context: Any
     ) -> tuple[Tensor, Tensor]:
-        call = call_of(q, k, *context)
+        call = context_of(q, k, *context)
         head = q[:, : call.plan.head.queries(call.group.rank)]
         out, lse = forward(head, k, v, replace(call, plan=call.plan.head))
         return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
 
-    schema = f"(Tensor q, Tensor k, Tensor v, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor, Tensor)"
-    operator = register(f"{name}_completion", complete, schema)
-
-    @operator.register_fake
-    def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-
-    completion: Callable[..., tuple[Tensor, Tensor]] = operator
+    schema = f"({QKV}, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor out, Tensor lse)"
+    completion: Callable[..., tuple[Tensor, Tensor]] = define_operator(
+        f"{name}_completion", schema, complete, out_and_lse
+    )
     return completion
 
 
@@ -204,19 +165,15 @@ def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
         )
 
 
-def call_of(
+def context_of(
     q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, options: str = ""
 ) -> AttentionContext:
-    """torch leaves out arguments that equal their defaults. Refuses query heads that key/value heads do not divide."""
+    """What an operator's arguments name. Refuses query heads that key/value heads do not divide."""
     if q.shape[2] % k.shape[2]:
         raise ConfigError(
             f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads; nearest valid: "
             f"{max(1, q.shape[2] // k.shape[2]) * k.shape[2]} query heads"
         )
-    return AttentionContext(
-        plan_of(plan),
-        group_named(group),
-        kernel_for(kernel, q, k),
-        scale,
-        decoded(options),
-    )
+    found = named_by(plan)
+    its_plan = found if isinstance(found, SequencePlan) else found.plan
+    return AttentionContext(its_plan, group_named(group), kernel_for(kernel, q, k), scale, decoded(options), found)

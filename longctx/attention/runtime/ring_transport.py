@@ -55,8 +55,8 @@ def _pass_on(block: Block, rows: Rows, hop: int, to: int, rotation: RingSchedule
     leaving, coming = rotation.carried(owner, to), rotation.carried(following, to)
     return exchange(
         channel,
-        sends=[(receiver, narrowed(part, rows, leaving)) for part in block],
-        receives=[(sender, buffer(part, coming)) for part in block],
+        sends=[(receiver, select_rows(part, rows, leaving)) for part in block],
+        receives=[(sender, receive_buffer(part, coming)) for part in block],
     )
 
 
@@ -66,7 +66,7 @@ def send_home(block: Block, hop: int, leaving: Rows, coming: Rows, rotation: Rin
     return exchange(
         group.back or group,
         sends=[(owner, part) for part in block],
-        receives=[(holder, buffer(part, coming)) for part in block],
+        receives=[(holder, receive_buffer(part, coming)) for part in block],
     )
 
 
@@ -74,8 +74,8 @@ class GradientReturn:
     """Gradients of visiting blocks on their way to the blocks' owners.
 
     ``home``: this rank's own, ``[B, T/SP, H/TP, D]`` each, which it adds to. Summed on their way: they ride one step
-    behind their block and go home from a row's last reader in a lap, in the accumulation dtype. Straight, where
-    ``dtype`` is given: each holder's share goes home by itself in that dtype.
+    behind their block and go home from a row's last reader in a lap, in the accumulation dtype. Returned
+    directly, where ``dtype`` is given: each holder's share goes home by itself in that dtype.
     """
 
     def __init__(self, home: Block, rotation: RingSchedule, group: Group, dtype: torch.dtype | None) -> None:
@@ -86,11 +86,11 @@ class GradientReturn:
         self._riding: Pending | None = None
         self._shares = home[0].new_empty(0)
         self._arriving: deque[tuple[Rows, Pending]] = deque()
-        # Summed on a double ring, a row comes home once a lap and has the next one for it. Of straight shares, and to
+        # Summed on a double ring, a row comes home once a lap and has the next one for it. Of direct returns, and to
         # where a causal ring ends, a block's worth may come each hop, and each is memory while it is under way.
         self._most = rotation.lap if dtype is None and rotation.lap < rotation.world else 1
 
-    def room(self, hop: int, rows: Rows) -> Block:
+    def buffer(self, hop: int, rows: Rows) -> Block:
         """Where the rank adds its share of the gradients of the block at hand, ``[B, rows, H/TP, D]`` each: its own
         block's are at home, of a visiting one they are zero so far."""
         if hop == 0:
@@ -99,16 +99,16 @@ class GradientReturn:
         self._shares = whole.new_zeros(len(self._home), whole.shape[0], len(rows), *whole.shape[2:])
         return tuple(self._shares)
 
-    def settle(self, hop: int) -> None:
-        """What lies in the ``room`` of this hop is the rank's whole share; sends it on its way."""
+    def send(self, hop: int) -> None:
+        """What lies in the ``buffer`` of this hop is the rank's whole share; sends it on its way."""
         if hop == 0:
             return
         shares, owner = self._shares, self._rotation.owner(self._group.rank, hop)
         stop = self._rotation.at(owner, hop)
         if self._dtype is None:
-            self._ride(hop, owner, narrowed(shares, stop.carried, stop.summed))
+            self._ride(hop, owner, select_rows(shares, stop.carried, stop.summed))
         else:
-            leaving = narrowed(shares, stop.carried, stop.read).to(self._dtype)
+            leaving = select_rows(shares, stop.carried, stop.read).to(self._dtype)
             self._send_home(hop, leaving, stop.read, self._rotation.at(self._group.rank, hop).read)
 
     def finish(self) -> Block:
@@ -125,15 +125,15 @@ class GradientReturn:
         held = rotation.at(owner, hop).summed
         if (hop + 1) % rotation.lap:
             following = rotation.owner(group.rank, hop + 1)
-            leaving = narrowed(shares, held, rotation.riding(owner, hop + 1))
-            coming = buffer(shares, rotation.riding(following, hop + 1))
+            leaving = select_rows(shares, held, rotation.riding(owner, hop + 1))
+            coming = receive_buffer(shares, rotation.riding(following, hop + 1))
             self._riding = exchange(
                 group,
                 sends=[(rotation.holder(owner, hop + 1), leaving)],
                 receives=[(rotation.holder(following, hop), coming)],
             )
         ended = rotation.ended(owner, hop)
-        self._send_home(hop, narrowed(shares, held, ended), ended, rotation.ended(group.rank, hop))
+        self._send_home(hop, select_rows(shares, held, ended), ended, rotation.ended(group.rank, hop))
 
     def _send_home(self, hop: int, shares: Tensor, leaving: Rows, coming: Rows) -> None:
         pending = send_home((shares,), hop, leaving, coming, self._rotation, self._group)
@@ -150,13 +150,13 @@ class GradientReturn:
             rows.add_to(whole, share)
 
 
-def narrowed(part: Tensor, rows: Rows, kept: Rows) -> Tensor:
+def select_rows(part: Tensor, rows: Rows, kept: Rows) -> Tensor:
     """``kept`` of the ``rows`` that a part of a block holds; the part itself if that is all of them."""
     return part if kept == rows else kept.inside(rows).take(part, ROWS).contiguous()
 
 
-def buffer(part: Tensor, rows: Rows) -> Tensor:
-    """Room for these rows of a part of another block."""
+def receive_buffer(part: Tensor, rows: Rows) -> Tensor:
+    """A buffer for these rows of a part of another block."""
     return part.new_empty(*part.shape[:ROWS], len(rows), *part.shape[ROWS + 1 :])
 
 

@@ -30,19 +30,19 @@ import torch
 from torch import Tensor
 
 from longctx.attention.runtime.delta import delta_of, stand_in
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.runtime.ring_transport import Block, GradientReturn, travel, zeros
 from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.ring import pass_keys, pass_keys_backward
 from longctx.comm import Group
-from longctx.sequence import RingSchedule, Rows, SequencePlan
+from longctx.sequence import RingSchedule, Rows, SequencePlan, key_ring, query_ring
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    return pass_keys(q, k, v, call, call.plan.key_rotation_in(_inner(call.group)))
+    return pass_keys(q, k, v, call, key_ring(call.plan, _inner(call.group)))
 
 
 def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,30 +59,30 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
         options=call.options,
     )
     if side_of(call.plan, sizes) == "kv":
-        return pass_keys_backward(dout, saved, call, call.plan.key_rotation_in(sizes.inner))
-    straight = q.dtype if call.options.grad_dtype == "compute" else None
-    return pass_queries_backward(dout, saved, call, call.plan.query_rotation_in(sizes.inner), straight)
+        return pass_keys_backward(dout, saved, call, key_ring(call.plan, sizes.inner))
+    direct_dtype = q.dtype if call.options.grad_dtype == "compute" else None
+    return pass_queries_backward(dout, saved, call, query_ring(call.plan, sizes.inner), direct_dtype)
 
 
 def pass_queries_backward(
-    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule, straight: torch.dtype | None
+    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule, direct_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients where queries travel. ``straight``: shares of dq go home by themselves, in this dtype."""
+    """Gradients where queries travel. ``direct_dtype``: shares of dq go home by themselves, in this dtype."""
     q, k, v, out, _ = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
-    homeward = GradientReturn((zeros(q, dtype),), rotation, call.group, straight)
+    gradients = GradientReturn((zeros(q, dtype),), rotation, call.group, direct_dtype)
     for hop, rows, [(queries, upstream), (block_lse, delta)] in travel(
         _queries(dout, saved, rotation.carried(me, 0)), rotation, call.group
     ):
         tiles = call.plan.visiting_tiles(rotation.owner(me, hop), me, rows)
-        [dq] = homeward.room(hop, rows)
+        [dq] = gradients.buffer(hop, rows)
         outputs = stand_in(upstream, delta) if hop else rows.take(out)
         given = (upstream, queries, k, v, outputs, block_lse)
         call.kernel.backward(*given, tiles, call.scale, (dq, dk, dv))
-        homeward.settle(hop)
+        gradients.send(hop)
         del queries, upstream, block_lse, delta, outputs, given, dq
-    [dq] = homeward.finish()
+    [dq] = gradients.finish()
     return dq, dk, dv
 
 
@@ -100,8 +100,8 @@ def side_of(plan: SequencePlan, sizes: Sizes) -> str:
 
     def cost(side: str) -> int:
         rotation, block, gradients = route_of(plan, side, sizes)
-        summed, straight = rotation.gradient_rows
-        return sum(rotation.cost) * block + (straight if sizes.options.grad_dtype == "compute" else summed) * gradients
+        summed, direct = rotation.gradient_rows
+        return sum(rotation.cost) * block + (direct if sizes.options.grad_dtype == "compute" else summed) * gradients
 
     return min(("kv", "q"), key=cost)
 
@@ -110,9 +110,9 @@ def route_of(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule,
     """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
     compute = sizes.options.grad_dtype == "compute"
     if side == "kv":
-        return plan.key_rotation_in(sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)
+        return key_ring(plan, sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)
     gradients = sizes.queries if compute else sizes.query_gradients
-    return plan.query_rotation_in(sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
+    return query_ring(plan, sizes.inner), 2 * (sizes.queries + sizes.lse), gradients
 
 
 def _inner(group: Group) -> int:
@@ -127,7 +127,7 @@ def _one_row(case: AttentionCase) -> int:
 
 BURST = Strategy(
     "burst",
-    define_operator("burst", forward, backward, tail=True),
+    define_strategy("burst", forward, backward, tail=True),
     options=frozenset({"grad_dtype", "backward_rotates", "inner_ring"}),
     grid=Grid(_one_row, option="inner_ring"),
     two_way=True,

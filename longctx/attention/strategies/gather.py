@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import Strategy
 from longctx.comm import Pending, exchange
-from longctx.sequence import Rows
+from longctx.sequence import Rows, gathered_keys
 
 GROUPS = 4  # of key/value heads: so many times less memory for gathered keys, and all but the first arrive hidden
 ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D]
@@ -34,7 +34,7 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
     whole = Partial(q)
-    tiles = call.plan.gathered(call.group.rank).tiles
+    tiles = gathered_keys(call.plan, call.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, call):
         own = heads.queries
         call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, whole.of_heads(own))
@@ -46,7 +46,7 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
-    tiles = call.plan.gathered(call.group.rank).tiles
+    tiles = gathered_keys(call.plan, call.group.rank).tiles
     before: Returned | None = None  # gradients of the group of heads before, on their way while this one computes
     for heads, keys in gather_groups(q, k, v, call):
         own = heads.queries
@@ -113,7 +113,7 @@ def gather(k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Pendin
 
 def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Tensor:
     """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
-    me, gathered = call.group.rank, call.plan.gathered(call.group.rank)
+    me, gathered = call.group.rank, gathered_keys(call.plan, call.group.rank)
     keys, places = k[:, :, heads.keys], gathered.places
     whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
     for part, own in zip(whole, (keys, v[:, :, heads.keys]), strict=True):
@@ -155,7 +155,7 @@ def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: AttentionC
 
 def _picked(shares: Tensor, owner: int, call: AttentionContext) -> Tensor:
     """Those of the owner's keys."""
-    places = call.plan.gathered(call.group.rank).places
+    places = gathered_keys(call.plan, call.group.rank).places
     part = shares.new_empty(*shares.shape[:ROWS], places.counts[owner], *shares.shape[ROWS + 1 :])
     places.pick(owner, shares, part, ROWS)
     return part
@@ -163,7 +163,7 @@ def _picked(shares: Tensor, owner: int, call: AttentionContext) -> Tensor:
 
 GATHER = Strategy(
     "gather",
-    define_operator("gather", forward, backward, tail=True),
+    define_strategy("gather", forward, backward, tail=True),
     options=frozenset({"grad_dtype"}),
     half=True,
     costs="longctx.attention.costs.gather:COSTS",

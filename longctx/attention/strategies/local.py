@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import Strategy
 from longctx.errors import ConfigError
@@ -34,7 +34,7 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
 
 LOCAL = Strategy(
     "local",
-    define_operator("local", forward, backward, tail=True),
+    define_strategy("local", forward, backward, tail=True),
     layout="contiguous",
     one_rank=True,
     half=True,

@@ -21,21 +21,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Strategy
 from longctx.attention.runtime.ring_transport import GradientReturn, travel, zeros
-from longctx.sequence import RingSchedule
+from longctx.sequence import RingSchedule, key_ring
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
     """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    return pass_keys(q, k, v, call, call.plan.rotation)
+    return pass_keys(q, k, v, call, key_ring(call.plan))
 
 
 def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
-    return pass_keys_backward(dout, saved, call, call.plan.rotation)
+    return pass_keys_backward(dout, saved, call, key_ring(call.plan))
 
 
 def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext, rotation: RingSchedule) -> tuple[Tensor, Tensor]:
@@ -52,16 +52,16 @@ def pass_keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     dtype, me = accumulation_dtype(q.dtype), call.group.rank
-    straight = k.dtype if call.options.grad_dtype == "compute" else None
+    direct_dtype = k.dtype if call.options.grad_dtype == "compute" else None
     dq = zeros(q, dtype)
-    homeward = GradientReturn((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, straight)
+    gradients = GradientReturn((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, direct_dtype)
     for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
         tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
-        dk, dv = homeward.room(hop, rows)
+        dk, dv = gradients.buffer(hop, rows)
         call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
-        homeward.settle(hop)
+        gradients.send(hop)
         del block, dk, dv
-    dk, dv = homeward.finish()
+    dk, dv = gradients.finish()
     return dq, dk, dv
 
 
@@ -79,7 +79,7 @@ def _refuses_striped(case: AttentionCase) -> str | None:
 
 RING = Strategy(
     "ring",
-    define_operator("ring", forward, backward, tail=True),
+    define_strategy("ring", forward, backward, tail=True),
     options=frozenset({"grad_dtype"}),
     half=True,
     costs="longctx.attention.costs.ring:COSTS",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Strategy
 from longctx.comm import Pending, exchange
@@ -182,7 +182,7 @@ def work(plan: SequencePlan, rank: int, inner: int) -> float:
 
 RSA = Strategy(
     "rsa",
-    define_operator("rsa", forward, backward),
+    define_strategy("rsa", forward, backward),
     layout="contiguous",
     refuses=_refuses,
     work=work,

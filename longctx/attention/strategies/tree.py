@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import Strategy, work_at_keys
 from longctx.comm import Pending, exchange
@@ -123,7 +123,7 @@ def _buffer(part: Tensor, rows: Rows) -> Tensor:
 
 TREE = Strategy(
     "tree",
-    define_operator("tree", forward, backward, tail=True),
+    define_strategy("tree", forward, backward, tail=True),
     options=frozenset({"grad_dtype"}),
     half=True,
     work=work_at_keys,

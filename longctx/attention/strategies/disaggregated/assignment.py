@@ -21,9 +21,8 @@ from longctx.planner import (
     plan,
     window,
 )
-from longctx.sequence import TokenOwnership
+from longctx.sequence import SequencePlan
 from longctx.sequence.documents import Int64
-from longctx.sequence.token_ownership import touched
 
 BLOCK = 128  # rows that a cut counts by; a kernel's tile
 PER_RANK = 16  # blocks that a rank has at least: short sequences are cut finer
@@ -39,45 +38,76 @@ def one_node(servers: int) -> Topology:
     return Topology(servers, per_node=servers, nics=1)
 
 
-def planned(homes: TokenOwnership, planner: str, widths: AttentionShape, topology: Topology) -> Plan:
-    """Who serves what, on servers that are the ranks of ``homes``; the same on every rank."""
-    options = PlannerOptions(block=max(1, min(BLOCK, homes.shard // PER_RANK)), widths=widths)
-    return plan(planner, mask_of(homes), topology, options, home_of(homes))
+def planned(plans: Sequence[SequencePlan | None], planner: str, widths: AttentionShape, topology: Topology) -> Plan:
+    """Who serves what of the batches of these plans, as ``home_of`` has them; the same on every rank."""
+    shard = next(plan.shard for plan in plans if plan is not None)
+    options = PlannerOptions(block=max(1, min(BLOCK, shard // PER_RANK)), widths=widths)
+    return plan(planner, mask_of(*plans), topology, options, home_of(*plans))
 
 
-def fitting(homes: TokenOwnership, made: Plan) -> Plan:
+def fitting(batch: SequencePlan, made: Plan) -> Plan:
     """A plan made by hand, if it is legal and of this batch. Raises ConfigError otherwise."""
-    home, mask = home_of(homes), mask_of(homes)
+    home, mask = home_of(batch), mask_of(batch)
     if made.home.ranks != home.ranks or not all(map(np.array_equal, made.home.columns, home.columns)):
         raise ConfigError(
             f"the plan is of {int(made.home.lengths.sum())} tokens on {made.home.ranks} ranks, which are not where the "
-            f"batch has its {int(home.lengths.sum())} on {home.ranks}; make it for home_of(TokenOwnership.of(plan))"
+            f"batch has its {int(home.lengths.sum())} on {home.ranks}; make it for home_of(plan)"
         )
     if made.mask.per_doc != mask.per_doc or not all(map(np.array_equal, made.mask.columns, mask.columns)):
-        raise ConfigError(
-            f"the plan's mask is not the batch's, {homes.mask}; make it for mask_of(TokenOwnership.of(plan))"
-        )
+        raise ConfigError(f"the plan's mask is not the batch's, {batch.mask}; make it for mask_of(plan)")
     check(made)
     return made
 
 
-def mask_of(homes: TokenOwnership) -> MaskSlices:
+def mask_of(*plans: SequencePlan | None) -> MaskSlices:
     """Of the documents of all batch rows, one after another."""
-    of, mask = _lengths(homes).tolist(), homes.mask
+    of, mask = _lengths(plans).tolist(), next(plan.mask for plan in plans if plan is not None)
     if mask.window is not None:
         return window(of, mask.window, two_sided=not mask.causal)
     return causal(of) if mask.causal else full(of)
 
 
-def home_of(homes: TokenOwnership) -> DocumentPlacement:
-    """Where the layout has the tokens: runs of every rank, in the order of its memory."""
-    (begin, end), runs = homes.bounds, homes.runs
-    run, doc = touched(begin, end, runs.start, runs.stop)
-    start, stop = np.maximum(runs.start[run], begin[doc]), np.minimum(runs.stop[run], end[doc])
-    order = np.argsort(runs.rank[run], kind="stable")  # a rank's numbers ascend with its memory
-    columns = (runs.rank[run], doc, start - begin[doc], stop - begin[doc])
-    return DocumentPlacement(_lengths(homes), homes.world, [column[order] for column in columns])
+def home_of(*plans: SequencePlan | None) -> DocumentPlacement:
+    """Where the layout has the tokens of a batch: runs of every rank, in the order of its memory.
+
+    Several plans are of groups of ranks one behind the other, each of which holds a batch of its own, or (None)
+    nothing; they are of one run: of one mask and layout, and of sequences of one length. Rows of all batches count on,
+    and a rank's local rows are those of its tensors ``[B * T/SP]``.
+    """
+    one = next(plan for plan in plans if plan is not None)
+    found: list[tuple[Int64, ...]] = []
+    rows: list[int] = []
+    documents = 0
+    for number, batch in enumerate(plans):
+        rows += [0 if batch is None else len(batch.documents) * one.shard] * one.world
+        if batch is None:
+            continue
+        assert (batch.mask, batch.length, batch.shard) == (one.mask, one.length, one.shard), "plans of one run"
+        for row, packed in enumerate(batch.documents):
+            for rank in range(one.world):
+                spans = _spans(batch.positions(rank), packed.cu_seqlens)
+                doc, start, stop, offset = spans
+                ranks = np.full_like(doc, number * one.world + rank)
+                found.append((ranks, documents + doc, start, stop, row * one.shard + offset))
+            documents += len(packed.lengths)
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    order = np.argsort(columns[0], kind="stable")  # a rank's batch rows ascend with its memory
+    held = [column[order] for column in columns]
+    return DocumentPlacement(_lengths(plans), len(rows), held, np.array(rows, dtype=np.int64))
 
 
-def _lengths(homes: TokenOwnership) -> Int64:
-    return np.concatenate([row.lengths for row in homes.documents])
+def _spans(positions: Int64, edges: Int64) -> tuple[Int64, Int64, Int64, Int64]:
+    """Documents, their tokens ``[start, stop)`` and local rows of one rank's ascending ``positions`` in a batch row."""
+    places = np.arange(len(positions))
+    doc = np.searchsorted(edges, positions, "right") - 1
+    inside = positions < edges[-1]
+    positions, places, doc = positions[inside], places[inside], doc[inside]
+    opens = np.append(True, (np.diff(positions) != 1) | (np.diff(doc) != 0))[: len(positions)]
+    first = np.flatnonzero(opens)
+    last = np.append(first[1:], len(positions)) - 1
+    start = positions[first] - edges[doc[first]]
+    return doc[first], start, start + last - first + 1, places[first]
+
+
+def _lengths(plans: Sequence[SequencePlan | None]) -> Int64:
+    return np.concatenate([row.lengths for plan in plans if plan is not None for row in plan.documents])

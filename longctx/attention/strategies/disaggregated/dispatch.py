@@ -1,38 +1,78 @@
 """A plan as its executor reads it: rows of tensors, places in buffers and tiles, worked out from ``planner.RankPlan``.
 
-Tokens of all batch rows are one line on each rank, ``[B * T/SP]``; with G heads groups G such lines follow one another,
-each with its share of the heads. ``TokenOwnership`` says where on its line a token lies.
+Three types say which rows go where. ``planner.DocumentPlacement``: on which local rows of which rank each token lives;
+local rows are those of its tensors of all batch rows, ``[B * T/SP]``, of G heads groups one after another.
+``planner.RankTransfers``: which of them a rank sends to whom, as integers. ``Crossing``: the same as copies of tensors
+into buffers and back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from longctx.attention.runtime.partial import Partial
 from longctx.planner import Plan, RankTransfers, Routes, TaskList, Topology, routes
-from longctx.sequence import Places, Rows, TileSet, TokenOwnership
+from longctx.planner.tasks import ranges
+from longctx.sequence import Places, Rows, TileSet
 from longctx.sequence.documents import Int64
 from longctx.sequence.tiles import tiles_of_rows
-from longctx.sequence.token_ownership import ranges
 
 
 @dataclass(frozen=True)
 class Crossing:
     """One rank's rows of queries, or of keys with their values, on their way to servers and back.
 
-    ``rows[server]``: of this rank's line, those that the server reads in its buffer. ``places``: where the rows of each
-    home lie in this rank's own buffer, in order of heads group, document and position.
+    ``rows[server]``: this rank's local rows that the server reads in its buffer. ``places``: where the rows of each
+    home lie in this rank's own buffer, in order of heads group, document and position. Tensors are ``[1, rows, H/TP/G,
+    ...]``.
     """
 
     rows: tuple[Rows, ...]
     places: Places
 
+    def read(self, server: int, local: Tensor) -> Tensor:
+        """What the server reads of a tensor of local rows."""
+        return self.rows[server].take(local)
+
+    def asked(self, server: int) -> int:
+        """How many rows that is."""
+        return len(self.rows[server])
+
+    def sent(self, home: int) -> int:
+        """How many rows this rank reads of a home's."""
+        return self.places.counts[home]
+
+    def buffer(self, by_home: Sequence[Tensor]) -> Tensor:
+        """What came from each home, in one buffer."""
+        whole = by_home[0].new_empty(1, len(self.places.positions), *by_home[0].shape[2:])
+        for home, part in enumerate(by_home):
+            self.places.put(home, part, whole)
+        return whole
+
+    def picked(self, home: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the buffer that belong to one home, in this dtype."""
+        part = buffer.new_empty(1, self.sent(home), *buffer.shape[2:], dtype=dtype)
+        self.places.pick(home, buffer, part)
+        return part
+
+    def merge(self, server: int, partial: Partial, results: Sequence[Tensor]) -> None:
+        """Takes in what the server found, (out, lse), of local queries."""
+        partial.merge_packed(self.rows[server], *results)
+
+    def add(self, server: int, local: Tensor, share: Tensor) -> None:
+        """Adds the server's share of gradients to those of local rows."""
+        self.rows[server].add_to(local, share)
+
     @classmethod
-    def of(cls, side: RankTransfers, line: Int64, length: int) -> Crossing:
-        """``line``: where the rank's resident tokens lie among its ``length``."""
-        sent = side.send_group * length + line[side.send]
+    def of(cls, side: RankTransfers, length: int) -> Crossing:
+        """``length``: local rows of one heads group."""
+        sent = side.send_group * length + side.send
         place = np.empty_like(side.order)
         place[side.order] = np.arange(len(side.order))
         ends_there, ends_here = np.cumsum(side.send_counts)[:-1], np.cumsum(side.recv_counts)[:-1]
@@ -46,11 +86,11 @@ class Served:
     buffers of ``queries`` and ``keys``.
     """
 
-    def __init__(self, plan: Plan, rank: int, line: Int64, length: int) -> None:
+    def __init__(self, plan: Plan, rank: int) -> None:
         own = plan.rank(rank)
-        self.queries, self.keys = Crossing.of(own.q, line, length), Crossing.of(own.kv, line, length)
-        shift = own.here.group * length
-        self.here = _tiles(own.here, shift + line[own.here.q_start], shift + line[own.here.k_start])
+        self.queries, self.keys = Crossing.of(own.q, own.rows), Crossing.of(own.kv, own.rows)
+        shift = own.here.group * own.rows
+        self.here = _tiles(own.here, shift + own.here.q_start, shift + own.here.k_start)
         self.rest = _tiles(own.rest, own.rest.q_start, own.rest.k_start)
 
 
@@ -70,17 +110,16 @@ class Dispatch:
     ``topology``: where the ranks are, which decides how messages travel; None: on one node.
     """
 
-    def __init__(self, homes: TokenOwnership, plan: Plan, topology: Topology | None = None) -> None:
-        assert plan.home.ranks == homes.world, "a plan of other ranks"
-        self.world, self.plan, self._homes = homes.world, plan, homes
-        self._topology = topology or Topology(homes.world, per_node=homes.world)
+    def __init__(self, plan: Plan, topology: Topology | None = None) -> None:
+        self.world, self.plan = plan.home.ranks, plan
+        self._topology = topology or Topology(self.world, per_node=self.world)
         self._served: dict[int, Served] = {}
         self._routes: dict[Bundle, Routes | None] = {}
 
     def served(self, rank: int) -> Served:
         """Worked out at first use."""
         if rank not in self._served:
-            self._served[rank] = Served(self.plan, rank, self._homes.places(rank), self._homes.physical[rank])
+            self._served[rank] = Served(self.plan, rank)
         return self._served[rank]
 
     def cells(self, rank: int) -> float:
@@ -103,7 +142,7 @@ class Dispatch:
         return made.transpose(0, 2, 1) if bundle.home else made
 
     def routes(self, bundle: Bundle) -> Routes | None:
-        """How the messages of such an exchange travel; None: straight."""
+        """How the messages of such an exchange travel; None: directly."""
         if bundle not in self._routes:
             self._routes[bundle] = routes(self.sizes(bundle), self._topology)
         return self._routes[bundle]

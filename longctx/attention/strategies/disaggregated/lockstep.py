@@ -13,7 +13,6 @@ with queries of their own, the stages that hold a microbatch and have more than 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
@@ -23,7 +22,8 @@ from longctx.attention.runtime.sizes import Sizes
 from longctx.attention.strategies.disaggregated.assignment import one_node, planned
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
 from longctx.planner import AttentionShape, Topology
-from longctx.sequence import SequencePlan, TokenOwnership
+from longctx.sequence import SequencePlan
+from longctx.sequence.handles import shared
 
 Held = tuple[int | None, ...]  # by stage: the microbatch whose tokens take part
 
@@ -97,9 +97,9 @@ class LockstepPlan:
         backward = sum((volume_of(one, rank, sizes) for one in self._all(Phase.BACKWARD)), nothing)
         return Volume(forward.forward, backward.backward, forward.messages_forward, backward.messages_backward)
 
-    def homes(self, held: Held) -> TokenOwnership:
-        """Whose tokens those that take part are."""
-        return TokenOwnership.side_by_side([None if number is None else self.plans[number] for number in held])
+    def batches(self, held: Held) -> list[SequencePlan | None]:
+        """Whose tokens those that take part are, by stage."""
+        return [None if number is None else self.plans[number] for number in held]
 
     def _all(self, phase: Phase) -> Iterator[Dispatch]:
         for tick in range(self.count):
@@ -108,13 +108,9 @@ class LockstepPlan:
 
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:
-            homes = self.homes(held)
-            plan = planned(homes, self._planner, self._widths, self._topology)
-            self._dispatches[held] = Dispatch(homes, plan, self._topology)
+            plan = planned(self.batches(held), self._planner, self._widths, self._topology)
+            self._dispatches[held] = Dispatch(plan, self._topology)
         return self._dispatches[held]
-
-
-_made: weakref.WeakValueDictionary[tuple[object, ...], LockstepPlan] = weakref.WeakValueDictionary()
 
 
 def lockstep_plan_of(
@@ -127,8 +123,5 @@ def lockstep_plan_of(
     """The ticks of these batches, on one node or as ``topology`` has the ranks of all stages; or those made before, as
     long as anybody holds them."""
     topology = topology or one_node(len(layers) * plans[0].world)
-    key = (*(plan.id for plan in plans), *layers, planner, widths, topology)
-    found = _made.get(key)
-    if found is None:
-        found = _made[key] = LockstepPlan(plans, layers, planner, widths, topology)
-    return found
+    key = (LockstepPlan, *(plan.id for plan in plans), *layers, planner, widths, topology)
+    return shared(key, lambda: LockstepPlan(plans, layers, planner, widths, topology))

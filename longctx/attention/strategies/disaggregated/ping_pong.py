@@ -8,43 +8,39 @@ ping-pong: the exchange of one nano-batch hides behind the computing of the othe
     leave     leave     o leaves  o leaves
 
 Each is an autograd node of its own, and the backward pass comes to them in the opposite order: dout leaves in that of
-``finish``, gradients are computed in that of ``serve``, and awaited in that of ``start``. What joins them is a ticket,
-a tensor whose length names the run: the host reads a length without waiting for the device, and a gradient has the
-length of its tensor.
+``finish``, gradients are computed in that of ``serve``, and awaited in that of ``start``. A handle names the run in all
+of them (``longctx.sequence.handles``). What joins the nodes is an empty tensor on the device of q, and its gradient.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from longctx.attention.runtime.operator import (
     CONTEXT,
-    CONTEXT_SIZE,
-    call_of,
+    QKV,
+    context_of,
     encoded,
-    register,
+    out_and_lse,
     require_fit,
 )
-from longctx.attention.strategies.disaggregated.execute import PLANNERS, BackwardRun, ForwardRun, dispatches_of
+from longctx.attention.strategies.disaggregated.execute import PLANNERS, BackwardRun, ForwardRun
+from longctx.attention.strategies.disaggregated.prepared import dispatches_of
 from longctx.comm import Group
+from longctx.operators import Gradient, define_operator
 from longctx.options import DEFAULT, StrategyOptions
-
-TICKETS = 1 << 10  # lengths that are given out in turn: many more than runs are under way at a time
-
-_numbers = itertools.count()
-_forward_runs: dict[int, ForwardRun] = {}
-_backward_runs: dict[int, BackwardRun] = {}
+from longctx.sequence.handles import begin, end, new_handle, running
 
 
 @dataclass(frozen=True)
 class Underway:
-    """One nano-batch between the steps."""
+    """One nano-batch between the steps. ``link``: what the step before returned."""
 
-    ticket: Tensor
+    run: Tensor
+    link: Tensor
     tensors: tuple[Tensor, Tensor, Tensor]
     plan: Tensor
 
@@ -57,105 +53,78 @@ class PingPongAttention:
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Underway:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` leave for those who serve them."""
-        return Underway(_start(q, k, v, plan, *self._context(q)), (q, k, v), plan)
+        run = new_handle()
+        return Underway(run, _start(q, k, v, run, plan, *self._context(q)), (q, k, v), plan)
 
-    def serve(self, run: Underway) -> Underway:
+    def serve(self, under_way: Underway) -> Underway:
         """Attends to what has come, and sends the results home."""
-        return Underway(_serve(run.ticket), run.tensors, run.plan)
+        return replace(under_way, link=_serve(under_way.link, under_way.run))
 
-    def finish(self, run: Underway) -> Tensor:
+    def finish(self, under_way: Underway) -> Tensor:
         """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
-        out: Tensor = _finish(run.ticket, *run.tensors, run.plan, *self._context(run.tensors[0]))[0]
+        q, k, v = under_way.tensors
+        out: Tensor = _finish(under_way.link, q, k, v, under_way.run, under_way.plan, *self._context(q))[0]
         return out
 
     def _context(self, q: Tensor) -> tuple[Any, ...]:
         return (self._group, self._kernel, q.shape[-1] ** -0.5, self._options)
 
 
-def ticket_of(number: int, like: Tensor) -> Tensor:
-    """Of no memory, however long."""
-    return like.new_zeros(1).expand(number)
-
-
-def run_start(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> Tensor:
-    call = call_of(q, k, *context)
+def run_start(q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any) -> Tensor:
+    call = context_of(q, k, *context)
     require_fit(q, call.plan, call.group)
     there, _ = dispatches_of(call, PLANNERS["disaggregated"], q, k)
-    number = next(_numbers) % TICKETS + 1
-    assert number not in _forward_runs, f"run {number} is still under way: more than {TICKETS} are"
-    _forward_runs[number] = ForwardRun(q, k, v, call, there)
-    return ticket_of(number, q)
+    begin(run, ForwardRun(q, k, v, call, there))
+    return q.new_empty(0)
 
 
-def run_serve(ticket: Tensor) -> Tensor:
-    _forward_runs[len(ticket)].serve()
-    return ticket_of(len(ticket), ticket)
+def run_serve(link: Tensor, run: Tensor) -> Tensor:
+    running(run).serve()
+    return link.new_empty(0)
 
 
-def run_finish(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_runs.pop(len(ticket)).finish()
+def run_finish(link: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+    out, lse = end(run).finish()
     return out.to(q.dtype), lse
 
 
-def run_finish_backward(number: int, dout: Tensor, *saved_and_context: Any) -> Tensor:
-    assert number not in _backward_runs, f"run {number} is still under way: more than {TICKETS} are"
-    q, k, v, out, lse, *context = saved_and_context
-    call = call_of(q, k, *context)
+def run_finish_backward(dout: Tensor, link: Tensor, *given: Any) -> Tensor:
+    q, k, v, out, lse, run, *context = given
+    call = context_of(q, k, *context)
     _, back = dispatches_of(call, PLANNERS["disaggregated"], q, k)
-    _backward_runs[number] = BackwardRun(dout, (q, k, v, out, lse), call, back)
-    return ticket_of(number, q)
+    begin(run, BackwardRun(dout, (q, k, v, out, lse), call, back))
+    return link.new_empty(0)
 
 
-def run_serve_backward(ticket: Tensor) -> Tensor:
-    _backward_runs[len(ticket)].serve()
-    return ticket_of(len(ticket), ticket)
-
-
-def run_start_backward(ticket: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward_runs.pop(len(ticket)).finish()
+def run_start_backward(
+    dlink: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = end(run).finish()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-_QKV = "Tensor q, Tensor k, Tensor v"
-_start = register("ping_pong_start", run_start, f"({_QKV}, {CONTEXT}) -> Tensor")
-_serve = register("ping_pong_serve", run_serve, "(Tensor ticket) -> Tensor")
-_finish = register("ping_pong_finish", run_finish, f"(Tensor ticket, {_QKV}, {CONTEXT}) -> (Tensor, Tensor)")
-_finish_backward = register(
-    "ping_pong_finish_backward",
-    run_finish_backward,
-    f"(int number, Tensor dout, {_QKV}, Tensor out, Tensor lse, {CONTEXT}) -> Tensor",
+def _empty(like: Tensor, *_: Any) -> Tensor:
+    return like.new_empty(0)
+
+
+_start = define_operator(
+    "ping_pong_start",
+    f"({QKV}, Tensor run, {CONTEXT}) -> (Tensor link)",
+    run_start,
+    _empty,
+    Gradient(run_start_backward, saves=("q", "k", "v")),
 )
-_serve_backward = register("ping_pong_serve_backward", run_serve_backward, "(Tensor ticket) -> Tensor")
-_start_backward = register(
-    "ping_pong_start_backward", run_start_backward, f"(Tensor ticket, {_QKV}) -> (Tensor, Tensor, Tensor)"
+_serve = define_operator(
+    "ping_pong_serve",
+    "(Tensor link, Tensor run) -> (Tensor served)",
+    run_serve,
+    _empty,
+    Gradient(run_serve, saves=(), shapes=_empty),
 )
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _differentiate_start(ctx: Any, dticket: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_start_backward(dticket, *ctx.saved_tensors), *(None,) * CONTEXT_SIZE)
-
-
-def _differentiate_serve(ctx: Any, dticket: Tensor) -> Tensor:
-    out: Tensor = _serve_backward(dticket)
-    return out
-
-
-def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ticket, q, k, v, plan, *ctx.names = inputs
-    ctx.number = len(ticket)
-    ctx.save_for_backward(q, k, v, *output, plan)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate_finish(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    dticket = _finish_backward(ctx.number, dout, *ctx.saved_tensors, *ctx.names)
-    return (dticket, *(None,) * (3 + CONTEXT_SIZE))
-
-
-_start.register_autograd(_differentiate_start, setup_context=_keep_inputs)
-_serve.register_autograd(_differentiate_serve)
-_finish.register_autograd(_differentiate_finish, setup_context=_keep_all)
+_finish = define_operator(
+    "ping_pong_finish",
+    f"(Tensor link, {QKV}, Tensor run, {CONTEXT}) -> (Tensor out, Tensor lse)",
+    run_finish,
+    lambda _, *given: out_and_lse(*given),
+    Gradient(run_finish_backward, of=("link",)),
+)

@@ -8,18 +8,17 @@ compute the forward or all the backward pass of attention:
         a stage with a microbatch   layer by layer: its tokens leave, it serves, its results come home
         afterwards, and without     it serves what is left of the tick's exchanges, with no tokens of its own
 
-Which exchange of which tick an operator's call is, is known to the attention object whose tick is running.
+Which exchange of which tick an operator's call is, is known to the attention object whose tick is running; the handle
+that the operator is given names it.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention.core import Started
@@ -27,21 +26,21 @@ from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import (
     AttentionContext,
     Saved,
-    define_operator,
+    define_strategy,
     encoded,
     require_rows,
 )
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.attention.strategies.disaggregated.assignment import topology_of
 from longctx.attention.strategies.disaggregated.dispatch import Dispatch
-from longctx.attention.strategies.disaggregated.execute import BackwardRun, ForwardRun, widths_of
+from longctx.attention.strategies.disaggregated.execute import BackwardRun, ForwardRun
 from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, Phase, lockstep_plan_of
+from longctx.attention.strategies.disaggregated.prepared import widths_of
 from longctx.comm import Group
 from longctx.options import DEFAULT, StrategyOptions
 from longctx.planner import AttentionShape
 from longctx.sequence import SequencePlan
-
-_running: weakref.WeakKeyDictionary[dist.ProcessGroup, RunningTick] = weakref.WeakKeyDictionary()
+from longctx.sequence.handles import name
 
 
 @dataclass
@@ -76,25 +75,41 @@ class RunningTick:
         return f"{self.phase.value} tick {self.number} on stage {self.stage}"
 
 
+class StagePlan:
+    """A microbatch's plan on one stage: what an operator's call across stages is given the handle of.
+
+    ``attention``: whose running tick knows which exchange the call is.
+    """
+
+    def __init__(self, plan: SequencePlan, attention: StageAttention) -> None:
+        self.plan, self._attention = plan, attention
+        self.handle: Tensor = name(self)
+
+    def dispatch(self, phase: Phase) -> Dispatch:
+        """The exchange that the running tick comes to next."""
+        running = self._attention.running
+        assert running is not None, "attention across stages is computed inside StageAttention.tick"
+        return running.next(phase, self.plan)
+
+
+def _dispatch(call: AttentionContext, phase: Phase) -> Dispatch:
+    assert isinstance(call.named, StagePlan), "StageAttention makes the handles"
+    return call.named.dispatch(phase)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    run = ForwardRun(q, k, v, call, _tick_of(call.group).next(Phase.FORWARD, call.plan))
+    run = ForwardRun(q, k, v, call, _dispatch(call, Phase.FORWARD))
     run.serve()
     return run.finish()
 
 
 def _backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    run = BackwardRun(dout, saved, call, _tick_of(call.group).next(Phase.BACKWARD, call.plan))
+    run = BackwardRun(dout, saved, call, _dispatch(call, Phase.BACKWARD))
     run.serve()
     return run.finish()
 
 
-def _tick_of(group: Group) -> RunningTick:
-    running = None if group.process_group is None else _running.get(group.process_group)
-    assert running is not None, "attention across stages is computed inside StageAttention.tick"
-    return running
-
-
-_attend = define_operator("disaggregated_across_stages", _forward, _backward, fits=require_rows)
+_attend = define_strategy("disaggregated_across_stages", _forward, _backward, fits=require_rows)
 
 
 @dataclass(frozen=True)
@@ -140,34 +155,37 @@ class StageAttention:
         self._group, self._empty, self._planner = group, empty, planner
         self._kernel, self._options = kernel, options
         self._ticks: LockstepPlan | None = None
+        self._plans: dict[int, StagePlan] = {}  # by what the handle of each microbatch's plan says
+        self.running: RunningTick | None = None
 
     def open(self, plans: Sequence[SequencePlan]) -> LockstepPlan:
         """The ticks of a step on these microbatches; all ranks of all stages have the same."""
         self._ticks = lockstep_plan_of(
             plans, self.layers, self._planner, self._empty.widths, topology_of(self._group.ranks)
         )
+        self._plans = {plan.id: StagePlan(plan, self) for plan in plans}
         return self._ticks
 
     @contextmanager
     def tick(self, phase: Phase, number: int) -> Iterator[None]:
         """Inside, the stage takes its microbatch through its layers, if it holds one; at the end it serves the rest."""
-        group = self._group.process_group
-        assert self._ticks is not None and group is not None, "a step is opened before its ticks"
-        running = RunningTick(self._ticks, phase, number, self.stage)
-        _running[group] = running
+        assert self._ticks is not None, "a step is opened before its ticks"
+        self.running = running = RunningTick(self._ticks, phase, number, self.stage)
         try:
             yield
             with torch.no_grad():
                 for dispatch in running.rest():
                     self._serve(phase, dispatch)
         finally:
-            del _running[group]
+            self.running = None
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan."""
         assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
         scale, options = q.shape[-1] ** -0.5, encoded(self._options)
-        return Started(_attend(q, k, v, plan, self._group.name, self._kernel, scale, options)[0])
+        assert int(plan) in self._plans, "attention across stages is inside StageAttention.tick, of opened plans"
+        handle = self._plans[int(plan)].handle
+        return Started(_attend(q, k, v, handle, self._group.name, self._kernel, scale, options)[0])
 
     def finish(self, started: Started) -> Tensor:
         """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
@@ -178,7 +196,7 @@ class StageAttention:
         saved = q, k, v, _, _ = self._empty.saved
         # Who asks nothing has no batch of its own; any will do.
         plan, kernel = self._ticks.plans[0], kernel_for(self._kernel, q, k)
-        call = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options)
+        call = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options, plan)
         if phase is Phase.FORWARD:
             run: ForwardRun | BackwardRun = ForwardRun(q, k, v, call, dispatch)
         else:

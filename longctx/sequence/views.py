@@ -1,0 +1,33 @@
+"""What is worked out from a plan is a view of it: made at first use, and kept as long as the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+
+class Viewed(Protocol):
+    """What has views: a plan."""
+
+    views: dict[Any, Any]
+
+
+P = ParamSpec("P")
+Plan = TypeVar("Plan", bound=Viewed)
+T = TypeVar("T")
+
+
+def view(make: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, P], T]:
+    """Makes a function of a plan and of hashable arguments, given by position, run once for each of them."""
+
+    @wraps(make)
+    def of(plan: Plan, *key: P.args, **named: P.kwargs) -> T:
+        assert not named, f"{make.__name__} takes its arguments by position"
+        known = (make, *key)
+        if known not in plan.views:
+            plan.views[known] = make(plan, *key, **named)
+        found: T = plan.views[known]
+        return found
+
+    return of
