@@ -126,6 +126,8 @@ def contiguous(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
     total = int(lengths.sum())
     for rank in range(ranks):
         low, high = rank * total // ranks, (rank + 1) * total // ranks
+        if low == high:
+            continue  # fewer tokens than ranks, and the edge may lie inside a document
         for doc in range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(starts, high))):
             begin = int(starts[doc])
             rows.append((rank, doc, max(low, begin) - begin, min(high, int(ends[doc])) - begin))

@@ -10,7 +10,7 @@ STRATEGY = '''"""A toy: what gather does, with so many key/value heads at one ti
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_operator
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.registry import Strategy
 from longctx.attention.strategies import gather
 
@@ -39,7 +39,7 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
     return dq, dk, dv
 
 
-TOY = Strategy("toy", define_operator("toy", forward, backward), options=frozenset({"toy_heads"}))
+TOY = Strategy("toy", define_strategy("toy", forward, backward), options=frozenset({"toy_heads"}))
 '''
 
 LINEAR_STRATEGY = '''"""A toy: the gather of LASP-2, for causal layers."""

@@ -73,7 +73,7 @@ def test_make_layout_knows_every_name(name):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: make_layout("ziggurat"), "'ziggurat' is unknown; valid layouts: contiguous, zigzag, striped"),
+        (lambda: make_layout("ziggurat"), r"=ziggurat is not known; .*valid: contiguous, zigzag, striped"),
         (lambda: make_layout("zigzag", 4), "layout_block 4 applies to the striped layout, not to zigzag"),
         (lambda: make_layout("striped", 0), "layout_block 0 must be at least 1 token"),
         (lambda: Striped(-2), "layout_block -2 must be at least 1 token"),

@@ -20,6 +20,7 @@ from longctx.sequence import cut
 from longctx.train import batch_sharder as border
 from longctx.train.canary.comparison import TOLERANCES
 from longctx.train.canary.parity import shrink_for_parity
+from tests.verify.test_verify_command import without_progress
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [
@@ -32,7 +33,7 @@ STEP = ["step", "loss", "loss_one_rank", "loss_difference", "grad_norm", "grad_n
 def verify(capsys, *words):
     status = cli.main(["verify", "--mesh", *words])
     captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return status, captured.out, without_progress(captured.err)
 
 
 def verify_json(capsys, *words):
