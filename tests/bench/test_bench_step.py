@@ -51,7 +51,7 @@ def measured(*words, steps=2):
         parts = build.build_step(config, open_corpus(config.data, config.model.vocab_size), meter, None)
         engine = parts.step.engine
         cost = measure(config, parts, meter, 1, steps)
-        parts.ahead.close()
+        parts.prefetcher.close()
         assert parts.step.engine is engine and not isinstance(engine, TimedEngine)
         return cost
 
