@@ -98,7 +98,7 @@ def test_the_steps_are_those_of_the_run(monkeypatch):
         for _ in range(3):
             record, _ = trainer._step()
             trainer.sink.step(record)
-        trainer.ahead.close()
+        trainer.prefetcher.close()
 
     monkeypatch.setattr(build, "open_sink", lambda *given: None)
     resolved = resolve(config, 2)
