@@ -1,4 +1,4 @@
-"""Exposed waiting over links that are late: what ranks waited for exchanges, beside what a replay of them says.
+"""Measures exposed waiting over links that are late: what ranks waited for exchanges, beside what a replay predicts.
 
 A rank keeps a timeline of a pass: when it posted which exchange, and when it awaited it. Its waits are what was
 exposed; what lies between them is computing. The replay takes posts and computing from the timelines and the latency
@@ -29,7 +29,7 @@ CLOSE = 0.2  # how far a measured ratio may be from the predicted one
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass as one rank saw it, in seconds of this machine's clock, which all ranks share."""
+    """Tells when one rank began and ended a pass, in seconds of this machine's clock, which all ranks share."""
 
     started: float
     ended: float
@@ -38,13 +38,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Exposed:
-    """Seconds that the rank that waits longest waits: by repeat, measured and by replay."""
+    """Tells how long the rank that waits longest waits, in seconds by repeat: measured, and by replay."""
 
     measured: tuple[float, ...]
     predicted: tuple[float, ...]
 
     def __add__(self, other: Exposed) -> Exposed:
-        """Of two passes, one after the other."""
+        """Adds the waits of two passes, one after the other."""
         return Exposed(
             tuple(a + b for a, b in zip(self.measured, other.measured, strict=True)),
             tuple(a + b for a, b in zip(self.predicted, other.predicted, strict=True)),
@@ -53,22 +53,24 @@ class Exposed:
 
 @dataclass(frozen=True)
 class ExposedRatio:
-    """Exposed waiting of another strategy over LASP-2's, paired by repeat."""
+    """Compares exposed waiting of another strategy with LASP-2's, paired by repeat."""
 
     measured: Timing
     predicted: Timing
 
     @classmethod
     def of(cls, over: Exposed, under: Exposed) -> ExposedRatio:
+        """Pairs the waits of two strategies by repeat."""
         return cls(_paired(over.measured, under.measured), _paired(over.predicted, under.predicted))
 
     @property
     def deviation(self) -> float:
-        """Of the measured ratio from the predicted one."""
+        """Returns how far the measured ratio is from the predicted one."""
         return self.measured.median / self.predicted.median - 1
 
     @property
     def close(self) -> bool:
+        """Tells whether the measured ratio is near enough to the predicted one."""
         return abs(self.deviation) <= CLOSE
 
 
@@ -77,7 +79,10 @@ def _paired(over: Sequence[float], under: Sequence[float]) -> Timing:
 
 
 def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[Seen]]]:
-    """By case and repeat: the forward and the backward pass of this rank; cases are interleaved, and turn round."""
+    """Measures, by case and repeat, the forward and the backward pass of this rank.
+
+    Cases are interleaved, in an order that reverses each time.
+    """
     found: list[list[list[Seen]]] = [[] for _ in cases]
     passes = [_Passes(case) for case in cases]
     for repeat in range(repeats + 1):
@@ -90,7 +95,7 @@ def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> l
 
 
 class _Passes:
-    """Both passes of one case on this rank."""
+    """Runs both passes of one case on this rank."""
 
     def __init__(self, case: VerifyCase) -> None:
         self._plan, self._local, self._dout = local_inputs(case, dist.get_rank())
@@ -124,7 +129,10 @@ def _together() -> float:
 
 
 def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[str, Exposed]:
-    """By pass, from what every rank saw of one case: ``ranks[rank][repeat][pass]``; ``latency`` in seconds."""
+    """Compares by pass what every rank saw of one case with its replay.
+
+    ``ranks[rank][repeat][pass]``; ``latency`` in seconds.
+    """
     found = {}
     for number, name in enumerate(PASSES):
         repeats = [[repeat[number] for repeat in seen] for seen in zip(*ranks, strict=True)]
@@ -141,6 +149,6 @@ def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[st
 
 
 def in_order(exposed: Sequence[Exposed]) -> bool:
-    """Whether the first one's waiting is the least in the median."""
+    """Tells whether the first one's waiting is the least in the median."""
     medians = [Timing.of(one.measured).median for one in exposed]
     return all(medians[0] < other for other in itertools.islice(medians, 1, None))

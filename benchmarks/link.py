@@ -1,6 +1,6 @@
-"""What strategies send over the links between nodes: by closed form, as counted, and how long it takes.
+"""Measures what strategies send over the links between nodes: by closed form, as counted, and how long it takes.
 
-LinkTraffic-only: the strategy runs as it is, with a kernel that computes nothing. The same messages leave in the same
+Exchange only: the strategy runs as it is, with a kernel that computes nothing. The same messages leave in the same
 order, each when what it carries has arrived; casts and sums of what came home are still done. Its time is compared with
 that of the same messages on links of the given rate (``benchmarks.dependence``), and told beside bytes over rate.
 """
@@ -41,15 +41,16 @@ Edge = tuple[int, int]  # from node, to node
 
 
 class Silent:
-    """A kernel that computes nothing, for whom only messages are of interest."""
+    """Stands in for a kernel and computes nothing, where only messages are of interest."""
 
     name = "silent"
 
     def refuses(self, problem: KernelProblem) -> str | None:
+        """Refuses nothing."""
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
-        """Leaves out 0 and lse -inf."""
+        """Leaves out at 0 and lse at -inf."""
 
     def backward(
         self,
@@ -67,7 +68,7 @@ class Silent:
 
 
 def sizes_of(case: VerifyCase) -> Sizes:
-    """What the case's tensors weigh on their way."""
+    """Returns the bytes that the case's tensors take in messages."""
     dtype = DTYPES[case.dtype]
     numbers = (dtype.itemsize, accumulation_dtype(dtype).itemsize)
     inner = inner_of(get_strategy(case.strategy), case.attention_case)
@@ -75,7 +76,7 @@ def sizes_of(case: VerifyCase) -> Sizes:
 
 
 def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
-    """What all ranks send from each node to each other one in one layer, by the strategy's closed form.
+    """Returns what all ranks send between each pair of nodes in one layer, by the strategy's closed form.
 
     Nodes hold as many ranks each, in order.
     """
@@ -93,7 +94,7 @@ def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
 
 
 def busiest(sent: dict[Edge, int]) -> int:
-    """Bytes on the busiest of the nodes' links, in its busier direction."""
+    """Returns the bytes on the busiest of the nodes' links, in its busier direction."""
     nodes = {node for edge in sent for node in edge}
     ways = [(node, end) for node in nodes for end in (0, 1)]
     return max((sum(size for edge, size in sent.items() if edge[end] == node) for node, end in ways), default=0)
@@ -101,7 +102,7 @@ def busiest(sent: dict[Edge, int]) -> int:
 
 @dataclass(frozen=True)
 class Passed:
-    """One pass as one rank saw it.
+    """Tells what one rank saw of one pass.
 
     ``seconds``: from a common start until the last rank was done. ``sent``: this rank's payload bytes by receiver, as
     counted in ``longctx.comm``. ``link_bytes`` and ``link_packets``: what the node sent through its link meanwhile.
@@ -116,7 +117,7 @@ class Passed:
 def measure(
     cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]], report: Report = silent
 ) -> list[list[list[Passed]]]:
-    """By case and repeat: the forward and the backward pass of this rank, exchange-only; cases are interleaved.
+    """Measures, by case and repeat, the forward and the backward pass of this rank; only exchanges, cases interleaved.
 
     ``counters``: bytes and packets that this node has sent through its link. The silent kernel must be known.
     """
@@ -141,7 +142,7 @@ def silence() -> Iterator[None]:
 
 
 class LinkTraffic:
-    """Both passes of one case on this rank, with the silent kernel, which must be known."""
+    """Runs both passes of one case on this rank, with the silent kernel, which must be known."""
 
     def __init__(self, case: VerifyCase) -> None:
         self._plan, (q, k, v, dout) = local_inputs(case)
@@ -151,10 +152,12 @@ class LinkTraffic:
         self._out = self._dout
 
     def forward(self) -> None:
+        """Runs the forward pass."""
         q, k, v = self._inputs
         self._out = self._attention(q, k, v, self._plan.handle)
 
     def backward(self) -> None:
+        """Runs the backward pass."""
         torch.autograd.grad(self._out, self._inputs, self._dout)
 
 
@@ -174,8 +177,11 @@ def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) 
 
 @dataclass(frozen=True)
 class NodeSent:
-    """What one node sent through its link in one pass, in bytes: by closed form, as its ranks counted, and by the
-    link's own counter less headers, where repeats lie between ``link_least`` and ``link_most``."""
+    """Tells what one node sent through its link in one pass, in bytes, counted in three ways.
+
+    By closed form, as its ranks counted, and by the link's own counter less headers. Of the last, repeats lie between
+    ``link_least`` and ``link_most``.
+    """
 
     formula: int
     counted: int
@@ -184,15 +190,20 @@ class NodeSent:
 
     @property
     def unexplained(self) -> float:
-        """The link's counter beyond the formula, as a share of it, in the repeat with the fewest packets sent twice: a
-        busy machine makes TCP repeat some."""
+        """Returns what the link counted beyond the formula, as a share of it.
+
+        It is that of the repeat with the fewest packets sent twice: a busy machine makes TCP repeat some.
+        """
         return (self.link_least - self.formula) / max(self.formula, 1)
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """One pass of one case. ``busy``: seconds that its bytes take at the links' rate, if the busiest is never idle;
-    ``predicted``: that they take in the order in which they need each other, which is no less."""
+    """Tells what one pass of one case took, in seconds.
+
+    ``busy``: what its bytes take at the links' rate if the busiest is never idle. ``predicted``: what they take in the
+    order in which they need each other, which is no less.
+    """
 
     name: str
     edges_equal: bool  # counted = formula on every edge between nodes, in every repeat
@@ -203,13 +214,17 @@ class PassRow:
 
     @property
     def ratio(self) -> float:
+        """Returns the measured time over the predicted one."""
         return self.seconds.median / self.predicted if self.predicted else 1.0
 
 
 def judged(
     case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[Passed]]], predicted: Sequence[float]
 ) -> list[PassRow]:
-    """The case's passes, from what every rank saw: ``ranks[rank][repeat][pass]``, and what was predicted of each."""
+    """Compares the case's passes with what was predicted of each.
+
+    ``ranks[rank][repeat][pass]`` is what every rank saw.
+    """
     closed, per_node = crossing(case, nodes), case.world // nodes
     rows = []
     for number, name in enumerate(PASSES):
@@ -231,7 +246,7 @@ def judged(
 
 
 def _crossed(repeat: Sequence[Passed], per_node: int, edges: Iterable[Edge]) -> dict[Edge, int]:
-    """Bytes between nodes, as their ranks counted them."""
+    """Counts the bytes between nodes, as their ranks counted them."""
     found = dict.fromkeys(edges, 0)
     for rank, passed in enumerate(repeat):
         for receiver, size in passed.sent.items():
@@ -246,6 +261,6 @@ def _of(node: int, edges: dict[Edge, int]) -> int:
 
 
 def as_predicted(predicted: Sequence[float], measured: Sequence[float]) -> bool:
-    """Whether what should be faster is, wherever predictions are apart."""
+    """Tells whether what should be faster is, wherever predictions are apart."""
     pairs = itertools.permutations(zip(predicted, measured, strict=True), 2)
     return all(one[1] < other[1] for one, other in pairs if one[0] * (1 + EQUAL) < other[0])

@@ -1,4 +1,4 @@
-"""``python -m benchmarks attention``: every strategy on real processes of this machine, beside its floor and its peers.
+"""``python -m benchmarks attention`` times every strategy on processes of this machine, beside its floor and its peers.
 
 Nothing is timed before a green exactness check: of our strategies on ``sim`` in float64, and of everyone at full size.
 """
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
-    """By key/value heads, then by tokens: every strategy on its layouts."""
+    """Lists the cells by key/value heads, then by tokens: every strategy on its layouts."""
     strategies = words("strategies", arguments.strategies, [name for name in ALL if name != "local"])
     ways = [
         (strategy, layout)
@@ -105,7 +105,7 @@ def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
 
 
 def require_exact(cases: Iterable[VerifyCase], report: Report = silent) -> None:
-    """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
+    """Refuses to time what is not exact: runs the same cases, shorter and in float64, against the dense reference."""
     small = []
     for case in cases:
         reason = case.refused()

@@ -1,7 +1,7 @@
-"""``python -m benchmarks disaggregation``: a skewed batch on real processes, beside the time of the mean work.
+"""``python -m benchmarks disaggregation`` times a skewed batch on real processes, beside the time of the mean work.
 
-Nothing is timed before every way is exact: on ``sim`` in float64 against dense attention, the batch scaled down, and at
-full size in float32 against plain data parallelism, which shares nothing.
+Nothing is timed before every way is exact. The batch, scaled down, is compared with dense attention on ``sim`` in
+float64. At full size in float32 it is compared with plain data parallelism, which shares nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
 
 
 def require_exact(problem: Problem, ways: list[str]) -> None:
-    """No timing without a green gate: the same skew, shorter and in float64, against the dense reference."""
+    """Refuses to time what is not exact: the same skew, shorter and in float64, against the dense reference."""
     longest, budget = problem.shares[0][0], sum(problem.shares[0])
     small = min(budget, GATE_TOKENS)
     shares = skewed(problem.world, small * problem.world, max(1, longest * small // budget), (1, max(1, small // 8)), 1)

@@ -1,7 +1,8 @@
-"""The second half of ``python -m benchmarks linear``: four nodes of one rank each with late links between them.
+"""Runs the second half of ``python -m benchmarks linear``: four nodes of one rank each, late links between them.
 
-LASP-2, LASP and a ring of keys and values (the softmax strategy ``ring``) run as they are, with computing, on sequences
-so short that latency is what counts. Before that each computes over the same links, and is compared with its reference.
+LASP-2, LASP and a ring of keys and values (the softmax strategy ``ring``) run as they are, with computing. Sequences
+are so short that latency is what counts. Before that each computes over the same links, and is compared with its
+reference.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ PORT = 7077
 
 @dataclass(frozen=True)
 class Late:
-    """``one_way``: milliseconds, half of a small word's way there and back. ``exposed``: by route and pass."""
+    """Holds what was measured over late links.
+
+    ``one_way``: milliseconds, half of a small word's round trip. ``exposed``: waiting, by route and pass.
+    """
 
     one_way: Timing
     exposed: dict[str, dict[str, Exposed]]
@@ -45,18 +49,18 @@ class Late:
 
     @property
     def both(self) -> list[Exposed]:
-        """Forward and backward together, by route."""
+        """Adds forward and backward, by route."""
         return [passes[PASSES[0]] + passes[PASSES[1]] for passes in self.exposed.values()]
 
     @property
     def ratios(self) -> dict[str, ExposedRatio]:
-        """The others over LASP-2."""
+        """Returns the exposed waiting of the other routes over LASP-2's."""
         first, *others = self.both
         return {route: ExposedRatio.of(one, first) for route, one in zip(ROUTES[1:], others, strict=True)}
 
 
 def cases_of(arguments: argparse.Namespace, mixer: str | None) -> list[VerifyCase]:
-    """One case a route, on the same tokens and heads."""
+    """Returns one case for each route, on the same tokens and heads."""
     if arguments.latency_ms <= 0 or arguments.latency_ms >= HEAD_START * 1e3 / RANKS:
         raise ConfigError(
             f"--latency-ms {arguments.latency_ms} must be above 0 and below {HEAD_START * 1e3 / RANKS}, so that ranks "
@@ -127,7 +131,7 @@ else:
 
 
 def pinged(nodes: Namespaces) -> Timing:
-    """Milliseconds one way between the first node and the last, as a small word finds them."""
+    """Measures milliseconds one way between the first node and the last, as a small word finds them."""
     words = [sys.executable, "-c", ECHO]
     numbers = [str(PORT), str(PASSED_ROUND)]
     with subprocess.Popen([*nodes.within(0), *words, "", *numbers], stdout=subprocess.PIPE) as echo:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks linear``: what linear layers cost over a sequence that ranks share.
+"""``python -m benchmarks linear`` measures what linear layers cost over a sequence that ranks share.
 
 First on two processes of one core each: time of a token from short to long sequences, and the share of the floor
 without exchanges. Then over four nodes with late links: what each strategy exposes of their latency. Nothing is timed
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
-    """Mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
+    """Lists the cases, mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
     stateful = [name for name in MIXERS if get_mixer(name).has_states]
     mixers = words("mixers", arguments.mixers, stateful)
     strategies = words("strategies", arguments.strategies, LINEAR_STRATEGIES)
@@ -99,7 +99,7 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
 
 
 def require_exact(cases: Iterable[VerifyCase], show: Report) -> None:
-    """No timing without a green gate: the same cases, shorter and in float64, against the recurrence."""
+    """Refuses to time what is not exact: the same cases, shorter and in float64, against the recurrence."""
     small = []
     for case in cases:
         reason = refusal_of(case)
@@ -114,7 +114,7 @@ def require_exact(cases: Iterable[VerifyCase], show: Report) -> None:
 
 
 def measured(cases: Sequence[VerifyCase], repeats: int, show: Report) -> list[LinearCell]:
-    """Mixer after mixer; all lengths and strategies of one take turns."""
+    """Measures mixer after mixer; all lengths and strategies of one take turns."""
     job = {
         "groups": [list(map(asdict, group)) for _, group in itertools.groupby(cases, key=lambda case: case.mixer)],
         "repeats": repeats,

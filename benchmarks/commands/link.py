@@ -1,9 +1,11 @@
-"""``python -m benchmarks link``: flat ring, double ring and USP over two nodes with a slow link between them.
+"""``python -m benchmarks link`` times flat ring, double ring and USP over two nodes with a slow link between them.
 
-Nodes are network namespaces of this machine with two ranks each. Bytes on the link must be what the strategies'
-closed forms say, exchange-only time what these bytes take at the link's rate in the order in which they need each
-other, and the order of the three that of these times. Before that every strategy computes over the same link, and is
-compared with the dense reference.
+Nodes are network namespaces of this machine with two ranks each. Three things must hold:
+- Bytes on the link are what the strategies' closed forms say.
+- Exchange-only time is what these bytes take at the link's rate, in the order in which they need each other.
+- The three strategies are ranked as these times are.
+
+Before that every strategy computes over the same link, and is compared with the dense reference.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
-    """One case for each route of keys and values, alike but for it."""
+    """Returns one case for each route of keys and values; they differ in nothing else."""
     for name, least in (("rate_mbit", 1), ("link_tokens", RANKS), ("link_repeats", 1)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
@@ -118,7 +120,7 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
 
 
 def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
-    """Seconds of each pass at the links' rate, from the messages of the same exchange on ``sim``."""
+    """Predicts the seconds of each pass at the links' rate, from the messages of the same exchange on ``sim``."""
     cluster = Cluster(case.world)
 
     def exchange() -> None:
@@ -137,18 +139,18 @@ def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
 
 
 def gate_of(case: VerifyCase) -> VerifyCase:
-    """The same, shorter and in float64: what the ranks compute over the link before they are timed."""
+    """Returns the case shorter and in float64: what the ranks compute over the link before they are timed."""
     return replace(case, seq=min(case.seq, GATE_TOKENS), dtype="float64")
 
 
 def compute_here(cases: Sequence[VerifyCase], folder: Path, rank: int) -> None:
-    """On each rank, before anything is timed."""
+    """Computes the gate's cases on this rank, before anything is timed."""
     for number, case in enumerate(cases):
         save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
 
 
 def require_exact_here(cases: Sequence[VerifyCase], folder: Path) -> list[dict[str, float]]:
-    """Errors of what ``compute_here`` left."""
+    """Refuses what ``compute_here`` computed inexactly; returns its errors."""
     errors = []
     for number, case in enumerate(cases):
         ranks = [load_result(folder / f"computed-{number}-{rank}.safetensors") for rank in range(case.world)]
@@ -166,7 +168,7 @@ def _passed(one: dict[str, object]) -> Passed:
 
 
 def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
-    """Where other bytes crossed than the closed forms say."""
+    """Lists where other bytes crossed than the closed forms say."""
     found = []
     for route, passes in zip(ROUTES, rows, strict=True):
         for row in passes:
@@ -179,7 +181,7 @@ def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
 
 
 def late(rows: list[list[PassRow]]) -> list[str]:
-    """Passes that took longer than their messages at the links' rate, and what the method allows beside."""
+    """Lists passes that took longer than their messages at the links' rate plus what the method allows."""
     return [
         f"{route} {row.name} {row.ratio:.2f}"
         for route, passes in zip(ROUTES, rows, strict=True)
@@ -189,7 +191,7 @@ def late(rows: list[list[PassRow]]) -> list[str]:
 
 
 def in_order(rows: list[list[PassRow]]) -> bool:
-    """Whether both passes together rank the routes as they were predicted."""
+    """Tells whether both passes together rank the routes as they were predicted."""
     times = [sum(row.predicted for row in passes) for passes in rows]
     return as_predicted(times, [sum(row.seconds.median for row in passes) for passes in rows])
 

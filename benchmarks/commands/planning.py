@@ -1,4 +1,4 @@
-"""``python -m benchmarks planning``: planners on rows of long-context documents, and what they stand for on a clock.
+"""``python -m benchmarks planning`` compares planners on rows of long-context documents, and what they gain on a clock.
 
 No processes and no devices: plans are counted, and the event simulator's seconds are a model's, not a measurement's.
 """
@@ -63,11 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class PlannerRow:
-    """One planner on one draw. ``gigabytes``: Q, O and KV moved forward for a layer of an 8B model, bf16; Q and O are
-    equal. Egress is the worst rank's query rows: over the mean of all ranks, and over the least that the worst rank of
-    this home layout must send for 1.02 of the mean work. ``worst_gigabytes``: through one rank's busier
-    direction. ``milliseconds``: home layout, tasks, transfers and cost, median; the processor's as well, since a wall
-    clock counts other processes too."""
+    """Tells what one planner made of one draw of documents.
+
+    ``gigabytes``: Q, O and KV moved forward for a layer of an 8B model, bf16; Q and O are equal. ``worst_gigabytes``:
+    through one rank's busier direction.
+
+    Egress is the worst rank's query rows, told as two ratios. One is over the mean of all ranks. The other is over the
+    least that the worst rank of this home layout must send for 1.02 of the mean work.
+
+    ``milliseconds``: home layout, tasks, transfers and cost, median; the processor's as well, since a wall clock counts
+    other processes too.
+    """
 
     context: int
     servers: int
@@ -129,7 +135,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def planners(lengths: np.ndarray, context: int, servers: int, draw: int, timed: int) -> list[PlannerRow]:
-    """DistCA's greedy at both of its tolerances, and ``cad``, on the same documents and home layout."""
+    """Measures DistCA's greedy planner at both of its tolerances, and ``cad``, on equal documents and home layouts."""
     documents = np.concatenate(draw_rows(lengths, context, servers * TOKENS // context, np.random.default_rng(draw)))
     mask, options = causal(documents), PlannerOptions()
     ways: dict[str, Callable[[DocumentPlacement], Plan]] = {
@@ -163,7 +169,7 @@ def _of_runs(runs: TaskRuns, home: DocumentPlacement, mask: MaskSlices) -> Plan:
 
 
 def clock(lengths: np.ndarray, context: int) -> dict[str, float]:
-    """Mean seconds of steps over ``BATCHES`` batches, as ratios to CAD's, with both ablations."""
+    """Returns mean seconds of steps over ``BATCHES`` batches, as ratios to CAD's, with both ablations."""
     run, seconds, shares = ClusterRun(), [], []
     for seed in range(BATCHES):
         mixture = long_mixture(lengths, context, np.random.default_rng(seed))

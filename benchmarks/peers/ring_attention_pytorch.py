@@ -1,4 +1,4 @@
-"""``ring-attention-pytorch``: its ``ring_flash_attn``, flash attention in PyTorch operations, bucket by bucket."""
+"""Runs the package ``ring-attention-pytorch``: its ``ring_flash_attn``, flash attention in PyTorch operations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ BUCKET = 1024  # tokens; its default. It computes hidden buckets too, so that a 
 
 
 def prepare(case: VerifyCase) -> Prepared:
+    """Prepares the package's ring for one case on this rank."""
     from ring_attention_pytorch import ring_flash_attn
 
     positions = chunk_of(case, dist.get_rank())

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, sharded, hashed, committed by one rename, readable on any layout.
+"""Saves and restores the whole state of a run: sharded, hashed, committed by one rename, readable on any layout.
 
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=3, layout={"sp": 4, "dp_shard": 1})
     checkpointer.save(step, TrainState(model, optimizer, scheduler, loader, step))

@@ -1,4 +1,4 @@
-"""Which committed steps are intact, found by hashing every file, each on one rank."""
+"""Finds the committed steps that are intact, by hashing every file, each on one rank."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class IntactSteps:
         return None
 
     def exactly(self, step: int) -> Commit:
-        """Verifies ``step``; the error for a damaged one names the newest intact earlier step."""
+        """Verifies ``step`` and no other; the error for a damaged one names the newest intact earlier step."""
         try:
             return self.verified(step)
         except StorageError as error:

@@ -1,4 +1,4 @@
-"""Restoring, on one rank: manifests, then shards, then the state that is no tensor; refusals before any change."""
+"""Restores a run on one rank: manifests, then shards, then the state that is no tensor; refuses before any change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Fitted:
 
 
 def fit(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> Fitted:
-    """Finds what is to be read and into what; all that is refused, is refused here.
+    """Finds what is to be read and into what, and refuses all that can be refused.
 
     Reads no shards, but moves the loader and the schedule of ``state``.
     """
@@ -83,7 +83,7 @@ def restore(fitted: Fitted, state: TrainState, run: RunRecord) -> None:
 
 
 def _generators(fitted: Fitted, run: RunRecord) -> dict[str, Tensor] | None:
-    """The random generators that this rank saved, if the layout is the one that it saved them on."""
+    """Returns the random generators that this rank saved, if the layout is the one that it saved them on."""
     commit, layout = fitted.commit, fitted.rest["layout"]
     if (commit.world, layout) != (world_size(), run.layout):
         if this_rank() == 0:
@@ -106,7 +106,7 @@ def _generators(fitted: Fitted, run: RunRecord) -> dict[str, Tensor] | None:
 
 
 def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
-    """Every rank's shards, by file, after all checks; the manifests' hashes have been checked."""
+    """Reads every rank's shards, by file, with all checks; the manifests' hashes have been checked."""
     chunks: dict[Path, list[Chunk]] = {}
     for rank in range(commit.world):
         path = directory / manifest.manifest_file(rank)
@@ -118,7 +118,7 @@ def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
 
 
 def _with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
-    """``located`` with entries for this rank's copies of tied weights, which read what the original reads."""
+    """Adds entries to ``located`` for this rank's copies of tied weights, which read what the original reads."""
     for copy in [name for name in live if COPY in name]:
         original = copy.removesuffix(COPY)
         for name in list(located):

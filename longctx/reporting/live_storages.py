@@ -1,4 +1,4 @@
-"""Every tensor storage of a stretch of work: when it was born and died, how large it was, and in what work.
+"""Follows every tensor storage of a stretch of work: when it was born and died, how large it was, and in what work.
 
 Counted from what operators take and return, not asked of an allocator, so that it is the same on every device.
 An operator's own workspace is not seen. Categories are given afterwards, when it is known what became of each.
@@ -25,9 +25,9 @@ from longctx.attention.runtime.operands import tensors_in
 
 @dataclass
 class Life:
-    """Tells one storage's life. ``sizes``: (time, bytes from then on); a time is a number of operators.
+    """Tells the life of one storage. ``sizes``: (time, bytes from then on); a time is a number of operators.
 
-    ``tag``: what it is known to be; ``region``: the work that it was born in. ``backward`` and ``recording``:
+    ``tag``: what it is known to be. ``region``: the work that it was born in. ``backward`` and ``recording``:
     was it born in a backward pass, and while a graph was being recorded? ``given``: it was there before.
     """
 
@@ -41,13 +41,13 @@ class Life:
     died: int | None = None
 
     def bytes_at(self, time: int) -> int:
-        """Tells how large it was at a time; 0 after its death."""
+        """Tells how large the storage was at a time; 0 after its death."""
         if self.died is not None and time > self.died:
             return 0
         return next((size for start, size in reversed(self.sizes) if start <= time), 0)
 
     def changes(self) -> Iterator[tuple[int, int]]:
-        """Lists (time, how many bytes more than before)."""
+        """Lists the storage's changes: (time, how many bytes more than before)."""
         before = 0
         for time, size in self.sizes:
             yield time, size - before

@@ -1,4 +1,4 @@
-"""What the ranks of a run know of one step: each by itself, and all of them together."""
+"""Defines what the ranks of a run know of one step: each by itself, and all of them together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RankCounts:
 
     @classmethod
     def _of(cls, numbers: dict[str, float]) -> RankCounts:
-        """The same from the numbers that travelled, by name."""
+        """Builds the counts from the numbers that travelled, by name."""
         memory = numbers.pop("memory_peak_bytes")
         exact: dict[str, Any] = {
             name: value if name in ("cells", "work") else int(value) for name, value in numbers.items()
@@ -59,11 +59,13 @@ class RankCounts:
 class Observation:
     """Holds the facts of one step that all ranks know, equal on all of them.
 
-    ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
-    rank over the mean. ``work``, ``bytes``, ``bytes_between_nodes``: of each rank that tells of its work, the cells
-    that it computes, what its attention sent, and what of that went to other nodes. ``straggler``: tokens of the
-    longest document of the busiest one. ``padding``: share of the physical tokens that are none. ``comm_bytes``,
-    ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``: somebody was asked to stop.
+    ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a rank over the
+    mean. ``straggler``: tokens of the longest document of the busiest rank. ``padding``: share of the physical tokens
+    that are none. ``comm_bytes``, ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``:
+    somebody was asked to stop.
+
+    These are of each rank that tells of its work. ``work``: cells that it computes. ``bytes``: what its attention sent.
+    ``bytes_between_nodes``: what of that went to other nodes.
     """
 
     tokens: int

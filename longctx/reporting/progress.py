@@ -1,4 +1,4 @@
-"""The line that a person watches: step, loss, speed, time left."""
+"""Writes the line that a person watches: step, loss, speed, time left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Progressed:
     left: str
 
     def line(self) -> str:
-        """Writes all of it, as a log keeps it."""
+        """Writes step, loss, speed and time left as one line of a log."""
         return "  ".join((self.step, self.loss, self.grad, self.lr, f"{self.speed} tokens/s", f"ETA {self.left}"))
 
     def before_bar(self, width: int) -> list[str]:
@@ -79,7 +79,7 @@ class Progress:
             self._stream.flush()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Ends the line."""
+        """Ends the line, so that what follows starts on a new one."""
         if self._live is not None and self._live.is_started:
             self._live.stop()
         self._stream.flush()
@@ -106,7 +106,7 @@ class Progress:
 
 
 def _live(stream: TextIO) -> Live | None:
-    """A line that can be rewritten; None on a terminal that cannot move its cursor."""
+    """Opens a line that can be rewritten; None on a terminal that cannot move its cursor."""
     # Imported here: most runs write into a log.
     from rich.console import Console
     from rich.live import Live
@@ -117,7 +117,7 @@ def _live(stream: TextIO) -> Live | None:
 
 
 def _drawn(progressed: Progressed, width: int) -> RenderableType:
-    """One line of at most ``width`` columns, with a bar wherever there is room for one."""
+    """Draws one line of at most ``width`` columns, with a bar wherever there is space for one."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -141,7 +141,7 @@ def _columns(words: list[str]) -> int:
 
 
 def _fitting(words: list[str], width: int) -> list[str]:
-    """The first of ``words`` that fit beside one another."""
+    """Returns the first of ``words`` that fit beside one another."""
     while words and _columns(words) > width:
         words = words[:-1]
     return words

@@ -1,4 +1,4 @@
-"""``longctx bench step``: the step of the user's own configuration on their mesh, by what its time is spent on."""
+"""``longctx bench step`` times the step of the user's own configuration on their mesh, by what its time is spent on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx bench step``."""
+    """Adds the options of ``longctx bench step``."""
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"timed steps; default: {STEPS}")
     parser.add_argument(
         "--warm-up", type=int, default=WARM_UP, metavar="N", help=f"steps before them; default: {WARM_UP}"
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Refuse what can be refused, measure on the ranks, and tell it on the first of them; nothing is written."""
+    """Refuses what can be refused, measures on the ranks, and prints the result on the first of them.
+
+    No file is written.
+    """
     config = compose(arguments.overrides)
     refuse_sim(config, COMMAND)
     at_least_one("--steps", arguments.steps, STEPS)
@@ -72,8 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepared(config: Config, world: int, local: int, data: bool = True) -> Config:
-    """The resolved run, after all that ``longctx train`` would refuse; ``local``: ranks here. ``data``: whether this
-    rank looks at the data for all. Nobody writes: there is no ``run.dir``."""
+    """Returns the resolved run, after all that ``longctx train`` would refuse; ``local``: ranks here.
+
+    ``data``: whether this rank looks at the data for all. Nobody writes: there is no ``run.dir``.
+    """
     machine.require_nodes(config, world)
     config = resolve(replace(config, run=replace(config.run, dir=None)), world)
     machine.require_devices(config, local)
@@ -83,7 +88,7 @@ def _prepared(config: Config, world: int, local: int, data: bool = True) -> Conf
 
 
 def measured(config: Config, job: Found, device: torch.device, report: Report) -> Found:
-    """On each rank; the first one's is told."""
+    """Measures on each rank; returns plain values, of which the first rank's are printed."""
     torch.manual_seed(config.train.seed)
     mesh = build_mesh(config.parallel, device.type)
     report(0, 0, "checking one tiny step against dense attention")
@@ -138,7 +143,7 @@ def _share(name: str, seconds: float, whole: float) -> tuple[str, str, str]:
 
 
 def _memory(found: Found) -> list[tuple[str, str, str]]:
-    """Peak bytes by category, of the rank that has most; categories without any are left out."""
+    """Lists peak bytes by category, of the rank that has most; categories without any are left out."""
     rows = []
     memory = found["memory_bytes"]
     if memory is not None:
