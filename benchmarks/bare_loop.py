@@ -41,7 +41,7 @@ class PlainAttention:
 
 
 @dataclass(frozen=True)
-class Ready:
+class BareBatch:
     """Holds a batch in the form that the bare loop reads; ``bounds``: see ``PlainAttention``."""
 
     tokens: Tensor
@@ -51,7 +51,7 @@ class Ready:
     valid: int
 
     @classmethod
-    def of(cls, batch: Batch) -> Ready:
+    def of(cls, batch: Batch) -> BareBatch:
         """Converts ``batch``, which is packed without padding."""
         bounds, positions = [], []
         for row, documents in enumerate(batch.documents):
@@ -73,7 +73,7 @@ class BareLoop:
         self._optimizer = optimizer
         self._grad_clip = grad_clip
 
-    def step(self, batches: Sequence[Ready], lr: float) -> float:
+    def step(self, batches: Sequence[BareBatch], lr: float) -> float:
         """Runs forward, backward, clipping and update; returns the mean loss of a valid token."""
         count = sum(batch.valid for batch in batches)
         total = torch.zeros(())

@@ -115,7 +115,7 @@ class Way:
     """Shares the row's attention in one way; ``alone``: each rank attends to its own documents, as a batch."""
 
     strategy: str
-    told: str
+    title: str
     layout: Callable[[Problem], Layout] = lambda problem: Contiguous()
     alone: bool = False
 
@@ -217,7 +217,7 @@ class _Entrant:
         mean = [statistics.fmean(one) for one in self.seconds["work"]]
         whole = [work + statistics.fmean(one) for work, one in zip(mean, linear, strict=True)]
         return DisaggregationRow(
-            WAYS[self.name].told,
+            WAYS[self.name].title,
             self.error,
             self.cells,
             self.bytes,
@@ -326,7 +326,7 @@ def _error(problem: Problem, way: Way, computed: list[Tensor], truth: list[Tenso
         for name, mine, true in zip(TENSORS, whole, truth, strict=True)
     }
     if not max(errors.values()) <= LIMIT:
-        raise NumericsError(f"{way.told} is off by {errors}, more than {LIMIT}; it is not timed")
+        raise NumericsError(f"{way.title} is off by {errors}, more than {LIMIT}; it is not timed")
     return max(errors.values())
 
 

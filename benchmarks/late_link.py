@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.link import PASSES
-from benchmarks.waiting import program_of, replay, waited
+from benchmarks.waiting import program_of, replay, wait_seconds
 from longctx.bench.timing import Report, Timing, silent
 from longctx.comm import ExchangeEvent, group_of
 from longctx.verify import VerifyCase
@@ -28,7 +28,7 @@ CLOSE = 0.2  # how far a measured ratio may be from the predicted one
 
 
 @dataclass(frozen=True)
-class Seen:
+class PassTimeline:
     """Tells when one rank began and ended a pass, in seconds of this machine's clock, which all ranks share."""
 
     started: float
@@ -78,17 +78,17 @@ def _paired(over: Sequence[float], under: Sequence[float]) -> Timing:
     return Timing.of([a / max(b, 1e-9) for a, b in zip(over, under, strict=True)])
 
 
-def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[Seen]]]:
+def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[PassTimeline]]]:
     """Measures, by case and repeat, the forward and the backward pass of this rank.
 
     Cases are interleaved, in an order that reverses each time.
     """
-    found: list[list[list[Seen]]] = [[] for _ in cases]
+    found: list[list[list[PassTimeline]]] = [[] for _ in cases]
     passes = [_Passes(case) for case in cases]
     for repeat in range(repeats + 1):
         report(repeat, repeats + 1, "all routes in turn")
         for number in range(len(cases))[:: 1 if repeat % 2 else -1]:
-            seen = [_seen(run) for run in (passes[number].forward, passes[number].backward)]
+            seen = [_timed_pass(run) for run in (passes[number].forward, passes[number].backward)]
             if repeat:  # the first round opens connections and warms up
                 found[number].append(seen)
     return found
@@ -109,7 +109,7 @@ class _Passes:
         torch.autograd.grad(self._out, list(self._local.values()), self._dout)
 
 
-def _seen(run: Callable[[], None]) -> Seen:
+def _timed_pass(run: Callable[[], None]) -> PassTimeline:
     traffic = group_of(dist.group.WORLD).traffic
     timeline: list[ExchangeEvent] = []
     traffic.timeline = timeline
@@ -117,7 +117,7 @@ def _seen(run: Callable[[], None]) -> Seen:
     run()
     ended = time.perf_counter()
     traffic.timeline = None
-    return Seen(started, ended, tuple(timeline))
+    return PassTimeline(started, ended, tuple(timeline))
 
 
 def _together() -> float:
@@ -128,7 +128,7 @@ def _together() -> float:
     return float(start)
 
 
-def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[str, Exposed]:
+def judged(ranks: Sequence[Sequence[Sequence[PassTimeline]]], latency: float) -> dict[str, Exposed]:
     """Compares by pass what every rank saw of one case with its replay.
 
     ``ranks[rank][repeat][pass]``; ``latency`` in seconds.
@@ -136,7 +136,7 @@ def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[st
     found = {}
     for number, name in enumerate(PASSES):
         repeats = [[repeat[number] for repeat in seen] for seen in zip(*ranks, strict=True)]
-        measured = [max(waited(rank.timeline) for rank in repeat) for repeat in repeats]
+        measured = [max(wait_seconds(rank.timeline) for rank in repeat) for repeat in repeats]
         predicted = [
             max(
                 spent.waited

@@ -44,7 +44,7 @@ class LinearCell:
         return self.time.median / self.seq
 
 
-def unevenness(cells: Sequence[LinearCell]) -> float:
+def largest_deviation(cells: Sequence[LinearCell]) -> float:
     """Returns how far the time per token at one of the lengths is from its mean over them, at most."""
     times = [cell.per_token for cell in cells]
     mean = statistics.fmean(times)

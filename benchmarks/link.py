@@ -40,7 +40,7 @@ EQUAL = 0.05  # predictions closer than this are in no order
 Edge = tuple[int, int]  # from node, to node
 
 
-class Silent:
+class NoComputeKernel:
     """Stands in for a kernel and computes nothing, where only messages are of interest."""
 
     name = "silent"
@@ -75,7 +75,7 @@ def sizes_of(case: VerifyCase) -> Sizes:
     return Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, *numbers, inner, case.options)
 
 
-def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
+def bytes_between_nodes(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
     """Returns what all ranks send between each pair of nodes in one layer, by the strategy's closed form.
 
     Nodes hold as many ranks each, in order.
@@ -101,7 +101,7 @@ def busiest(sent: dict[Edge, int]) -> int:
 
 
 @dataclass(frozen=True)
-class Passed:
+class PassTraffic:
     """Tells what one rank saw of one pass.
 
     ``seconds``: from a common start until the last rank was done. ``sent``: this rank's payload bytes by receiver, as
@@ -116,12 +116,12 @@ class Passed:
 
 def measure(
     cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]], report: Report = silent
-) -> list[list[list[Passed]]]:
+) -> list[list[list[PassTraffic]]]:
     """Measures, by case and repeat, the forward and the backward pass of this rank; only exchanges, cases interleaved.
 
     ``counters``: bytes and packets that this node has sent through its link. The silent kernel must be known.
     """
-    found: list[list[list[Passed]]] = [[] for _ in cases]
+    found: list[list[list[PassTraffic]]] = [[] for _ in cases]
     exchanges = [LinkTraffic(case) for case in cases]
     for repeat, number in itertools.product(range(repeats + 1), range(len(cases))):
         report(repeat * len(cases) + number, (repeats + 1) * len(cases), cases[number].strategy)
@@ -132,7 +132,7 @@ def measure(
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def silent_kernel() -> Iterator[None]:
     """Makes the silent kernel known."""
     KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
     try:
@@ -161,13 +161,13 @@ class LinkTraffic:
         torch.autograd.grad(self._out, self._inputs, self._dout)
 
 
-def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) -> Passed:
+def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) -> PassTraffic:
     counted = group_of(dist.group.WORLD).traffic.by_receiver
     dist.barrier()
     sent, (link_bytes, link_packets) = dict(counted), counters()
     seconds = slowest(run)
     link_bytes_now, link_packets_now = counters()
-    return Passed(
+    return PassTraffic(
         seconds,
         {receiver: size - sent.get(receiver, 0) for receiver, size in counted.items()},
         link_bytes_now - link_bytes,
@@ -219,13 +219,13 @@ class PassRow:
 
 
 def judged(
-    case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[Passed]]], predicted: Sequence[float]
+    case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[PassTraffic]]], predicted: Sequence[float]
 ) -> list[PassRow]:
     """Compares the case's passes with what was predicted of each.
 
     ``ranks[rank][repeat][pass]`` is what every rank saw.
     """
-    closed, per_node = crossing(case, nodes), case.world // nodes
+    closed, per_node = bytes_between_nodes(case, nodes), case.world // nodes
     rows = []
     for number, name in enumerate(PASSES):
         formula = {edge: getattr(cost, name) for edge, cost in closed.items()}
@@ -245,7 +245,7 @@ def judged(
     return rows
 
 
-def _crossed(repeat: Sequence[Passed], per_node: int, edges: Iterable[Edge]) -> dict[Edge, int]:
+def _crossed(repeat: Sequence[PassTraffic], per_node: int, edges: Iterable[Edge]) -> dict[Edge, int]:
     """Counts the bytes between nodes, as their ranks counted them."""
     found = dict.fromkeys(edges, 0)
     for rank, passed in enumerate(repeat):

@@ -13,7 +13,7 @@ UPPER = 0.95
 
 
 @dataclass(frozen=True)
-class Spent:
+class StepSeconds:
     """Holds the seconds of one step: on the wall, and on the processor by all threads of this process."""
 
     wall: float
@@ -26,10 +26,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def lap(self) -> Spent:
+    def lap(self) -> StepSeconds:
         """Returns what was spent since the last lap, and starts anew."""
         wall, cpu = time.perf_counter(), time.process_time()
-        spent = Spent(wall - self._wall, cpu - self._cpu)
+        spent = StepSeconds(wall - self._wall, cpu - self._cpu)
         self._wall, self._cpu = wall, cpu
         return spent
 
@@ -59,8 +59,8 @@ class Alternation:
 
     def __init__(self, other: Callable[[int], None]) -> None:
         self._other = other
-        self.own: list[Spent] = []
-        self.others: list[Spent] = []
+        self.own: list[StepSeconds] = []
+        self.others: list[StepSeconds] = []
         self._watch = Stopwatch()
 
     def after_step(self) -> None:

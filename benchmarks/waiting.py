@@ -44,7 +44,7 @@ Program = Sequence[Compute | Post | Wait]
 
 
 @dataclass(frozen=True)
-class Waited:
+class RankSeconds:
     """Tells the seconds of one rank: from the common start to its end, and how many of them it waited for exchanges."""
 
     total: float
@@ -62,12 +62,12 @@ def program_of(timeline: Sequence[ExchangeEvent], started: float, ended: float) 
     return [*program, Compute(ended - now)]
 
 
-def waited(timeline: Sequence[ExchangeEvent]) -> float:
+def wait_seconds(timeline: Sequence[ExchangeEvent]) -> float:
     """Returns the seconds that the rank spent in waits."""
     return sum(moment.ended - moment.started for moment in timeline if not moment.posted)
 
 
-def replay(programs: Sequence[Program], latency: float) -> list[Waited]:
+def replay(programs: Sequence[Program], latency: float) -> list[RankSeconds]:
     """Returns every rank's time, when all start at 0 and a link takes ``latency`` seconds one way.
 
     Ranks that wait for each other are an assert.
@@ -79,7 +79,7 @@ def replay(programs: Sequence[Program], latency: float) -> list[Waited]:
         before = {number: ranks[number].done for number in steps}
         steps = {number: run for number, run in steps.items() if next(run, "ended") != "ended"}
         assert any(ranks[number].done > done for number, done in before.items()), "ranks wait for each other"
-    return [Waited(rank.now, rank.waited) for rank in ranks]
+    return [RankSeconds(rank.now, rank.waited) for rank in ranks]
 
 
 class _Mail:

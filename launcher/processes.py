@@ -39,13 +39,13 @@ def _nothing() -> None:
 class Workers:
     """Says how ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job.
 
-    ``within``: by rank, the words before the command, such as those that run it in a network namespace. ``report``:
+    ``prefixes``: by rank, the words before the command, such as those that run it in a network namespace. ``report``:
     takes what the first rank reports by ``progress.to_file``.
     """
 
     python: str = sys.executable
     limit: float = TIMEOUT
-    within: Sequence[Sequence[str]] = ()
+    prefixes: Sequence[Sequence[str]] = ()
     report: Report | None = None
 
 
@@ -55,14 +55,14 @@ def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers =
     Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with the
     last line of the rank that failed first. What the others say follows from it, and they are ended.
     """
-    with unwinding():
+    with unwind_on_stop():
         _run(module, job, world, folder, workers)
 
 
 def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> None:
     share_cores(world)
     command = [workers.python, "-m", module, job, str(folder)]
-    before = workers.within or [()] * world
+    before = workers.prefixes or [()] * world
     with ExitStack() as files:
         complaints = [files.enter_context(TemporaryFile()) for _ in range(world)]
 
@@ -83,7 +83,7 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
 
 
 @dataclass(frozen=True)
-class Ends:
+class ExitStatuses:
     """Tells how processes ended by themselves, as ``subprocess`` has it; None for one that had to be ended."""
 
     statuses: Sequence[int | None]
@@ -97,7 +97,7 @@ class Ends:
 
 def run_together(
     start: Callable[[int], subprocess.Popen[bytes]], world: int, limit: float, look: Callable[[], None] = _nothing
-) -> Ends:
+) -> ExitStatuses:
     """Runs processes 0 to ``world`` - 1 side by side until all have ended, one has failed, or time is up.
 
     ``limit``: seconds. When one has failed, the others would wait for it without end. None outlives this. ``look`` is
@@ -116,7 +116,9 @@ def run_together(
                 worker.wait()
 
 
-def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Callable[[], None] = _nothing) -> Ends:
+def _ends(
+    started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Callable[[], None] = _nothing
+) -> ExitStatuses:
     while True:
         look()
         statuses = [worker.poll() for worker in started]
@@ -124,17 +126,17 @@ def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Cal
         if failed is not None:
             break
         if None not in statuses or time.monotonic() > deadline:
-            return Ends(statuses, None)
+            return ExitStatuses(statuses, None)
         time.sleep(LOOK)
     # Of two that end together, the one that was killed tells why; the other merely lost its peer.
     time.sleep(SETTLE)
     statuses = [worker.poll() for worker in started]
     killed = -signal.SIGKILL
-    return Ends(statuses, statuses.index(killed) if killed in statuses else failed)
+    return ExitStatuses(statuses, statuses.index(killed) if killed in statuses else failed)
 
 
 @contextmanager
-def unwinding() -> Iterator[None]:
+def unwind_on_stop() -> Iterator[None]:
     """Makes a request to stop unwind like Ctrl-C, so that nothing that was started outlives this command.
 
     Such are SIGTERM, and SIGHUP of a closed terminal.

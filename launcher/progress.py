@@ -95,14 +95,14 @@ def to_file(folder: Path, rank: int) -> Report:
     return report
 
 
-def followed(items: Sequence[Item], report: Report, name: Callable[[Item], str] = str) -> Iterator[Item]:
+def with_progress(items: Sequence[Item], report: Report, name: Callable[[Item], str] = str) -> Iterator[Item]:
     """Yields the items, and reports each by name when its turn comes."""
     for number, item in enumerate(items):
         report(number, len(items), name(item))
         yield item
 
 
-def about(part: str, report: Report) -> Report:
+def labelled(part: str, report: Report) -> Report:
     """Returns a report that names the part of the work it is about."""
     return lambda done, total, what: report(done, total, f"{part}: {what}")
 

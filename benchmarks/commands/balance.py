@@ -26,7 +26,7 @@ Step = list[list[Int64]]  # lengths of the documents of each rank, in each round
 
 
 @dataclass(frozen=True)
-class Told:
+class MeanAndDeviation:
     """Holds the mean of a figure over all steps of all draws, and its standard deviation."""
 
     mean: float
@@ -51,12 +51,12 @@ class BalanceRow:
     ranks: int
     rows: int
     balance: str
-    attention: Told
-    floor: Told
-    step: Told
-    lockstep: Told
-    seen: Told
-    gigabytes: Told
+    attention: MeanAndDeviation
+    floor: MeanAndDeviation
+    step: MeanAndDeviation
+    lockstep: MeanAndDeviation
+    seen: MeanAndDeviation
+    gigabytes: MeanAndDeviation
 
 
 def balanced(lengths: Int64, context: int, ranks: int, rows: int, draws: int) -> list[BalanceRow]:
@@ -67,8 +67,8 @@ def balanced(lengths: Int64, context: int, ranks: int, rows: int, draws: int) ->
             _steps(lengths, context, ranks, rows, balance, draw) for draw in range(draws)
         )
         columns = zip(*map(_figures, steps), strict=True)
-        told = [Told(float(np.mean(column)), float(np.std(column))) for column in columns]
-        found.append(BalanceRow(context, ranks, rows, balance, *told))
+        measured = [MeanAndDeviation(float(np.mean(column)), float(np.std(column))) for column in columns]
+        found.append(BalanceRow(context, ranks, rows, balance, *measured))
     return found
 
 

@@ -24,7 +24,7 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
-from longctx.launcher.processes import run_together, unwinding
+from longctx.launcher.processes import run_together, unwind_on_stop
 from longctx.launcher.progress import progress
 
 WORLD = 2
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory_group.require()
     rows = []
     with (
-        unwinding(),
+        unwind_on_stop(),
         progress("benchmarks context") as report,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder,
     ):

@@ -59,10 +59,10 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     if job.warm:
         system.step(*_text(job, job.warm, seed=job.steps))
     dist.barrier()
-    footprint = group.taken() if group else 0
+    footprint = group.in_use() if group else 0
     if group:
         group.limit(footprint + job.allowance)
-        group.forget_peak()
+        group.reset_peak()
     dist.barrier()
     losses = [system.step(*_text(job, job.seq_len, seed=number)) for number in range(job.steps)]
     dist.barrier()

@@ -28,16 +28,16 @@ from benchmarks.link import (
     PASSES,
     UNEXPLAINED,
     LinkTraffic,
-    Passed,
     PassRow,
+    PassTraffic,
     as_predicted,
     judged,
     measure,
-    silence,
+    silent_kernel,
 )
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
-from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwind_on_stop
 from longctx.launcher.progress import progress, to_file
 from longctx.launcher.verify.ranks import load_result, save_result
 from longctx.options import DEFAULT, StrategyOptions
@@ -64,18 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     with (
-        unwinding(),
+        unwind_on_stop(),
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         progress("benchmarks link") as report,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
         require_exact(cases, report)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.link_repeats})
-        within = [nodes.within(rank // (RANKS // NODES)) for rank in range(RANKS)]
-        run_gloo("benchmarks.commands.link", job, RANKS, Path(name), Workers(within=within, report=report))
+        prefixes = [nodes.prefix(rank // (RANKS // NODES)) for rank in range(RANKS)]
+        run_gloo(
+            "benchmarks.commands.link",
+            job,
+            RANKS,
+            Path(name),
+            Workers(prefixes=prefixes, report=report),
+        )
         errors = require_exact_here(cases, Path(name))
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
-    by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
+    by_rank = [[[[_pass_traffic(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
     rows = [
         judged(
             case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank], predicted(case, arguments.rate_mbit)
@@ -83,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         for number, case in enumerate(cases)
     ]
     if arguments.json:
-        print(json.dumps(told(arguments, rows, errors)))
+        print(json.dumps(as_json(arguments, rows, errors)))
     else:
         print(table(arguments, rows))
     complaints = wrong_bytes(rows)
@@ -129,7 +135,7 @@ def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
             mark_step(1 + number)
             run()
 
-    with silence():
+    with silent_kernel():
         cluster.run(exchange)
     steps = [
         [[event for event in trace if event.step == 1 + number] for trace in cluster.trace]
@@ -161,10 +167,10 @@ def require_exact_here(cases: Sequence[VerifyCase], folder: Path) -> list[dict[s
     return errors
 
 
-def _passed(one: dict[str, object]) -> Passed:
+def _pass_traffic(one: dict[str, object]) -> PassTraffic:
     sent = one["sent"]
     assert isinstance(sent, dict)
-    return Passed(**{**one, "sent": {int(receiver): size for receiver, size in sent.items()}})  # type: ignore[arg-type]
+    return PassTraffic(**{**one, "sent": {int(receiver): size for receiver, size in sent.items()}})  # type: ignore[arg-type]
 
 
 def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
@@ -196,7 +202,9 @@ def in_order(rows: list[list[PassRow]]) -> bool:
     return as_predicted(times, [sum(row.seconds.median for row in passes) for passes in rows])
 
 
-def told(arguments: argparse.Namespace, rows: list[list[PassRow]], errors: list[dict[str, float]]) -> dict[str, object]:
+def as_json(
+    arguments: argparse.Namespace, rows: list[list[PassRow]], errors: list[dict[str, float]]
+) -> dict[str, object]:
     return {
         "machine": described(),
         "load": load(),
@@ -248,7 +256,7 @@ def worker(words: list[str]) -> None:
         report = to_file(folder, rank)
         report(0, 0, "checking over the link")
         compute_here(cases, folder, rank)
-        with silence():
+        with silent_kernel():
             seen = measure(cases, job["repeats"], link_counters, report)
         plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
         (folder / f"measured-{rank}.json").write_text(json.dumps(plain))

@@ -19,7 +19,7 @@ from benchmarks.commands import balance as bench_balance
 from benchmarks.distca import distca
 from longctx.errors import ConfigError
 from longctx.launcher.machine import described
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.planner import (
     DocumentPlacement,
     MaskSlices,
@@ -99,16 +99,18 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = read_lengths(arguments.lengths) if arguments.lengths else synthetic(0)
     with progress("benchmarks planning") as report:
         if arguments.clock:
-            found = [clock(lengths, context) for context in followed(contexts, report)]
+            found = [clock(lengths, context) for context in with_progress(contexts, report)]
             lines = [_clock_header(), *map(_clock_line, found)]
             rows: list[dict[str, object]] = [dict(one) for one in found]
         elif arguments.balance:
             sizes = list(itertools.product(contexts, servers, _numbers("balance", arguments.balance)))
-            ways = [way for size in followed(sizes, report) for way in bench_balance.balanced(lengths, *size, draws)]
+            ways = [
+                way for size in with_progress(sizes, report) for way in bench_balance.balanced(lengths, *size, draws)
+            ]
             lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
         else:
             cells = [cell for cell in itertools.product(contexts, servers, range(draws)) if cell[1] * TOKENS >= cell[0]]
-            planned = [row for cell in followed(cells, report) for row in planners(lengths, *cell, timed)]
+            planned = [row for cell in with_progress(cells, report) for row in planners(lengths, *cell, timed)]
             lines, rows = [_header(), *map(_line, planned)], [asdict(row) for row in planned]
     if arguments.json:
         print(json.dumps({"machine": described(), "lengths": arguments.lengths or "synthetic", "rows": rows}))

@@ -183,7 +183,7 @@ def _trainer(config: Config) -> Any:
 
 def _bare(config: Config) -> Callable[[int], float]:
     """Returns the function from a step's number to its loss. Batches are made here, before any clock runs."""
-    from benchmarks.bare_loop import BareLoop, PlainAttention, Ready
+    from benchmarks.bare_loop import BareBatch, BareLoop, PlainAttention
     from longctx.data import open_corpus
     from longctx.model import Decoder, initialize
     from longctx.train.optimizer import WarmupCosine, build_optimizer
@@ -193,7 +193,7 @@ def _bare(config: Config) -> Callable[[int], float]:
     loop = BareLoop(model, build_optimizer(model, config.optim), config.optim.grad_clip)
     schedule = WarmupCosine(config.optim, config.train.steps)
     loader = build.build_loader(config, open_corpus(config.data, config.model.vocab_size), 0, 1)
-    ready = [[Ready.of(batch) for batch in loader.step(number)] for number in range(config.train.steps)]
+    ready = [[BareBatch.of(batch) for batch in loader.step(number)] for number in range(config.train.steps)]
     return lambda number: loop.step(ready[number - 1], schedule.rate(number))
 
 

@@ -76,7 +76,7 @@ def _write(tap: int, content: bytes) -> None:
         os.write(tap, content)
 
 
-def hurry() -> None:
+def raise_priority() -> None:
     """Moves this process ahead of others on a busy machine, where that is allowed.
 
     A frame that waits for a core is late.
@@ -88,7 +88,7 @@ def hurry() -> None:
 def main(words: list[str]) -> None:
     seconds, names = float(words[0]), words[1:]
     taps = [open_tap(name) for name in names]
-    hurry()
+    raise_priority()
     print("ready", flush=True)
     serve(taps, seconds, sys.stdin.fileno())
 

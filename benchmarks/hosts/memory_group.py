@@ -48,15 +48,15 @@ class MemoryGroup:
         """Moves this process in; what it takes from now on is counted."""
         self._write("cgroup.procs", os.getpid())
 
-    def taken(self) -> int:
+    def in_use(self) -> int:
         """Counts the bytes that the kernel could not take back: pages of the heap, and its own for the group."""
         return self._stat("rss") + self._number("memory.kmem.usage_in_bytes")
 
     def peak(self) -> int:
-        """Returns the most bytes that the group has held since the last ``forget_peak``."""
+        """Returns the most bytes that the group has held since the last ``reset_peak``."""
         return self._number("memory.max_usage_in_bytes")
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """Starts to count the peak anew."""
         self._write("memory.max_usage_in_bytes", 0)
 

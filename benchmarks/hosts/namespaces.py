@@ -57,7 +57,7 @@ class Namespaces:
     def __exit__(self, *_: object) -> None:
         self._remove()
 
-    def within(self, node: int) -> list[str]:
+    def prefix(self, node: int) -> list[str]:
         """Returns the words before a command that run it on ``node``, where Gloo then finds the node's link."""
         return ["ip", "netns", "exec", self._nodes[node], "env", f"{GLOO_SOCKET_IFNAME}={INTERFACE}"]
 

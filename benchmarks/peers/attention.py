@@ -45,7 +45,7 @@ class Peer:
         return None
 
 
-def leaves(case: VerifyCase, positions: Tensor) -> tuple[list[Tensor], Tensor]:
+def inputs_of(case: VerifyCase, positions: Tensor) -> tuple[list[Tensor], Tensor]:
     """Makes q, k, v of these tokens, which want gradients, and the upstream gradient."""
     *inputs, dout = (whole[:, positions].contiguous() for whole in case.inputs())
     return [tensor.requires_grad_() for tensor in inputs], dout

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.peers.attention import Prepared, chunk_of, leaves
+from benchmarks.peers.attention import Prepared, chunk_of, inputs_of
 from longctx.verify import VerifyCase
 
 BUCKET = 1024  # tokens; its default. It computes hidden buckets too, so that a striped layout would save nothing
@@ -17,7 +17,7 @@ def prepare(case: VerifyCase) -> Prepared:
     from ring_attention_pytorch import ring_flash_attn
 
     positions = chunk_of(case, dist.get_rank())
-    (q, k, v), dout = leaves(case, positions)
+    (q, k, v), dout = inputs_of(case, positions)
     # It lets query head h read key head h % kv_heads, where everyone else reads h * kv_heads // heads.
     order = torch.arange(case.heads).unflatten(0, (case.kv_heads, -1)).T.flatten()
     back = order.argsort()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers.attention import Prepared, leaves
+from benchmarks.peers.attention import Prepared, inputs_of
 from longctx.attention.core import Started
 from longctx.model import Decoder
 from longctx.verify import VerifyCase
@@ -83,7 +83,7 @@ def prepare_attention(rotation: str, case: VerifyCase) -> Prepared:
     own = positions_here()
     with context_parallel(mesh, buffers=[own], buffer_seq_dims=[1], no_restore_buffers={own}):
         positions = own[0].clone()
-    (q, k, v), dout = leaves(case, positions)
+    (q, k, v), dout = inputs_of(case, positions)
 
     def run() -> tuple[Tensor, ...]:
         set_rotate_method(rotation)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers.attention import Prepared, chunk_of, leaves
+from benchmarks.peers.attention import Prepared, chunk_of, inputs_of
 from longctx.attention.core import Started
 from longctx.model import Block, Decoder
 from longctx.model.rotary import rotary_angles
@@ -56,7 +56,7 @@ def prepare_attention(case: VerifyCase) -> Prepared:
 
     deepspeed.init_distributed("gloo", verbose=False)
     positions = chunk_of(case, dist.get_rank())
-    (q, k, v), dout = leaves(case, positions)
+    (q, k, v), dout = inputs_of(case, positions)
     exchange, no_plan = _Ulysses(), torch.empty(0)
 
     def run() -> tuple[Tensor, ...]:

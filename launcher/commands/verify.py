@@ -17,9 +17,9 @@ from torch import Tensor
 
 from longctx.attention import get_strategy
 from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES, MIXERS, STRATEGIES
-from longctx.config.renamed import KEYS, refuse_old_value, told
+from longctx.config.renamed import KEYS, new_name, refuse_old_value
 from longctx.errors import ConfigError, StorageError, UsageError
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.launcher.verify import parity_table as parity_page
 from longctx.launcher.verify.ranks import check
@@ -92,12 +92,12 @@ class _Renamed(argparse.Action):
     """Refuses a flag that has another name now."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        raise UsageError(flags_told(f"attention.{self.dest}"))
+        raise UsageError(new_flag(f"attention.{self.dest}"))
 
 
-def flags_told(key: str) -> str:
+def new_flag(key: str) -> str:
     """Says what a flag that stood for ``key`` is called now."""
-    words = told(key)
+    words = new_name(key)
     for name in (*KEYS[key], key):
         words = words.replace(name, f"--{name.partition('.')[2].replace('_', '-')}")
     return words
@@ -236,7 +236,7 @@ def _run_all(arguments: argparse.Namespace) -> int:
     seq = 192 if arguments.seq is None else arguments.seq
     cases = list(matrix(seq, arguments.dtype, arguments.backend))
     with progress("longctx verify --all") as report:
-        for case in followed(cases, report, _name):
+        for case in with_progress(cases, report, _name):
             reason = refusal_of(case)
             verdict = refused(case, reason) if reason else check(case)[0]
             verdicts.append((case, verdict))

@@ -12,7 +12,7 @@ from longctx.bench.timing import Report, silent
 from longctx.catalog import LAYOUTS
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.train.canary.parity import ParityReport
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(steps: int, dtype: str, report: Report = silent) -> Iterator[ParityCell]:
     """Yields the cells mesh by mesh, layout by layout."""
     cells = list(itertools.product(MESHES, LAYOUTS))
-    for mesh, layout in followed(cells, report, lambda cell: f"{_name(cell[0])}, ring on {cell[1]}"):
+    for mesh, layout in with_progress(cells, report, lambda cell: f"{_name(cell[0])}, ring on {cell[1]}"):
         yield ParityCell(mesh, layout, _report(mesh, layout, steps, dtype))
 
 

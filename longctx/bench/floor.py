@@ -65,9 +65,9 @@ class ForwardCall:
     scale: float
     into: Partial
 
-    def again(self, kernel: LocalKernel, room: Accumulators) -> None:
+    def replay(self, kernel: LocalKernel, accumulators: Accumulators) -> None:
         """Asks the kernel the same again, into fresh accumulators."""
-        kernel.forward(self.q, self.k, self.v, self.tiles, self.scale, room.partial(self.into, self.q))
+        kernel.forward(self.q, self.k, self.v, self.tiles, self.scale, accumulators.partial(self.into, self.q))
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class BackwardCall:
         """Returns the queries among ``given``."""
         return self.given[1]
 
-    def again(self, kernel: LocalKernel, room: Accumulators) -> None:
+    def replay(self, kernel: LocalKernel, accumulators: Accumulators) -> None:
         """Asks the kernel the same again, into fresh accumulators."""
-        dq, dk, dv = (room.gradient(grad) for grad in self.grads)
+        dq, dk, dv = (accumulators.gradient(grad) for grad in self.grads)
         kernel.backward(*self.given, self.tiles, self.scale, (dq, dk, dv))
 
 
@@ -180,9 +180,9 @@ def replay(kernel: LocalKernel, calls: Sequence[KernelCall]) -> Callable[[], obj
 
     @torch.no_grad()
     def run() -> None:
-        room = Accumulators()
+        accumulators = Accumulators()
         for call in calls:
-            call.again(kernel, room)
+            call.replay(kernel, accumulators)
 
     return run
 

@@ -41,7 +41,7 @@ def exchange(payload: bytes) -> list[bytes]:
     return [data[:size].cpu().numpy().tobytes() for data, size in zip(gathered, sizes, strict=True)]
 
 
-def together(action: Callable[[], Any]) -> list[Any]:
+def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
     """Runs ``action``, which must not communicate, on every rank; all succeed or all raise.
 
     Returns what the ranks returned (plain JSON values), by rank. When any rank failed, every rank raises the

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LoadPlan:
     """Holds a checkpoint that fits a run, and what of the run it is read into.
 
     ``located``: where the shards of each saved tensor lie. ``rest``: what is no tensor. ``tensors``: the run's
@@ -47,7 +47,7 @@ class Fitted:
     optimizer: dict[str, Any]
 
 
-def fit(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> Fitted:
+def plan_load(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> LoadPlan:
     """Finds what is to be read and into what, and refuses all that can be refused.
 
     Reads no shards, but moves the loader and the schedule of ``state``.
@@ -64,10 +64,10 @@ def fit(directory: Path, commit: Commit, state: TrainState, described: dict[str,
     check_tensors("optimizer.", targets, saved_tensors(rest["optimizer"]), first, str(directory))
     for name in ("loader", "scheduler"):
         _restore_plain(name, getattr(state, name), rest[name], directory)
-    return Fitted(directory, commit, located, rest, tensors | targets, optimizer)
+    return LoadPlan(directory, commit, located, rest, tensors | targets, optimizer)
 
 
-def restore(fitted: Fitted, state: TrainState, run: RunRecord) -> None:
+def restore(fitted: LoadPlan, state: TrainState, run: RunRecord) -> None:
     """Reads the tensors into ``state``, and goes on drawing random numbers where the layout is the saved one."""
     generators = _generators(fitted, run)
     read_shards(fitted.tensors, {name: fitted.located[name] for name in fitted.tensors})
@@ -82,7 +82,7 @@ def restore(fitted: Fitted, state: TrainState, run: RunRecord) -> None:
         _log.warning("step %d was written under another configuration; from here on: %s", step, ", ".join(changed))
 
 
-def _generators(fitted: Fitted, run: RunRecord) -> dict[str, Tensor] | None:
+def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
     """Returns the random generators that this rank saved, if the layout is the one that it saved them on."""
     commit, layout = fitted.commit, fitted.rest["layout"]
     if (commit.world, layout) != (world_size(), run.layout):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longctx.checkpoint.agreement import this_rank, together
+from longctx.checkpoint.agreement import run_on_all_ranks, this_rank
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk, plain
 from longctx.errors import ConfigError, StorageError
 
@@ -63,7 +63,7 @@ def originals(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in names.items() if COPY not in name}
 
 
-def leads(tensor: Tensor) -> bool:
+def is_first_holder(tensor: Tensor) -> bool:
     """Tells whether this rank is the first of those that hold the tensor."""
     if not isinstance(tensor, DTensor):
         return this_rank() == 0
@@ -82,14 +82,14 @@ def optimizer_tensors(optimizer: Optimizer, live: Mapping[str, Tensor]) -> tuple
             if isinstance(value, DTensor):
                 assert value.shape == parameter.shape, full
                 sharded[full] = value.detach()
-            elif isinstance(value, Tensor) and leads(parameter):
+            elif isinstance(value, Tensor) and is_first_holder(parameter):
                 whole[full] = value.detach()
     return originals(sharded), originals(whole)
 
 
 def describe_together(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Names the whole model, and the optimizer without its tensors, from the ranks that hold them."""
-    return join(together(lambda: describe(optimizer, live_tensors(model))))
+    return join(run_on_all_ranks(lambda: describe(optimizer, live_tensors(model))))
 
 
 def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any]
         }
         for group in optimizer.param_groups
     ]
-    if not any(leads(tensor) for tensor in live.values()):
+    if not any(is_first_holder(tensor) for tensor in live.values()):
         return None
     described = {"model": list(originals(live)), "state": state, "groups": groups}
     result: dict[str, Any] = plain(described, "optimizer")

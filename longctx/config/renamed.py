@@ -32,10 +32,10 @@ VALUES: dict[str, dict[str, str]] = {
 def refuse_old_key(key: str) -> None:
     """Refuses a key that has another name now. Raises ``ConfigError``."""
     if key in KEYS:
-        raise ConfigError(told(key))
+        raise ConfigError(new_name(key))
 
 
-def told(key: str) -> str:
+def new_name(key: str) -> str:
     """Says what an old key is called now, and its values."""
     if not KEYS[key]:
         return f"{key} is gone: it did nothing; leave it out"

@@ -24,7 +24,7 @@ from longctx.attention.runtime.operands import tensors_in
 
 
 @dataclass
-class Life:
+class StorageLife:
     """Tells the life of one storage. ``sizes``: (time, bytes from then on); a time is a number of operators.
 
     ``tag``: what it is known to be. ``region``: the work that it was born in. ``backward`` and ``recording``:
@@ -73,9 +73,9 @@ class LiveStorages(TorchDispatchMode):
         self.device = device
         self.implementations = implementations
         self.time = 0
-        self.lives: list[Life] = []
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], Life]] = {}
-        self._watched: dict[int, tuple[weakref.ref[torch.UntypedStorage], Life]] = {}
+        self.lives: list[StorageLife] = []
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], StorageLife]] = {}
+        self._watched: dict[int, tuple[weakref.ref[torch.UntypedStorage], StorageLife]] = {}
         self._region: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +135,7 @@ class LiveStorages(TorchDispatchMode):
         most = max(totals)
         return totals.index(most), most
 
-    def _notice(self, tensor: Tensor, given: bool = False) -> Life | None:
+    def _notice(self, tensor: Tensor, given: bool = False) -> StorageLife | None:
         if isinstance(tensor, FakeTensor | DTensor | AsyncCollectiveTensor) or tensor.device.type != self.device:
             return None
         storage = tensor.untyped_storage()
@@ -145,7 +145,7 @@ class LiveStorages(TorchDispatchMode):
             self._resize(known[1], size)
             return known[1]
         backward = torch._C._current_graph_task_id() != -1
-        life = Life([(self.time, size)], None, self._region, backward, torch.is_grad_enabled(), given)
+        life = StorageLife([(self.time, size)], None, self._region, backward, torch.is_grad_enabled(), given)
         self.lives.append(life)
 
         def died(_: weakref.ref[torch.UntypedStorage]) -> None:
@@ -165,6 +165,6 @@ class LiveStorages(TorchDispatchMode):
             if storage is not None:
                 self._resize(life, storage.nbytes())
 
-    def _resize(self, life: Life, size: int) -> None:
+    def _resize(self, life: StorageLife, size: int) -> None:
         if size != life.sizes[-1][1]:
             life.sizes.append((self.time, size))

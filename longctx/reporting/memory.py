@@ -25,7 +25,7 @@ from longctx.mesh import Mesh
 from longctx.model import Decoder, Vocabulary
 from longctx.operators import IMPLEMENTATIONS
 from longctx.parallel.host_memory import host_buffers
-from longctx.reporting.live_storages import Life, LiveStorages
+from longctx.reporting.live_storages import LiveStorages, StorageLife
 from longctx.sequence import LocalBatch
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ CATEGORIES = {
 }
 
 
-def category_of(life: Life) -> str:
+def category_of(life: StorageLife) -> str:
     """Tells the category of a storage from all that became of it."""
     if life.tag in CATEGORIES and life.region != "loss":
         return life.tag

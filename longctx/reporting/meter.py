@@ -102,7 +102,7 @@ class Meter:
         whole = plans if counts and me == 0 else []
         before, self._sent = self._sent, self._all_sent()
         return RankCounts(
-            tells=counts or (self.every_stage and self.mesh.leads_tensor),
+            reports_work=counts or (self.every_stage and self.mesh.leads_tensor),
             cells=sum(plan.work(me) for plan in plans) if counts else 0,
             work=self.work(plans, self.mesh.pipeline.get_local_rank(), me),
             longest_document=max(longest_document(plan, me) for plan in plans),

@@ -16,15 +16,15 @@ from longctx.comm.rank_numbers import gather_numbers
 class RankCounts:
     """Holds the facts of one step that one rank knows by itself.
 
-    ``tells``: it is one of those whose work the report shows. ``cells``: attention cells of its own queries, 0 where
-    another rank counts them. ``work``: cells that it computed. ``longest_document``: tokens of the longest document of
+    ``reports_work``: the report shows its work. ``cells``: attention cells of its own queries, 0 where another rank
+    counts them. ``work``: cells that it computed. ``longest_document``: tokens of the longest document of
     which it holds some. ``valid_tokens``, ``physical_tokens``: what it holds, without and with padding. ``tokens``,
     ``full_cells``: of whole sequences, 0 on all but the first rank of a sequence group. ``sent_bytes``,
     ``bytes_between_nodes``: what its attention sent, and what of that went to other nodes. ``memory_peak_bytes``: None
     where it is unknown. ``stop``: it was asked to end.
     """
 
-    tells: bool
+    reports_work: bool
     cells: float
     work: float
     longest_document: int
@@ -51,7 +51,7 @@ class RankCounts:
         exact: dict[str, Any] = {
             name: value if name in ("cells", "work") else int(value) for name, value in numbers.items()
         }
-        exact |= {name: bool(exact[name]) for name in ("tells", "stop")}
+        exact |= {name: bool(exact[name]) for name in ("reports_work", "stop")}
         return cls(**exact, memory_peak_bytes=None if memory < 0 else int(memory))
 
 
@@ -64,7 +64,7 @@ class Observation:
     that are none. ``comm_bytes``, ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``:
     somebody was asked to stop.
 
-    These are of each rank that tells of its work. ``work``: cells that it computes. ``bytes``: what its attention sent.
+    These are of each rank that reports its work. ``work``: cells that it computes. ``bytes``: what its attention sent.
     ``bytes_between_nodes``: what of that went to other nodes.
     """
 
@@ -85,7 +85,7 @@ class Observation:
     @classmethod
     def of(cls, ranks: Sequence[RankCounts]) -> Observation:
         """Puts together what all ranks of the world counted."""
-        telling = [rank for rank in ranks if rank.tells]
+        telling = [rank for rank in ranks if rank.reports_work]
         work = [rank.work for rank in telling]
         memories = [rank.memory_peak_bytes for rank in ranks]
         known = [memory for memory in memories if memory is not None]

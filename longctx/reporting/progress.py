@@ -22,7 +22,7 @@ _GAP = 2  # columns between two words
 
 
 @dataclass(frozen=True)
-class Progressed:
+class ProgressText:
     """Holds one step in words, and which share of all steps is done."""
 
     share: float
@@ -84,9 +84,9 @@ class Progress:
             self._live.stop()
         self._stream.flush()
 
-    def _progressed(self, record: dict[str, Any]) -> Progressed:
+    def _progressed(self, record: dict[str, Any]) -> ProgressText:
         step, width = record["step"], len(str(self._steps))
-        return Progressed(
+        return ProgressText(
             share=step / self._steps,
             step=f"step {step:>{width}}/{self._steps}",
             loss=f"loss {number(record['loss'], '.4f')}",
@@ -96,7 +96,7 @@ class Progress:
             left=duration((self._steps - step) * statistics.median(self._seconds)),
         )
 
-    def _rewrite(self, live: Live, progressed: Progressed) -> None:
+    def _rewrite(self, live: Live, progressed: ProgressText) -> None:
         if not live.is_started:
             live.start()
             # A run that is killed must not leave a terminal without a cursor.
@@ -116,7 +116,7 @@ def _live(stream: TextIO) -> Live | None:
     return None if console.is_dumb_terminal else Live(console=console, auto_refresh=False, redirect_stderr=False)
 
 
-def _drawn(progressed: Progressed, width: int) -> RenderableType:
+def _drawn(progressed: ProgressText, width: int) -> RenderableType:
     """Draws one line of at most ``width`` columns, with a bar wherever there is space for one."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table

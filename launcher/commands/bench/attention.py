@@ -21,12 +21,12 @@ from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError
 from longctx.launcher import build, env, machine
 from longctx.launcher.commands.bench.ranks import (
-    Found,
-    as_rank,
+    JsonObject,
     at_least_one,
-    crowded,
-    on_processes,
+    oversubscription,
     refuse_sim,
+    run_as_rank,
+    run_on_processes,
     worker,
 )
 from longctx.launcher.compose import compose
@@ -65,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         machine.require_nodes(config)
         world = config.parallel.sp
         config, job = _prepared(arguments, config, simulated_world_size(config), local=world)
-        found: Found | int = on_processes(__spec__.name, config, COMMAND, world, job)
+        found: JsonObject | int = run_on_processes(__spec__.name, config, COMMAND, world, job)
     else:
         world, local = rank.world_size, rank.local_rank + 1
-        found = as_rank(rank, COMMAND, partial(_prepared, arguments, config, world, local), measured)
+        found = run_as_rank(rank, COMMAND, partial(_prepared, arguments, config, world, local), measured)
     if isinstance(found, int):
         return found
     found |= {"repeats": arguments.repeats, "load": machine.load(), "seconds": time.monotonic() - started}
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepared(arguments: argparse.Namespace, config: Config, world: int, local: int) -> tuple[Config, Found]:
+def _prepared(arguments: argparse.Namespace, config: Config, world: int, local: int) -> tuple[Config, JsonObject]:
     """Returns the resolved configuration of ``world`` ranks, ``local`` of them here, and what they measure."""
     machine.require_nodes(config, world)
     config = resolve(config, world)
@@ -148,7 +148,7 @@ def _default(config: Config) -> list[str]:
     return [name for name in _valid(config) if not left_out(name)]
 
 
-def measured(config: Config, job: Found, device: torch.device, report: Report) -> Found:
+def measured(config: Config, job: JsonObject, device: torch.device, report: Report) -> JsonObject:
     """Measures on each rank; returns plain values, of which the first rank's are printed."""
     world = dist.get_world_size()
     # Processes that were started for the sequence group alone are all of it.
@@ -162,7 +162,7 @@ def measured(config: Config, job: Found, device: torch.device, report: Report) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world": world,
         "sequence_ranks": config.parallel.sp,
-        "crowded": crowded(config, world),
+        "crowded": oversubscription(config, world),
         "problem": {
             "seq_len": config.data.seq_len, "batch": config.train.micro_batch, "heads": heads, "kv_heads": kv_heads,
             "head_dim": config.model.head_dim, "dtype": config.train.dtype, "window": attention.window,
@@ -177,7 +177,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _show(found: Found) -> None:
+def _show(found: JsonObject) -> None:
     problem, rows = found["problem"], found["rows"]
     documents = f" in {len(problem['documents'])} documents" if problem["documents"] else ""
     window = f", window {problem['window']}" if problem["window"] else ""

@@ -21,8 +21,8 @@ from longctx.launcher.progress import progress, to_file
 
 PATIENCE = 3600.0  # seconds for the processes that are started here
 
-Found = dict[str, Any]
-Measure = Callable[[Config, Found, torch.device, Report], Found]
+JsonObject = dict[str, Any]
+Measure = Callable[[Config, JsonObject, torch.device, Report], JsonObject]
 
 
 def refuse_sim(config: Config, command: str) -> None:
@@ -40,9 +40,9 @@ def at_least_one(option: str, value: int, default: int) -> None:
         raise ConfigError(f"{option} {value} must be at least 1; {default} is the default")
 
 
-def as_rank(
-    rank: env.RankEnvironment, command: str, prepare: Callable[[], tuple[Config, Found]], measure: Measure
-) -> Found | int:
+def run_as_rank(
+    rank: env.RankEnvironment, command: str, prepare: Callable[[], tuple[Config, JsonObject]], measure: Measure
+) -> JsonObject | int:
     """Runs one rank of torchrun or srun; returns what the first one is to print, elsewhere an exit status.
 
     All ranks return the status where all refuse. ``prepare``: the resolved configuration and the job, after everything
@@ -64,7 +64,7 @@ def as_rank(
             return measure(config, job, device, report)
 
 
-def on_processes(module: str, config: Config, command: str, world: int, job: Found) -> Found:
+def run_on_processes(module: str, config: Config, command: str, world: int, job: JsonObject) -> JsonObject:
     """Runs ``module`` on ``world`` processes of this machine, which meet by a file.
 
     Returns what the first one found.
@@ -73,12 +73,12 @@ def on_processes(module: str, config: Config, command: str, world: int, job: Fou
         report(0, 0, f"starting {world} processes")
         work = json.dumps({"config": config.to_dict(), "job": job})
         run_gloo(module, work, world, Path(name), Workers(limit=PATIENCE, report=report))
-        found: Found = json.loads((Path(name) / "found.json").read_text(encoding="utf-8"))
+        found: JsonObject = json.loads((Path(name) / "found.json").read_text(encoding="utf-8"))
         return found
 
 
 def worker(words: Sequence[str], measure: Measure) -> None:
-    """Runs one process of ``on_processes``: configuration and job as JSON, folder, rank, world."""
+    """Runs one process of ``run_on_processes``: configuration and job as JSON, folder, rank, world."""
     work, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     config = Config.from_dict(work["config"])
     device = join(folder, rank, world, config.comm.backend)
@@ -90,7 +90,7 @@ def worker(words: Sequence[str], measure: Measure) -> None:
     dist.destroy_process_group()
 
 
-def crowded(config: Config, world: int) -> str | None:
+def oversubscription(config: Config, world: int) -> str | None:
     """Returns a warning where ranks that compute on the processor are more than its cores."""
     cores = len(os.sched_getaffinity(0))
     if config.comm.backend == "nccl" or world <= cores:
