@@ -134,7 +134,7 @@ def measure(
 @contextmanager
 def silent_kernel() -> Iterator[None]:
     """Makes the silent kernel known."""
-    KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
+    KERNELS["silent"] = f"{__name__}:NoComputeKernel"  # the last of all, so that auto never comes to it
     try:
         yield
     finally:

@@ -122,7 +122,8 @@ def require_exact(cases: Iterable[VerifyCase], report: Report = silent) -> None:
 def table(arguments: argparse.Namespace, setup: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"forward + backward, {arguments.world} Gloo processes, causal, float32; {setup['repeats']} interleaved "
-        f"repeats, median (min-max); load {setup['load']}, {setup['seconds']:.0f} s; error: relative, of the worst tensor"
+        f"repeats, median (min-max); load {setup['load']}, {setup['seconds']:.0f} s; error: relative, of the worst "
+        "tensor"
     ]
     for kv_heads, group in itertools.groupby(cells, key=lambda cell: cell["kv_heads"]):
         of_heads = list(group)

@@ -157,7 +157,7 @@ def test_what_has_no_closed_form_by_receiver_is_a_mistake_of_the_caller():
 
 @pytest.fixture
 def silent_kernel(monkeypatch):
-    monkeypatch.setitem(KERNELS, "silent", "benchmarks.link:Silent")
+    monkeypatch.setitem(KERNELS, "silent", "benchmarks.link:NoComputeKernel")
 
 
 @pytest.mark.parametrize(("strategy", "inner"), [("ring", 1), ("burst", 2), ("usp", 2)])
