@@ -51,7 +51,7 @@ def measured(*words, steps=2):
         parts = build.build_step(config, open_corpus(config.data, config.model.vocab_size), meter, None)
         engine = parts.step.engine
         cost = measure(config, parts, meter, 1, steps)
-        parts.ahead.close()
+        parts.prefetcher.close()
         assert parts.step.engine is engine and not isinstance(engine, TimedEngine)
         return cost
 
@@ -98,7 +98,7 @@ def test_the_steps_are_those_of_the_run(monkeypatch):
         for _ in range(3):
             record, _ = trainer._step()
             trainer.sink.step(record)
-        trainer.ahead.close()
+        trainer.prefetcher.close()
 
     monkeypatch.setattr(build, "open_sink", lambda *given: None)
     resolved = resolve(config, 2)
