@@ -1,1 +1,4 @@
-"""What compares, proves and shapes links: run from a checkout with ``python -m benchmarks NAME``."""
+"""Compares longctx with other systems, proves its claims and shapes links.
+
+Run from a checkout: ``python -m benchmarks NAME``.
+"""

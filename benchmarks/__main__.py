@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME``: one benchmark per module, each with its own options."""
+"""``python -m benchmarks NAME`` runs one benchmark; each is a module with its own options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHES = {
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    """The parser of ``python -m benchmarks``, and one for each benchmark under its ``benches``."""
+    """Builds the parser of ``python -m benchmarks``, with one for each benchmark under its ``benches``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measurements of longctx: against bounds, against other packages, over shaped links.",

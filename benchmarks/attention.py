@@ -1,7 +1,7 @@
-"""Attention forward and backward under each strategy, beside its own floor and beside other packages.
+"""Times attention forward and backward under each strategy, beside its own floor and beside other packages.
 
-A cell is one problem: tokens and heads. All that is compared within it, floors and peers included, takes turns in one
-process group, so that a slow minute of the machine hits all alike. Everyone's first pass is judged against dense
+A cell is one problem: tokens and heads. All that is compared within it takes turns in one process group, floors and
+peers included. So a slow minute of the machine hits all alike. Everyone's first pass is judged against dense
 attention in float64 at full size.
 """
 
@@ -30,7 +30,7 @@ LIMIT = TOLERANCE["float32"][0]  # relative, of the worst of out, dq, dk, dv: be
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """What is told of one way to compute a cell. ``refused``: why it was not timed."""
+    """Holds the times and errors of one way to compute a cell; ``refused``: why it was not timed."""
 
     who: str
     setting: str
@@ -44,7 +44,10 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class AttentionCell:
-    """``ahead``: time of the best exact peer over that of our best strategy, paired by repeat: above 1, we are."""
+    """Holds one problem, and what each way to compute it took.
+
+    ``ahead``: time of the best exact peer over that of our best strategy, paired by repeat. Above 1, ours is faster.
+    """
 
     seq: int
     heads: int
@@ -57,7 +60,10 @@ class AttentionCell:
 
 @dataclass(kw_only=True)
 class _Entrant(Entrant):
-    """``positions``: global, of the rows of what ``run`` returns: out, dq, dk, dv, padding after them."""
+    """One way to compute a cell, which is timed beside others.
+
+    ``positions``: global, of the rows of what ``run`` returns: out, dq, dk, dv, padding after them.
+    """
 
     setting: str
     peer: bool
@@ -77,7 +83,7 @@ class _Entrant(Entrant):
 
 
 def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int, report: Report = silent) -> AttentionCell:
-    """One cell: the same problem by every case's strategy and by every peer; all ranks call it together."""
+    """Measures one cell: the same problem by every case's strategy and by every peer; all ranks call it together."""
     problem = cases[0]
     truth = reference(problem)
     entrants, refused = [], []
@@ -106,7 +112,7 @@ def measure(cases: list[VerifyCase], peers: Sequence[str], repeats: int, report:
 
 
 def reference(case: VerifyCase) -> tuple[Tensor, ...]:
-    """(out, dq, dk, dv) of dense attention in float64, whole; each rank computes its share of the heads."""
+    """Computes (out, dq, dk, dv) of dense attention in float64, whole; each rank computes its share of the heads."""
     world, rank = dist.get_world_size(), dist.get_rank()
     shares = world if case.kv_heads % world == 0 else 1
     alone = replace(
@@ -128,7 +134,7 @@ def _all_heads(share: Tensor) -> Tensor:
 
 
 def local_inputs(case: VerifyCase) -> tuple[SequencePlan, list[Tensor]]:
-    """The case's plan, and this rank's q, k, v and dout."""
+    """Returns the case's plan, and this rank's q, k, v and dout."""
     plan, rank = case.plan(), dist.get_rank()
     return plan, [cut(whole, plan, rank) for whole in case.inputs()]
 
@@ -155,14 +161,14 @@ def _ours(case: VerifyCase) -> _Entrant:
 
 
 def _begin(entrant: _Entrant) -> tuple[Tensor, ...]:
-    """The first pass; it warms up, is judged, and shows who is slow."""
+    """Runs the first pass; it warms up, is judged, and shows who is slow."""
     computed: list[tuple[Tensor, ...]] = []
     entrant.first = seconds_of(lambda: computed.append(entrant.run()), CPU)
     return computed[0]
 
 
 def _peer(name: str, case: VerifyCase) -> tuple[_Entrant, tuple[Tensor, ...]] | AttentionRow:
-    """The peer and what its first pass computed, or why it computed nothing; all ranks come to the same."""
+    """Returns the peer and what its first pass computed, or why it computed nothing; all ranks come to the same."""
     peer = ATTENTION_PEERS[name]
     reason = peer.missing()
     if reason is None:
@@ -185,7 +191,7 @@ def _peer(name: str, case: VerifyCase) -> tuple[_Entrant, tuple[Tensor, ...]] | 
 def _errors(
     entrant: _Entrant, computed: tuple[Tensor, ...], truth: tuple[Tensor, ...], case: VerifyCase
 ) -> dict[str, float]:
-    """Of each tensor on the worst rank, by the rule of ``longctx verify``; no number counts as infinitely wrong."""
+    """Returns the error of each tensor on the worst rank, by the rule of ``longctx verify``; NaN counts as infinite."""
     upstream = 1e-3 * case.inputs()[3].double().norm()
     errors = []
     for mine, whole in zip(computed, truth, strict=True):
@@ -197,7 +203,7 @@ def _errors(
 
 
 def _compared(cell: AttentionCell, entrants: list[_Entrant]) -> AttentionCell:
-    """Our best beside the best of the peers that are exact, by medians."""
+    """Compares our best with the best of the peers that are exact, by medians."""
     exact = [entrant for entrant in entrants if entrant.exact]
     ours = [entrant for entrant in exact if not entrant.peer]
     peers = [entrant for entrant in exact if entrant.peer]

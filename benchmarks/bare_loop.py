@@ -1,7 +1,7 @@
-"""The shortest training loop that computes what the trainer computes: the floor of ``python -m benchmarks trainer``.
+"""Runs the shortest loop that computes what the trainer computes: the floor of ``python -m benchmarks trainer``.
 
-One process, plain parameters, PyTorch's own attention. No mesh, no sharding, no operators of ours, no metrics;
-batches are ready before the clock starts.
+One process, plain parameters, PyTorch's own attention. No mesh, no sharding, no operators of ours, no metrics. Batches
+are ready before the clock starts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from longctx.sequence import Batch
 
 
 class PlainAttention:
-    """``scaled_dot_product_attention`` of one document after another, for a mask would cost the whole square.
+    """Runs ``scaled_dot_product_attention`` on one document after another, for a mask would cost the whole square.
 
     In the place of a plan it takes the documents' bounds, int64 ``[N, 3]``: row, start, stop, in order.
     """
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """Computes all of it; nothing is left for ``finish`` to wait for."""
         outs = []
         for row, start, stop in plan.tolist():
             one, keys, values = (tensor[row : row + 1, start:stop].transpose(1, 2) for tensor in (q, k, v))
@@ -35,12 +36,13 @@ class PlainAttention:
         return Started(torch.cat(outs).view_as(q))
 
     def finish(self, started: Started) -> Tensor:
+        """Returns the output ``[B, T, H, D]`` that ``start`` computed."""
         return started.out
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A batch in the form that the bare loop reads; ``bounds``: see ``PlainAttention``."""
+class BareBatch:
+    """Holds a batch in the form that the bare loop reads; ``bounds``: see ``PlainAttention``."""
 
     tokens: Tensor
     labels: Tensor
@@ -49,8 +51,8 @@ class Ready:
     valid: int
 
     @classmethod
-    def of(cls, batch: Batch) -> Ready:
-        """``batch`` is packed without padding."""
+    def of(cls, batch: Batch) -> BareBatch:
+        """Converts ``batch``, which is packed without padding."""
         bounds, positions = [], []
         for row, documents in enumerate(batch.documents):
             cuts = documents.cu_seqlens.tolist()
@@ -61,15 +63,18 @@ class Ready:
 
 
 class BareLoop:
-    """``model`` has ``PlainAttention``; ``optimizer`` holds its parameters."""
+    """Trains a decoder without any of the trainer's machinery.
+
+    ``model`` has ``PlainAttention``; ``optimizer`` holds its parameters.
+    """
 
     def __init__(self, model: Decoder, optimizer: Optimizer, grad_clip: float | None) -> None:
         self._model = model
         self._optimizer = optimizer
         self._grad_clip = grad_clip
 
-    def step(self, batches: Sequence[Ready], lr: float) -> float:
-        """Forward, backward, clip, update; returns the mean loss of a valid token."""
+    def step(self, batches: Sequence[BareBatch], lr: float) -> float:
+        """Runs forward, backward, clipping and update; returns the mean loss of a valid token."""
         count = sum(batch.valid for batch in batches)
         total = torch.zeros(())
         for batch in batches:

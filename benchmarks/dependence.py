@@ -1,7 +1,7 @@
-"""What messages take where each leaves as soon as what it carries has arrived: traces replayed over nodes' links.
+"""Predicts how long messages take that each leave as soon as their data is there: replays traces over nodes' links.
 
-Bytes over rate is what a link takes that is never idle. A gradient goes home after its block has come, and where one
-direction waits for the other no exchange is as fast as that; its time then is that of the longest chain of messages
+Bytes over rate is what a link takes that is never idle. A gradient goes home after its block has come. Where one
+direction waits for the other, no exchange is as fast as that. Its time then is that of the longest chain of messages
 that need each other. Computing, and messages inside a node, take no time here, so nothing of it is measured.
 """
 
@@ -16,7 +16,7 @@ Pair = tuple[int, int]
 
 
 class SentMessage(Protocol):
-    """What ``longctx.sim`` records of an operation, as far as it is read here."""
+    """Tells what ``longctx.sim`` records of an operation, as far as it is read here."""
 
     @property
     def phase(self) -> str: ...
@@ -37,10 +37,11 @@ class SentMessage(Protocol):
 
 
 def chained_seconds(traces: Sequence[Sequence[SentMessage]], per_node: int, bytes_per_second: float) -> float:
-    """Until the last rank has its last message. ``traces[rank]``: what it posts and awaits, in its order.
+    """Computes the seconds until the last rank has its last message.
 
-    Nodes hold ``per_node`` ranks each, in order. A message starts when both of its ranks have posted it, behind those
-    before it between the two; messages that pass a link in one direction share it evenly.
+    ``traces[rank]``: what it posts and awaits, in its order. Nodes hold ``per_node`` ranks each, in order. A message
+    starts when both of its ranks have posted it, behind those before it between the two. Messages that pass a link in
+    one direction share it evenly.
     """
     replay = _Replay(traces, per_node)
     now = 0.0
@@ -54,7 +55,7 @@ def chained_seconds(traces: Sequence[Sequence[SentMessage]], per_node: int, byte
 
 
 class _Replay:
-    """Where every rank is in its trace, and the messages on the links."""
+    """Knows where every rank is in its trace, and the messages on the links."""
 
     def __init__(self, traces: Sequence[Sequence[SentMessage]], per_node: int) -> None:
         self._traces, self._per_node = traces, per_node
@@ -65,13 +66,13 @@ class _Replay:
         self._under_way: dict[Pair, deque[tuple[Key, float]]] = {}
 
     def proceed(self) -> bool:
-        """Lets ranks go on as far as they can; whether any is left that waits."""
+        """Lets ranks go on as far as they can; tells whether any is left that waits."""
         while sum(self._proceed(rank) for rank in range(len(self._traces))):
             pass
         return any(place < len(trace) for place, trace in zip(self._places, self._traces, strict=True))
 
     def rates(self, bytes_per_second: float) -> dict[Pair, float]:
-        """Of every pair of ranks with a message under way: its share of the busier of the two nodes' links."""
+        """Returns, for each pair of ranks with a message under way, its share of the busier of the two nodes' links."""
         pairs = [pair for pair, queue in self._under_way.items() if queue]
         out, into = ([pair[end] // self._per_node for pair in pairs] for end in (0, 1))
         return {
@@ -91,7 +92,7 @@ class _Replay:
                 self._done.add(key)
 
     def _proceed(self, rank: int) -> bool:
-        """Whether it went on."""
+        """Lets one rank go on; tells whether it did."""
         trace, start = self._traces[rank], self._places[rank]
         while self._places[rank] < len(trace):
             event = trace[self._places[rank]]

@@ -1,4 +1,4 @@
-"""A skewed batch under disaggregated attention, per-document context parallelism and plain data parallelism.
+"""Times a skewed batch under disaggregated attention, per-document context parallelism and plain data parallelism.
 
 Every rank has equal tokens, so the linear parts cost the same everywhere, and one rank has most of the attention. A
 step here is one layer, forward and backward: of attention by itself, and of a whole block. All ways take turns in one
@@ -47,7 +47,10 @@ WIDE = 8 / 3  # hidden width over model width, as of a Llama
 
 @dataclass(frozen=True)
 class Problem:
-    """``shares``: lengths of the documents that each rank has under plain data parallelism, equal in tokens."""
+    """Holds the tokens and heads that all ways compute.
+
+    ``shares``: lengths of the documents that each rank has under plain data parallelism, equal in tokens.
+    """
 
     shares: tuple[tuple[int, ...], ...]
     heads: int
@@ -58,19 +61,21 @@ class Problem:
 
     @property
     def world(self) -> int:
+        """Counts the ranks."""
         return len(self.shares)
 
     @cached_property
     def documents(self) -> Documents:
-        """All of them in one row, by rank."""
+        """Returns the documents of all ranks in one row, by rank."""
         return Documents.from_lengths([length for share in self.shares for length in share])
 
     def plan(self, layout: Layout) -> SequencePlan:
+        """Plans the whole row under a layout."""
         return make_plan((self.documents,), CAUSAL, layout, self.documents.length, self.world)
 
     @cached_property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, dout) ``[1, S, H or Hkv, D]``, the same on every rank."""
+        """Makes (q, k, v, dout) ``[1, S, H or Hkv, D]``, the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
         q, k, v, dout = (
@@ -81,8 +86,10 @@ class Problem:
 
 
 def skewed(world: int, tokens: int, longest: int, short: tuple[int, int], seed: int) -> tuple[tuple[int, ...], ...]:
-    """Documents of each rank, ``tokens / world`` in all: the longest on the first, and short ones of uniform length in
-    ``short`` until all are full; the last of a rank is what is left."""
+    """Draws the lengths of each rank's documents, ``tokens / world`` in all; the first rank has the longest.
+
+    The other documents have uniform lengths in ``short``, until all ranks are full; the last of a rank is what is left.
+    """
     generator, budget = np.random.default_rng(seed), tokens // world
     shares = []
     for rank in range(world):
@@ -94,7 +101,7 @@ def skewed(world: int, tokens: int, longest: int, short: tuple[int, int], seed: 
 
 
 def per_document(problem: Problem) -> Layout:
-    """Every document in zigzag over all ranks; what is left over is dealt round-robin."""
+    """Returns the layout that has every document in zigzag over all ranks; what is left over is dealt round-robin."""
     home, starts = zigzag(problem.documents.lengths, problem.world), problem.documents.cu_seqlens.tolist()
 
     def spans(rank: int) -> tuple[tuple[int, int], ...]:
@@ -105,19 +112,19 @@ def per_document(problem: Problem) -> Layout:
 
 @dataclass(frozen=True)
 class Way:
-    """``alone``: each rank attends to its own documents, as a batch of its own."""
+    """Shares the row's attention in one way; ``alone``: each rank attends to its own documents, as a batch."""
 
     strategy: str
-    told: str
+    title: str
     layout: Callable[[Problem], Layout] = lambda problem: Contiguous()
     alone: bool = False
 
     def positions(self, problem: Problem, rank: int) -> Int64:
-        """Which tokens of the row the rank has."""
+        """Returns which tokens of the row the rank has."""
         return problem.plan(self.layout(problem)).positions(rank)
 
     def entry(self, problem: Problem) -> tuple[SequencePlan, list[Tensor]]:
-        """The plan that its attention is called with, and this rank's q, k, v and dout."""
+        """Returns the plan that its attention is called with, and this rank's q, k, v and dout."""
         plan, rank = problem.plan(self.layout(problem)), dist.get_rank()
         local = [cut(whole, plan, rank) for whole in problem.tensors]
         if self.alone:
@@ -126,6 +133,7 @@ class Way:
         return plan, local
 
     def attention(self, kernel: str = "auto") -> StrategyAttention:
+        """Builds the attention that computes it."""
         return StrategyAttention(self.strategy, None if self.alone else dist.group.WORLD, kernel)
 
 
@@ -139,7 +147,7 @@ WAYS = {
 
 
 def attend(problem: Problem, way: Way) -> list[Tensor]:
-    """(out, dq, dk, dv) of this rank's tokens; all ranks call it."""
+    """Computes (out, dq, dk, dv) of this rank's tokens; all ranks call it."""
     plan, local = way.entry(problem)
     q, k, v, dout = local
     for leaf in (q, k, v):
@@ -163,18 +171,24 @@ class _NoAttention(torch.autograd.Function):
 
 
 class NoAttention:
+    """Stands in for attention that costs nothing: the linear parts of a block by themselves."""
+
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """Passes the queries on; nothing is left for ``finish`` to wait for."""
         return Started(_NoAttention.apply(q, k, v))
 
     def finish(self, started: Started) -> Tensor:
+        """Returns what ``start`` passed on."""
         return started.out
 
 
 @dataclass(frozen=True)
 class DisaggregationRow:
-    """Of one way. ``attention`` and ``block``: seconds of the last rank; ``work``: mean over ranks of the seconds of
-    their kernel calls alone; ``over_*``: paired ratios to the mean work's time of a step. ``cells``: (query, key) pairs
-    of each rank, ``bytes``: what it sends forward and backward."""
+    """Tells what one way took. ``attention`` and ``block``: seconds of the last rank.
+
+    ``work``: mean over ranks of the seconds of their kernel calls alone. ``over_*``: paired ratios to the mean work's
+    time of a step. ``cells``: (query, key) pairs of each rank. ``bytes``: what each sends forward and backward.
+    """
 
     way: str
     error: float
@@ -203,7 +217,7 @@ class _Entrant:
         mean = [statistics.fmean(one) for one in self.seconds["work"]]
         whole = [work + statistics.fmean(one) for work, one in zip(mean, linear, strict=True)]
         return DisaggregationRow(
-            WAYS[self.name].told,
+            WAYS[self.name].title,
             self.error,
             self.cells,
             self.bytes,
@@ -216,7 +230,7 @@ class _Entrant:
 
 
 def measure(problem: Problem, ways: list[str], repeats: int, report: Report = silent) -> dict[str, Any]:
-    """All ways in turn, round after round, in an order that turns round each time; all ranks call it together."""
+    """Times all ways in turn, round after round, in an order that reverses each time; all ranks call it together."""
     truth: list[Tensor] = []
     entrants: list[_Entrant] = []
     for name in dict.fromkeys(["data_parallel", *ways]):  # the others are judged against it
@@ -249,7 +263,7 @@ def _turn(entrant: _Entrant, repeat: int) -> list[tuple[list[list[float]], Pass]
 
 
 def timed(run: Pass) -> list[float]:
-    """Seconds of each rank from a common start."""
+    """Returns the seconds of each rank from a common start."""
     dist.barrier()
     start = time.perf_counter()
     run()
@@ -260,7 +274,7 @@ def timed(run: Pass) -> list[float]:
 
 
 def _entrant(problem: Problem, name: str, truth: list[Tensor]) -> _Entrant:
-    """Judged by its first pass, and warm."""
+    """Returns the way judged by its first pass, and warm."""
     way, traffic = WAYS[name], group_of(dist.group.WORLD).traffic
     before = traffic.bytes
     computed = attend(problem, way)
@@ -294,7 +308,10 @@ def _by_rank(number: int) -> list[int]:
 
 
 def _error(problem: Problem, way: Way, computed: list[Tensor], truth: list[Tensor]) -> float:
-    """Of the worst tensor, against what every rank computes for its documents alone; that comes first."""
+    """Returns the error of the worst tensor, against what every rank computes for its documents alone.
+
+    That comes first.
+    """
     plan, whole = problem.plan(way.layout(problem)), []
     for mine in computed:
         parts = [torch.empty_like(mine) for _ in range(problem.world)]
@@ -309,12 +326,12 @@ def _error(problem: Problem, way: Way, computed: list[Tensor], truth: list[Tenso
         for name, mine, true in zip(TENSORS, whole, truth, strict=True)
     }
     if not max(errors.values()) <= LIMIT:
-        raise NumericsError(f"{way.told} is off by {errors}, more than {LIMIT}; it is not timed")
+        raise NumericsError(f"{way.title} is off by {errors}, more than {LIMIT}; it is not timed")
     return max(errors.values())
 
 
 def _block_pass(problem: Problem, attention: CoreAttention, plan: SequencePlan, where: Int64) -> Pass:
-    """Forward and backward of one block of the tokens at these positions of the row; parameters get gradients too."""
+    """Runs one block forward and backward on the tokens at these positions of the row; parameters get gradients too."""
     dim = problem.heads * problem.head_dim
     torch.manual_seed(problem.seed)
     config = ModelConfig(

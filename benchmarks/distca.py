@@ -1,9 +1,10 @@
-"""DistCA's released greedy, written again from its description, as the baseline of ``python -m benchmarks planning``.
+"""Plans as DistCA's released greedy does, written anew from its description, for ``python -m benchmarks planning``.
 
-Ranks with a deficit take, largest first, the item of an overloaded rank with the fewest bytes per work, until their
-need is below ``tolerance`` of the mean. An item is a band of a document's head rows and the mirrored band of tail rows:
-such a pair of rows costs ``length + 1`` cells. Bytes are estimated by the whole document's KV, known or not.
-The description leaves open which pairs of an item go; here it is the inner ones, whose prefix is shorter.
+Ranks with a deficit take items of overloaded ranks, largest deficit first, until their need is below ``tolerance`` of
+the mean. They take the item with the fewest bytes per work. An item is a band of a document's head rows and the
+mirrored band of tail rows: such a pair of rows costs ``length + 1`` cells. Bytes are estimated by the whole document's
+KV, known or not. The description leaves open which pairs of an item go; here it is the inner ones, whose prefix is
+shorter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from longctx.planner.tasks import ranges
 
 
 def distca(home: DocumentPlacement, tolerance: float = 0.1, widths: AttentionShape | None = None) -> TaskRuns:
-    """Runs of causal documents whose home is ``planner.home.streamed``: head pieces and mirrored tail pieces."""
+    """Shares out runs of causal documents whose home is ``document_placement.streamed``: head pieces, mirrored tail."""
     widths = widths or AttentionShape()
     items = _items(home)
     length, pairs, owner = items[:, 1], items[:, 3] - items[:, 2], items[:, 4]
@@ -54,7 +55,7 @@ def distca(home: DocumentPlacement, tolerance: float = 0.1, widths: AttentionSha
 
 
 def _items(home: DocumentPlacement) -> np.ndarray:
-    """(doc, length, first head row, last head row, rank); an odd middle row is a head row without a partner."""
+    """Lists (doc, length, first head row, last head row, rank); an odd middle row is a head row without a partner."""
     rows = []
     for rank, doc, start, stop in zip(home.rank, home.doc, home.start, home.stop, strict=True):
         length = int(home.lengths[doc])
@@ -65,7 +66,10 @@ def _items(home: DocumentPlacement) -> np.ndarray:
 
 
 def _runs(items: list[tuple[int, int, int, int, int, int]], home: DocumentPlacement) -> TaskRuns:
-    """Both bands of every item, cut where mirrored rows live elsewhere: home pieces are a row off after odd budgets."""
+    """Returns both bands of every item, cut where mirrored rows live elsewhere.
+
+    Home pieces are a row off after odd budgets.
+    """
     rows = []
     for number, length, first, last, _, to in items:
         rows.append((number, first, last, to))

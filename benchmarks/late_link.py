@@ -1,4 +1,4 @@
-"""Exposed waiting over links that are late: what ranks waited for exchanges, beside what a replay of them says.
+"""Measures exposed waiting over links that are late: what ranks waited for exchanges, beside what a replay predicts.
 
 A rank keeps a timeline of a pass: when it posted which exchange, and when it awaited it. Its waits are what was
 exposed; what lies between them is computing. The replay takes posts and computing from the timelines and the latency
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.link import PASSES
-from benchmarks.waiting import program_of, replay, waited
+from benchmarks.waiting import program_of, replay, wait_seconds
 from longctx.bench.timing import Report, Timing, silent
 from longctx.comm import ExchangeEvent, group_of
 from longctx.verify import VerifyCase
@@ -28,8 +28,8 @@ CLOSE = 0.2  # how far a measured ratio may be from the predicted one
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One pass as one rank saw it, in seconds of this machine's clock, which all ranks share."""
+class PassTimeline:
+    """Tells when one rank began and ended a pass, in seconds of this machine's clock, which all ranks share."""
 
     started: float
     ended: float
@@ -38,13 +38,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Exposed:
-    """Seconds that the rank that waits longest waits: by repeat, measured and by replay."""
+    """Tells how long the rank that waits longest waits, in seconds by repeat: measured, and by replay."""
 
     measured: tuple[float, ...]
     predicted: tuple[float, ...]
 
     def __add__(self, other: Exposed) -> Exposed:
-        """Of two passes, one after the other."""
+        """Adds the waits of two passes, one after the other."""
         return Exposed(
             tuple(a + b for a, b in zip(self.measured, other.measured, strict=True)),
             tuple(a + b for a, b in zip(self.predicted, other.predicted, strict=True)),
@@ -53,22 +53,24 @@ class Exposed:
 
 @dataclass(frozen=True)
 class ExposedRatio:
-    """Exposed waiting of another strategy over LASP-2's, paired by repeat."""
+    """Compares exposed waiting of another strategy with LASP-2's, paired by repeat."""
 
     measured: Timing
     predicted: Timing
 
     @classmethod
     def of(cls, over: Exposed, under: Exposed) -> ExposedRatio:
+        """Pairs the waits of two strategies by repeat."""
         return cls(_paired(over.measured, under.measured), _paired(over.predicted, under.predicted))
 
     @property
     def deviation(self) -> float:
-        """Of the measured ratio from the predicted one."""
+        """Returns how far the measured ratio is from the predicted one."""
         return self.measured.median / self.predicted.median - 1
 
     @property
     def close(self) -> bool:
+        """Tells whether the measured ratio is near enough to the predicted one."""
         return abs(self.deviation) <= CLOSE
 
 
@@ -76,21 +78,24 @@ def _paired(over: Sequence[float], under: Sequence[float]) -> Timing:
     return Timing.of([a / max(b, 1e-9) for a, b in zip(over, under, strict=True)])
 
 
-def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[Seen]]]:
-    """By case and repeat: the forward and the backward pass of this rank; cases are interleaved, and turn round."""
-    found: list[list[list[Seen]]] = [[] for _ in cases]
+def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[list[list[PassTimeline]]]:
+    """Measures, by case and repeat, the forward and the backward pass of this rank.
+
+    Cases are interleaved, in an order that reverses each time.
+    """
+    found: list[list[list[PassTimeline]]] = [[] for _ in cases]
     passes = [_Passes(case) for case in cases]
     for repeat in range(repeats + 1):
         report(repeat, repeats + 1, "all routes in turn")
         for number in range(len(cases))[:: 1 if repeat % 2 else -1]:
-            seen = [_seen(run) for run in (passes[number].forward, passes[number].backward)]
+            seen = [_timed_pass(run) for run in (passes[number].forward, passes[number].backward)]
             if repeat:  # the first round opens connections and warms up
                 found[number].append(seen)
     return found
 
 
 class _Passes:
-    """Both passes of one case on this rank."""
+    """Runs both passes of one case on this rank."""
 
     def __init__(self, case: VerifyCase) -> None:
         self._plan, self._local, self._dout = local_inputs(case, dist.get_rank())
@@ -104,7 +109,7 @@ class _Passes:
         torch.autograd.grad(self._out, list(self._local.values()), self._dout)
 
 
-def _seen(run: Callable[[], None]) -> Seen:
+def _timed_pass(run: Callable[[], None]) -> PassTimeline:
     traffic = group_of(dist.group.WORLD).traffic
     timeline: list[ExchangeEvent] = []
     traffic.timeline = timeline
@@ -112,7 +117,7 @@ def _seen(run: Callable[[], None]) -> Seen:
     run()
     ended = time.perf_counter()
     traffic.timeline = None
-    return Seen(started, ended, tuple(timeline))
+    return PassTimeline(started, ended, tuple(timeline))
 
 
 def _together() -> float:
@@ -123,12 +128,15 @@ def _together() -> float:
     return float(start)
 
 
-def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[str, Exposed]:
-    """By pass, from what every rank saw of one case: ``ranks[rank][repeat][pass]``; ``latency`` in seconds."""
+def judged(ranks: Sequence[Sequence[Sequence[PassTimeline]]], latency: float) -> dict[str, Exposed]:
+    """Compares by pass what every rank saw of one case with its replay.
+
+    ``ranks[rank][repeat][pass]``; ``latency`` in seconds.
+    """
     found = {}
     for number, name in enumerate(PASSES):
         repeats = [[repeat[number] for repeat in seen] for seen in zip(*ranks, strict=True)]
-        measured = [max(waited(rank.timeline) for rank in repeat) for repeat in repeats]
+        measured = [max(wait_seconds(rank.timeline) for rank in repeat) for repeat in repeats]
         predicted = [
             max(
                 spent.waited
@@ -141,6 +149,6 @@ def judged(ranks: Sequence[Sequence[Sequence[Seen]]], latency: float) -> dict[st
 
 
 def in_order(exposed: Sequence[Exposed]) -> bool:
-    """Whether the first one's waiting is the least in the median."""
+    """Tells whether the first one's waiting is the least in the median."""
     medians = [Timing.of(one.measured).median for one in exposed]
     return all(medians[0] < other for other in itertools.islice(medians, 1, None))

@@ -1,9 +1,9 @@
-"""Linear mixers forward and backward under each strategy, beside the floor of the same work without exchanges.
+"""Times linear mixers forward and backward under each strategy, beside the floor of the same work without exchanges.
 
-The floor of a rank is the same mixer by the same operators on the rank's own tokens as a whole sequence of its own:
-the same chunks with the same products, a state that enters (zeros in place of what would have come), one that leaves,
-and nobody to wait for. It does not count packing and unpacking of states, the scan of the chain of segments, and
-halos of short convolutions. Shards are contiguous, so that a rank's tokens are one segment here and there.
+The floor of a rank is the same mixer by the same operators, on the rank's own tokens as a whole sequence of its own.
+It has the same chunks with the same products, a state that enters (zeros in place of what would have come) and one
+that leaves. It waits for nobody. It does not count packing and unpacking of states, the scan of the chain of segments,
+and halos of short convolutions. Shards are contiguous, so that a rank's tokens are one segment here and there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TURN_TOKENS, TURN_PAIRS = 8192, 4  # a short sequence is timed several times in 
 
 @dataclass(frozen=True)
 class LinearCell:
-    """One strategy at one length. ``share``: floor / time, paired; 1.0 is the limit."""
+    """Holds what one strategy took at one length. ``share``: floor / time, paired; 1.0 is the limit."""
 
     strategy: str
     mixer: str
@@ -40,12 +40,12 @@ class LinearCell:
 
     @property
     def per_token(self) -> float:
-        """Seconds of one token of the whole sequence."""
+        """Returns the seconds of one token of the whole sequence."""
         return self.time.median / self.seq
 
 
-def unevenness(cells: Sequence[LinearCell]) -> float:
-    """How far the time of a token of one of the lengths is from its mean over them."""
+def largest_deviation(cells: Sequence[LinearCell]) -> float:
+    """Returns how far the time per token at one of the lengths is from its mean over them, at most."""
     times = [cell.per_token for cell in cells]
     mean = statistics.fmean(times)
     return max(abs(one - mean) for one in times) / mean
@@ -67,10 +67,10 @@ class _Entrant:
 
 
 def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> list[LinearCell]:
-    """All cases of one mixer in turn, round after round; all ranks call it together.
+    """Times all cases of one mixer in turn, round after round; all ranks call it together.
 
-    Each strategy and its floor go one after the other, A B, B A, ..., and the order of the cases turns round each time:
-    a slow minute of the machine hits all lengths, and both sides of a ratio.
+    Each strategy and its floor go one after the other: A B, B A, and so on. The order of the cases reverses each time.
+    So a slow minute of the machine hits all lengths, and both sides of a ratio.
     """
     rank = dist.get_rank()
     # One floor a length: strategies share it, and its tensors.
@@ -90,13 +90,13 @@ def measure(cases: list[VerifyCase], repeats: int, report: Report = silent) -> l
 
 
 def _sides(entrant: _Entrant, repeat: int) -> Iterator[Pass]:
-    """Whose turn it is, as often as a short sequence needs."""
+    """Yields whose turn it is, as often as a short sequence needs."""
     for pair in range(min(TURN_PAIRS, max(1, TURN_TOKENS // entrant.case.seq))):
         yield from (entrant.run, entrant.floor)[:: -1 if (repeat + pair) % 2 else 1]
 
 
 def pass_of(case: VerifyCase, rank: int, group: dist.ProcessGroup | None) -> Pass:
-    """Forward and backward of a rank's share, with gradients of everything that is learned or comes from tokens."""
+    """Returns a rank's share forward and backward, with gradients of all that is learned or comes from tokens."""
     plan, local, dout = local_inputs(case, rank)
     for name in mixer_of(case).constants(case.heads, 0, 2):
         local[name].requires_grad_(False)
@@ -110,14 +110,14 @@ def pass_of(case: VerifyCase, rank: int, group: dist.ProcessGroup | None) -> Pas
 
 
 def floor_of(case: VerifyCase, rank: int) -> Pass:
-    """The same on the rank's own tokens alone."""
+    """Returns the same pass on the rank's own tokens alone, as a sequence of their own."""
     assert case.layout == "contiguous" and not case.documents, "a shard is one segment, like a sequence of its own"
     own = len(case.plan().positions(rank))
     return pass_of(replace(case, seq=own, world=1), 0, None)
 
 
 def lengths_of(cells: Sequence[LinearCell]) -> Iterator[tuple[str, str, list[LinearCell]]]:
-    """(mixer, strategy, its lengths)."""
+    """Groups cells as (mixer, strategy, its lengths)."""
     key: Callable[[LinearCell], tuple[str, str]] = lambda cell: (cell.mixer, cell.strategy)  # noqa: E731
     for (mixer, strategy), group in itertools.groupby(sorted(cells, key=key), key=key):
         yield mixer, strategy, sorted(group, key=lambda cell: cell.seq)

@@ -1,6 +1,6 @@
-"""What strategies send over the links between nodes: by closed form, as counted, and how long it takes.
+"""Measures what strategies send over the links between nodes: by closed form, as counted, and how long it takes.
 
-LinkTraffic-only: the strategy runs as it is, with a kernel that computes nothing. The same messages leave in the same
+Exchange only: the strategy runs as it is, with a kernel that computes nothing. The same messages leave in the same
 order, each when what it carries has arrived; casts and sums of what came home are still done. Its time is compared with
 that of the same messages on links of the given rate (``benchmarks.dependence``), and told beside bytes over rate.
 """
@@ -40,16 +40,17 @@ EQUAL = 0.05  # predictions closer than this are in no order
 Edge = tuple[int, int]  # from node, to node
 
 
-class Silent:
-    """A kernel that computes nothing, for whom only messages are of interest."""
+class NoComputeKernel:
+    """Stands in for a kernel and computes nothing, where only messages are of interest."""
 
     name = "silent"
 
     def refuses(self, problem: KernelProblem) -> str | None:
+        """Refuses nothing."""
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
-        """Leaves out 0 and lse -inf."""
+        """Leaves out at 0 and lse at -inf."""
 
     def backward(
         self,
@@ -67,15 +68,15 @@ class Silent:
 
 
 def sizes_of(case: VerifyCase) -> Sizes:
-    """What the case's tensors weigh on their way."""
+    """Returns the bytes that the case's tensors take in messages."""
     dtype = DTYPES[case.dtype]
     numbers = (dtype.itemsize, accumulation_dtype(dtype).itemsize)
     inner = inner_of(get_strategy(case.strategy), case.attention_case)
     return Sizes(case.batch, case.heads, case.kv_heads, case.head_dim, *numbers, inner, case.options)
 
 
-def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
-    """What all ranks send from each node to each other one in one layer, by the strategy's closed form.
+def bytes_between_nodes(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
+    """Returns what all ranks send between each pair of nodes in one layer, by the strategy's closed form.
 
     Nodes hold as many ranks each, in order.
     """
@@ -93,15 +94,15 @@ def crossing(case: VerifyCase, nodes: int) -> dict[Edge, Volume]:
 
 
 def busiest(sent: dict[Edge, int]) -> int:
-    """Bytes on the busiest of the nodes' links, in its busier direction."""
+    """Returns the bytes on the busiest of the nodes' links, in its busier direction."""
     nodes = {node for edge in sent for node in edge}
     ways = [(node, end) for node in nodes for end in (0, 1)]
     return max((sum(size for edge, size in sent.items() if edge[end] == node) for node, end in ways), default=0)
 
 
 @dataclass(frozen=True)
-class Passed:
-    """One pass as one rank saw it.
+class PassTraffic:
+    """Tells what one rank saw of one pass.
 
     ``seconds``: from a common start until the last rank was done. ``sent``: this rank's payload bytes by receiver, as
     counted in ``longctx.comm``. ``link_bytes`` and ``link_packets``: what the node sent through its link meanwhile.
@@ -115,12 +116,12 @@ class Passed:
 
 def measure(
     cases: list[VerifyCase], repeats: int, counters: Callable[[], tuple[int, int]], report: Report = silent
-) -> list[list[list[Passed]]]:
-    """By case and repeat: the forward and the backward pass of this rank, exchange-only; cases are interleaved.
+) -> list[list[list[PassTraffic]]]:
+    """Measures, by case and repeat, the forward and the backward pass of this rank; only exchanges, cases interleaved.
 
     ``counters``: bytes and packets that this node has sent through its link. The silent kernel must be known.
     """
-    found: list[list[list[Passed]]] = [[] for _ in cases]
+    found: list[list[list[PassTraffic]]] = [[] for _ in cases]
     exchanges = [LinkTraffic(case) for case in cases]
     for repeat, number in itertools.product(range(repeats + 1), range(len(cases))):
         report(repeat * len(cases) + number, (repeats + 1) * len(cases), cases[number].strategy)
@@ -131,9 +132,9 @@ def measure(
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def silent_kernel() -> Iterator[None]:
     """Makes the silent kernel known."""
-    KERNELS["silent"] = f"{__name__}:Silent"  # the last of all, so that auto never comes to it
+    KERNELS["silent"] = f"{__name__}:NoComputeKernel"  # the last of all, so that auto never comes to it
     try:
         yield
     finally:
@@ -141,7 +142,7 @@ def silence() -> Iterator[None]:
 
 
 class LinkTraffic:
-    """Both passes of one case on this rank, with the silent kernel, which must be known."""
+    """Runs both passes of one case on this rank, with the silent kernel, which must be known."""
 
     def __init__(self, case: VerifyCase) -> None:
         self._plan, (q, k, v, dout) = local_inputs(case)
@@ -151,20 +152,22 @@ class LinkTraffic:
         self._out = self._dout
 
     def forward(self) -> None:
+        """Runs the forward pass."""
         q, k, v = self._inputs
         self._out = self._attention(q, k, v, self._plan.handle)
 
     def backward(self) -> None:
+        """Runs the backward pass."""
         torch.autograd.grad(self._out, self._inputs, self._dout)
 
 
-def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) -> Passed:
+def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) -> PassTraffic:
     counted = group_of(dist.group.WORLD).traffic.by_receiver
     dist.barrier()
     sent, (link_bytes, link_packets) = dict(counted), counters()
     seconds = slowest(run)
     link_bytes_now, link_packets_now = counters()
-    return Passed(
+    return PassTraffic(
         seconds,
         {receiver: size - sent.get(receiver, 0) for receiver, size in counted.items()},
         link_bytes_now - link_bytes,
@@ -174,8 +177,11 @@ def _measured(run: Callable[[], None], counters: Callable[[], tuple[int, int]]) 
 
 @dataclass(frozen=True)
 class NodeSent:
-    """What one node sent through its link in one pass, in bytes: by closed form, as its ranks counted, and by the
-    link's own counter less headers, where repeats lie between ``link_least`` and ``link_most``."""
+    """Tells what one node sent through its link in one pass, in bytes, counted in three ways.
+
+    By closed form, as its ranks counted, and by the link's own counter less headers. Of the last, repeats lie between
+    ``link_least`` and ``link_most``.
+    """
 
     formula: int
     counted: int
@@ -184,15 +190,20 @@ class NodeSent:
 
     @property
     def unexplained(self) -> float:
-        """The link's counter beyond the formula, as a share of it, in the repeat with the fewest packets sent twice: a
-        busy machine makes TCP repeat some."""
+        """Returns what the link counted beyond the formula, as a share of it.
+
+        It is that of the repeat with the fewest packets sent twice: a busy machine makes TCP repeat some.
+        """
         return (self.link_least - self.formula) / max(self.formula, 1)
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """One pass of one case. ``busy``: seconds that its bytes take at the links' rate, if the busiest is never idle;
-    ``predicted``: that they take in the order in which they need each other, which is no less."""
+    """Tells what one pass of one case took, in seconds.
+
+    ``busy``: what its bytes take at the links' rate if the busiest is never idle. ``predicted``: what they take in the
+    order in which they need each other, which is no less.
+    """
 
     name: str
     edges_equal: bool  # counted = formula on every edge between nodes, in every repeat
@@ -203,14 +214,18 @@ class PassRow:
 
     @property
     def ratio(self) -> float:
+        """Returns the measured time over the predicted one."""
         return self.seconds.median / self.predicted if self.predicted else 1.0
 
 
 def judged(
-    case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[Passed]]], predicted: Sequence[float]
+    case: VerifyCase, nodes: int, rate_mbit: int, ranks: list[list[list[PassTraffic]]], predicted: Sequence[float]
 ) -> list[PassRow]:
-    """The case's passes, from what every rank saw: ``ranks[rank][repeat][pass]``, and what was predicted of each."""
-    closed, per_node = crossing(case, nodes), case.world // nodes
+    """Compares the case's passes with what was predicted of each.
+
+    ``ranks[rank][repeat][pass]`` is what every rank saw.
+    """
+    closed, per_node = bytes_between_nodes(case, nodes), case.world // nodes
     rows = []
     for number, name in enumerate(PASSES):
         formula = {edge: getattr(cost, name) for edge, cost in closed.items()}
@@ -230,8 +245,8 @@ def judged(
     return rows
 
 
-def _crossed(repeat: Sequence[Passed], per_node: int, edges: Iterable[Edge]) -> dict[Edge, int]:
-    """Bytes between nodes, as their ranks counted them."""
+def _crossed(repeat: Sequence[PassTraffic], per_node: int, edges: Iterable[Edge]) -> dict[Edge, int]:
+    """Counts the bytes between nodes, as their ranks counted them."""
     found = dict.fromkeys(edges, 0)
     for rank, passed in enumerate(repeat):
         for receiver, size in passed.sent.items():
@@ -246,6 +261,6 @@ def _of(node: int, edges: dict[Edge, int]) -> int:
 
 
 def as_predicted(predicted: Sequence[float], measured: Sequence[float]) -> bool:
-    """Whether what should be faster is, wherever predictions are apart."""
+    """Tells whether what should be faster is, wherever predictions are apart."""
     pairs = itertools.permutations(zip(predicted, measured, strict=True), 2)
     return all(one[1] < other[1] for one, other in pairs if one[0] * (1 + EQUAL) < other[0])

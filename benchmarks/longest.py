@@ -1,4 +1,4 @@
-"""The longest sequence that fits, by few probes: each is a process group that may be killed."""
+"""Finds the longest sequence that fits by few probes: each is a process group that may be killed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ RESOLUTION = 16  # the search ends when the next step would be under a sixteenth
 
 @dataclass(frozen=True)
 class Longest:
-    """``fits`` tokens do, ``fails`` tokens do not; None: none was found up to the cap, so ``fits`` is a lower bound.
+    """Tells what was found: ``fits`` tokens do fit, ``fails`` tokens do not.
 
-    ``fits`` is 0 where even ``unit`` tokens do not fit.
+    ``fails`` None: no length failed up to the cap, so ``fits`` is a lower bound. ``fits`` is 0 where even ``unit``
+    tokens do not fit.
     """
 
     fits: int

@@ -1,4 +1,4 @@
-"""Options that several benchmarks have."""
+"""Adds options that several benchmarks have."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from longctx.errors import ConfigError
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Hydra's, for benchmarks of a whole run."""
+    """Adds Hydra's overrides, for benchmarks of a whole run."""
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="what differs from conf/train.yaml, as in Hydra"
     )
 
 
 def add_peer_python(parser: argparse.ArgumentParser) -> None:
-    """For benchmarks that other packages take part in."""
+    """Adds the interpreter of other packages, for benchmarks that they take part in."""
     parser.add_argument(
         "--peer-python",
         default=sys.executable,

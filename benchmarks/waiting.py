@@ -1,6 +1,6 @@
-"""How long ranks wait for each other over links that are late: a replay of what they posted, awaited and computed.
+"""Predicts how long ranks wait for each other over late links: replays what they posted, awaited and computed.
 
-A message needs its receiver's word that there is room for it, so that one of a bare link is there
+A message needs its receiver's word that there is space for it, so that one of a bare link is there
 
     max(sent, word of the receiver at the sender) + latency,    word at the sender = receive posted + latency
 
@@ -19,12 +19,14 @@ from longctx.comm import ExchangeEvent
 
 @dataclass(frozen=True)
 class Compute:
+    """Computes for ``seconds``."""
+
     seconds: float
 
 
 @dataclass(frozen=True)
 class Post:
-    """Exchange ``number`` of this rank: a message to each of ``sends``, and one from each of ``receives``."""
+    """Posts exchange ``number`` of this rank: a message to each of ``sends``, and one from each of ``receives``."""
 
     number: int
     sends: tuple[int, ...] = ()
@@ -33,7 +35,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Wait:
-    """Until all that exchange ``number`` receives is here and all that it sends has left."""
+    """Waits until all that exchange ``number`` receives is here and all that it sends has left."""
 
     number: int
 
@@ -42,15 +44,15 @@ Program = Sequence[Compute | Post | Wait]
 
 
 @dataclass(frozen=True)
-class Waited:
-    """Seconds of one rank: from the common start to its end, of which it waited for exchanges."""
+class RankSeconds:
+    """Tells the seconds of one rank: from the common start to its end, and how many of them it waited for exchanges."""
 
     total: float
     waited: float
 
 
 def program_of(timeline: Sequence[ExchangeEvent], started: float, ended: float) -> list[Compute | Post | Wait]:
-    """What a rank did between two moments; whatever is between its exchanges is computing, posting included."""
+    """Lists what a rank did between two moments; whatever is between its exchanges is computing, posting included."""
     program: list[Compute | Post | Wait] = []
     now = started
     for moment in timeline:
@@ -60,14 +62,16 @@ def program_of(timeline: Sequence[ExchangeEvent], started: float, ended: float) 
     return [*program, Compute(ended - now)]
 
 
-def waited(timeline: Sequence[ExchangeEvent]) -> float:
-    """Seconds that the rank spent in waits."""
+def wait_seconds(timeline: Sequence[ExchangeEvent]) -> float:
+    """Returns the seconds that the rank spent in waits."""
     return sum(moment.ended - moment.started for moment in timeline if not moment.posted)
 
 
-def replay(programs: Sequence[Program], latency: float) -> list[Waited]:
-    """Every rank's time, when all start at 0 and a link takes ``latency`` seconds one way; ranks that wait for each
-    other are an assert."""
+def replay(programs: Sequence[Program], latency: float) -> list[RankSeconds]:
+    """Returns every rank's time, when all start at 0 and a link takes ``latency`` seconds one way.
+
+    Ranks that wait for each other are an assert.
+    """
     mail = _Mail(latency)
     ranks = [_Rank(number, program, mail) for number, program in enumerate(programs)]
     steps = {rank.number: rank.run() for rank in ranks}
@@ -75,11 +79,11 @@ def replay(programs: Sequence[Program], latency: float) -> list[Waited]:
         before = {number: ranks[number].done for number in steps}
         steps = {number: run for number, run in steps.items() if next(run, "ended") != "ended"}
         assert any(ranks[number].done > done for number, done in before.items()), "ranks wait for each other"
-    return [Waited(rank.now, rank.waited) for rank in ranks]
+    return [RankSeconds(rank.now, rank.waited) for rank in ranks]
 
 
 class _Mail:
-    """When both ends of each message were posted. Between two ranks messages match in order."""
+    """Knows when both ends of each message were posted. Between two ranks messages match in order."""
 
     def __init__(self, latency: float) -> None:
         self.latency = latency
@@ -87,7 +91,7 @@ class _Mail:
         self.expected: dict[tuple[int, int], list[float]] = defaultdict(list)
 
     def leaves(self, edge: tuple[int, int], number: int) -> float | None:
-        """When a message can leave; None while one of its ends has not been posted."""
+        """Returns when a message can leave; None while one of its ends has not been posted."""
         sent, expected = self.sent[edge], self.expected[edge]
         if number >= min(len(sent), len(expected)):
             return None
@@ -127,7 +131,7 @@ class _Rank:
                 table[edge].append(self.now)
 
     def _ends(self, entry: Wait) -> float | None:
-        """When all of an exchange is done; None while that is not known."""
+        """Returns when all of an exchange is done; None while that is not known."""
         left = [(self._mail.leaves(edge, number), late) for edge, number, late in self._posted[entry.number]]
         if any(leaves is None for leaves, _ in left):
             return None

@@ -1,4 +1,4 @@
-"""Hydra's door: overrides in, a checked ``Config`` out. Nothing behind it knows Hydra.
+"""Asks Hydra for the configuration: overrides in, a checked ``Config`` out. Nothing behind it knows Hydra.
 
 Values are data: an interpolation such as ``${oc.env:HOME}`` is refused wherever it stands, so no override can
 read the environment or run code. Words that Hydra would refuse in its own terms are refused here first, with
@@ -24,12 +24,12 @@ CONF = Path(longctx.__file__).parent / "conf"
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """The configuration that ``conf/train.yaml`` and ``overrides`` state."""
+    """Returns the configuration that ``conf/train.yaml`` and ``overrides`` state."""
     return Config.from_dict(compose_mapping(overrides))
 
 
 def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain nested mapping behind ``compose``, not yet checked against the schema."""
+    """Returns the plain nested mapping behind ``compose``, not yet checked against the schema."""
     for override in overrides:
         _check_override(override)
     # Hydra costs a third of a second to import; commands that compose nothing start without it.
@@ -61,7 +61,7 @@ NAMED: dict[str, tuple[str, tuple[Registry, ...]]] = {
 
 
 def groups() -> dict[str, list[str]]:
-    """Every configuration group with its options: those that have a file, and names of the catalog."""
+    """Lists every configuration group with its options: those that have a file, and names of the catalog."""
     found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONF.iterdir() if folder.is_dir()}
     for group, (_, registries) in NAMED.items():
         found.setdefault(group, set()).update(*registries)
@@ -69,7 +69,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def _register() -> None:
-    """Gives Hydra the schema with its defaults, and an option for each name that has no file."""
+    """Registers the schema with its defaults at Hydra, and an option for each name that has no file."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -123,13 +123,13 @@ def _check_grammar(text: str) -> None:
 
 
 def _first_lines(error: Exception) -> str:
-    """Hydra's own words without its pages of advice."""
+    """Returns Hydra's own words without its pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines[:2])
 
 
 def refuse_overrides(words: Sequence[str], fixed: Sequence[str]) -> None:
-    """For commands that set some keys themselves: an override of one of ``fixed`` would be ignored."""
+    """Refuses an override of one of ``fixed``: a command that sets these keys itself would ignore it."""
     for word in words:
         key = word.split("=")[0].lstrip("+~")
         if key in fixed:

@@ -1,4 +1,4 @@
-"""Words and numbers with commas between, as options of benchmarks have them."""
+"""Reads words and numbers with commas between, as options of benchmarks have them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from longctx.errors import ConfigError
 
 
 def numbers(option: str, text: str) -> list[int]:
+    """Reads whole numbers with commas between; refuses anything else."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
@@ -15,6 +16,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def words(option: str, text: str, valid: Iterable[str]) -> list[str]:
+    """Reads words with commas between; refuses those that are not in ``valid``."""
     found = text.split(",")
     for word in found:
         if word not in valid:

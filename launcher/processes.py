@@ -1,4 +1,4 @@
-"""A handful of Gloo processes on this machine for one job, which meet by a file and answer by files."""
+"""Runs a handful of Gloo processes on this machine for one job, which meet by a file and answer by files."""
 
 from __future__ import annotations
 
@@ -37,30 +37,32 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """How ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job. ``within``: by rank, the
-    words before the command, such as those that run it in a network namespace. ``report``: takes what the first rank
-    reports by ``progress.to_file``."""
+    """Says how ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job.
+
+    ``prefixes``: by rank, the words before the command, such as those that run it in a network namespace. ``report``:
+    takes what the first rank reports by ``progress.to_file``.
+    """
 
     python: str = sys.executable
     limit: float = TIMEOUT
-    within: Sequence[Sequence[str]] = ()
+    prefixes: Sequence[Sequence[str]] = ()
     report: Report | None = None
 
 
 def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers = Workers()) -> None:
     """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
 
-    Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with
-    the last line that the rank wrote that failed first; what the others say follows from it, and they are ended.
+    Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with the
+    last line of the rank that failed first. What the others say follows from it, and they are ended.
     """
-    with unwinding():
+    with unwind_on_stop():
         _run(module, job, world, folder, workers)
 
 
 def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> None:
     share_cores(world)
     command = [workers.python, "-m", module, job, str(folder)]
-    before = workers.within or [()] * world
+    before = workers.prefixes or [()] * world
     with ExitStack() as files:
         complaints = [files.enter_context(TemporaryFile()) for _ in range(world)]
 
@@ -81,22 +83,26 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
 
 
 @dataclass(frozen=True)
-class Ends:
-    """How processes ended by themselves, as ``subprocess`` has it; None for one that had to be ended."""
+class ExitStatuses:
+    """Tells how processes ended by themselves, as ``subprocess`` has it; None for one that had to be ended."""
 
     statuses: Sequence[int | None]
     failed: int | None  # whose failure explains those of the others
 
     @property
     def in_time(self) -> bool:
+        """Tells whether time sufficed: all have ended by themselves, or one has failed."""
         return self.failed is not None or None not in self.statuses
 
 
 def run_together(
     start: Callable[[int], subprocess.Popen[bytes]], world: int, limit: float, look: Callable[[], None] = _nothing
-) -> Ends:
-    """Processes 0 to ``world`` - 1 side by side until all have ended, one has failed, for the others would wait for it
-    without end, or ``limit`` seconds are up. None outlives this. ``look`` is called whenever they are looked at."""
+) -> ExitStatuses:
+    """Runs processes 0 to ``world`` - 1 side by side until all have ended, one has failed, or time is up.
+
+    ``limit``: seconds. When one has failed, the others would wait for it without end. None outlives this. ``look`` is
+    called whenever they are looked at.
+    """
     started: list[subprocess.Popen[bytes]] = []
     try:
         with _undisturbed():
@@ -110,7 +116,9 @@ def run_together(
                 worker.wait()
 
 
-def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Callable[[], None] = _nothing) -> Ends:
+def _ends(
+    started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Callable[[], None] = _nothing
+) -> ExitStatuses:
     while True:
         look()
         statuses = [worker.poll() for worker in started]
@@ -118,19 +126,21 @@ def _ends(started: Sequence[subprocess.Popen[bytes]], deadline: float, look: Cal
         if failed is not None:
             break
         if None not in statuses or time.monotonic() > deadline:
-            return Ends(statuses, None)
+            return ExitStatuses(statuses, None)
         time.sleep(LOOK)
     # Of two that end together, the one that was killed tells why; the other merely lost its peer.
     time.sleep(SETTLE)
     statuses = [worker.poll() for worker in started]
     killed = -signal.SIGKILL
-    return Ends(statuses, statuses.index(killed) if killed in statuses else failed)
+    return ExitStatuses(statuses, statuses.index(killed) if killed in statuses else failed)
 
 
 @contextmanager
-def unwinding() -> Iterator[None]:
-    """Meanwhile a request to stop (SIGTERM, or SIGHUP of a closed terminal) unwinds like Ctrl-C, so that nothing that
-    was started outlives it."""
+def unwind_on_stop() -> Iterator[None]:
+    """Makes a request to stop unwind like Ctrl-C, so that nothing that was started outlives this command.
+
+    Such are SIGTERM, and SIGHUP of a closed terminal.
+    """
     if not _in_main_thread():
         yield
         return
@@ -158,7 +168,10 @@ def _stop(number: int, _: object) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Requests to stop wait for the end: one amid the start of a process would leave it unknown to its starter."""
+    """Makes requests to stop wait for the end.
+
+    One amid the start of a process would leave it unknown to its starter.
+    """
     if not _in_main_thread():
         yield
         return
@@ -177,7 +190,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def gloo_rank(words: Sequence[str], pinned: bool = False) -> Iterator[tuple[Any, Path, int]]:
-    """A process that ``run_gloo`` started, in the default process group: its job, the folder for answers, its rank.
+    """Joins a process that ``run_gloo`` started to the default process group; yields its job, answers' folder and rank.
 
     ``pinned``: to a core of its own, where there are as many as ranks.
     """
@@ -192,7 +205,10 @@ def gloo_rank(words: Sequence[str], pinned: bool = False) -> Iterator[tuple[Any,
 
 
 def join(folder: Path, rank: int, world: int, backend: str) -> torch.device:
-    """The default process group over Gloo or NCCL; returns the rank's device, under NCCL the one of its number."""
+    """Joins the default process group over Gloo or NCCL; returns the rank's device.
+
+    Under NCCL that is the one of its number.
+    """
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

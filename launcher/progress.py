@@ -1,4 +1,4 @@
-"""How a command that takes more than a few seconds says how far it is: always on stderr, so that output stays whole.
+"""Shows how far a command is that takes more than a few seconds: always on stderr, so that output stays whole.
 
 On a terminal it is one line that ``rich`` redraws; elsewhere a plain line every few seconds, so that logs stay
 readable. Ranks in processes of their own leave word in a file of the job's folder, and whoever started them shows it.
@@ -25,7 +25,7 @@ PROGRESS_FILE = "progress.json"
 
 @contextmanager
 def progress(command: str, stream: TextIO | None = None) -> Iterator[Report]:
-    """Yields what takes reports of ``command``, from whichever thread, and shows the last one."""
+    """Yields a function that takes reports of ``command``, from whichever thread, and shows the last one."""
     stream = stream or sys.stderr
     with _on_terminal(command, stream) if stream.isatty() else _in_lines(command, stream) as report:
         yield report
@@ -77,13 +77,13 @@ def _in_lines(command: str, stream: TextIO) -> Iterator[Report]:
 
 
 def line(command: str, done: int, total: int, what: str, seconds: float) -> str:
-    """A plain line, such as "longctx verify: 12 of 40, 0:35, ring on zigzag"; without a total it has no count."""
+    """Writes a plain line, such as "longctx verify: 12 of 40, 0:35, ring on zigzag"; without a total no count."""
     counted = f"{done} of {total}, " if total else ""
     return f"{command}: {counted}{int(seconds) // 60}:{int(seconds) % 60:02}, {what}"
 
 
 def to_file(folder: Path, rank: int) -> Report:
-    """What a rank in a process of its own reports to: a file in the job's folder, of the first rank alone."""
+    """Returns a function that takes a rank's reports: it writes the first rank's to a file in the job's folder."""
     if rank:
         return lambda done, total, what: None
     file, unfinished = folder / PROGRESS_FILE, folder / f".{PROGRESS_FILE}.new"
@@ -95,20 +95,20 @@ def to_file(folder: Path, rank: int) -> Report:
     return report
 
 
-def followed(items: Sequence[Item], report: Report, name: Callable[[Item], str] = str) -> Iterator[Item]:
-    """The items, each reported by name when its turn comes."""
+def with_progress(items: Sequence[Item], report: Report, name: Callable[[Item], str] = str) -> Iterator[Item]:
+    """Yields the items, and reports each by name when its turn comes."""
     for number, item in enumerate(items):
         report(number, len(items), name(item))
         yield item
 
 
-def about(part: str, report: Report) -> Report:
+def labelled(part: str, report: Report) -> Report:
     """Returns a report that names the part of the work it is about."""
     return lambda done, total, what: report(done, total, f"{part}: {what}")
 
 
 def from_file(folder: Path, report: Report) -> Callable[[], None]:
-    """Passes on what ``to_file`` has written last, whenever it is called."""
+    """Returns a function that passes on what ``to_file`` has written last, whenever it is called."""
 
     def look() -> None:
         try:

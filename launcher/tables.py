@@ -1,4 +1,4 @@
-"""Tables on standard output: as wide as a terminal, and elsewhere as wide as their words."""
+"""Prints tables on standard output: as wide as a terminal, and elsewhere as wide as their words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PIPED_WIDTH = 240  # nothing wraps in a file
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """The first column holds names, the others numbers and words; ``notes`` stand below."""
+    """Prints a table whose first column holds names, the others numbers and words; ``notes`` stand below."""
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
     console.print(title)
     shown = Table(show_edge=False, pad_edge=False, show_header=any(columns))
@@ -26,5 +26,5 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def mebibytes(count: float) -> str:
-    """Bytes in MiB, with as many digits as small numbers need."""
+    """Writes bytes in MiB, with as many digits as small numbers need."""
     return f"{count / 2**20:,.{0 if count >= 100 * 2**20 else 2}f}"

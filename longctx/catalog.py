@@ -1,7 +1,7 @@
-"""Every named thing of the package, one line each: its name, and where the object behind it is.
+"""Lists every named thing of the package, one line each: its name, and where the object behind it is.
 
-This is the only list of these names. The configuration refuses unknown ones by it, the command line shows it, Hydra's
-options come from it, and what a name stands for is imported when it is first asked for, so that reading a configuration
+This is the only list of these names. The configuration refuses unknown ones by it, the command line shows it, and
+Hydra's options come from it. What a name stands for is imported when it is first asked for. So reading a configuration
 needs neither torch nor an accelerator. The object says itself what it takes and refuses.
 """
 

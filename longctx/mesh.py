@@ -18,7 +18,7 @@ from longctx.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of one run, as one rank sees them.
+    """Holds the axes of one run's mesh, as one rank sees them.
 
     ``pipeline``: ranks that hold the stages of one model and read the same data. ``tokens``: ranks of one stage
     that hold different tokens, over which gradients are summed. ``parameters``: what FSDP2 shards over
@@ -38,31 +38,34 @@ class Mesh:
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
+        """Returns the process group of the ranks that hold the stages of one model."""
         return self.pipeline.get_group()
 
     @property
     def token_group(self) -> dist.ProcessGroup:
+        """Returns the process group of the ranks of one stage that hold different tokens."""
         return self.tokens.get_group()
 
     @property
     def world_group(self) -> dist.ProcessGroup:
-        """The group of all ranks: those of all tokens, and of all parts of the model."""
+        """Returns the process group of all ranks: those of all tokens, and of all parts of the model."""
         world = dist.group.WORLD
         assert world is not None, "a mesh is built in a world"
         return world
 
     @property
     def leads_tensor(self) -> bool:
-        """Whether this rank is the first of those that split one stage's weights over the same tokens."""
+        """Tells whether this rank is the first of those that split one stage's weights over the same tokens."""
         return self.tensor.get_local_rank() == 0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank counts its tokens; of ranks with the same tokens, of any stage, one does."""
+        """Tells whether this rank counts its tokens; of ranks with the same tokens, of any stage, one does."""
         return self.leads_tensor and self.pipeline.get_local_rank() == 0
 
     @property
     def sequence_group(self) -> dist.ProcessGroup:
+        """Returns the process group of the ranks that share sequences."""
         return self.sequence.get_group()
 
     def servers(self) -> dist.ProcessGroup:
@@ -75,16 +78,18 @@ class Mesh:
 
     @property
     def server_ranks(self) -> list[int]:
-        """Global ranks of the group that ``servers`` makes, in its order."""
+        """Lists the global ranks of the group that ``servers`` makes, in its order."""
         ranks: list[int] = self.axes["pp", "sp"].mesh.flatten().tolist()
         return ranks
 
     @property
     def sequence_rank(self) -> int:
+        """Returns this rank's place in its sequence group."""
         return self.sequence.get_local_rank()
 
     @property
     def sequence_size(self) -> int:
+        """Counts the ranks of a sequence group."""
         return self.sequence.size()
 
 

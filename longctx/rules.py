@@ -1,4 +1,4 @@
-"""The sentences that rules are made of: each raises with the value, the rule and the nearest valid choice."""
+"""Raises the errors of rules, each with the value, the rule and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from longctx.errors import ConfigError
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that ``word`` most likely stands for, or None when nothing is near."""
+    """Returns the choice that ``word`` most likely stands for, or None when nothing is near."""
     scored = [(difflib.SequenceMatcher(None, word, choice).ratio(), choice) for choice in choices]
     score, choice = max(scored, default=(0.0, ""))
     return choice if score >= 0.5 else None
 
 
 def suggestion(word: str, choices: Sequence[str]) -> str:
-    """The end of a message about an unknown ``word``: what it may mean, and all that is valid."""
+    """Returns the end of a message about an unknown ``word``: what it may mean, and all that is valid."""
     near = closest(word, choices)
     valid = f"valid: {', '.join(choices)}"
     return f"did you mean {near}? ({valid})" if near else valid
 
 
 def one_of(key: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name outside ``choices``."""
+    """Refuses a name outside ``choices``."""
     if value not in choices:
         raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices)}")
 
 
 def as_word(value: object) -> str:
-    """A value as YAML and the command line write it."""
+    """Writes a value as YAML and the command line do."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def at_least(key: str, value: float | None, low: float, valid: object = None) -> None:
-    """Refuse a number below ``low``; None passes, its type has been checked.
+    """Refuses a number below ``low``; None passes, its type has been checked.
 
     ``valid``: what to name instead of ``low``, where another rule may refuse that.
     """
@@ -44,13 +44,13 @@ def at_least(key: str, value: float | None, low: float, valid: object = None) ->
 
 
 def above(key: str, value: float | None, low: float) -> None:
-    """Refuse a number that is not greater than ``low``."""
+    """Refuses a number that is not greater than ``low``."""
     if value is not None and value <= low:
         raise ConfigError(f"{key}={value} must be greater than {low}")
 
 
 def within(key: str, value: float, low: float, high: float, open_end: bool = False) -> None:
-    """Refuse a number outside [low, high], or [low, high) with ``open_end``."""
+    """Refuses a number outside [low, high], or [low, high) with ``open_end``."""
     if value < low or value > high or (open_end and value == high):
         end = ")" if open_end else "]"
         nearest = low if value < low else high
@@ -59,18 +59,18 @@ def within(key: str, value: float, low: float, high: float, open_end: bool = Fal
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, in order."""
+    """Lists all divisors of a positive number, in order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def nearest_of(value: int, choices: Sequence[int], count: int = 2) -> str:
-    """The ``count`` choices next to ``value``, as words."""
+    """Names the ``count`` choices next to ``value``."""
     chosen = sorted(sorted(choices, key=lambda c: (abs(c - value), c))[:count])
     return " or ".join(str(c) for c in chosen)
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The positive multiples of ``unit`` next to ``value``, as words."""
+    """Names the positive multiples of ``unit`` next to ``value``."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

@@ -1,1 +1,1 @@
-"""One benchmark per module: its options, its processes and the table that it prints."""
+"""Each module here holds one benchmark: its options, its processes and the table that it prints."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks attention``: every strategy on real processes of this machine, beside its floor and its peers.
+"""``python -m benchmarks attention`` times every strategy on processes of this machine, beside its floor and its peers.
 
 Nothing is timed before a green exactness check: of our strategies on ``sim`` in float64, and of everyone at full size.
 """
@@ -27,7 +27,7 @@ from longctx.launcher import env
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
-from longctx.launcher.progress import about, progress, to_file
+from longctx.launcher.progress import labelled, progress, to_file
 from longctx.launcher.verify.ranks import check
 from longctx.verify import VerifyCase
 
@@ -69,16 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
         workers = Workers(python, PATIENCE, report=report)
         run_gloo("benchmarks.commands.attention", json.dumps(job), arguments.world, Path(name), workers)
         measured = json.loads((Path(name) / "measured.json").read_text())
-    told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
+    setup = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if arguments.json:
-        print(json.dumps({"machine": described(), **told, "cells": measured}))
+        print(json.dumps({"machine": described(), **setup, "cells": measured}))
     else:
-        print(table(arguments, told, measured))
+        print(table(arguments, setup, measured))
     return 0
 
 
 def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
-    """By key/value heads, then by tokens: every strategy on its layouts."""
+    """Lists the cells by key/value heads, then by tokens: every strategy on its layouts."""
     strategies = words("strategies", arguments.strategies, [name for name in ALL if name != "local"])
     ways = [
         (strategy, layout)
@@ -105,7 +105,7 @@ def cells_of(arguments: argparse.Namespace) -> list[list[VerifyCase]]:
 
 
 def require_exact(cases: Iterable[VerifyCase], report: Report = silent) -> None:
-    """No timing without a green gate: the same cases, shorter and in float64, against the dense reference."""
+    """Refuses to time what is not exact: runs the same cases, shorter and in float64, against the dense reference."""
     small = []
     for case in cases:
         reason = case.refused()
@@ -119,10 +119,11 @@ def require_exact(cases: Iterable[VerifyCase], report: Report = silent) -> None:
             raise NumericsError(f"{case.strategy} on {case.layout} is not exact; it is not timed")
 
 
-def table(arguments: argparse.Namespace, told: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+def table(arguments: argparse.Namespace, setup: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"forward + backward, {arguments.world} Gloo processes, causal, float32; {told['repeats']} interleaved "
-        f"repeats, median (min-max); load {told['load']}, {told['seconds']:.0f} s; error: relative, of the worst tensor"
+        f"forward + backward, {arguments.world} Gloo processes, causal, float32; {setup['repeats']} interleaved "
+        f"repeats, median (min-max); load {setup['load']}, {setup['seconds']:.0f} s; error: relative, of the worst "
+        "tensor"
     ]
     for kv_heads, group in itertools.groupby(cells, key=lambda cell: cell["kv_heads"]):
         of_heads = list(group)
@@ -164,7 +165,7 @@ def worker(given: list[str]) -> None:
         for cell in job["cells"]:
             cases = [VerifyCase.of(case) for case in cell]
             problem = f"{cases[0].seq} tokens, {cases[0].heads}/{cases[0].kv_heads} heads"
-            measured.append(asdict(measure(cases, job["peers"], job["repeats"], about(problem, report))))
+            measured.append(asdict(measure(cases, job["peers"], job["repeats"], labelled(problem, report))))
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(measured))
 

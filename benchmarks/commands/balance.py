@@ -1,4 +1,4 @@
-"""``python -m benchmarks planning --balance``: what ``data.balance`` evens out, and what servers of attention still do.
+"""``python -m benchmarks planning --balance`` shows what ``data.balance`` evens out, and what is left to servers.
 
 Documents of the given lengths go through the trainer's own loader, without tokens: its rows, as it deals them.
 """
@@ -26,8 +26,8 @@ Step = list[list[Int64]]  # lengths of the documents of each rank, in each round
 
 
 @dataclass(frozen=True)
-class Told:
-    """Mean over all steps of all draws, and their standard deviation."""
+class MeanAndDeviation:
+    """Holds the mean of a figure over all steps of all draws, and its standard deviation."""
 
     mean: float
     spread: float
@@ -35,42 +35,45 @@ class Told:
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """One way to balance ``rows`` rows a rank and step, micro-batches of one row.
+    """Tells what one way to balance ``rows`` rows per rank and step gives, in micro-batches of one row.
 
-    Of the busiest rank over the mean: ``attention``, cells of a step; ``floor``, what the longest document alone makes
-    of that, at least 1; ``step``, seconds with linear layers when ranks wait for one another once a step; ``lockstep``,
-    when they wait in every micro-batch, as under FSDP. ``seen``: tokens that a query sees, which rows decide by what
-    they cut. ``gigabytes``: Q, O and KV that ``cad`` moves forward in a layer of an 8B model, bf16, for one micro-batch
-    of all ranks, each of them a server.
+    These are of the busiest rank, over the mean of all:
+    - ``attention``: cells of a step.
+    - ``floor``: what the longest document alone makes of that, at least 1.
+    - ``step``: seconds with linear layers, when ranks wait for one another once a step.
+    - ``lockstep``: seconds when they wait in every micro-batch, as under FSDP.
+
+    ``seen``: tokens that a query sees, which rows decide by where they cut documents. ``gigabytes``: Q, O and KV that
+    ``cad`` moves forward in a layer of an 8B model, bf16, for one micro-batch of all ranks. Each rank is a server.
     """
 
     context: int
     ranks: int
     rows: int
     balance: str
-    attention: Told
-    floor: Told
-    step: Told
-    lockstep: Told
-    seen: Told
-    gigabytes: Told
+    attention: MeanAndDeviation
+    floor: MeanAndDeviation
+    step: MeanAndDeviation
+    lockstep: MeanAndDeviation
+    seen: MeanAndDeviation
+    gigabytes: MeanAndDeviation
 
 
 def balanced(lengths: Int64, context: int, ranks: int, rows: int, draws: int) -> list[BalanceRow]:
-    """All ways on the same corpora, one shuffled by each draw's seed."""
+    """Measures all ways to balance on the same corpora, one shuffled by each draw's seed."""
     found = []
     for balance in BALANCES:
         steps = itertools.chain.from_iterable(
             _steps(lengths, context, ranks, rows, balance, draw) for draw in range(draws)
         )
         columns = zip(*map(_figures, steps), strict=True)
-        told = [Told(float(np.mean(column)), float(np.std(column))) for column in columns]
-        found.append(BalanceRow(context, ranks, rows, balance, *told))
+        measured = [MeanAndDeviation(float(np.mean(column)), float(np.std(column))) for column in columns]
+        found.append(BalanceRow(context, ranks, rows, balance, *measured))
     return found
 
 
 def _steps(lengths: Int64, context: int, ranks: int, rows: int, balance: str, draw: int) -> Iterator[Step]:
-    """What the trainer takes in the first steps of a run with that seed."""
+    """Yields what the trainer takes in the first steps of a run with that seed."""
     data, train = {"seq_len": context, "balance": balance}, {"seed": draw, "global_batch": ranks * rows}
     loader = build_loader(Config.from_dict({"data": data, "train": train}), _blank(lengths), 0, ranks)
     for step in range(STEPS):
@@ -80,14 +83,14 @@ def _steps(lengths: Int64, context: int, ranks: int, rows: int, balance: str, dr
 
 
 def _blank(lengths: Int64) -> Corpus:
-    """Documents of these lengths, whose tokens are all 0 and take no memory."""
+    """Makes documents of these lengths, whose tokens are all 0 and take no memory."""
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.broadcast_to(np.zeros(1, dtype=np.uint8), int(bounds[-1]))
     return Corpus(tokens, bounds, str, 1, "lengths", content_digest="")
 
 
 def _figures(step: Step) -> tuple[float, ...]:
-    """As ``BalanceRow`` has them."""
+    """Computes the figures of one step, in the order of ``BalanceRow``."""
     run, ranks = ClusterRun(stages=1), len(step[0])
     cells = np.array([[Balance().cells(held).sum() for held in micro] for micro in step])  # [micro-batches, ranks]
     tokens = np.array([[held.sum() for held in micro] for micro in step])

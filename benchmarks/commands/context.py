@@ -1,4 +1,4 @@
-"""``python -m benchmarks context``: the longest sequence that trains in a fixed memory, here and in other systems."""
+"""``python -m benchmarks context`` finds the longest sequence that trains in fixed memory, here and elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import env
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described
-from longctx.launcher.processes import run_together, unwinding
+from longctx.launcher.processes import run_together, unwind_on_stop
 from longctx.launcher.progress import progress
 
 WORLD = 2
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory_group.require()
     rows = []
     with (
-        unwinding(),
+        unwind_on_stop(),
         progress("benchmarks context") as report,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder,
     ):
@@ -123,13 +123,13 @@ def _starts(arguments: argparse.Namespace, systems: Sequence[str]) -> list[int]:
 
 
 def _unit(arguments: argparse.Namespace, system: str) -> int:
-    """Tokens that every length is a multiple of."""
+    """Returns the number of tokens that every length is a multiple of."""
     return WORLD * arguments.tile if system in TILED else UNTILED_UNIT
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of one launch: ``answers`` by rank, or None when memory or time did not suffice."""
+    """Tells what became of one launch: ``answers`` by rank, or None when memory or time did not suffice."""
 
     answers: list[dict[str, Any]] | None
     seconds: float
@@ -144,7 +144,7 @@ class _Bench:
         self._launches = 0
 
     def missing(self, system: str) -> str | None:
-        """The package that the system's interpreter lacks."""
+        """Names the package that the system's interpreter lacks, None where it has all."""
         package = PACKAGES.get(system)
         if package is None:
             return None
@@ -152,7 +152,7 @@ class _Bench:
         return package if subprocess.run([self._python(system), "-c", asked], check=False).returncode else None
 
     def require_equal_losses(self, systems: Sequence[str]) -> None:
-        """No comparison of systems that do not compute the same: a few steps, without a limit."""
+        """Refuses to compare systems that do not compute the same: takes a few steps, without a limit."""
         seen: dict[str, list[float]] = {}
         for name in systems:
             answers = self.launch(name, 4 * WORLD * self._arguments.tile, GATE_STEPS, limited=False).answers
@@ -255,7 +255,7 @@ def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _memory(row: dict[str, Any]) -> list[str]:
-    """Bytes by category of rank 0 at the longest length that fits."""
+    """Writes the bytes by category of rank 0 at the longest length that fits."""
     at = row["at_longest"]
     parts = {"footprint": at["footprint"], **(at["bytes"] or {}), "peak": at["peak"]}
     told = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in parts.items())

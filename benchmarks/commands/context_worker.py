@@ -1,4 +1,4 @@
-"""One process of ``python -m benchmarks context``: builds a system, is held to its memory, and takes training steps.
+"""One process of ``python -m benchmarks context`` builds a system, is held to its memory, and takes training steps.
 
 ``python -m benchmarks.commands.context_worker JOB``; JOB is a JSON object, see ``Job``.
 """
@@ -16,11 +16,12 @@ from benchmarks.hosts.memory_group import MemoryGroup
 
 @dataclass(frozen=True)
 class Job:
-    """``steps`` on sequences of ``seq_len`` random tokens, with ``allowance`` bytes over the footprint.
+    """Says what one process does: ``steps`` on sequences of ``seq_len`` random tokens.
 
-    ``warm``: tokens of a step that is taken before the footprint is read, so that every system's optimizer has its
-    states by then, whenever it makes them; 0 for none. ``config``: a resolved configuration. ``meeting``: folder
-    where ranks meet and answer. ``group``: folder of this process's memory group, None for no limit.
+    ``allowance``: bytes that it may take over its footprint. ``warm``: tokens of a step that is taken before the
+    footprint is read, 0 for none. Every system's optimizer has its states by then, whenever it makes them. ``config``:
+    a resolved configuration. ``meeting``: folder where ranks meet and answer. ``group``: folder of this process's
+    memory group, None for no limit.
     """
 
     system: str
@@ -58,10 +59,10 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     if job.warm:
         system.step(*_text(job, job.warm, seed=job.steps))
     dist.barrier()
-    footprint = group.taken() if group else 0
+    footprint = group.in_use() if group else 0
     if group:
         group.limit(footprint + job.allowance)
-        group.forget_peak()
+        group.reset_peak()
     dist.barrier()
     losses = [system.step(*_text(job, job.seq_len, seed=number)) for number in range(job.steps)]
     dist.barrier()
@@ -76,7 +77,7 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
 
 
 def _text(job: Job, length: int, seed: int) -> Any:
-    """Random tokens ``[1, length]``, and their labels."""
+    """Draws random tokens ``[1, length]``, and their labels."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

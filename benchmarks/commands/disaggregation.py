@@ -1,7 +1,7 @@
-"""``python -m benchmarks disaggregation``: a skewed batch on real processes, beside the time of the mean work.
+"""``python -m benchmarks disaggregation`` times a skewed batch on real processes, beside the time of the mean work.
 
-Nothing is timed before every way is exact: on ``sim`` in float64 against dense attention, the batch scaled down, and at
-full size in float32 against plain data parallelism, which shares nothing.
+Nothing is timed before every way is exact. The batch, scaled down, is compared with dense attention on ``sim`` in
+float64. At full size in float32 it is compared with plain data parallelism, which shares nothing.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         workers = Workers(limit=PATIENCE, report=show)
         run_gloo("benchmarks.commands.disaggregation", json.dumps(job), problem.world, Path(name), workers)
         measured = json.loads((Path(name) / "measured.json").read_text())
-    told = {"rounds": arguments.rounds, "load": load(), "seconds": round(time.monotonic() - started, 1)}
+    setup = {"rounds": arguments.rounds, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if arguments.json:
-        print(json.dumps({"machine": described(), **told, "problem": asdict(problem), **measured}))
+        print(json.dumps({"machine": described(), **setup, "problem": asdict(problem), **measured}))
     else:
-        print(report(problem, told, measured))
+        print(report(problem, setup, measured))
     return 0
 
 
@@ -91,7 +91,7 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
 
 
 def require_exact(problem: Problem, ways: list[str]) -> None:
-    """No timing without a green gate: the same skew, shorter and in float64, against the dense reference."""
+    """Refuses to time what is not exact: the same skew, shorter and in float64, against the dense reference."""
     longest, budget = problem.shares[0][0], sum(problem.shares[0])
     small = min(budget, GATE_TOKENS)
     shares = skewed(problem.world, small * problem.world, max(1, longest * small // budget), (1, max(1, small // 8)), 1)
@@ -107,16 +107,16 @@ def require_exact(problem: Problem, ways: list[str]) -> None:
         for parts, true in zip(zip(*ranks, strict=True), truth, strict=True):
             error = float((unshard(list(parts), plan) - true).norm() / (true.norm() + 1e-3 * dout.norm()))
             if not error <= TOLERANCE["float64"][0]:
-                raise NumericsError(f"{way.told} is off by {error:.1e} in float64; it is not timed")
+                raise NumericsError(f"{way.title} is off by {error:.1e} in float64; it is not timed")
 
 
-def report(problem: Problem, told: dict[str, Any], measured: dict[str, Any]) -> str:
+def report(problem: Problem, setup: dict[str, Any], measured: dict[str, Any]) -> str:
     lengths = sorted(problem.documents.lengths.tolist())
     lines = [
         f"one layer, forward + backward, {problem.world} Gloo processes, causal, float32, {problem.heads} query heads "
         f"of {problem.head_dim}, {problem.kv_heads} key/value heads; {problem.documents.length} tokens in documents of "
         f"{', '.join(map(str, lengths[:-4:-1]))} and {max(0, len(lengths) - 3)} shorter ones; "
-        f"{told['rounds']} interleaved rounds, median (min-max); load {told['load']}, {told['seconds']:.0f} s; "
+        f"{setup['rounds']} interleaved rounds, median (min-max); load {setup['load']}, {setup['seconds']:.0f} s; "
         f"linear parts {spread(measured['linear'], 1e3, '.0f')} ms",
         "",
         "| way | cells of a rank over mean | MB sent by rank | attention, ms | its mean work, ms | over it "

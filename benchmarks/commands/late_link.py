@@ -1,7 +1,8 @@
-"""The second half of ``python -m benchmarks linear``: four nodes of one rank each with late links between them.
+"""Runs the second half of ``python -m benchmarks linear``: four nodes of one rank each, late links between them.
 
-LASP-2, LASP and a ring of keys and values (the softmax strategy ``ring``) run as they are, with computing, on sequences
-so short that latency is what counts. Before that each computes over the same links, and is compared with its reference.
+LASP-2, LASP and a ring of keys and values (the softmax strategy ``ring``) run as they are, with computing. Sequences
+are so short that latency is what counts. Before that each computes over the same links, and is compared with its
+reference.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 
 from benchmarks.commands.link import compute_here, require_exact_here
 from benchmarks.hosts.namespaces import NETWORK, Namespaces
-from benchmarks.late_link import CLOSE, HEAD_START, Exposed, ExposedRatio, Seen, in_order, judged, measure
+from benchmarks.late_link import CLOSE, HEAD_START, Exposed, ExposedRatio, PassTimeline, in_order, judged, measure
 from benchmarks.link import PASSES
 from longctx.bench.timing import Report, Timing
 from longctx.comm import ExchangeEvent
 from longctx.errors import ConfigError
 from longctx.launcher.machine import load
-from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwind_on_stop
 from longctx.launcher.progress import to_file
 from longctx.verify import VerifyCase
 
@@ -36,8 +37,11 @@ PORT = 7077
 
 
 @dataclass(frozen=True)
-class Late:
-    """``one_way``: milliseconds, half of a small word's way there and back. ``exposed``: by route and pass."""
+class LateTimes:
+    """Holds what was measured over late links.
+
+    ``one_way``: milliseconds, half of a small word's round trip. ``exposed``: waiting, by route and pass.
+    """
 
     one_way: Timing
     exposed: dict[str, dict[str, Exposed]]
@@ -45,18 +49,18 @@ class Late:
 
     @property
     def both(self) -> list[Exposed]:
-        """Forward and backward together, by route."""
+        """Adds forward and backward, by route."""
         return [passes[PASSES[0]] + passes[PASSES[1]] for passes in self.exposed.values()]
 
     @property
     def ratios(self) -> dict[str, ExposedRatio]:
-        """The others over LASP-2."""
+        """Returns the exposed waiting of the other routes over LASP-2's."""
         first, *others = self.both
         return {route: ExposedRatio.of(one, first) for route, one in zip(ROUTES[1:], others, strict=True)}
 
 
 def cases_of(arguments: argparse.Namespace, mixer: str | None) -> list[VerifyCase]:
-    """One case a route, on the same tokens and heads."""
+    """Returns one case for each route, on the same tokens and heads."""
     if arguments.latency_ms <= 0 or arguments.latency_ms >= HEAD_START * 1e3 / RANKS:
         raise ConfigError(
             f"--latency-ms {arguments.latency_ms} must be above 0 and below {HEAD_START * 1e3 / RANKS}, so that ranks "
@@ -73,29 +77,32 @@ def cases_of(arguments: argparse.Namespace, mixer: str | None) -> list[VerifyCas
     return [linear, replace(linear, strategy="lasp"), replace(linear, strategy="ring", layout="zigzag", mixer=None)]
 
 
-def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace, show: Report) -> Late:
+def measured(cases: Sequence[VerifyCase], arguments: argparse.Namespace, show: Report) -> LateTimes:
     with (
-        unwinding(),
+        unwind_on_stop(),
         Namespaces(RANKS, None, arguments.latency_ms) as nodes,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
         folder = Path(name)
-        one_way = pinged(nodes)
+        one_way = measured_latency(nodes)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.repeats})
-        within = [nodes.within(rank) for rank in range(RANKS)]
-        run_gloo("benchmarks.commands.late_link", job, RANKS, folder, Workers(within=within, report=show))
+        prefixes = [nodes.prefix(rank) for rank in range(RANKS)]
+        run_gloo("benchmarks.commands.late_link", job, RANKS, folder, Workers(prefixes=prefixes, report=show))
         errors = require_exact_here(cases, folder)
         ranks = [json.loads((folder / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
     exposed = {
-        route: judged([_seen(rank[number]) for rank in ranks], arguments.latency_ms / 1e3)
+        route: judged([_timelines(rank[number]) for rank in ranks], arguments.latency_ms / 1e3)
         for number, route in enumerate(ROUTES)
     }
-    return Late(one_way, exposed, dict(zip(ROUTES, errors, strict=True)))
+    return LateTimes(one_way, exposed, dict(zip(ROUTES, errors, strict=True)))
 
 
-def _seen(repeats: list[list[dict[str, Any]]]) -> list[list[Seen]]:
+def _timelines(repeats: list[list[dict[str, Any]]]) -> list[list[PassTimeline]]:
     return [
-        [Seen(one["started"], one["ended"], tuple(_moment(fields) for fields in one["timeline"])) for one in both]
+        [
+            PassTimeline(one["started"], one["ended"], tuple(_moment(fields) for fields in one["timeline"]))
+            for one in both
+        ]
         for both in repeats
     ]
 
@@ -126,19 +133,22 @@ else:
 """
 
 
-def pinged(nodes: Namespaces) -> Timing:
-    """Milliseconds one way between the first node and the last, as a small word finds them."""
+def measured_latency(nodes: Namespaces) -> Timing:
+    """Measures milliseconds one way between the first node and the last, as a small word finds them."""
     words = [sys.executable, "-c", ECHO]
     numbers = [str(PORT), str(PASSED_ROUND)]
-    with subprocess.Popen([*nodes.within(0), *words, "", *numbers], stdout=subprocess.PIPE) as echo:
+    with subprocess.Popen([*nodes.prefix(0), *words, "", *numbers], stdout=subprocess.PIPE) as echo:
         assert echo.stdout is not None and echo.stdout.readline() == b"ready\n"
         done = subprocess.run(
-            [*nodes.within(RANKS - 1), *words, f"{NETWORK}.1", *numbers], capture_output=True, text=True, check=True
+            [*nodes.prefix(RANKS - 1), *words, f"{NETWORK}.1", *numbers],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     return Timing.of([float(line) for line in done.stdout.split()])
 
 
-def told(late: Late) -> dict[str, object]:
+def as_json(late: LateTimes) -> dict[str, object]:
     return {
         "one_way_ms": asdict(late.one_way),
         "errors": late.errors,
@@ -153,7 +163,7 @@ def told(late: Late) -> dict[str, object]:
     }
 
 
-def report(late: Late, arguments: argparse.Namespace) -> str:
+def report(late: LateTimes, arguments: argparse.Namespace) -> str:
     lines = [
         f"{RANKS} nodes of one Gloo rank, {arguments.latency_ms:g} ms one way between them (a small word takes "
         f"{_ms(late.one_way, 1.0)} ms); {arguments.latency_tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32; "

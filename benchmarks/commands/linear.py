@@ -1,4 +1,4 @@
-"""``python -m benchmarks linear``: what linear layers cost over a sequence that ranks share.
+"""``python -m benchmarks linear`` measures what linear layers cost over a sequence that ranks share.
 
 First on two processes of one core each: time of a token from short to long sequences, and the share of the floor
 without exchanges. Then over four nodes with late links: what each strategy exposes of their latency. Nothing is timed
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import late_link as bench_late_link
-from benchmarks.linear import FLAT, SHARE, LinearCell, lengths_of, measure, unevenness
+from benchmarks.linear import FLAT, SHARE, LinearCell, largest_deviation, lengths_of, measure
 from longctx.bench.timing import Report, Timing, spread
 from longctx.catalog import LINEAR_STRATEGIES, MIXERS
 from longctx.errors import ConfigError, NotAvailableError, NumericsError
 from longctx.launcher.machine import described, load
 from longctx.launcher.options import numbers, words
 from longctx.launcher.processes import Workers, gloo_rank, run_gloo
-from longctx.launcher.progress import about, progress, to_file
+from longctx.launcher.progress import labelled, progress, to_file
 from longctx.launcher.verify.ranks import check
 from longctx.linear import get_mixer
 from longctx.verify import VerifyCase, refusal_of
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     with progress("benchmarks linear") as show:
         require_exact(cases, show)
         cells = measured(cases, arguments.repeats, show)
-    told = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
+    setup = {"repeats": arguments.repeats, "load": load(), "seconds": round(time.monotonic() - started, 1)}
     if not arguments.json:
-        print(report(told, cells))
+        print(report(setup, cells))
     exposed, missing = None, None
     if arguments.link:
         try:
@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
             missing = f"the part over late links was skipped: {error}"
     if arguments.json:
         rows = [{**asdict(cell), "per_token": cell.per_token} for cell in cells]
-        uneven = {f"{mixer} {strategy}": unevenness(row) for mixer, strategy, row in lengths_of(cells)}
-        link = exposed and bench_late_link.told(exposed)
-        print(json.dumps({"machine": described(), **told, "cells": rows, "unevenness": uneven, "link": link}))
+        uneven = {f"{mixer} {strategy}": largest_deviation(row) for mixer, strategy, row in lengths_of(cells)}
+        link = exposed and bench_late_link.as_json(exposed)
+        print(json.dumps({"machine": described(), **setup, "cells": rows, "unevenness": uneven, "link": link}))
     elif exposed:
         print("\n" + bench_late_link.report(exposed, arguments))
     if missing:
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
-    """Mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
+    """Lists the cases, mixer x tokens x strategy, contiguous; refuses what a strategy does not execute."""
     stateful = [name for name in MIXERS if get_mixer(name).has_states]
     mixers = words("mixers", arguments.mixers, stateful)
     strategies = words("strategies", arguments.strategies, LINEAR_STRATEGIES)
@@ -99,7 +99,7 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
 
 
 def require_exact(cases: Iterable[VerifyCase], show: Report) -> None:
-    """No timing without a green gate: the same cases, shorter and in float64, against the recurrence."""
+    """Refuses to time what is not exact: the same cases, shorter and in float64, against the recurrence."""
     small = []
     for case in cases:
         reason = refusal_of(case)
@@ -114,7 +114,7 @@ def require_exact(cases: Iterable[VerifyCase], show: Report) -> None:
 
 
 def measured(cases: Sequence[VerifyCase], repeats: int, show: Report) -> list[LinearCell]:
-    """Mixer after mixer; all lengths and strategies of one take turns."""
+    """Measures mixer after mixer; all lengths and strategies of one take turns."""
     job = {
         "groups": [list(map(asdict, group)) for _, group in itertools.groupby(cases, key=lambda case: case.mixer)],
         "repeats": repeats,
@@ -128,11 +128,11 @@ def measured(cases: Sequence[VerifyCase], repeats: int, show: Report) -> list[Li
     ]
 
 
-def report(told: dict[str, Any], cells: Sequence[LinearCell]) -> str:
+def report(setup: dict[str, Any], cells: Sequence[LinearCell]) -> str:
     lines = [
         f"forward + backward of a layer's core, {WORLD} Gloo processes of one core, {HEADS} heads of {HEAD_DIM}, "
-        f"float32, contiguous; {told['repeats']} interleaved repeats, median (min-max); load {told['load']}, "
-        f"{told['seconds']:.0f} s; time of a token of the whole sequence",
+        f"float32, contiguous; {setup['repeats']} interleaved repeats, median (min-max); load {setup['load']}, "
+        f"{setup['seconds']:.0f} s; time of a token of the whole sequence",
         "",
         "| mixer | strategy | tokens | time, ms | a token, us | floor, ms | share of floor |",
         "|---|---|---|---|---|---|---|",
@@ -144,7 +144,7 @@ def report(told: dict[str, Any], cells: Sequence[LinearCell]) -> str:
             f"| {spread(vars(cell.floor), 1e3, '.0f')} | {spread(vars(cell.share), 1.0, '.3f')} |"
             for cell in row
         ]
-        uneven, least = unevenness(row), min(row, key=lambda cell: cell.share.median)
+        uneven, least = largest_deviation(row), min(row, key=lambda cell: cell.share.median)
         verdicts.append(
             f"{mixer}, {strategy}: time of a token within {uneven:.1%} of its mean ({_kept(uneven <= FLAT)}: "
             f"{FLAT:.0%}); least share of the floor {least.share.median:.3f} at {least.seq} tokens "
@@ -162,7 +162,7 @@ def worker(given: list[str]) -> None:
         cells: list[LinearCell] = []
         show = to_file(folder, rank)
         for group in job["groups"]:
-            cells += measure([VerifyCase.of(case) for case in group], job["repeats"], about(group[0]["mixer"], show))
+            cells += measure([VerifyCase.of(case) for case in group], job["repeats"], labelled(group[0]["mixer"], show))
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(list(map(asdict, cells))))
 

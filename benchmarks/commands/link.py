@@ -1,9 +1,11 @@
-"""``python -m benchmarks link``: flat ring, double ring and USP over two nodes with a slow link between them.
+"""``python -m benchmarks link`` times flat ring, double ring and USP over two nodes with a slow link between them.
 
-Nodes are network namespaces of this machine with two ranks each. Bytes on the link must be what the strategies'
-closed forms say, exchange-only time what these bytes take at the link's rate in the order in which they need each
-other, and the order of the three that of these times. Before that every strategy computes over the same link, and is
-compared with the dense reference.
+Nodes are network namespaces of this machine with two ranks each. Three things must hold:
+- Bytes on the link are what the strategies' closed forms say.
+- Exchange-only time is what these bytes take at the link's rate, in the order in which they need each other.
+- The three strategies are ranked as these times are.
+
+Before that every strategy computes over the same link, and is compared with the dense reference.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from benchmarks.link import (
     PASSES,
     UNEXPLAINED,
     LinkTraffic,
-    Passed,
     PassRow,
+    PassTraffic,
     as_predicted,
     judged,
     measure,
-    silence,
+    silent_kernel,
 )
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher.machine import described, load
-from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwinding
+from longctx.launcher.processes import Workers, gloo_rank, run_gloo, unwind_on_stop
 from longctx.launcher.progress import progress, to_file
 from longctx.launcher.verify.ranks import load_result, save_result
 from longctx.options import DEFAULT, StrategyOptions
@@ -62,18 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     with (
-        unwinding(),
+        unwind_on_stop(),
         Namespaces(NODES, arguments.rate_mbit) as nodes,
         progress("benchmarks link") as report,
         tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
     ):
         require_exact(cases, report)
         job = json.dumps({"cases": [asdict(case) for case in cases], "repeats": arguments.link_repeats})
-        within = [nodes.within(rank // (RANKS // NODES)) for rank in range(RANKS)]
-        run_gloo("benchmarks.commands.link", job, RANKS, Path(name), Workers(within=within, report=report))
+        prefixes = [nodes.prefix(rank // (RANKS // NODES)) for rank in range(RANKS)]
+        run_gloo(
+            "benchmarks.commands.link",
+            job,
+            RANKS,
+            Path(name),
+            Workers(prefixes=prefixes, report=report),
+        )
         errors = require_exact_here(cases, Path(name))
         seen = [json.loads((Path(name) / f"measured-{rank}.json").read_text()) for rank in range(RANKS)]
-    by_rank = [[[[_passed(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
+    by_rank = [[[[_pass_traffic(one) for one in both] for both in repeats] for repeats in cases] for cases in seen]
     rows = [
         judged(
             case, NODES, arguments.rate_mbit, [rank[number] for rank in by_rank], predicted(case, arguments.rate_mbit)
@@ -81,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         for number, case in enumerate(cases)
     ]
     if arguments.json:
-        print(json.dumps(told(arguments, rows, errors)))
+        print(json.dumps(as_json(arguments, rows, errors)))
     else:
         print(table(arguments, rows))
     complaints = wrong_bytes(rows)
@@ -91,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
-    """One case for each route of keys and values, alike but for it."""
+    """Returns one case for each route of keys and values; they differ in nothing else."""
     for name, least in (("rate_mbit", 1), ("link_tokens", RANKS), ("link_repeats", 1)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
@@ -118,7 +126,7 @@ def cases_of(arguments: argparse.Namespace) -> list[VerifyCase]:
 
 
 def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
-    """Seconds of each pass at the links' rate, from the messages of the same exchange on ``sim``."""
+    """Predicts the seconds of each pass at the links' rate, from the messages of the same exchange on ``sim``."""
     cluster = Cluster(case.world)
 
     def exchange() -> None:
@@ -127,7 +135,7 @@ def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
             mark_step(1 + number)
             run()
 
-    with silence():
+    with silent_kernel():
         cluster.run(exchange)
     steps = [
         [[event for event in trace if event.step == 1 + number] for trace in cluster.trace]
@@ -137,18 +145,18 @@ def predicted(case: VerifyCase, rate_mbit: int) -> list[float]:
 
 
 def gate_of(case: VerifyCase) -> VerifyCase:
-    """The same, shorter and in float64: what the ranks compute over the link before they are timed."""
+    """Returns the case shorter and in float64: what the ranks compute over the link before they are timed."""
     return replace(case, seq=min(case.seq, GATE_TOKENS), dtype="float64")
 
 
 def compute_here(cases: Sequence[VerifyCase], folder: Path, rank: int) -> None:
-    """On each rank, before anything is timed."""
+    """Computes the gate's cases on this rank, before anything is timed."""
     for number, case in enumerate(cases):
         save_result(run_rank(gate_of(case), dist.group.WORLD), folder / f"computed-{number}-{rank}.safetensors")
 
 
 def require_exact_here(cases: Sequence[VerifyCase], folder: Path) -> list[dict[str, float]]:
-    """Errors of what ``compute_here`` left."""
+    """Refuses what ``compute_here`` computed inexactly; returns its errors."""
     errors = []
     for number, case in enumerate(cases):
         ranks = [load_result(folder / f"computed-{number}-{rank}.safetensors") for rank in range(case.world)]
@@ -159,14 +167,14 @@ def require_exact_here(cases: Sequence[VerifyCase], folder: Path) -> list[dict[s
     return errors
 
 
-def _passed(one: dict[str, object]) -> Passed:
+def _pass_traffic(one: dict[str, object]) -> PassTraffic:
     sent = one["sent"]
     assert isinstance(sent, dict)
-    return Passed(**{**one, "sent": {int(receiver): size for receiver, size in sent.items()}})  # type: ignore[arg-type]
+    return PassTraffic(**{**one, "sent": {int(receiver): size for receiver, size in sent.items()}})  # type: ignore[arg-type]
 
 
 def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
-    """Where other bytes crossed than the closed forms say."""
+    """Lists where other bytes crossed than the closed forms say."""
     found = []
     for route, passes in zip(ROUTES, rows, strict=True):
         for row in passes:
@@ -179,7 +187,7 @@ def wrong_bytes(rows: list[list[PassRow]]) -> list[str]:
 
 
 def late(rows: list[list[PassRow]]) -> list[str]:
-    """Passes that took longer than their messages at the links' rate, and what the method allows beside."""
+    """Lists passes that took longer than their messages at the links' rate plus what the method allows."""
     return [
         f"{route} {row.name} {row.ratio:.2f}"
         for route, passes in zip(ROUTES, rows, strict=True)
@@ -189,12 +197,14 @@ def late(rows: list[list[PassRow]]) -> list[str]:
 
 
 def in_order(rows: list[list[PassRow]]) -> bool:
-    """Whether both passes together rank the routes as they were predicted."""
+    """Tells whether both passes together rank the routes as they were predicted."""
     times = [sum(row.predicted for row in passes) for passes in rows]
     return as_predicted(times, [sum(row.seconds.median for row in passes) for passes in rows])
 
 
-def told(arguments: argparse.Namespace, rows: list[list[PassRow]], errors: list[dict[str, float]]) -> dict[str, object]:
+def as_json(
+    arguments: argparse.Namespace, rows: list[list[PassRow]], errors: list[dict[str, float]]
+) -> dict[str, object]:
     return {
         "machine": described(),
         "load": load(),
@@ -246,7 +256,7 @@ def worker(words: list[str]) -> None:
         report = to_file(folder, rank)
         report(0, 0, "checking over the link")
         compute_here(cases, folder, rank)
-        with silence():
+        with silent_kernel():
             seen = measure(cases, job["repeats"], link_counters, report)
         plain = [[[asdict(passed) for passed in both] for both in repeats] for repeats in seen]
         (folder / f"measured-{rank}.json").write_text(json.dumps(plain))

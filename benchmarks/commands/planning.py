@@ -1,4 +1,4 @@
-"""``python -m benchmarks planning``: planners on rows of long-context documents, and what they stand for on a clock.
+"""``python -m benchmarks planning`` compares planners on rows of long-context documents, and what they gain on a clock.
 
 No processes and no devices: plans are counted, and the event simulator's seconds are a model's, not a measurement's.
 """
@@ -19,7 +19,7 @@ from benchmarks.commands import balance as bench_balance
 from benchmarks.distca import distca
 from longctx.errors import ConfigError
 from longctx.launcher.machine import described
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.planner import (
     DocumentPlacement,
     MaskSlices,
@@ -63,11 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class PlannerRow:
-    """One planner on one draw. ``gigabytes``: Q, O and KV moved forward for a layer of an 8B model, bf16; Q and O are
-    equal. Egress is the worst rank's query rows: over the mean of all ranks, and over the least that the worst rank of
-    this home layout must send for 1.02 of the mean work. ``worst_gigabytes``: through one rank's busier
-    direction. ``milliseconds``: home layout, tasks, transfers and cost, median; the processor's as well, since a wall
-    clock counts other processes too."""
+    """Tells what one planner made of one draw of documents.
+
+    ``gigabytes``: Q, O and KV moved forward for a layer of an 8B model, bf16; Q and O are equal. ``worst_gigabytes``:
+    through one rank's busier direction.
+
+    Egress is the worst rank's query rows, told as two ratios. One is over the mean of all ranks. The other is over the
+    least that the worst rank of this home layout must send for 1.02 of the mean work.
+
+    ``milliseconds``: home layout, tasks, transfers and cost, median; the processor's as well, since a wall clock counts
+    other processes too.
+    """
 
     context: int
     servers: int
@@ -93,16 +99,18 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = read_lengths(arguments.lengths) if arguments.lengths else synthetic(0)
     with progress("benchmarks planning") as report:
         if arguments.clock:
-            found = [clock(lengths, context) for context in followed(contexts, report)]
+            found = [clock(lengths, context) for context in with_progress(contexts, report)]
             lines = [_clock_header(), *map(_clock_line, found)]
             rows: list[dict[str, object]] = [dict(one) for one in found]
         elif arguments.balance:
             sizes = list(itertools.product(contexts, servers, _numbers("balance", arguments.balance)))
-            ways = [way for size in followed(sizes, report) for way in bench_balance.balanced(lengths, *size, draws)]
+            ways = [
+                way for size in with_progress(sizes, report) for way in bench_balance.balanced(lengths, *size, draws)
+            ]
             lines, rows = [bench_balance.header(), *map(bench_balance.line, ways)], [asdict(way) for way in ways]
         else:
             cells = [cell for cell in itertools.product(contexts, servers, range(draws)) if cell[1] * TOKENS >= cell[0]]
-            planned = [row for cell in followed(cells, report) for row in planners(lengths, *cell, timed)]
+            planned = [row for cell in with_progress(cells, report) for row in planners(lengths, *cell, timed)]
             lines, rows = [_header(), *map(_line, planned)], [asdict(row) for row in planned]
     if arguments.json:
         print(json.dumps({"machine": described(), "lengths": arguments.lengths or "synthetic", "rows": rows}))
@@ -129,7 +137,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def planners(lengths: np.ndarray, context: int, servers: int, draw: int, timed: int) -> list[PlannerRow]:
-    """DistCA's greedy at both of its tolerances, and ``cad``, on the same documents and home layout."""
+    """Measures DistCA's greedy planner at both of its tolerances, and ``cad``, on equal documents and home layouts."""
     documents = np.concatenate(draw_rows(lengths, context, servers * TOKENS // context, np.random.default_rng(draw)))
     mask, options = causal(documents), PlannerOptions()
     ways: dict[str, Callable[[DocumentPlacement], Plan]] = {
@@ -163,7 +171,7 @@ def _of_runs(runs: TaskRuns, home: DocumentPlacement, mask: MaskSlices) -> Plan:
 
 
 def clock(lengths: np.ndarray, context: int) -> dict[str, float]:
-    """Mean seconds of steps over ``BATCHES`` batches, as ratios to CAD's, with both ablations."""
+    """Returns mean seconds of steps over ``BATCHES`` batches, as ratios to CAD's, with both ablations."""
     run, seconds, shares = ClusterRun(), [], []
     for seed in range(BATCHES):
         mixture = long_mixture(lengths, context, np.random.default_rng(seed))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks trainer``: what the trainer costs over a bare loop that takes the same steps."""
+"""``python -m benchmarks trainer`` measures what the trainer costs over a bare loop that takes the same steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _require_bare(config: Config) -> None:
 
 
 def measure(config: Config, report: Report = silent) -> dict[str, Any]:
-    """Both loops' steps in alternation, in this process on one thread; their losses must be the same."""
+    """Times both loops' steps in alternation, in this process on one thread; their losses must be the same."""
     import torch
 
     from benchmarks.paired import Alternation, Ratio
@@ -125,7 +125,7 @@ def table(config: Config, before: str, measured: dict[str, Any]) -> str:
 
 
 class _After:
-    """The run's own sink, and then a call: the place where the loop lets others in."""
+    """Calls the run's own sink, and then a function: the place where the loop lets others in."""
 
     def __init__(self, sink: Any, call: Callable[[], None], report: Report, steps: int) -> None:
         self._sink = sink
@@ -146,7 +146,7 @@ class _After:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Meanwhile only errors of the run are told: warnings would tear the table."""
+    """Lets only errors of the run be told meanwhile: warnings would tear the table."""
     logger = logging.getLogger("longctx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -182,8 +182,8 @@ def _trainer(config: Config) -> Any:
 
 
 def _bare(config: Config) -> Callable[[int], float]:
-    """Step number to loss. Batches are made here, before any clock runs."""
-    from benchmarks.bare_loop import BareLoop, PlainAttention, Ready
+    """Returns the function from a step's number to its loss. Batches are made here, before any clock runs."""
+    from benchmarks.bare_loop import BareBatch, BareLoop, PlainAttention
     from longctx.data import open_corpus
     from longctx.model import Decoder, initialize
     from longctx.train.optimizer import WarmupCosine, build_optimizer
@@ -193,7 +193,7 @@ def _bare(config: Config) -> Callable[[int], float]:
     loop = BareLoop(model, build_optimizer(model, config.optim), config.optim.grad_clip)
     schedule = WarmupCosine(config.optim, config.train.steps)
     loader = build.build_loader(config, open_corpus(config.data, config.model.vocab_size), 0, 1)
-    ready = [[Ready.of(batch) for batch in loader.step(number)] for number in range(config.train.steps)]
+    ready = [[BareBatch.of(batch) for batch in loader.step(number)] for number in range(config.train.steps)]
     return lambda number: loop.step(ready[number - 1], schedule.rate(number))
 
 

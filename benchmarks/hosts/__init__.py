@@ -1,1 +1,1 @@
-"""Nodes made on one Linux machine: network namespaces, late links, memory limits."""
+"""Makes nodes on one Linux machine: network namespaces, late links, memory limits."""

@@ -1,4 +1,4 @@
-"""A switch that hands every frame on after a fixed time: links with latency where the kernel has no netem.
+"""Passes every frame on after a fixed time: links with latency where the kernel has no netem.
 
 ``python -m benchmarks.hosts.late_switch SECONDS PORT...`` makes a TAP device for each port in its network namespace,
 says ``ready``, and passes frames between them, each ``SECONDS`` after it came. It ends with its standard input, so that
@@ -25,13 +25,15 @@ ADDRESS = 6  # bytes of a hardware address; a frame starts with its receiver's, 
 
 
 class Frame(NamedTuple):
+    """Holds one Ethernet frame on its way, and when it is due."""
+
     due: float
     port: int
     content: bytes
 
 
 def open_tap(name: str) -> int:
-    """A file that reads what goes out of the device ``name`` and writes what comes into it."""
+    """Opens a file that reads what goes out of the device ``name`` and writes what comes into it."""
     tap = os.open(TUN, os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
     return tap
@@ -74,8 +76,11 @@ def _write(tap: int, content: bytes) -> None:
         os.write(tap, content)
 
 
-def hurry() -> None:
-    """Before others on a busy machine, where that is allowed: a frame that waits for a core is late."""
+def raise_priority() -> None:
+    """Moves this process ahead of others on a busy machine, where that is allowed.
+
+    A frame that waits for a core is late.
+    """
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
@@ -83,7 +88,7 @@ def hurry() -> None:
 def main(words: list[str]) -> None:
     seconds, names = float(words[0]), words[1:]
     taps = [open_tap(name) for name in names]
-    hurry()
+    raise_priority()
     print("ready", flush=True)
     serve(taps, seconds, sys.stdin.fileno())
 

@@ -1,4 +1,4 @@
-"""Linux memory cgroups (version 1): a process that takes more than it was given is killed, as on a full machine."""
+"""Kills a process that takes more memory than it was given, as on a full machine: Linux cgroups (version 1)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require(root: Path = ROOT) -> None:
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """One group, by its folder; ``with`` makes it and takes it away."""
+    """Is one memory cgroup, named by its folder; ``with`` makes it and takes it away."""
 
     folder: Path
 
@@ -48,14 +48,16 @@ class MemoryGroup:
         """Moves this process in; what it takes from now on is counted."""
         self._write("cgroup.procs", os.getpid())
 
-    def taken(self) -> int:
-        """Bytes that the kernel could not take back: pages of the heap, and its own for the group."""
+    def in_use(self) -> int:
+        """Counts the bytes that the kernel could not take back: pages of the heap, and its own for the group."""
         return self._stat("rss") + self._number("memory.kmem.usage_in_bytes")
 
     def peak(self) -> int:
+        """Returns the most bytes that the group has held since the last ``reset_peak``."""
         return self._number("memory.max_usage_in_bytes")
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
+        """Starts to count the peak anew."""
         self._write("memory.max_usage_in_bytes", 0)
 
     def limit(self, limit: int) -> None:
@@ -64,7 +66,7 @@ class MemoryGroup:
         self._write("memory.limit_in_bytes", limit)
 
     def killed(self) -> bool:
-        """Whether the limit has ended a process."""
+        """Tells whether the limit has ended a process."""
         words = (self.folder / "memory.oom_control").read_text().split()
         return int(words[words.index("oom_kill") + 1]) > 0
 

@@ -1,8 +1,8 @@
-"""Network namespaces as the nodes of a cluster on one machine, each with a link of a given rate or latency.
+"""Makes network namespaces that act as nodes of a cluster, each with a link of a given rate or latency.
 
 Ranks of one node share its address, so what they tell each other goes over its loopback and is not shaped. Links are
 full duplex: token buckets (TBF) hold each node's frames to the rate on their way to the switch and from it. The switch
-is a bridge, or where links are late a process that keeps every frame for a while (``late_switch``), behind a bridge
+is a bridge. Where links are late it is a process that keeps every frame for a while (``late_switch``), behind a bridge
 for each node. Needs root and iproute2; nothing outside the namespaces is touched, and they have no way out.
 """
 
@@ -20,14 +20,14 @@ from longctx.launcher.env import GLOO_SOCKET_IFNAME
 INTERFACE = "eth0"  # of every node
 NETWORK = "10.77.0"  # seen inside the namespaces alone, so that two clusters never meet
 MTU = 9000
-# The same on every host: of all kernels' congestion controls the one that a namespace may always choose, and streams
-# that do not start anew after a pause.
+# The same on every host. A namespace may always choose this one of all kernels' congestion controls; and streams do
+# not start anew after a pause.
 SETTINGS = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
 STATISTICS = Path("/sys/class/net") / INTERFACE / "statistics"
 
 
 class Namespaces:
-    """``nodes`` nodes, each with a link of ``rate_mbit`` Mbit/s up and as much down; ``with`` makes and removes them.
+    """Makes ``nodes`` nodes, each with a link of ``rate_mbit`` Mbit/s each way; ``with`` makes and removes them.
 
     ``rate_mbit`` None: as fast as the machine is. ``latency_ms``: what a frame takes from node to node, one way.
     Raises NotAvailableError where the machine does not let us: no root, no iproute2, no token buckets, no TAP devices.
@@ -57,8 +57,8 @@ class Namespaces:
     def __exit__(self, *_: object) -> None:
         self._remove()
 
-    def within(self, node: int) -> list[str]:
-        """The words before a command that run it on ``node``, where Gloo then finds the node's link."""
+    def prefix(self, node: int) -> list[str]:
+        """Returns the words before a command that run it on ``node``, where Gloo then finds the node's link."""
         return ["ip", "netns", "exec", self._nodes[node], "env", f"{GLOO_SOCKET_IFNAME}={INTERFACE}"]
 
     def _build(self) -> None:
@@ -82,7 +82,7 @@ class Namespaces:
                     self._shape(where, device, self._rate_mbit)
 
     def _bridges(self) -> list[str]:
-        """By node, what its link leads to: one bridge for all, or each a bridge with a port of the late switch."""
+        """Lists by node what its link leads to: one bridge for all, or each a bridge with a port of the late switch."""
         if not self._latency_ms:
             self._bridge("br0")
             return ["br0"] * len(self._nodes)
@@ -117,8 +117,10 @@ class Namespaces:
         _run("ip", "-n", where, "link", "set", device, "addrgenmode", "none", "up")
 
     def _shape(self, where: str, device: str, rate_mbit: int) -> None:
-        """What leaves the device is held to the rate; a millisecond of it, or two frames, may go at once, and 50 ms
-        wait, as at a switch with deep buffers."""
+        """Holds what leaves the device to the rate.
+
+        A millisecond of it, or two frames, may go at once; 50 ms wait, as at a switch with deep buffers.
+        """
         burst = max(rate_mbit * 125, 2 * MTU)
         queue = max(rate_mbit * 6250, 1 << 18)
         limits = ("rate", f"{rate_mbit}mbit", "burst", f"{burst}b", "limit", f"{queue}b")
@@ -135,7 +137,7 @@ class Namespaces:
 
 
 def link_counters() -> tuple[int, int]:
-    """What this process's node has sent through its link so far: bytes with Ethernet's headers, and packets."""
+    """Reads what this process's node has sent through its link so far: bytes with Ethernet's headers, and packets."""
     sent, packets = (int((STATISTICS / name).read_text()) for name in ("tx_bytes", "tx_packets"))
     return sent, packets
 

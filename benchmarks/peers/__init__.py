@@ -1,7 +1,7 @@
-"""Other systems' ways to train the same decoder on two processes: what a competent user of them would write.
+"""Trains the same decoder by other systems on two processes, as a competent user of them would write it.
 
-A peer takes the decoder with its initial weights and returns its step: whole tokens and labels ``[1, S]``, equal on
-all ranks, to the mean loss over all of them. Attention alone has peers of its own (``peers.attention``).
+A peer takes the decoder with its initial weights and returns its step. A step maps whole tokens and labels ``[1, S]``,
+equal on all ranks, to the mean loss over all of them. Attention alone has peers of its own (``peers.attention``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: context parallel, FSDP2, full recompute of every block, cross-entropy of the logits."""
+"""Trains by a plain PyTorch loop: context parallel, FSDP2, recompute of every block, cross-entropy of the logits."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers.attention import Prepared, leaves
+from benchmarks.peers.attention import Prepared, inputs_of
 from longctx.attention.core import Started
 from longctx.model import Decoder
 from longctx.verify import VerifyCase
 
 
 class Sdpa:
-    """What ``context_parallel`` replaces while it is entered."""
+    """Calls the attention function that ``context_parallel`` replaces while it is entered."""
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
+        """Computes all of it; nothing is left for ``finish`` to wait for."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return Started(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
 
     def finish(self, started: Started) -> Tensor:
+        """Returns the output that ``start`` computed."""
         return started.out
 
 
 def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], float]:
-    """``tile`` is of no use here: the loop of PyTorch's own examples has nothing that it could cut."""
+    """Prepares the loop's step. ``tile`` is of no use here: PyTorch's own examples have nothing that it could cut."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.experimental import context_parallel
 
@@ -64,7 +66,10 @@ def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], 
 
 
 def prepare_attention(rotation: str, case: VerifyCase) -> Prepared:
-    """``rotation``: of keys and values, "alltoall" (a ring) or "allgather"; causal work balanced head to tail."""
+    """Prepares PyTorch's context parallel attention for one case on this rank, causal work balanced head to tail.
+
+    ``rotation``: of keys and values, "alltoall" (a ring) or "allgather".
+    """
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
 
@@ -72,13 +77,13 @@ def prepare_attention(rotation: str, case: VerifyCase) -> Prepared:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
     def positions_here() -> Tensor:
-        """What the context cuts for this rank; it wants at least one buffer to cut."""
+        """Returns what the context cuts for this rank; it wants at least one buffer to cut."""
         return torch.arange(case.seq)[None].clone()
 
     own = positions_here()
     with context_parallel(mesh, buffers=[own], buffer_seq_dims=[1], no_restore_buffers={own}):
         positions = own[0].clone()
-    (q, k, v), dout = leaves(case, positions)
+    (q, k, v), dout = inputs_of(case, positions)
 
     def run() -> tuple[Tensor, ...]:
         set_rotate_method(rotation)
@@ -136,7 +141,7 @@ def teach_cpu() -> None:
 
 
 def _sharded(outputs: int, schema: Any) -> Any:
-    """All tensors of the kernel are cut along the sequence, their dim 2."""
+    """Declares that all tensors of the kernel are cut along the sequence, their dim 2."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's best for long contexts: Ulysses, ZeRO-3, tiled MLP, tiled logits and loss, full recompute."""
+"""Trains by DeepSpeed's best for long contexts: Ulysses, ZeRO-3, tiled MLP, tiled logits and loss, recompute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers.attention import Prepared, chunk_of, leaves
+from benchmarks.peers.attention import Prepared, chunk_of, inputs_of
 from longctx.attention.core import Started
 from longctx.model import Block, Decoder
 from longctx.model.rotary import rotary_angles
@@ -24,7 +24,7 @@ LIVE_PARAMETERS = 1_000_000
 
 
 def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], float]:
-    """``tile``: tokens of an MLP's and of a loss's tile; it divides what a rank holds."""
+    """Prepares DeepSpeed's step; ``tile``: tokens of an MLP's and of a loss's tile, which divide what a rank holds."""
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -51,11 +51,12 @@ def prepare(model: Decoder, lr: float, tile: int) -> Callable[[Tensor, Tensor], 
 
 
 def prepare_attention(case: VerifyCase) -> Prepared:
+    """Prepares DeepSpeed's Ulysses attention for one case on this rank."""
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
     positions = chunk_of(case, dist.get_rank())
-    (q, k, v), dout = leaves(case, positions)
+    (q, k, v), dout = inputs_of(case, positions)
     exchange, no_plan = _Ulysses(), torch.empty(0)
 
     def run() -> tuple[Tensor, ...]:
@@ -83,7 +84,7 @@ def _settings() -> dict[str, Any]:
 
 
 class _Ulysses:
-    """All heads of a part of the tokens to all tokens of a part of the heads, and back."""
+    """Swaps all heads of a part of the tokens for all tokens of a part of the heads, and back."""
 
     def __init__(self) -> None:
         from deepspeed.sequence.layer import DistributedAttention
@@ -122,7 +123,7 @@ def _tiled_post(tile: int) -> Callable[[Block, Tensor, Tensor], Tensor]:
 
 
 class _Tiled(nn.Module):
-    """The decoder's forward pass with each block recomputed and the loss in tiles."""
+    """Runs the decoder's forward pass with each block recomputed and the loss in tiles."""
 
     def __init__(self, decoder: Decoder, tile: int) -> None:
         super().__init__()

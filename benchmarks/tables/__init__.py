@@ -1,1 +1,1 @@
-"""Tables that are built from closed forms and measurements of this project."""
+"""Builds tables from closed forms and measurements of this project."""

@@ -1,4 +1,4 @@
-"""The table of docs/memory.md: peak bytes by category of one training step, with one memory lever after another.
+"""Measures the table of docs/memory.md: peak bytes of one training step by category, adding one memory lever at a time.
 
 One rank, made-up tokens: ``python -m benchmarks.tables.memory``.
 """
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: Config, length: int) -> dict[str, int]:
-    """Bytes by category at the peak of the second step."""
+    """Measures bytes by category at the peak of the second step."""
     mesh = build_mesh(config.parallel, CPU.type)
     model = build_model(config, mesh, CPU)
     optimizer = build_optimizer(model, config.optim)

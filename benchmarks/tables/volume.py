@@ -1,8 +1,7 @@
-"""The table of what each strategy sends and keeps, by closed forms that tests hold to the ledger of sim and to live
-tensors.
+"""Writes the table of what each strategy sends and keeps, by closed forms.
 
-``make matrix`` writes it: ``python -m benchmarks.tables.volume build/matrix/volume.md``. ``docs/volume.md`` states the
-figures of eight ranks.
+Tests hold these to the ledger of sim and to live tensors. ``make matrix`` writes it: ``python -m
+benchmarks.tables.volume build/matrix/volume.md``. ``docs/volume.md`` states the figures of eight ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ where a form is a bound, at most that, and at least a part of it: {above}. Score
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of each table: a strategy with options that change what it sends."""
+    """Describes a row of each table: a strategy with options that change what it sends."""
 
     strategy: str
     options: StrategyOptions = DEFAULT
@@ -66,10 +65,11 @@ class Choice:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
 
     def inner(self, world: int) -> int | None:
-        """Ranks in a row: the largest divisor below the world; None where it is left to the strategy."""
+        """Returns the ranks in a row: the largest divisor below the world; None where it is left to the strategy."""
         return max(n for n in divisors(world) if n < world) if self.rows else None
 
     def name(self, world: int) -> str:
+        """Names the choice, with its options."""
         words = [f"`{self.strategy}`"]
         words += [f"{self.inner(world)}×{world // (self.inner(world) or 1)}"] if self.rows else []
         words += list(self.options.chosen().values())
@@ -99,7 +99,7 @@ CHOICES = (
 
 
 def page() -> str:
-    """The whole page as Markdown."""
+    """Returns the whole page as Markdown."""
     (q_heads, few), (_, many) = HEADS
     tables = "\n\n".join("\n".join(table(world)) for world in WORLDS)
     above = ", ".join(f"`{name}` 1/{most}" for name, most in ABOVE.items())
@@ -108,7 +108,7 @@ def page() -> str:
 
 
 def table(world: int) -> Iterator[str]:
-    """Its lines; layouts that cost the same share one."""
+    """Yields the lines of a world's table; layouts that cost the same share one."""
     columns = [f"{heads}/{kv_heads} {way}" for heads, kv_heads in HEADS for way in ("forward", "backward")]
     titles = [*columns, "messages", *(f"peak {column}" for column in columns)]
     yield f"## {world} ranks\n"
@@ -126,7 +126,7 @@ def table(world: int) -> Iterator[str]:
 
 
 def worst(world: int = WORLDS[-1]) -> Iterator[str]:
-    """The lines of a short table: of each choice the busiest rank under its dearest layout, with few key/value heads.
+    """Yields the lines of a short table: of each choice the busiest rank under its dearest layout, few key/value heads.
 
     Columns: KiB per local token sent forward and backward, and the peak of both passes.
     """
@@ -144,7 +144,7 @@ def _number(cell: str) -> float:
 
 
 def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
-    """Forward and backward for each of ``HEADS``, messages, and peak memory for each; or that it is refused."""
+    """Computes a row: bytes forward and backward for each of ``HEADS``, messages, peak memory for each; or refuses."""
     plan, strategy = plan_of(layout, world), get_strategy(choice.strategy)
     found: list[str] = []
     peaks: list[str] = []
@@ -165,19 +165,20 @@ def cells(choice: Choice, layout: str, world: int) -> tuple[str, ...]:
 
 
 def by_rank(strategy: Strategy, case: AttentionCase, plan: SequencePlan) -> list[Volume]:
+    """Returns what each rank sends."""
     volume = closed_forms(strategy).volume
     return [volume(plan, rank, sizes_of(strategy, case)) for rank in range(case.world)]
 
 
 def closed_forms(strategy: Strategy) -> Costs:
-    """The strategy's estimate, which all of this table have."""
+    """Returns the strategy's estimate, which all of this table have."""
     found = costs_of(strategy)
     assert found is not None, f"{strategy.name} has no closed forms: leave it out of CHOICES"
     return found
 
 
 def options_of(choice: Choice, strategy: Strategy, world: int) -> StrategyOptions:
-    """The choice's options, with its rows of the grid."""
+    """Returns the choice's options, with its rows of the grid."""
     if choice.inner(world) is None:
         return choice.options
     assert strategy.grid is not None and strategy.grid.option is not None, "rows are chosen where there is a choice"
@@ -185,10 +186,12 @@ def options_of(choice: Choice, strategy: Strategy, world: int) -> StrategyOption
 
 
 def sizes_of(strategy: Strategy, case: AttentionCase) -> Sizes:
+    """Returns the bytes that the case's tensors take in messages."""
     return Sizes(1, case.heads, case.kv_heads, HEAD_DIM, ELEMENT, WIDE, inner_of(strategy, case), case.options)
 
 
 def plan_of(layout: str, world: int) -> SequencePlan:
+    """Plans the table's sequence under a layout."""
     return make_plan((Documents.single(world * SHARD),), CAUSAL, make_layout(layout), world * SHARD, world)
 
 
@@ -202,7 +205,7 @@ def _kib(number: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page to the given file, or print the short table."""
+    """Writes the page to the given file, or prints the short table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables.volume", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", help="left out: print the table of docs/volume.md")
     file: Path | None = parser.parse_args(argv).file

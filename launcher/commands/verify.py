@@ -1,4 +1,4 @@
-"""``longctx verify``: exactness of a strategy against the dense reference, on ``sim`` or on Gloo processes."""
+"""``longctx verify`` checks that a strategy is exact against the dense reference, on ``sim`` or on Gloo processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from longctx.attention import get_strategy
 from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES, MIXERS, STRATEGIES
-from longctx.config.renamed import KEYS, refuse_old_value, told
+from longctx.config.renamed import KEYS, new_name, refuse_old_value
 from longctx.errors import ConfigError, StorageError, UsageError
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.launcher.verify import parity_table as parity_page
 from longctx.launcher.verify.ranks import check
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of ``StrategyOptions``; flags of earlier versions are refused with the new one."""
+    """Adds one flag for each field of ``StrategyOptions``; flags of earlier versions are refused with the new one."""
     for one in fields(StrategyOptions):
         words = one.metadata["words"]
         parser.add_argument(
@@ -89,15 +89,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Renamed(argparse.Action):
-    """A flag that has another name now."""
+    """Refuses a flag that has another name now."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        raise UsageError(flags_told(f"attention.{self.dest}"))
+        raise UsageError(new_flag(f"attention.{self.dest}"))
 
 
-def flags_told(key: str) -> str:
-    """What a flag that stood for ``key`` is called now."""
-    words = told(key)
+def new_flag(key: str) -> str:
+    """Says what a flag that stood for ``key`` is called now."""
+    words = new_name(key)
     for name in (*KEYS[key], key):
         words = words.replace(name, f"--{name.partition('.')[2].replace('_', '-')}")
     return words
@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_of_one_case(arguments: argparse.Namespace) -> None:
-    """The matrix chooses its own cases, but for their length, dtype and backend."""
+    """Refuses flags of one case: the matrix chooses its own cases, but for their length, dtype and backend."""
     given = [name for name in CASE if name not in ("seq", "backend") and getattr(arguments, name) is not None]
     if given:
         raise UsageError(
@@ -179,7 +179,7 @@ def _dump(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
-    """The case that the command line describes; refuses what is unknown or not built."""
+    """Returns the case that the command line describes; refuses what is unknown or not built."""
     linear = arguments.strategy in LINEAR_STRATEGIES
     one_of("--strategy", arguments.strategy, (*STRATEGIES, *LINEAR_STRATEGIES))
     for name in OPTIONS:
@@ -236,7 +236,7 @@ def _run_all(arguments: argparse.Namespace) -> int:
     seq = 192 if arguments.seq is None else arguments.seq
     cases = list(matrix(seq, arguments.dtype, arguments.backend))
     with progress("longctx verify --all") as report:
-        for case in followed(cases, report, _name):
+        for case in with_progress(cases, report, _name):
             reason = refusal_of(case)
             verdict = refused(case, reason) if reason else check(case)[0]
             verdicts.append((case, verdict))
@@ -259,7 +259,7 @@ SMALL_BLOCK = 4  # there, of mixers that compute by blocks: several to a documen
 
 
 def matrix(seq: int, dtype: str, backend: str) -> Iterator[VerifyCase]:
-    """Strategy x layout x mask x heads x world; documents end on shard edges and hold single tokens."""
+    """Yields strategy x layout x mask x heads x world; documents end on shard edges and hold single tokens."""
     half = seq // 2
     packed = (half - 1, 1, 1, seq - half - 1) if seq >= 4 else (1,) * seq
     window = max(1, seq // 5)
@@ -328,7 +328,7 @@ backward pass, one number for each world. Heads are query heads / key and value 
 
 
 def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
-    """A Markdown table: one line for each strategy, layout, mask and head count, over all worlds.
+    """Writes a Markdown table: one line for each strategy, layout, mask and head count, over all worlds.
 
     A strategy and layout that are refused throughout, for one reason, have a single line.
     """
@@ -347,7 +347,7 @@ def table(verdicts: list[tuple[VerifyCase, Verdict]]) -> str:
 
 
 def _line(row: list[tuple[VerifyCase, Verdict]]) -> str:
-    """One line of the table: the same case on several worlds, of which some may be refused."""
+    """Writes one line of the table: the same case on several worlds, of which some may be refused."""
     executed = [(case.world, verdict) for case, verdict in row if not verdict.refused]
     declined = [str(case.world) for case, verdict in row if verdict.refused]
     worst = max((max(verdict.errors.values()) for _, verdict in executed), default=None)

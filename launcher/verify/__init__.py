@@ -1,1 +1,1 @@
-"""What stands behind ``longctx verify``: ranks of a case, whole runs on their mesh, and the table of meshes."""
+"""Runs what ``longctx verify`` checks: ranks of a case, whole runs on their mesh, and the table of meshes."""

@@ -1,4 +1,4 @@
-"""``longctx verify --mesh``: a shrunken copy of the configured run, trained on its mesh and on one rank."""
+"""``longctx verify --mesh`` trains a shrunken copy of the configured run on its mesh and on one rank."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def steps_of(arguments: argparse.Namespace, default: int) -> int:
+    """Returns the number of steps that the command line asks for, at least 1."""
     steps: int = default if arguments.steps is None else arguments.steps
     if steps < 1:
         raise ConfigError(f"--steps {steps} must be at least 1; {default} is the default")
@@ -59,11 +60,12 @@ def steps_of(arguments: argparse.Namespace, default: int) -> int:
 
 
 def with_dtype(config: Config, dtype: str | None) -> Config:
+    """Returns the configuration with the arithmetic that the command line asks for; None leaves it as it is."""
     return config if dtype is None else replace(config, train=replace(config.train, dtype=dtype))
 
 
 def on_this_machine(config: Config, steps: int) -> ParityReport:
-    """The report of a mesh in this process, or on processes that this one starts."""
+    """Checks a mesh in this process, or on processes that this one starts."""
     machine.require_nodes(config)
     world = simulated_world_size(config)
     config = prepare(config, steps, world, local=world)
@@ -76,7 +78,7 @@ def on_this_machine(config: Config, steps: int) -> ParityReport:
 
 
 def prepare(config: Config, steps: int, world: int, local: int) -> Config:
-    """The resolved run, after all that ``longctx train`` would refuse but for its data; ``local``: ranks here."""
+    """Resolves the run, after all that ``longctx train`` would refuse but for its data; ``local``: ranks here."""
     config = resolve(config, world)
     machine.require_devices(config, local)
     for one in (config, shrink_for_parity(config, steps)):
@@ -86,7 +88,7 @@ def prepare(config: Config, steps: int, world: int, local: int) -> Config:
 
 
 def _on_processes(config: Config, steps: int, world: int) -> ParityReport:
-    """One process a rank, which meet by a file; rank 0 leaves the report as JSON."""
+    """Runs one process per rank, which meet by a file; rank 0 leaves the report as JSON."""
     with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
         job = json.dumps({"config": config.to_dict(), "steps": steps})
         run_gloo("longctx.launcher.verify.mesh", job, world, Path(name))
@@ -98,7 +100,7 @@ def _read(fields: dict[str, Any]) -> ParityReport:
 
 
 def worker(words: Sequence[str]) -> None:
-    """One rank of ``_on_processes``: resolved configuration and steps as JSON, folder, rank, world."""
+    """Runs one rank of ``_on_processes``: resolved configuration and steps as JSON, folder, rank, world."""
     job, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     tiny = shrink_for_parity(Config.from_dict(job["config"]), job["steps"])
     device = join(folder, rank, world, tiny.comm.backend)
@@ -111,7 +113,7 @@ def worker(words: Sequence[str]) -> None:
 
 
 def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted: bool) -> int:
-    """One rank of torchrun or srun; the first one tells, all end alike."""
+    """Runs one rank of torchrun or srun; the first one prints, all end alike."""
     try:
         machine.require_nodes(config, rank.world_size)
         tiny = shrink_for_parity(prepare(config, steps, rank.world_size, rank.local_rank + 1), steps)
@@ -129,7 +131,7 @@ def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted:
 
 
 def as_json(report: ParityReport) -> dict[str, Any]:
-    """The report as plain values."""
+    """Returns the report as plain values."""
     plain: dict[str, Any] = _plain(asdict(report))
     return plain
 
@@ -139,7 +141,7 @@ def _show(report: ParityReport, json_wanted: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for numbers that JSON lacks: a difference that is not finite."""
+    """Returns the value with null for numbers that JSON lacks: a difference that is not finite."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -148,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def text(report: ParityReport) -> str:
-    """The report for people."""
+    """Writes the report for people."""
     model, batch = report.model, report.batch
     degrees = " × ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1) or "one rank"
     lines = [

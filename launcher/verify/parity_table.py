@@ -1,4 +1,4 @@
-"""``longctx verify --mesh --all``: every kind of mesh and layout against one rank, as a table."""
+"""``longctx verify --mesh --all`` checks every kind of mesh and layout against one rank, as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.bench.timing import Report, silent
 from longctx.catalog import LAYOUTS
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
-from longctx.launcher.progress import followed, progress
+from longctx.launcher.progress import progress, with_progress
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.train.canary.parity import ParityReport
 
@@ -50,7 +50,7 @@ configuration, parameter by parameter.
 
 @dataclass(frozen=True)
 class ParityCell:
-    """One mesh under one layout."""
+    """Holds the parity check of one mesh under one layout."""
 
     mesh: dict[str, int]
     layout: str
@@ -58,12 +58,13 @@ class ParityCell:
 
     @property
     def text(self) -> str:
+        """Writes the largest difference of loss or gradient norm, in bold where the check failed."""
         largest = max(max(one.loss_difference, one.grad_norm_difference) for one in self.report.steps)
         return f"{largest:.1e}" if self.report.passed else f"**{largest:.1e}**"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Every cell; fails when one of them does."""
+    """Checks every cell; fails when one of them does."""
     if arguments.overrides:
         raise UsageError(
             f"{arguments.overrides[0]}: --all has a configuration of its own; leave the override out, or leave out "
@@ -83,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(steps: int, dtype: str, report: Report = silent) -> Iterator[ParityCell]:
-    """Mesh by mesh, layout by layout."""
+    """Yields the cells mesh by mesh, layout by layout."""
     cells = list(itertools.product(MESHES, LAYOUTS))
-    for mesh, layout in followed(cells, report, lambda cell: f"{_name(cell[0])}, ring on {cell[1]}"):
+    for mesh, layout in with_progress(cells, report, lambda cell: f"{_name(cell[0])}, ring on {cell[1]}"):
         yield ParityCell(mesh, layout, _report(mesh, layout, steps, dtype))
 
 
@@ -105,7 +106,7 @@ def _report(mesh: dict[str, int], layout: str, steps: int, dtype: str) -> Parity
 
 
 def markdown(cells: list[ParityCell]) -> str:
-    """One row for each mesh, one column for each layout."""
+    """Writes the table: one row for each mesh, one column for each layout."""
     layouts = list(dict.fromkeys(cell.layout for cell in cells))
     lines = [f"| mesh | {' | '.join(f'ring, {layout}' for layout in layouts)} |", "|---" * (len(layouts) + 1) + "|"]
     for start in range(0, len(cells), len(layouts)):

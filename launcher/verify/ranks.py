@@ -1,4 +1,4 @@
-"""One case of ``longctx verify`` on all its ranks: on ``sim`` in this process, or on Gloo processes."""
+"""Runs one case of ``longctx verify`` on all its ranks: on ``sim`` in this process, or on Gloo processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(case: VerifyCase) -> tuple[Verdict, dict[str, Tensor]]:
 
 
 def run_on_sim(case: VerifyCase) -> list[RankResult]:
-    """All ranks in this process; the strategies' own byte counts are checked against the cluster's ledger."""
+    """Runs all ranks in this process; the strategies' own byte counts are checked against the cluster's ledger."""
     cluster = Cluster(case.world, trace=False)
     results = cluster.run(lambda: run_rank(case, dist.group.WORLD))
     for rank, result in enumerate(results):
@@ -36,7 +36,7 @@ def run_on_sim(case: VerifyCase) -> list[RankResult]:
 
 
 def run_on_gloo(case: VerifyCase) -> list[RankResult]:
-    """One process a rank, which meet by a file; what they computed comes back as safetensors."""
+    """Runs one process per rank, which meet by a file; what they computed comes back as safetensors."""
     with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
         folder = Path(name)
         run_gloo("longctx.launcher.verify.ranks", json.dumps(asdict(case)), case.world, folder)
@@ -44,11 +44,13 @@ def run_on_gloo(case: VerifyCase) -> list[RankResult]:
 
 
 def save_result(result: RankResult, path: Path) -> None:
+    """Writes what one rank computed as safetensors."""
     numbers = {name: str(getattr(result, name)) for name in ("bytes_forward", "bytes_backward", "peak_extra_bytes")}
     save_file({name: local.contiguous() for name, local in result.tensors.items()}, path, numbers)
 
 
 def load_result(path: Path) -> RankResult:
+    """Reads what ``save_result`` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         numbers = {name: int(value) for name, value in file.metadata().items()}
@@ -56,7 +58,7 @@ def load_result(path: Path) -> RankResult:
 
 
 def worker(words: list[str]) -> None:
-    """One rank of ``run_on_gloo``; its job is the case."""
+    """Runs one rank of ``run_on_gloo``; its job is the case."""
     with gloo_rank(words) as (case, folder, rank):
         save_result(run_rank(VerifyCase.of(case), dist.group.WORLD), folder / f"rank-{rank}.safetensors")
 

@@ -1,1 +1,1 @@
-"""What ``longctx bench`` measures on the user's own mesh: attention strategies, and the step of a configuration."""
+"""Measures attention strategies, and the step of a configuration, on the user's own mesh: ``longctx bench``."""

@@ -1,7 +1,7 @@
-"""Attention strategies forward and backward on one sequence group: exact first, then timed in turn.
+"""Times attention strategies forward and backward on one sequence group: exact first, then timed in turn.
 
 All ranks of the world call ``measure`` together. Where several sequence groups share the world, all of them do the
-same at once, as in a run, and what is told of bytes and balance is that of the first one.
+same at once, as in a run. What is told of bytes and balance is that of the first one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from longctx.verify.run import attention_of, core_of, shared_inputs, whole_input
 
 @dataclass(frozen=True)
 class StrategyRow:
-    """What is told of one strategy; of a refused one, only why.
+    """Holds what was measured of one strategy; of a refused one, only why.
 
     ``errors``: of the small shape, by tensor. ``bytes_forward``, ``bytes_backward``, ``work``: by rank of the sequence
     group; work is in (query, key) cells of a head, of linear layers in tokens. ``balance``: most work over the mean.
@@ -83,7 +83,7 @@ class _Contender(Entrant):
 
 
 def refusal_on(case: VerifyCase, device_type: str) -> str | None:
-    """Why the case is not executed exactly on devices of that type; None if it is."""
+    """Returns why the case is not executed exactly on devices of that type; None if it is."""
     if case.mixer is not None:
         return refusal_of(case)
     problem = KernelProblem(device_type, DTYPES[case.dtype], case.heads, case.kv_heads, case.head_dim)
@@ -105,7 +105,7 @@ def measure(
     floors: bool = True,
     report: Report = silent,
 ) -> list[StrategyRow]:
-    """A row for each case, which none of them refuses. Raises ``NumericsError`` before any timing if one is wrong.
+    """Measures each case, of which none is refused. Raises ``NumericsError`` before any timing if one is wrong.
 
     ``floors``: whether each strategy's own tiles are timed beside it, for which what its kernel was asked is kept.
     """
@@ -161,7 +161,7 @@ def _contender(
 
 
 def _local_inputs(case: VerifyCase, plan: SequencePlan, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """Random tensors of a rank's share ``[B, T/SP, H, D]``, and of heads ``[H, ...]``; rows of padding are 0."""
+    """Draws random tensors of a rank's share ``[B, T/SP, H, D]``, and of heads ``[H, ...]``; rows of padding are 0."""
     alone = replace(case, seq=plan.shard, world=1, documents=())
     fixed = mixer_of(case).constants(case.heads, 0, 2) if case.mixer is not None else {}
     by_head, own = shared_inputs(alone), len(plan.positions(rank))
@@ -176,7 +176,7 @@ def _local_inputs(case: VerifyCase, plan: SequencePlan, rank: int, device: torch
 def _spent(
     forward: Callable[[], Tensor], wanted: Sequence[Tensor], dout: Tensor, group: dist.ProcessGroup | None
 ) -> list[list[float]]:
-    """What a pass costs each rank of the group: bytes sent forward and backward, and peak extra bytes."""
+    """Returns what a pass costs each rank of the group: bytes sent forward and backward, and peak extra bytes."""
     traffic = group_of(group).traffic
     before = traffic.bytes
     with PeakMemory(IMPLEMENTATIONS) as memory:
@@ -188,7 +188,7 @@ def _spent(
 
 
 def _work(case: VerifyCase, plan: SequencePlan) -> list[float]:
-    """What each rank of the group computes."""
+    """Counts what each rank of the group computes."""
     if case.mixer is not None:
         return [float(len(plan.positions(rank))) for rank in range(plan.world)]
     strategy = get_strategy(case.strategy)

@@ -1,12 +1,12 @@
-"""What a strategy computes on its rank and nothing else: the floor of its time.
+"""Times what a strategy computes on its rank and nothing else: the floor of its time.
 
-A pass of the strategy is recorded by a kernel that computes by another one and keeps what it was asked: tiles, and
-tensors as they lay (blocks that came from other ranks included). The floor asks all of it again.
+A recording kernel runs a pass of the strategy. It computes by another kernel and keeps what it was asked: tiles, and
+tensors as they lay, blocks that came from other ranks included. The floor asks all of it again.
 
-It counts: every tile, on inputs with the same shapes and strides, merging of partials that the kernel itself does,
-and making the accumulators that the kernel adds to. It does not count: exchanges, packing for them and unpacking,
-adding up what other ranks have computed, plans, operators and autograd. So it never computes less than the strategy
-does, and what a strategy takes over it is what sharing the sequence costs.
+It counts every tile, on inputs with the same shapes and strides. It counts the merging of partials that the kernel
+itself does, and making the accumulators that the kernel adds to. It does not count exchanges, packing for them and
+unpacking, adding up what other ranks have computed, plans, operators and autograd. So it never computes less than the
+strategy does, and what a strategy takes over it is what sharing the sequence costs.
 
 ``rsa`` asks no kernel; its floor is the products and sums of its own definition, on keys that are here.
 """
@@ -34,18 +34,20 @@ NAME = "recorder"
 
 
 class Accumulators:
-    """Fresh ones for one pass: as many as the strategy had, laid out like them."""
+    """Makes fresh accumulators for one pass: as many as the strategy had, laid out like them."""
 
     def __init__(self) -> None:
         self._partials: dict[int, Partial] = {}
         self._storages: dict[int, Tensor] = {}
 
     def partial(self, theirs: Partial, q: Tensor) -> Partial:
+        """Returns the fresh (out, lse) partial that stands for the strategy's ``theirs``."""
         if id(theirs) not in self._partials:
             self._partials[id(theirs)] = Partial(q)
         return self._partials[id(theirs)]
 
     def gradient(self, theirs: Tensor) -> Tensor:
+        """Returns the fresh gradient that stands for the strategy's ``theirs``."""
         storage = theirs.untyped_storage()
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = theirs.new_zeros(storage.nbytes() // theirs.element_size())
@@ -54,7 +56,7 @@ class Accumulators:
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """What the kernel was asked; ``into`` is kept so that its id stays its own."""
+    """Holds one forward call of the kernel; ``into`` is kept so that its id stays its own."""
 
     q: Tensor
     k: Tensor
@@ -63,13 +65,14 @@ class ForwardCall:
     scale: float
     into: Partial
 
-    def again(self, kernel: LocalKernel, room: Accumulators) -> None:
-        kernel.forward(self.q, self.k, self.v, self.tiles, self.scale, room.partial(self.into, self.q))
+    def replay(self, kernel: LocalKernel, accumulators: Accumulators) -> None:
+        """Asks the kernel the same again, into fresh accumulators."""
+        kernel.forward(self.q, self.k, self.v, self.tiles, self.scale, accumulators.partial(self.into, self.q))
 
 
 @dataclass(frozen=True)
 class BackwardCall:
-    """``given``: dout, q, k, v, out and lse."""
+    """Holds one backward call of the kernel; ``given``: dout, q, k, v, out and lse."""
 
     given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     tiles: tuple[TileSet, ...]
@@ -78,10 +81,12 @@ class BackwardCall:
 
     @property
     def q(self) -> Tensor:
+        """Returns the queries among ``given``."""
         return self.given[1]
 
-    def again(self, kernel: LocalKernel, room: Accumulators) -> None:
-        dq, dk, dv = (room.gradient(grad) for grad in self.grads)
+    def replay(self, kernel: LocalKernel, accumulators: Accumulators) -> None:
+        """Asks the kernel the same again, into fresh accumulators."""
+        dq, dk, dv = (accumulators.gradient(grad) for grad in self.grads)
         kernel.backward(*self.given, self.tiles, self.scale, (dq, dk, dv))
 
 
@@ -90,7 +95,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Recorder(threading.local):
-    """A local kernel that computes by another one and keeps every call; by thread, for ranks of sim are threads."""
+    """Computes by another local kernel and keeps every call; by thread, for ranks of sim are threads."""
 
     name = NAME
 
@@ -125,7 +130,10 @@ class Recorder(threading.local):
 
 
 def _recorder() -> Recorder:
-    """Strategies name their kernel; once loaded it is known by its name, and users need not see it in the table."""
+    """Returns the recording kernel.
+
+    Strategies name their kernel. Once loaded, this one is known by its name, and users need not see it in the table.
+    """
     KERNELS[NAME] = f"{__name__}:Recorder"
     try:
         recorder = load_kernel(NAME)
@@ -136,7 +144,7 @@ def _recorder() -> Recorder:
 
 
 def recorded(case: VerifyCase, group: dist.ProcessGroup | None) -> tuple[LocalKernel, list[KernelCall]]:
-    """Forward and backward of this rank's share, all ranks of the group at once: the kernel, and what it was asked."""
+    """Runs this rank's share forward and backward, all ranks at once; returns the kernel, and what it was asked."""
     plan = case.plan()
     local = [cut(whole, plan, group_of(group).rank) for whole in case.inputs()]
     kernel = kernel_for(case.kernel, local[0], local[1])
@@ -159,7 +167,7 @@ def recorded_pass(
 
 
 def floor_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[], object]:
-    """The floor of a case on this rank; all ranks of the group call it at one point."""
+    """Returns the floor of a case on this rank; all ranks of the group call it at one point."""
     if case.strategy == "rsa":
         return rows_of_scores(case, group_of(group).rank)
     kernel, calls = recorded(case, group)
@@ -168,19 +176,19 @@ def floor_of(case: VerifyCase, group: dist.ProcessGroup | None) -> Callable[[], 
 
 
 def replay(kernel: LocalKernel, calls: Sequence[KernelCall]) -> Callable[[], object]:
-    """Asks the kernel all of it again."""
+    """Returns what asks the kernel all of it again."""
 
     @torch.no_grad()
     def run() -> None:
-        room = Accumulators()
+        accumulators = Accumulators()
         for call in calls:
-            call.again(kernel, room)
+            call.replay(kernel, accumulators)
 
     return run
 
 
 def rows_of_scores(case: VerifyCase, rank: int, device: torch.device | None = None) -> Callable[[], tuple[Tensor, ...]]:
-    """Makes what computes the products of ``strategies.rsa``, a block of keys at a time.
+    """Returns what computes the products of ``strategies.rsa``, a block of keys at a time.
 
     Those are two products forward; backward computes the scores once more and four others.
     """
@@ -221,7 +229,7 @@ def rows_of_scores(case: VerifyCase, rank: int, device: torch.device | None = No
 
 
 def _blocks(plan: SequencePlan, rank: int, k: Tensor, v: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-    """(columns, keys, values) of every rank in the order in which they come to this one; columns by owner."""
+    """Lists (columns, keys, values) of every rank, by owner, in the order in which they come to this one."""
     counts = [len(plan.positions(owner)) for owner in range(plan.world)]
     found = []
     for owner in ((rank - hop) % plan.world for hop in range(plan.world)):

@@ -1,4 +1,4 @@
-"""No timing without a green gate: every strategy on a small shape, on the run's own ranks, against the reference."""
+"""Checks every strategy on a small shape, on the run's own ranks, against the reference, before anything is timed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def errors_of(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.d
 
 
 def _computed(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.device) -> dict[str, Tensor]:
-    """The output and all gradients of this rank's share, in the order of ``reference``."""
+    """Computes the output and all gradients of this rank's share, in the order of ``reference``."""
     plan, local, dout = local_inputs(case, group_of(group).rank)
     given = {name: tensor.detach().to(device).requires_grad_() for name, tensor in local.items()}
     out = core_of(case, group)(given, plan.handle)
@@ -90,7 +90,7 @@ def _computed(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.d
 
 
 def _limits(case: VerifyCase, device: torch.device) -> dict[str, float]:
-    """How far each tensor may be off: so many times what the same kernel loses on one device."""
+    """Returns how far each tensor may be off: so many times what the same kernel loses on one device."""
     least, most = TOLERANCE[case.dtype]
     names = ["out", *(f"d{name}" for name in whole_inputs(case) if name != "dout")]
     if least == most:
@@ -106,7 +106,7 @@ def _limits(case: VerifyCase, device: torch.device) -> dict[str, float]:
 
 
 def _has_float64(case: VerifyCase, device: torch.device) -> bool:
-    """Whether the case's kernel computes in float64 there."""
+    """Tells whether the case's kernel computes in float64 there."""
     if case.mixer is not None:
         return True
     problem = KernelProblem(device.type, DTYPES["float64"], case.heads, case.kv_heads, case.head_dim)

@@ -1,4 +1,4 @@
-"""A few optimizer steps by the run's own parts, and what their time is spent on, as far as is known without a profiler.
+"""Times a few optimizer steps by the run's own parts, as far as is known without a profiler.
 
     data              waiting for the batches that a thread reads and plans ahead
     forward_backward  all micro-batches, with what hides behind them and what does not
@@ -36,7 +36,7 @@ WAITED = "exchange_wait"  # part of forward_backward
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs, equal on all ranks; what cannot be known here is None.
+    """Tells what a step costs, equal on all ranks; what cannot be known here is None.
 
     ``seconds``: of a whole step. ``parts``: medians by ``PARTS``, means over ranks; ``parts_by_rank``: each rank's.
     ``exchange_wait``: of forward_backward, what the host waited for attention's exchanges; on CUDA streams wait, not
@@ -64,7 +64,7 @@ class StepCost:
 def measure(
     config: Config, parts: StepParts, meter: Meter, warm_up: int, steps: int, report: Report = silent
 ) -> StepCost:
-    """Takes ``warm_up`` + ``steps`` steps, and one more under memory's eye; all ranks of the world call it together."""
+    """Takes ``warm_up`` + ``steps`` steps, and one more that measures memory; all ranks of the world call it."""
     run = _Run(parts, meter, warm_up + steps + (parts.memory is not None), report)
     with run.timed():
         for _ in range(warm_up):
@@ -106,7 +106,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Taken:
-    """One step. ``total``: the slowest rank's; ``parts``: of each rank."""
+    """What one step took. ``total``: the slowest rank's; ``parts``: of each rank."""
 
     total: float
     parts: dict[str, list[float]]
@@ -115,7 +115,7 @@ class _Taken:
 
 
 class _Run:
-    """Steps one after another, as the trainer takes them."""
+    """Takes steps one after another, as the trainer takes them."""
 
     def __init__(self, parts: StepParts, meter: Meter, total: int, report: Report) -> None:
         self._parts, self._meter, self._total, self._report = parts, meter, total, report
@@ -125,7 +125,7 @@ class _Run:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Meanwhile the engine's parts and attention's waits are timed."""
+        """Times the engine's parts and attention's waits meanwhile."""
         engine, timeline = self._parts.step.engine, self._traffic.timeline
         self._parts.step.engine, self._traffic.timeline = self._engine, []
         try:
@@ -134,7 +134,7 @@ class _Run:
             self._parts.step.engine, self._traffic.timeline = engine, timeline
 
     def step(self, doing: str) -> _Taken:
-        """One step, and what it cost every rank."""
+        """Takes one step; returns what it cost every rank."""
         self._report(self._done, self._total, doing)
         self._engine.seconds = dict.fromkeys(self._engine.seconds, 0.0)
         timeline: list[ExchangeEvent] = []
@@ -154,7 +154,7 @@ class _Run:
         return _Taken(max(totals), dict(zip((*PARTS, WAITED), columns, strict=True)), seen, result.loss)
 
     def memory_step(self) -> dict[str, int]:
-        """Bytes by category at the peak of one step, of the rank whose peak is highest."""
+        """Takes one step; returns bytes by category at its peak, of the rank whose peak is highest."""
         memory = self._parts.memory
         assert memory is not None, "a run that measures it"
         self._report(self._done, self._total, "measuring memory")
@@ -168,23 +168,27 @@ class _Run:
 
 @dataclass
 class TimedEngine:
-    """An engine that keeps how long its parts take, the device awaited."""
+    """Wraps an engine and keeps how long its parts take, the device awaited."""
 
     engine: Engine
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: {"accumulate": 0.0, "update": 0.0})
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
+        """Times the engine's forward and backward."""
         loss: Tensor = self._timed("accumulate", lambda: self.engine.accumulate(batches, scale))
         return loss
 
     def squared_norm(self) -> Tensor:
+        """Returns the engine's norm; not timed."""
         return self.engine.squared_norm()
 
     def update(self, lr: float, coefficient: float) -> None:
+        """Times the engine's update."""
         self._timed("update", lambda: self.engine.update(lr, coefficient))
 
     def discard(self) -> None:
+        """Drops the gradients; not timed."""
         self.engine.discard()
 
     def _timed(self, part: str, run: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Passes of several entrants timed in turn: the slowest rank's seconds, on CUDA events where the device is one."""
+"""Times passes of several entrants in turn: the slowest rank's seconds, on CUDA events where the device is one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOW_SECONDS = 2.0  # whoever takes longer than both is timed in the first round
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one pass over all repeats: the slowest rank's, which is when the step is done."""
+    """Holds the seconds of one pass over all repeats: the slowest rank's, which is when the step is done."""
 
     median: float
     low: float
@@ -29,6 +29,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
+        """Takes the median and the range of the seconds of several repeats."""
         return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
@@ -43,7 +44,7 @@ def spread(timing: Mapping[str, float], scale: float, form: str) -> str:
 
 @dataclass(kw_only=True)
 class Entrant:
-    """Something that is timed beside others, and the floor of its time, where it has one.
+    """Is timed beside others, and beside the floor of its time, where it has one.
 
     ``name`` is shown while its turn is on. ``first``: seconds of its first pass, on this rank.
     """
@@ -57,7 +58,7 @@ class Entrant:
 
     @property
     def shares(self) -> list[float]:
-        """Floor over time of each repeat; 1.0 is the limit."""
+        """Returns floor over time of each repeat; 1.0 is the limit."""
         return [floor / own for floor, own in zip(self.floor_seconds, self.seconds, strict=True)]
 
 
@@ -66,7 +67,7 @@ def silent(done: int, total: int, what: str) -> None:
 
 
 def time_in_turn(entrants: Sequence[Entrant], repeats: int, device: torch.device, report: Report = silent) -> None:
-    """Times all in turn, round after round; the order turns round each time, for the second finds warm caches.
+    """Times all entrants in turn, round after round; the order reverses each time, for the second finds warm caches.
 
     Whoever is slow takes part in the first round only, or the slowest would take most of the time. All ranks of the
     world call it together.
@@ -97,7 +98,7 @@ def _turn(entrant: Entrant, repeat: int) -> list[Pass]:
 
 
 def slowest(run: Pass, device: torch.device = CPU) -> float:
-    """Seconds from a common start until the last rank of the world is done."""
+    """Returns the seconds from a common start until the last rank of the world is done."""
     dist.barrier()
     taken = torch.tensor(seconds_of(run, device), dtype=torch.float64, device=device)
     dist.all_reduce(taken, dist.ReduceOp.MAX)
@@ -105,7 +106,7 @@ def slowest(run: Pass, device: torch.device = CPU) -> float:
 
 
 def seconds_of(run: Pass, device: torch.device) -> float:
-    """Seconds of a pass on this rank, by the device's own clock where it has one."""
+    """Returns the seconds of a pass on this rank, by the device's own clock where it has one."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()

@@ -1,1 +1,1 @@
-"""Checkpoints: sharded, hashed, committed by one rename, readable on any mesh."""
+"""Saves and restores runs: checkpoints are sharded, hashed, committed by one rename, and readable on any mesh."""

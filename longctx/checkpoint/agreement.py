@@ -1,4 +1,4 @@
-"""What ranks must agree on around a checkpoint, by collectives on tensors alone.
+"""Lets ranks agree on what they do around a checkpoint, by collectives on tensors alone.
 
 torch's object collectives pickle; here JSON bytes travel in ``uint8`` tensors.
 """
@@ -41,8 +41,8 @@ def exchange(payload: bytes) -> list[bytes]:
     return [data[:size].cpu().numpy().tobytes() for data, size in zip(gathered, sizes, strict=True)]
 
 
-def together(action: Callable[[], Any]) -> list[Any]:
-    """Runs ``action``, which must not communicate, on every rank.
+def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
+    """Runs ``action``, which must not communicate, on every rank; all succeed or all raise.
 
     Returns what the ranks returned (plain JSON values), by rank. When any rank failed, every rank raises the
     same error, that of the first one: nobody is left waiting in a collective.

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, sharded, hashed, committed by one rename, readable on any layout.
+"""Saves and restores the whole state of a run: sharded, hashed, committed by one rename, readable on any layout.
 
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=3, layout={"sp": 4, "dp_shard": 1})
     checkpointer.save(step, TrainState(model, optimizer, scheduler, loader, step))
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longctx.checkpoint.agreement import this_rank, together
+from longctx.checkpoint.agreement import run_on_all_ranks, this_rank
 from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.checkpoint.intact import IntactSteps
 from longctx.checkpoint.manifest import Commit
-from longctx.checkpoint.restoring import fit, restore
+from longctx.checkpoint.restoring import plan_load, restore
 from longctx.checkpoint.saving import write_commit, write_rank
 from longctx.checkpoint.state import describe_together
 from longctx.checkpoint.train_state import RunRecord, TrainState
@@ -59,10 +59,10 @@ class Checkpointer:
         """
         partial = self._directory.partial(step)
         try:
-            together(lambda: self._directory.begin(step) if this_rank() == 0 else None)
+            run_on_all_ranks(lambda: self._directory.begin(step) if this_rank() == 0 else None)
             described = describe_together(state.model, state.optimizer)
-            written = together(lambda: write_rank(partial, step, state, described, self._run))
-            together(lambda: self._commit(step, written) if this_rank() == 0 else None)
+            written = run_on_all_ranks(lambda: write_rank(partial, step, state, described, self._run))
+            run_on_all_ranks(lambda: self._commit(step, written) if this_rank() == 0 else None)
         except StorageError as error:
             if this_rank() == 0:
                 self._directory.abandon(step)
@@ -91,7 +91,7 @@ class Checkpointer:
             return None
         described = describe_together(state.model, state.optimizer)
         directory = self._directory.path(commit.step)
-        together(lambda: fit(directory, commit, state, described) and None)
+        run_on_all_ranks(lambda: plan_load(directory, commit, state, described) and None)
         return commit.step
 
     def load(self, state: TrainState, step: int | None = None) -> int:
@@ -106,7 +106,7 @@ class Checkpointer:
             raise StorageError(f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir")
         described = describe_together(state.model, state.optimizer)
         directory = self._directory.path(commit.step)
-        together(lambda: restore(fit(directory, commit, state, described), state, self._run))
+        run_on_all_ranks(lambda: restore(plan_load(directory, commit, state, described), state, self._run))
         state.step = commit.step
         return commit.step
 

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the configuration, and how another one differs from it."""
+"""Records the configuration in a checkpoint, and tells how another one differs from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def changed_keys(saved: Any, now: Any) -> list[str]:
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Lists dotted keys, and values as a user writes them."""
+    """Lists dotted keys of a configuration, and their values as a user writes them."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))

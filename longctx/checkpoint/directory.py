@@ -1,6 +1,6 @@
-"""The directory that holds a run's checkpoints: names, one rename that commits, and what a crash may leave behind.
+"""Names, commits and deletes the checkpoints of a run in their directory, and clears what a crash may leave behind.
 
-Only ``step-N`` counts in it. Everything else of ours begins with a dot: ``.partial-step-N`` is being written,
+Only ``step-N`` counts in it. Everything else of ours begins with a dot. ``.partial-step-N`` is being written,
 ``.replaced-step-N`` was committed until a rewound run reached step N again, ``.trash-X`` is being deleted. Symbolic
 links are never followed.
 """
@@ -39,7 +39,7 @@ class CheckpointDirectory:
         return sorted({int(match[1]) for match in matches if match})
 
     def path(self, step: int) -> Path:
-        """Finds a committed step: at its name, or aside when a crash cut its replacement short."""
+        """Finds the directory of a committed step: at its name, or aside when a crash cut its replacement short."""
         final, aside = self.root / f"step-{step}", self.root / f".replaced-step-{step}"
         return aside if aside.is_dir() and not os.path.lexists(final) else final
 
@@ -59,7 +59,7 @@ class CheckpointDirectory:
             self.partial(step).mkdir(mode=0o700)
 
     def commit(self, step: int) -> None:
-        """Makes the partial directory the checkpoint of ``step``; before the rename, nothing has happened."""
+        """Makes the partial directory the checkpoint of ``step``, by one rename; before that nothing has happened."""
         sync_directory(self.partial(step))
         final, aside = self.root / f"step-{step}", self.root / f".replaced-step-{step}"
         with storage_errors("cannot commit", final):

@@ -1,4 +1,4 @@
-"""One file of a checkpoint: written once and durably, hashed on the way, read by byte ranges.
+"""Writes one file of a checkpoint once and durably, hashes it on the way, and reads it by byte ranges.
 
 Symbolic links are never followed.
 """

@@ -1,4 +1,4 @@
-"""Which committed steps are intact, found by hashing every file, each on one rank."""
+"""Finds the committed steps that are intact, by hashing every file, each on one rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from longctx.checkpoint import manifest
-from longctx.checkpoint.agreement import this_rank, together, world_size
+from longctx.checkpoint.agreement import run_on_all_ranks, this_rank, world_size
 from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.checkpoint.files import FileRecord, check_file, read_small
 from longctx.checkpoint.manifest import Commit
@@ -34,7 +34,7 @@ class IntactSteps:
         ``tell`` reports the damaged ones above it. Raises ``StorageError`` when there are checkpoints but none is
         intact: starting over would lose them.
         """
-        views = together(self._directory.steps)
+        views = run_on_all_ranks(self._directory.steps)
         if any(view != views[0] for view in views) and this_rank() == 0:
             _log.warning("ranks see different checkpoints in %s: %s", self._directory.root, views)
         common = sorted(set.intersection(*map(set, views)), reverse=True)
@@ -58,7 +58,7 @@ class IntactSteps:
         return None
 
     def exactly(self, step: int) -> Commit:
-        """Verifies ``step``; the error for a damaged one names the newest intact earlier step."""
+        """Verifies ``step`` and no other; the error for a damaged one names the newest intact earlier step."""
         try:
             return self.verified(step)
         except StorageError as error:
@@ -81,7 +81,7 @@ class IntactSteps:
                     self._check_once(path.parent / name, record)
             return hashlib.sha256(data).hexdigest()
 
-        if len(set(together(check_share))) > 1:
+        if len(set(run_on_all_ranks(check_share))) > 1:
             raise StorageError(f"{path} differs between ranks: all of them must see one shared directory")
         return commit[0]
 

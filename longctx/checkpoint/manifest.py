@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, as JSON read strictly: nothing of it is trusted before it is checked.
+"""Writes and reads what a checkpoint says of itself: strict JSON, of which nothing is trusted before it is checked.
 
 ``commit.json`` names every file with its hash and is itself hashed; ``rank-R.json`` lists the shards in
 ``rank-R.safetensors``; ``state.json`` holds what is no tensor. File names follow from the number of ranks
@@ -75,7 +75,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Commit:
-    """Holds the record whose presence makes a directory a checkpoint."""
+    """Holds the record whose presence makes a directory a checkpoint: its step, and every file with its hash."""
 
     step: int
     world: int
@@ -83,7 +83,7 @@ class Commit:
 
 
 def encode(value: Any) -> bytes:
-    """Writes a plain value in the one way in which equal values are equal bytes."""
+    """Writes a plain value as bytes, in the one way in which equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -1,4 +1,4 @@
-"""Restoring, on one rank: manifests, then shards, then the state that is no tensor; refusals before any change."""
+"""Restores a run on one rank: manifests, then shards, then the state that is no tensor; refuses before any change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LoadPlan:
     """Holds a checkpoint that fits a run, and what of the run it is read into.
 
     ``located``: where the shards of each saved tensor lie. ``rest``: what is no tensor. ``tensors``: the run's
@@ -47,8 +47,8 @@ class Fitted:
     optimizer: dict[str, Any]
 
 
-def fit(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> Fitted:
-    """Finds what is to be read and into what; all that is refused, is refused here.
+def plan_load(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> LoadPlan:
+    """Finds what is to be read and into what, and refuses all that can be refused.
 
     Reads no shards, but moves the loader and the schedule of ``state``.
     """
@@ -64,10 +64,10 @@ def fit(directory: Path, commit: Commit, state: TrainState, described: dict[str,
     check_tensors("optimizer.", targets, saved_tensors(rest["optimizer"]), first, str(directory))
     for name in ("loader", "scheduler"):
         _restore_plain(name, getattr(state, name), rest[name], directory)
-    return Fitted(directory, commit, located, rest, tensors | targets, optimizer)
+    return LoadPlan(directory, commit, located, rest, tensors | targets, optimizer)
 
 
-def restore(fitted: Fitted, state: TrainState, run: RunRecord) -> None:
+def restore(fitted: LoadPlan, state: TrainState, run: RunRecord) -> None:
     """Reads the tensors into ``state``, and goes on drawing random numbers where the layout is the saved one."""
     generators = _generators(fitted, run)
     read_shards(fitted.tensors, {name: fitted.located[name] for name in fitted.tensors})
@@ -82,8 +82,8 @@ def restore(fitted: Fitted, state: TrainState, run: RunRecord) -> None:
         _log.warning("step %d was written under another configuration; from here on: %s", step, ", ".join(changed))
 
 
-def _generators(fitted: Fitted, run: RunRecord) -> dict[str, Tensor] | None:
-    """The random generators that this rank saved, if the layout is the one that it saved them on."""
+def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
+    """Returns the random generators that this rank saved, if the layout is the one that it saved them on."""
     commit, layout = fitted.commit, fitted.rest["layout"]
     if (commit.world, layout) != (world_size(), run.layout):
         if this_rank() == 0:
@@ -106,7 +106,7 @@ def _generators(fitted: Fitted, run: RunRecord) -> dict[str, Tensor] | None:
 
 
 def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
-    """Every rank's shards, by file, after all checks; the manifests' hashes have been checked."""
+    """Reads every rank's shards, by file, with all checks; the manifests' hashes have been checked."""
     chunks: dict[Path, list[Chunk]] = {}
     for rank in range(commit.world):
         path = directory / manifest.manifest_file(rank)
@@ -118,7 +118,7 @@ def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
 
 
 def _with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
-    """``located`` with entries for this rank's copies of tied weights, which read what the original reads."""
+    """Adds entries to ``located`` for this rank's copies of tied weights, which read what the original reads."""
     for copy in [name for name in live if COPY in name]:
         original = copy.removesuffix(COPY)
         for name in list(located):

@@ -1,4 +1,4 @@
-"""State of the random number generators that a rank draws from.
+"""Saves and restores the state of the random number generators that a rank draws from.
 
 torch's default generators only: longctx draws nothing from ``random`` and ``numpy.random``.
 """
@@ -20,7 +20,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Goes on drawing where ``state`` was taken. A CUDA state without CUDA is of no use and left out."""
+    """Makes the generators go on where ``state`` was taken. A CUDA state without CUDA is of no use and left out."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

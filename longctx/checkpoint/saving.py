@@ -1,4 +1,4 @@
-"""Saving, on one rank: its shards, their manifest, and on rank 0 the state that is no tensor."""
+"""Saves a run on one rank: its shards, their manifest, and on rank 0 the state that is no tensor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint: each rank writes the shards that it owns and reads the shards that it needs.
+"""Moves tensors to and from a checkpoint: each rank writes the shards that it owns and reads those that it needs.
 
-PyTorch's checkpoint planners say which box of a global tensor a rank holds and which saved boxes overlap it;
-that is what makes any layout readable on any other. Their storage layer pickles, so this one is our own:
-a safetensors file per rank, written as a stream, read by byte ranges that the manifests state.
+PyTorch's checkpoint planners say which box of a global tensor a rank holds and which saved boxes overlap it. That is
+what makes any layout readable on any other. Their storage layer pickles, so this one is our own. It has a safetensors
+file per rank, written as a stream and read by byte ranges that the manifests state.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _write_safetensors(path: Path, boxes: list[tuple[Chunk, Tensor]]) -> tuple[F
 
 
 def _metadata(located: Mapping[str, list[Located]]) -> Metadata:
-    """What the load planner needs to know of the saved shards."""
+    """Builds what the load planner needs to know of the saved shards."""
     return Metadata(
         {
             name: TensorStorageMetadata(
@@ -151,7 +151,7 @@ def _find(shards: list[Located], offsets: tuple[int, ...]) -> Located:
 
 
 def _read_box(handle: int, path: Path, chunk: Chunk, offsets: torch.Size, lengths: torch.Size) -> Tensor:
-    """A box of a shard; only the rows that hold it are read."""
+    """Reads a box of a shard; only the rows that hold it are read."""
     dtype = DTYPES[chunk.dtype]
     if not chunk.bytes:
         return torch.empty(chunk.sizes, dtype=dtype)

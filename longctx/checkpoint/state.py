@@ -1,4 +1,4 @@
-"""Model and optimizer as named tensors plus plain values, and back.
+"""Turns model and optimizer into named tensors plus plain values, and back.
 
 Names are those of the single-device model, whatever wraps it, so a checkpoint knows nothing of the layout
 that wrote it. ``model.<parameter>`` holds weights, ``optimizer.<parameter>.<key>`` what the optimizer keeps.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longctx.checkpoint.agreement import this_rank, together
+from longctx.checkpoint.agreement import run_on_all_ranks, this_rank
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk, plain
 from longctx.errors import ConfigError, StorageError
 
@@ -59,11 +59,11 @@ def model_tensors(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def originals(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out tensors that are copies of another stage's."""
+    """Returns the tensors without those that are copies of another stage's."""
     return {name: tensor for name, tensor in names.items() if COPY not in name}
 
 
-def leads(tensor: Tensor) -> bool:
+def is_first_holder(tensor: Tensor) -> bool:
     """Tells whether this rank is the first of those that hold the tensor."""
     if not isinstance(tensor, DTensor):
         return this_rank() == 0
@@ -82,14 +82,14 @@ def optimizer_tensors(optimizer: Optimizer, live: Mapping[str, Tensor]) -> tuple
             if isinstance(value, DTensor):
                 assert value.shape == parameter.shape, full
                 sharded[full] = value.detach()
-            elif isinstance(value, Tensor) and leads(parameter):
+            elif isinstance(value, Tensor) and is_first_holder(parameter):
                 whole[full] = value.detach()
     return originals(sharded), originals(whole)
 
 
 def describe_together(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Names the whole model, and the optimizer without its tensors, from the ranks that hold them."""
-    return join(together(lambda: describe(optimizer, live_tensors(model))))
+    return join(run_on_all_ranks(lambda: describe(optimizer, live_tensors(model))))
 
 
 def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any]
         }
         for group in optimizer.param_groups
     ]
-    if not any(leads(tensor) for tensor in live.values()):
+    if not any(is_first_holder(tensor) for tensor in live.values()):
         return None
     described = {"model": list(originals(live)), "state": state, "groups": groups}
     result: dict[str, Any] = plain(described, "optimizer")
@@ -121,7 +121,7 @@ def describe(optimizer: Optimizer, live: Mapping[str, Tensor]) -> dict[str, Any]
 
 
 def join(descriptions: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Joins what all ranks hold; a parameter that several describe counts once."""
+    """Joins the descriptions of all ranks; a parameter that several describe counts once."""
     parts = [part for part in descriptions if part is not None]
     groups = [
         {
@@ -171,7 +171,7 @@ def optimizer_targets(
 
 
 def saved_tensors(saved: Mapping[str, Any]) -> set[str]:
-    """Lists the full names of the optimizer's tensors by a description."""
+    """Lists the full names of the optimizer's tensors in a description."""
     return {
         f"optimizer.{name}.{key}"
         for name, entries in saved["state"].items()
@@ -204,7 +204,7 @@ def check_tensors(
 
 
 def _check_groups(saved: Any, present: Mapping[str, Any], where: str) -> None:
-    """The optimizer's groups must be those that were saved."""
+    """Refuses optimizer groups that are not those that were saved."""
     try:
         before = [group["parameters"] for group in saved["groups"]]
         known = {name for group in before for name in group}
@@ -232,7 +232,7 @@ def _target(parameter: Tensor, key: str, saved: Chunk) -> Tensor:
 
 
 def _like(current: Any, saved: Any) -> Any:
-    """A saved option in the type that the optimizer uses for it."""
+    """Converts a saved option to the type that the optimizer uses for it."""
     if isinstance(current, tuple) and isinstance(saved, list):
         return tuple(saved)
     if isinstance(current, Tensor):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and what is written beside it to tell runs apart."""
+"""Defines what a checkpoint holds of a run, and what is written beside it to tell runs apart."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class RunRecord:
 
     @classmethod
     def of(cls, layout: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> RunRecord:
-        """Takes plain sections; what only says where a run lies is left out."""
+        """Builds the record from plain sections; what only says where a run lies is left out."""
         return cls(plain(layout or {}, "layout"), recorded_config(config or {}))

@@ -1,4 +1,4 @@
-"""The configuration of a run: the tree, its strict reading, and every rule about it."""
+"""Defines the configuration of a run: the tree, its strict reading, and every rule about it."""
 
 from longctx.config.resolve import DEGREES, resolve, simulated_world_size
 from longctx.config.schema import Config

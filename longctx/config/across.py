@@ -1,4 +1,4 @@
-"""Rules that look across sections and need no world size: one function each, in the order in which they are applied.
+"""Checks rules that look across sections and need no world size: one function each, in the order of their use.
 
 What a strategy, mixer, source or engine takes is asked of the object behind its name; no rule knows a name. The last
 lines list all rules.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def tensor_parallel(config: Config) -> None:
-    """Refuse degrees that do not split heads, hidden channels and vocabulary into equal parts."""
+    """Refuses degrees that do not split heads, hidden channels and vocabulary into equal parts."""
     model, tp = config.model, config.parallel.tp
     problem = _unequal_part(model, tp)
     if problem is None:
@@ -31,12 +31,12 @@ def tensor_parallel(config: Config) -> None:
 
 
 def vocabulary(config: Config) -> None:
-    """Refuse a vocabulary that lacks ids which the data source delivers."""
+    """Refuses a vocabulary that lacks ids which the data source delivers."""
     SOURCES.load(config.data.source).require_vocabulary(config.model.vocab_size)
 
 
 def memory_report(config: Config) -> None:
-    """Refuse a memory report of what is compiled."""
+    """Refuses a memory report of what is compiled."""
     if config.logger.memory and config.train.compile:
         raise ConfigError(
             "logger.memory=true looks at every operator, which train.compile=true leaves no trace of; "
@@ -45,7 +45,7 @@ def memory_report(config: Config) -> None:
 
 
 def whole_sequences(config: Config) -> None:
-    """Refuse to share a sequence under a strategy that keeps it on one rank."""
+    """Refuses to share a sequence under a strategy that keeps it on one rank."""
     name, sp = config.attention.strategy, config.parallel.sp
     if sp > 1 and name in STRATEGIES and STRATEGIES.load(name).one_rank:
         raise ConfigError(
@@ -55,7 +55,7 @@ def whole_sequences(config: Config) -> None:
 
 
 def layers(config: Config) -> None:
-    """Refuse strategies that no layer of the model asks for."""
+    """Refuses strategies that no layer of the model asks for."""
     attention, pattern = config.attention, config.model.pattern
     linear = attention.strategy in LINEAR_STRATEGIES
     if linear and "S" in pattern:
@@ -82,7 +82,7 @@ def layers(config: Config) -> None:
 
 
 def options_of_layers(config: Config) -> None:
-    """Refuse what is set for a kind of layer that there is not."""
+    """Refuses what is set for a kind of layer that there is not."""
     attention, pattern, default = config.attention, config.model.pattern, AttentionConfig()
     unread: tuple[str, ...] = ("linear", "chunk") if "L" not in pattern else ()
     if attention.strategy in LINEAR_STRATEGIES:
@@ -98,7 +98,7 @@ def options_of_layers(config: Config) -> None:
 
 
 def balance(config: Config) -> None:
-    """Rows have different attention work only where documents are masked from one another in softmax layers."""
+    """Refuses to balance rows of equal work: it differs only where softmax layers mask documents from one another."""
     reason = None
     if not config.attention.document_mask:
         reason = "with attention.document_mask=false all rows have the same work"
@@ -109,7 +109,7 @@ def balance(config: Config) -> None:
 
 
 def ping_pong(config: Config) -> None:
-    """Refuse halves that take turns under a strategy that is not taken apart, or of what cannot be halved."""
+    """Refuses halves that take turns under a strategy that is not taken apart, or of what cannot be halved."""
     attention, rows = config.attention, config.train.micro_batch
     if not attention.ping_pong:
         return
@@ -132,7 +132,7 @@ def ping_pong(config: Config) -> None:
 
 
 def server_pool(config: Config) -> None:
-    """Stages that serve one another take tasks, go through their ticks in step, and exchange once a layer."""
+    """Refuses stages that serve one another unless they take tasks, tick in step, and exchange once a layer."""
     attention, parallel, train = config.attention, config.parallel, config.train
     if attention.server_pool != "pipeline":
         return
@@ -178,7 +178,7 @@ def server_pool(config: Config) -> None:
 
 
 def nics(config: Config) -> None:
-    """Refuse several NICs under a strategy whose messages are not routed."""
+    """Refuses several NICs under a strategy whose messages are not routed."""
     if config.cluster.nics == 1:
         return
     serving = _strategies(lambda one: one.serves_tasks)
@@ -190,7 +190,7 @@ def nics(config: Config) -> None:
 
 
 def pipeline(config: Config) -> None:
-    """Refuse stages without a layer, schedules that their options do not suit, and options without a pipeline."""
+    """Refuses stages without a layer, schedules that their options do not suit, and options without a pipeline."""
     parallel, train, count = config.parallel, config.train, config.model.layers
     if parallel.pp == 1:
         if (parallel.pp_schedule, parallel.pp_virtual) != ("1f1b", None):
@@ -219,14 +219,14 @@ def pipeline(config: Config) -> None:
 
 
 def engine(config: Config) -> None:
-    """Refuse what the engine does not execute."""
+    """Refuses what the engine does not execute."""
     reason = ENGINES.load(config.engine.name).refuses(config)
     if reason:
         raise ConfigError(f"engine={config.engine.name} refuses: {reason}")
 
 
 def _strategies(able: Callable[[Any], bool]) -> list[str]:
-    """Names of the strategies of softmax attention that are ``able``."""
+    """Lists the names of the strategies of softmax attention that are ``able``."""
     return [name for name in STRATEGIES if able(STRATEGIES.load(name))]
 
 
@@ -243,7 +243,7 @@ def _unequal_part(model: ModelConfig, tp: int) -> str | None:
 
 
 def _fewer_stages(parallel: ParallelConfig, layers: int) -> str:
-    """Fewer ranks under the same schedule, or a schedule of one stage per rank, or no pipeline."""
+    """Suggests fewer ranks under the same schedule, or a schedule of one stage per rank, or no pipeline."""
     ranks = layers // (parallel.stages // parallel.pp)
     if ranks > 1:
         return f"parallel.pp={ranks}"

@@ -1,7 +1,7 @@
-"""From plain mappings to frozen dataclasses and back, strict at every depth.
+"""Turns plain mappings into frozen dataclasses and back, strict at every depth.
 
-Nothing is guessed: an unknown key, a string for a number or a number for a string is an error that names the
-full dotted path. An integer for a real number is the one conversion.
+Nothing is guessed. An unknown key, a string for a number or a number for a string is an error that names the full
+dotted path. An integer for a real number is the one conversion.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNSOUND = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
-    """Build ``cls`` from a mapping; keys that are left out keep their defaults."""
+    """Builds ``cls`` from a mapping; keys that are left out keep their defaults."""
     if not isinstance(mapping, Mapping):
         where = prefix.rstrip(".") or "the configuration"
         raise ConfigError(f"{where}={mapping!r} must be a mapping with the keys {', '.join(_names(cast(Any, cls)))}")
@@ -48,7 +48,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
 
 
 def as_dict(tree: Any) -> dict[str, Any]:
-    """The plain nested mapping of a dataclass tree, in the order of its fields."""
+    """Returns the plain nested mapping of a dataclass tree, in the order of its fields."""
     return {
         field.name: as_dict(value) if is_dataclass(value) else list(value) if type(value) is tuple else value
         for field in fields(tree)
@@ -57,13 +57,13 @@ def as_dict(tree: Any) -> dict[str, Any]:
 
 
 def unknown_key(path: str, known: list[str]) -> ConfigError:
-    """The error for a key that nothing reads, with the key it may stand for."""
+    """Returns the error for a key that nothing reads, with the key it may stand for."""
     near = closest_path(path, known)
     return ConfigError(f"unknown configuration key {path}" + (f"; did you mean {near}?" if near else ""))
 
 
 def closest_path(path: str, known: list[str]) -> str | None:
-    """The known dotted path that ``path`` most likely stands for."""
+    """Returns the known dotted path that ``path`` most likely stands for."""
     if "." not in path:
         # A bare word may be a section misspelt or a field whose section was forgotten.
         scored = [(max(_alike(path, k), _alike(path, k.rpartition(".")[2]) - 0.01), k) for k in known]
@@ -74,7 +74,7 @@ def closest_path(path: str, known: list[str]) -> str | None:
 
 
 def dotted_paths(cls: type, prefix: str = "") -> list[str]:
-    """Every section and every field below ``cls``, as dotted paths."""
+    """Lists every section and every field below ``cls``, as dotted paths."""
     paths = []
     for name, hint in _hints(cls).items():
         paths.append(f"{prefix}{name}")

@@ -1,4 +1,4 @@
-"""What each pipeline schedule asks of stages and microbatches; a microbatch is a micro-batch of the step."""
+"""Defines what each pipeline schedule asks of stages and microbatches; a microbatch is a micro-batch of the step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from longctx.rules import one_of
 
 @dataclass(frozen=True)
 class ScheduleRules:
-    """``virtual``: stages per rank that the schedule takes when none are asked for; ``most``: and at most.
+    """Says what one pipeline schedule takes.
 
-    ``split_backward``: runs the gradients of inputs and of weights apart, over one graph. ``fits`` of (ranks
-    of the pipeline, microbatches of a step); ``needs`` says the same in words.
+    ``virtual``: stages per rank when none are asked for; ``most``: and at most. ``split_backward``: runs the gradients
+    of inputs and of weights apart, over one graph. ``fits``: a test of (ranks of the pipeline, microbatches of a step).
+    ``needs`` says the same in words.
     """
 
     virtual: int
@@ -40,7 +41,7 @@ RULES = {
 
 
 def virtual_stages(schedule: str, wish: int | None) -> int:
-    """Stages per rank; None takes what the schedule needs. Raises ``ConfigError``."""
+    """Returns the stages per rank; None takes what the schedule needs. Raises ``ConfigError``."""
     one_of("parallel.pp_schedule", schedule, tuple(RULES))
     rules = RULES[schedule]
     if wish is None:
@@ -55,7 +56,7 @@ def virtual_stages(schedule: str, wish: int | None) -> int:
 
 
 def nearest_microbatches(schedule: str, pp: int, wanted: int) -> int:
-    """The count next to ``wanted`` that the schedule takes on ``pp`` ranks, the larger of two at one distance."""
+    """Returns the count next to ``wanted`` that the schedule takes on ``pp`` ranks, the larger of two equally near."""
     fits = RULES[schedule].fits
     return next(
         count

@@ -1,4 +1,4 @@
-"""Fields that only some choices of another field read: the sizes of a mixer, the options of a data source."""
+"""Marks fields that only some choices of another field read: the sizes of a mixer, the options of a data source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx.rules import as_word
 
 
 def for_some(default: Any) -> Any:
-    """A field that only what the section names may read; the object behind the name says so in its ``reads``."""
+    """Makes a field that only what the section names may read; the object behind the name says so in its ``reads``."""
     return field(default=default, metadata={"for_some": True})
 
 

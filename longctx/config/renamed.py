@@ -1,4 +1,4 @@
-"""Names that a configuration had in earlier versions, and those that they have now.
+"""Maps names that a configuration had in earlier versions to those that they have now.
 
 On the command line an old name is refused with the new one. A run's directory is data, not a command: its
 ``config.yaml`` and its checkpoints are understood as they were written.
@@ -32,11 +32,11 @@ VALUES: dict[str, dict[str, str]] = {
 def refuse_old_key(key: str) -> None:
     """Refuses a key that has another name now. Raises ``ConfigError``."""
     if key in KEYS:
-        raise ConfigError(told(key))
+        raise ConfigError(new_name(key))
 
 
-def told(key: str) -> str:
-    """What an old key is called now, and its values."""
+def new_name(key: str) -> str:
+    """Says what an old key is called now, and its values."""
     if not KEYS[key]:
         return f"{key} is gone: it did nothing; leave it out"
     values = [f"; {old} is now {new}" for name in KEYS[key] for old, new in VALUES.get(name, {}).items()]
@@ -52,7 +52,10 @@ def refuse_old_value(key: str, value: object) -> None:
 
 
 def translated(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version wrote, in today's names. What is not a mapping stays for the parser."""
+    """Returns a configuration that an earlier version wrote, in today's names.
+
+    What is not a mapping stays for the parser.
+    """
     sections = {name: dict(section) if isinstance(section, Mapping) else section for name, section in mapping.items()}
     for old, candidates in KEYS.items():
         section, _, name = old.partition(".")
@@ -72,7 +75,7 @@ def translated(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_by(attention: Mapping[str, Any], candidates: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of several keys that the strategy reads."""
+    """Returns those of several keys that the strategy reads."""
     if attention.get("strategy") not in STRATEGIES:
         return ()
     options = STRATEGIES.load(attention["strategy"]).options

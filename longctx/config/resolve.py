@@ -1,4 +1,4 @@
-"""Rules that need the world size: what the mesh's degrees come to, and how a global batch falls on it."""
+"""Checks rules that need the world size: what the mesh's degrees come to, and how a global batch falls on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """``config`` with ``dp_shard`` filled in, after every rule has passed for a world of this size."""
+    """Returns ``config`` with ``dp_shard`` filled in, after every rule has passed for a world of this size."""
     config.check()
     parallel = config.parallel
     if parallel.dp_shard == -1:
@@ -31,7 +31,7 @@ def resolve(config: Config, world_size: int) -> Config:
 
 
 def simulated_world_size(config: Config) -> int:
-    """How many ranks a simulated run has: the product of the degrees, with one for what is left."""
+    """Counts the ranks of a simulated run: the product of the degrees, with one for what is left."""
     parallel = config.parallel
     return _product(replace(parallel, dp_shard=max(parallel.dp_shard, 1)))
 
@@ -47,7 +47,7 @@ def _what_is_left(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def _nearest_degree(parallel: ParallelConfig, world_size: int) -> str:
-    """What to set instead: the sequence degree first, since it is the one that users choose."""
+    """Says what to set instead: the sequence degree first, since it is the one that users choose."""
     rest = parallel.dp_replicate * parallel.tp * parallel.pp
     if world_size % rest:
         return f"a world of {nearest_multiples(world_size, rest)}"
@@ -70,7 +70,7 @@ def _check_batch(config: Config) -> None:
 
 
 def require_even_batch(global_batch: int, groups: int, micro_batch: int) -> None:
-    """Refuse a batch that does not fall evenly on data-parallel groups and micro-batches. Raises ``ConfigError``."""
+    """Refuses a batch that does not fall evenly on data-parallel groups and micro-batches. Raises ``ConfigError``."""
     for name, value in (("train.global_batch", global_batch), ("train.micro_batch", micro_batch)):
         at_least(name, value, 1)
     unit = groups * micro_batch

@@ -1,6 +1,6 @@
-"""The configuration of a run: one frozen tree, the schema and the defaults of everything that can be set.
+"""Defines the configuration of a run: one frozen tree, with the schema and defaults of everything that can be set.
 
-Rules that look at one section stand in that section's class (``sections``), rules that look across sections in
+Rules that look at one section stand in that section's class (``sections``). Rules that look across sections stand in
 ``across`` and, where the world size is needed, in ``resolve``.
 """
 
@@ -32,7 +32,7 @@ from longctx.config.sections import (
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run."""
+    """Defines everything about a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -49,35 +49,35 @@ class Config:
 
     @property
     def local_heads(self) -> tuple[int, int]:
-        """Query and key/value heads of one rank; of fewer key/value heads than ranks, each rank has one."""
+        """Counts query and key/value heads of one rank; of fewer key/value heads than ranks, each rank has one."""
         tp = self.parallel.tp
         return self.model.heads // tp, max(1, self.model.kv_heads // tp)
 
     @property
     def linear_strategy(self) -> str:
-        """Who moves the states of linear layers; a strategy of softmax layers leaves it to the first of them."""
+        """Names who moves the states of linear layers; a strategy of softmax layers leaves it to the first of them."""
         attention = self.attention
         named = attention.strategy if attention.strategy in LINEAR_STRATEGIES else next(iter(LINEAR_STRATEGIES))
         return attention.linear or named
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Config:
-        """The configuration that a plain nested mapping states, checked; absent keys keep their defaults."""
+        """Returns the configuration that a plain nested mapping states, checked; absent keys keep their defaults."""
         config = parse(cls, mapping)
         config.check()
         return config
 
     @classmethod
     def from_run(cls, mapping: Mapping[str, Any]) -> Config:
-        """The configuration that a run's own file states, also one that an earlier version wrote."""
+        """Returns the configuration that a run's own file states, also one that an earlier version wrote."""
         return cls.from_dict(translated(mapping) if isinstance(mapping, Mapping) else mapping)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain nested mapping that ``from_dict`` reads back."""
+        """Returns the plain nested mapping that ``from_dict`` reads back."""
         return as_dict(self)
 
     def check(self) -> None:
-        """Apply every rule that needs no world size."""
+        """Applies every rule that needs no world size."""
         for one in fields(self):
             getattr(self, one.name).check()
         for rule in RULES:

@@ -1,4 +1,4 @@
-"""Batches for one data-parallel rank, and the one number that says where the run stands in its data."""
+"""Loads batches for one data-parallel rank, and keeps the one number that says where the run stands in its data."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ BEFORE = {"packing": STREAM}  # what checkpoints without it were taken with
 class Loader:
     """Yields the micro-batches of one optimizer step after another, without end.
 
-    A step takes the next ``global_batch`` samples of the packing, the same for every mesh; rank ``dp_rank``
-    of ``dp_world`` takes the ``dp_rank``-th of equal consecutive slices and cuts it, in order, into
-    micro-batches. Where the packing is to be balanced, it takes those that even out attention work instead
-    (``deal_rows``). Sequences are whole: the loader knows nothing of how the sequence is sharded.
+    A step takes the next ``global_batch`` samples of the packing, the same for every mesh. They are cut into
+    ``dp_world`` equal consecutive slices; rank ``dp_rank`` takes its slice and cuts it, in order, into micro-batches.
+    Where the packing is to be balanced, it takes those that even out attention work instead (``deal_rows``). Sequences
+    are whole: the loader knows nothing of how the sequence is sharded.
 
     Raises ``ConfigError`` when the batch does not divide evenly.
     """
@@ -68,19 +68,19 @@ class Loader:
         return batches
 
     def advance(self) -> None:
-        """The next step's batches have been used, whoever read them."""
+        """Notes that the next step's batches have been used, whoever read them."""
         self.next_sample += self.global_batch
 
     def step(self, number: int) -> list[Batch]:
-        """Micro-batches of step ``number`` (from 0) of a run that never changed its global batch."""
+        """Reads the micro-batches of step ``number`` (from 0) of a run that never changed its global batch."""
         return self.batches(number * self.global_batch)
 
     def batches(self, first_sample: int) -> list[Batch]:
-        """This rank's micro-batches of the step that starts at a global sample: ``[micro_batch, S]`` each."""
+        """Reads this rank's micro-batches of the step that starts at a global sample: ``[micro_batch, S]`` each."""
         return [self._batch((first_sample + rows).tolist()) for rows in self.rows(first_sample)[self._rank]]
 
     def rows(self, first_sample: int) -> Int64:
-        """Who takes which sample of the step, ``[dp_world, micro-batches, micro_batch]``, counted from its first."""
+        """Returns who takes which sample of the step, ``[dp_world, micro-batches, micro_batch]``, from its first on."""
         rows = np.arange(self.global_batch)
         if self.packing.balance is None:
             return rows.reshape(self._world, -1, self.micro_batch)
@@ -92,11 +92,11 @@ class Loader:
         return Batch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(labels)), documents)
 
     def state_dict(self) -> dict[str, str | int]:
-        """Plain JSON values, equal on all ranks: the next global sample and what identifies the data."""
+        """Returns plain JSON values, equal on all ranks: the next global sample and what identifies the data."""
         return {"next_sample": self.next_sample, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken, on any mesh.
+        """Makes the loader go on where ``state`` was taken, on any mesh.
 
         Raises ``ConfigError`` with the differences when corpus, seed or sequence length have changed, and
         ``StorageError`` when ``state`` is not one of ours.

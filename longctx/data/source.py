@@ -1,4 +1,4 @@
-"""What a data source declares, and the way from ``data.source`` to a corpus.
+"""Defines what a data source declares, and opens the corpus that ``data.source`` names.
 
 Each source's file holds its declaration; ``longctx.catalog`` maps its name to it.
 """
@@ -16,7 +16,7 @@ from longctx.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """A source's declaration.
+    """Declares a data source.
 
     ``open(config, vocab_size, verify)``: its corpus; ``verify=False`` leaves out what only a first look has to check.
     ``reads``: fields of the section ``data`` that it reads among those that not every source does. ``ids``: its tokens
@@ -38,7 +38,7 @@ class Source:
 
 
 def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Corpus:
-    """Opens what ``config`` names for a model with ids 0 to ``vocab_size - 1``.
+    """Opens the corpus that ``config`` names for a model with ids 0 to ``vocab_size - 1``.
 
     ``verify=False`` leaves out the pass over a whole token file, for runs that passed ``preflight``.
 
@@ -53,5 +53,5 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Cor
 
 
 def preflight(config: DataConfig, vocab_size: int) -> None:
-    """Raises all that opening would, before any process starts."""
+    """Raises all that opening the corpus would, before any process starts."""
     open_corpus(config, vocab_size)

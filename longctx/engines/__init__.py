@@ -1,4 +1,4 @@
-"""Who owns a step's forward, backward and update: PyTorch alone, or a framework that the user picks."""
+"""Engines own a step's forward, backward and update: PyTorch alone, or a framework that the user picks."""
 
 from longctx.engines.choose import engine_of
 from longctx.engines.contract import Engine

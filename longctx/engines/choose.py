@@ -1,4 +1,4 @@
-"""Which engine drives a model that has passed through ``parallelize``."""
+"""Builds the engine that drives a model which has passed through ``parallelize``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.parallel.pipeline import Pipeline
 
 
 def engine_of(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh) -> Engine:
-    """The engine that the configuration names; ``optimizer`` holds the parameters of ``model``."""
+    """Builds the engine that the configuration names; ``optimizer`` holds the parameters of ``model``."""
     kind: EngineKind = ENGINES.load(config.engine.name)
     return kind.drive(model, optimizer, config, mesh)
 

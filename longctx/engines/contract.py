@@ -1,4 +1,4 @@
-"""What a step needs of an engine; decisions (scale, clipping, skipping) stay in ``longctx.train``."""
+"""Defines what a step needs of an engine; decisions (scale, clipping, skipping) stay in ``longctx.train``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from longctx.sequence import LocalBatch
 
 
 class Engine(Protocol):
-    """Gradients are sums over all ranks that hold different tokens, never means."""
+    """Runs forward, backward and update of a step.
+
+    Gradients are sums over all ranks that hold different tokens, never means.
+    """
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
-        """Forward and backward of all micro-batches of a step.
+        """Runs forward and backward of all micro-batches of a step.
 
         Adds ``scale`` times the gradient of the global sum of the loss. Returns this rank's own sum of the
         loss, unscaled, a scalar; ranks that hold the same tokens return the same.
@@ -26,28 +29,28 @@ class Engine(Protocol):
         ...
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the gradient's squared norm, fp64 scalar; shares add up over all ranks."""
+        """Returns this rank's share of the gradient's squared norm, fp64 scalar; shares add up over all ranks."""
         ...
 
     def update(self, lr: float, coefficient: float) -> None:
-        """One step of the optimizer with gradients times ``coefficient``, which are then gone."""
+        """Takes one step of the optimizer with gradients times ``coefficient``, which are then gone."""
         ...
 
     def discard(self) -> None:
-        """Drops the gradients."""
+        """Drops the gradients without an update."""
         ...
 
 
 def refuses_nothing(config: Config) -> str | None:
-    """Drives every run."""
+    """Returns None for any configuration: the engine drives every run."""
     return None
 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine's declaration; ``longctx.catalog`` maps its name to it.
+    """Declares an engine; ``longctx.catalog`` maps its name to it.
 
-    ``drive(model, optimizer, config, mesh)``: the engine of a run. ``refuses``: why it does not execute a
+    ``drive(model, optimizer, config, mesh)``: builds the engine of a run. ``refuses``: why it does not execute a
     configuration, with the nearest valid choice.
     """
 

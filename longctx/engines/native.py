@@ -1,4 +1,4 @@
-"""The engine that is PyTorch alone: FSDP2 and a ``torch.optim`` optimizer."""
+"""Drives a step with PyTorch alone: FSDP2 and a ``torch.optim`` optimizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch.optim import Optimizer
 from longctx.parallel.data import as_fsdp_module, gathered_bytes
 from longctx.sequence import LocalBatch
 
-# With several micro-batches, where parameters and their gradients each fit unsharded in this many bytes, parameters
-# are gathered once a step, before the first, and gradients are reduced once, after the last. Above it both are done
-# for each, which costs traffic instead of memory.
+# How many bytes parameters, and their gradients, may take unsharded to be kept for several micro-batches. Up to it
+# parameters are gathered once a step, before the first, and gradients are reduced once, after the last. Above it both
+# are done for each micro-batch, which costs traffic instead of memory.
 UNSHARDED_BYTES = 2**30
 
 
 class NativeEngine:
-    """``model`` has passed through ``parallelize``; ``optimizer`` holds its parameters."""
+    """Drives a model with FSDP2, one micro-batch after another.
+
+    ``model`` has passed through ``parallelize``; ``optimizer`` holds its parameters.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model = model
@@ -30,6 +33,7 @@ class NativeEngine:
         self._shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
+        """Runs the micro-batches one after another; see ``Engine``."""
         total: Tensor | None = None
         once = self._once and len(batches) > 1
         for number, batch in enumerate(batches, start=1):
@@ -55,6 +59,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
+        """Returns this rank's share of the gradient's squared norm, fp64 scalar; see ``Engine``."""
         shares = [
             torch.linalg.vector_norm(_local(p.grad), dtype=torch.float64).square() / _copies(p.grad)
             for p in self.counted()
@@ -63,11 +68,12 @@ class NativeEngine:
         return torch.stack(shares).sum()
 
     def counted(self) -> Iterable[nn.Parameter]:
-        """Parameters of which this rank holds a share, each once."""
+        """Lists the parameters of which this rank holds a share, each once."""
         return self.model.parameters()
 
     @torch.no_grad()
     def update(self, lr: float, coefficient: float) -> None:
+        """Scales the gradients by ``coefficient``, takes one optimizer step and drops them."""
         if coefficient != 1.0:
             torch._foreach_mul_([_local(p.grad) for p in self.model.parameters() if p.grad is not None], coefficient)
         for group in self.optimizer.param_groups:
@@ -76,6 +82,7 @@ class NativeEngine:
         self.discard()
 
     def discard(self) -> None:
+        """Drops the gradients without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -84,7 +91,7 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _copies(gradient: Tensor) -> int:
-    """On how many ranks this shard lies, equal."""
+    """Counts the ranks that hold an equal copy of this shard."""
     if not isinstance(gradient, DTensor):
         return 1
     axes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)

@@ -1,4 +1,4 @@
-"""The engine of a pipeline: torch's schedules run the micro-batches of a step through the stages."""
+"""Drives a pipeline: torch's schedules run the micro-batches of a step through the stages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from longctx.sequence import LocalBatch
 
 
 class PipelineEngine(NativeEngine):
-    """``model`` has passed through ``parallelize``; ``optimizer`` holds the parameters of its stages.
+    """Drives the stages of a pipeline that are on this rank.
+
+    ``model`` has passed through ``parallelize``; ``optimizer`` holds the parameters of its stages.
 
     Every rank of a pipeline takes the same micro-batches. Gradients of a stage are reduced once, after its last
-    one, and its parameters stay gathered until then: with several in flight they would be gathered for each.
+    micro-batch. Its parameters stay gathered until then: with several in flight they would be gathered for each.
     """
 
     def __init__(self, model: Pipeline, optimizer: Optimizer, mesh: Mesh, schedule: str, dtype: str) -> None:
@@ -34,7 +36,7 @@ class PipelineEngine(NativeEngine):
         self._sums: list[Tensor] = []
 
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
-        """As the protocol says; the sum of the loss is the last stage's, other ranks return 0."""
+        """Runs the schedule; see ``Engine``. The sum of the loss is the last stage's, other ranks return 0."""
         first = batches[0].tokens
         rows, length = first.shape
         schedule = self._schedule_for(MicrobatchShape(len(batches), rows, length, self._parts), first.device)
@@ -52,6 +54,7 @@ class PipelineEngine(NativeEngine):
         return torch.stack(self._sums).sum() if self._sums else torch.zeros((), dtype=self._dtype, device=first.device)
 
     def counted(self) -> list[torch.nn.Parameter]:
+        """Lists the parameters of this rank's stages of which it holds a share, each once."""
         return [parameter for _, parameter in self.pipeline.own_parameters()]
 
     def _schedule_for(self, shape: MicrobatchShape, device: torch.device) -> Any:

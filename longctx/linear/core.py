@@ -1,4 +1,4 @@
-"""The core of linear layers as the model sees it."""
+"""Builds the core of linear layers as the model sees it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK = 64
 
 
 class LinearAttention:
-    """A registered strategy on the ranks of one sequence group: a ``LinearCore``.
+    """Computes linear layers by a registered strategy, on the ranks of one sequence group: a ``LinearCore``.
 
     ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here. ``chunk``:
     tokens that are computed at once.
@@ -39,7 +39,7 @@ class LinearAttention:
         log_decay: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
-        """As ``LinearCore`` says; ``plan``: the handle of the batch's plan."""
+        """Maps q, k, v to the output as ``LinearCore`` says; ``plan``: the handle of the batch's plan."""
         gates = [] if log_decay is None else [log_decay]
         _require_heads(q, k, v, log_decay, beta)
         context = (plan, self.group_name, self._strategy, self._chunk)
@@ -51,7 +51,7 @@ class LinearAttention:
         return out
 
     def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
-        """As ``LinearCore`` says; the gradients of ``weights`` are this rank's shares."""
+        """Convolves as ``LinearCore`` says; the gradients of ``weights`` are this rank's shares."""
         return convolve(xs, weights, plan, self.group_name)
 
 

@@ -1,7 +1,7 @@
-"""The contract of mixers: what a linear layer computes between its projections, and what parallelism gives it.
+"""Defines mixers: what a linear layer computes between its projections, and what parallelism gives it.
 
-A mixer is single-device code. It names the inputs that it wants of each token and head, its parameters and constants
-by head, and maps them through a core, which alone knows of other ranks. Each file of ``mixers`` holds one.
+A mixer is single-device code. It names the inputs that it wants of each token and head, and its parameters and
+constants by head. It maps them through a core, which alone knows of other ranks. Each file of ``mixers`` holds one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from longctx.sequence import Documents
 
 @dataclass(frozen=True)
 class HeadDims:
-    """Channels of one head."""
+    """Counts the channels of one head: those of its keys, and of its values."""
 
     key: int
     value: int
 
 
 class LinearCore(Protocol):
-    """What parallelism gives to single-device code.
-
-    ``group_name``: of the ranks that share the sequence, for mixers that bring operators of their own.
-    """
+    """Computes what parallelism gives to single-device code."""
 
     @property
-    def group_name(self) -> str: ...
+    def group_name(self) -> str:
+        """Names the group of the ranks that share the sequence, for mixers that bring operators of their own."""
+        ...
 
     def attend(
         self,
@@ -44,7 +43,7 @@ class LinearCore(Protocol):
         log_decay: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
-        """q, k ``[B, T/SP, H/TP, K]``, v ``[B, T/SP, H/TP, V]`` to ``[B, T/SP, H/TP, V]``; padding is 0.
+        """Maps q, k ``[B, T/SP, H/TP, K]`` and v ``[B, T/SP, H/TP, V]`` to ``[B, T/SP, H/TP, V]``; padding is 0.
 
         ``log_decay``: at most 0, by head ``[H/TP]``, token and head ``[B, T/SP, H/TP]``, or channel of the key
         ``[B, T/SP, H/TP, K]``. ``beta`` ``[B, T/SP, H/TP]``: the delta rule with a decay by token and head.
@@ -52,7 +51,7 @@ class LinearCore(Protocol):
         ...
 
     def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
-        """Short causal convolutions of each x ``[B, T/SP, H/TP, C]`` with its ``[H/TP, C, W]``, documents apart."""
+        """Convolves each x ``[B, T/SP, H/TP, C]`` causally with its short filter ``[H/TP, C, W]``, documents apart."""
         ...
 
 
@@ -60,12 +59,15 @@ Inputs = Mapping[str, Tensor]  # of tokens [B, T/SP, H/TP, c], and of heads [H/T
 
 
 def unsized(**sizes: int) -> Mixer:
+    """Stands for the sizes of a mixer that reads none; nobody calls it."""
     raise AssertionError("this mixer reads no sizes")
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """``tokens``: inputs of a token, name to channels a head. ``parameters``: what is learned of each head, name to
+    """Declares what a mixer reads of each token and head, what it learns, and how it computes.
+
+    ``tokens``: inputs of a token, name to channels a head. ``parameters``: what is learned of each head, name to
     shape. ``constants(heads, layer, layers)``: what is fixed of each head, fp64 ``[H, ...]``. ``initial`` fills a
     parameter ``[H, *shape]`` at the start of training.
 
@@ -91,12 +93,12 @@ class Mixer:
 
     @property
     def has_states(self) -> bool:
-        """Does it carry states, which a strategy moves?"""
+        """Tells whether the mixer carries states, which a strategy moves."""
         return self.transition is not None
 
 
 def get_mixer(name: str, **sizes: int | None) -> Mixer:
-    """The mixer of that name; ``sizes``: fields of the model that it reads, None for the paper's.
+    """Returns the mixer of that name; ``sizes``: fields of the model that it reads, None for the paper's.
 
     Raises ``ConfigError`` for an unknown name, and for a size that the mixer does not read.
     """
@@ -110,39 +112,51 @@ def get_mixer(name: str, **sizes: int | None) -> Mixer:
 
 
 def transition_numbers(transition: str, keys: int) -> int:
-    """Numbers a head of a segment's transition that ranks must tell each other."""
+    """Counts the numbers of a segment's transition, for each head, that ranks must tell each other."""
     return {"none": 0, "constant": 0, "scalar": 1, "diagonal": keys, "dense": keys * keys}[transition]
 
 
 def plain_tokens(widths: HeadDims) -> dict[str, int]:
-    """Queries, keys and values."""
+    """Returns the inputs of most mixers, with their channels a head: queries, keys and values."""
     return {"q": widths.key, "k": widths.key, "v": widths.value}
 
 
 def no_parameters(widths: HeadDims) -> dict[str, tuple[int, ...]]:
+    """Returns no parameters, for mixers that learn nothing."""
     return {}
 
 
 def no_constants(heads: int, layer: int, layers: int) -> dict[str, Tensor]:
+    """Returns no constants, for mixers that fix nothing by head."""
     return {}
 
 
 def nothing_to_fill(name: str, parameter: Tensor, generator: Generator) -> None:
+    """Fills nothing, for mixers without parameters."""
     raise AssertionError(f"{name}: this mixer has no parameters")
 
 
 def scan_flops(widths: HeadDims, chunk: int) -> float:
-    """A token reads and writes a state, 2 K V each, and sees half a chunk."""
+    """Counts the FLOP of a token and head in a scan.
+
+    It reads and writes a state, 2 K V each, and sees half a chunk.
+    """
     return 4.0 * widths.key * widths.value + chunk * (widths.key + widths.value)
 
 
 def delta_flops(widths: HeadDims, chunk: int) -> float:
-    """Besides the scan: what it erases, 2 K V, and the triangle of keys with its solution."""
+    """Counts the FLOP of a token and head of the delta rule.
+
+    Besides the scan: what it erases, 2 K V, and the triangle of keys with its solution.
+    """
     return scan_flops(widths, chunk) + 2.0 * widths.key * widths.value + chunk * (2 * widths.key + widths.value)
 
 
 def fill_gate(name: str, parameter: Tensor, generator: Generator) -> None:
-    """Mamba's gate (Gu and Dao, 2023): rates e^A_log from 1 to 16, steps softplus(dt_bias) from 0.001 to 0.1."""
+    """Fills the parameters of Mamba's gate (Gu and Dao, 2023).
+
+    Rates e^A_log are from 1 to 16, steps softplus(dt_bias) from 0.001 to 0.1.
+    """
     drawn = torch.rand(parameter.shape, generator=generator)
     if name == "A_log":
         parameter.copy_((1 + 15 * drawn).log())

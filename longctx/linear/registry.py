@@ -1,4 +1,4 @@
-"""What a strategy of linear layers declares: how states come and go, and what it executes exactly.
+"""Defines what a strategy of linear layers declares: how states come and go, and what it executes exactly.
 
 Each strategy's file ends with its declaration; ``longctx.catalog`` maps its name to it. The configuration, the library
 and ``longctx verify`` refuse by it before any work.
@@ -19,7 +19,7 @@ from longctx.sequence import SequencePlan
 
 @dataclass(frozen=True)
 class LinearCase:
-    """What is asked of a strategy: the sequence group's size, heads of one rank, the mixer, layout, tokens a chunk."""
+    """States what is asked of a strategy: sequence group's size, heads of one rank, mixer, layout, tokens a chunk."""
 
     world: int
     heads: int
@@ -32,8 +32,11 @@ class LinearCase:
 
 @dataclass(frozen=True)
 class LinearSizes:
-    """What a layer's states weigh on their way. ``transition``: numbers a head of a segment's transition that ranks
-    must tell each other (0, 1, K or K^2). ``wide``: bytes of an accumulator."""
+    """Counts the bytes that a layer's states take in messages.
+
+    ``transition``: numbers a head of a segment's transition that ranks must tell each other (0, 1, K or K^2). ``wide``:
+    bytes of an accumulator.
+    """
 
     batch: int
     heads: int
@@ -44,18 +47,18 @@ class LinearSizes:
 
     @property
     def state(self) -> int:
-        """Bytes of one segment's states."""
+        """Returns the bytes of one segment's states."""
         return self.batch * self.heads * self.keys * self.values * self.wide
 
     @property
     def summary(self) -> int:
-        """Bytes of one segment's states and transitions."""
+        """Returns the bytes of one segment's states and transitions."""
         return self.state + self.batch * self.heads * self.transition * self.wide
 
 
 @dataclass(frozen=True)
 class LinearStrategy:
-    """A strategy's declaration.
+    """Declares a strategy of linear layers.
 
     ``enter`` starts what brings the states that enter a rank's segments, ``leave`` the gradients of those that leave
     them. ``layout``: what it prefers. ``refuses``: why it does not execute a case exactly. ``volume(plan, rank,
@@ -71,13 +74,13 @@ class LinearStrategy:
 
 
 def get_linear(name: str) -> LinearStrategy:
-    """The strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
+    """Returns the strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
     found: LinearStrategy = LINEAR_STRATEGIES.load(name)
     return found
 
 
 def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
-    """Why the strategy does not execute this case exactly; None if it does."""
+    """Returns why the strategy does not execute this case exactly; None if it does."""
     if case.chunk < 1:
         return f"attention.chunk={case.chunk} must be at least 1 token; 64 is the default"
     if case.layout not in (*LAYOUTS, "explicit"):
@@ -120,6 +123,7 @@ def causal_only(case: LinearCase) -> str | None:
 
 
 def require_linear(strategy: LinearStrategy, case: LinearCase) -> None:
+    """Refuses a case that the strategy does not execute exactly. Raises ``ConfigError``."""
     reason = refusal(strategy, case)
     if reason:
         raise ConfigError(f"attention.linear={strategy.name} refuses: {reason}")

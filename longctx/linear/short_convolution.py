@@ -1,11 +1,11 @@
-"""Short causal convolutions along a sequence that is shared by ranks: each fetches the few tokens before its own.
+"""Computes short causal convolutions along a sequence that ranks share: each fetches the few tokens before its own.
 
     y[t] = sum over w = 0 .. W-1 of weight[W-1-w] * x[t-w], within a document
 
 Channel by channel, as in front of the gated linear mixers (Yang et al., "Gated Delta Networks", 2024; Gu and Dao,
-"Mamba", 2023). Only tokens that some document sees across the edge of a run are sent, forward in the dtype of x,
-backward their gradients in the accumulation dtype; a halo is a few rows, so both are awaited at once. Queries, keys and
-values share one halo, whose cost is that of a message; each is convolved by itself, for side by side they would have to
+"Mamba", 2023). Only tokens that some document sees across the edge of a run are sent. They go forward in the dtype of
+x, backward as gradients in the accumulation dtype. A halo is a few rows, so both are awaited at once. Queries, keys and
+values share one halo, whose cost is that of a message. Each is convolved by itself, for side by side they would have to
 be copied whole.
 """
 
@@ -25,7 +25,7 @@ from longctx.sequence.halo import CPU
 
 
 def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, group: str) -> list[Tensor]:
-    """Each x ``[B, T/SP, H, C]`` with its weight ``[H, C, W]`` to ``[B, T/SP, H, C]``, with one halo for all of them.
+    """Maps each x ``[B, T/SP, H, C]`` with its weight ``[H, C, W]`` to ``[B, T/SP, H, C]``; all share one halo.
 
     All have the same B, H, W and dtype. ``plan``: a handle, ``group``: a name. The gradients of ``weights`` are this
     rank's shares: those of its own tokens' outputs.
@@ -35,6 +35,7 @@ def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, grou
 
 
 def run_forward(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
+    """Runs the operator ``convolve`` of this rank: fetches the halo, then convolves each x with it."""
     ranks, sequence = group_named(group), plan_of(plan)
     halo = halo_of(sequence, ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
     fetched = _fetch(xs, halo, ranks, sequence)
@@ -52,6 +53,7 @@ def _forward(x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> Tensor:
 def run_backward(
     douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns gradients of each x and weight; those of other ranks' rows go home first."""
     ranks, sequence = group_named(group), plan_of(plan)
     halo = halo_of(sequence, ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
     fetched = _fetch(xs, halo, ranks, sequence)
@@ -61,7 +63,10 @@ def run_backward(
 
 
 def _backward(dout: Tensor, x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
-    """Gradients of x and the rows behind it, ``[B, T/SP + halo, H, C]`` in the accumulation dtype, and of weight."""
+    """Returns gradients of x and the halo behind it, ``[B, T/SP + halo, H, C]``, and of weight.
+
+    The first are in the accumulation dtype.
+    """
     extended, wide = torch.cat([x, fetched], 1), accumulation_dtype(x.dtype)
     taps, dout = weight.to(wide), dout.to(wide)
     dx = dout.new_zeros(extended.shape)
@@ -76,7 +81,7 @@ def _backward(dout: Tensor, x: Tensor, fetched: Tensor, weight: Tensor, halo: Ha
 
 
 def _fetch(xs: Sequence[Tensor], halo: Halo, ranks: Group, plan: SequencePlan) -> Sequence[Tensor]:
-    """Of each x the rows of other ranks that are read here, ``[B, halo, H, C]``, side by side in one message."""
+    """Fetches, for each x, the rows of other ranks that are read here, ``[B, halo, H, C]``, all in one message."""
     rows = [halo_of(plan, reader, len(halo.index), CPU).rows[ranks.rank] for reader in range(ranks.size)]
     sends = [(reader, torch.cat([its.take(x) for x in xs], -1)) for reader, its in enumerate(rows)]
     widths = [x.shape[-1] for x in xs]
@@ -85,7 +90,7 @@ def _fetch(xs: Sequence[Tensor], halo: Halo, ranks: Group, plan: SequencePlan) -
 
 
 def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: SequencePlan) -> list[Tensor]:
-    """Gradients of this rank's rows, ``[B, T/SP, H, C]``: its own shares, and what other ranks send of theirs."""
+    """Adds up gradients of this rank's rows, ``[B, T/SP, H, C]``: its own shares, and what other ranks send."""
     rows = [halo_of(plan, reader, len(halo.index), CPU).rows[ranks.rank] for reader in range(ranks.size)]
     widths = [dx.shape[-1] for dx in dxs]
     shares = torch.cat([dx[:, own:] for dx in dxs], -1).split([len(its) for its in halo.rows], 1)
@@ -99,7 +104,7 @@ def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: Seque
 
 
 def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]:
-    """Rows that ``rank`` sends forward, and of gradients backward, where it sends those of forward once more."""
+    """Counts rows that ``rank`` sends forward, and of gradients backward, where it sends those of forward once more."""
     forward = sum(len(halo_of(plan, reader, reach, CPU).rows[rank]) for reader in range(plan.world))
     return forward, halo_of(plan, rank, reach, CPU).length
 

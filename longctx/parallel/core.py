@@ -1,4 +1,4 @@
-"""The core attention that a configuration asks for."""
+"""Builds the core attention that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout that the configuration names, or the one that its strategy prefers; softmax layers choose first."""
+    """Returns the layout that the configuration names, or its strategy's preferred one; softmax layers choose first."""
     attention = config.attention
     preferred = get_strategy(attention.strategy) if "S" in config.model.pattern else get_linear(config.linear_strategy)
     name = attention.layout or preferred.layout
@@ -30,12 +30,12 @@ def layout_of(config: Config) -> Layout:
 
 
 def mask_of(config: Config) -> Mask:
-    """Decoders are causal; documents come with each batch."""
+    """Returns the run's mask: decoders are causal; documents come with each batch."""
     return Mask(causal=True, window=config.attention.window)
 
 
 def attention_case(config: Config) -> AttentionCase:
-    """What the run asks of its attention strategy, on each rank."""
+    """Returns what the run asks of its attention strategy, on each rank."""
     heads, kv_heads = config.local_heads
     return AttentionCase(
         world=config.parallel.sp,
@@ -51,9 +51,11 @@ def attention_case(config: Config) -> AttentionCase:
 
 
 def work_of(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan], int, int], float]:
-    """What attention costs a rank for a step's batches, by its stage and its place in the sequence group: (query, key)
-    cells in all its heads, of one layer, or where no layer has such, tokens. Where stages serve one another, of all
-    layers."""
+    """Returns a function that counts what attention costs a rank for a step's batches.
+
+    It takes the batches' plans, the rank's stage and its place in the sequence group. It counts (query, key) cells in
+    all heads of one layer, or tokens, where no layer has cells. Where stages serve one another, it counts all layers.
+    """
     if "S" not in config.model.pattern:
         return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
@@ -69,7 +71,7 @@ def work_of(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan], int
 
 
 def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
-    """Makes, of the plans of a step's micro-batches, what its softmax layers would plan at first use."""
+    """Returns a function that makes, of a step's plans, what softmax layers would plan at first use."""
     if "S" not in config.model.pattern:
         return lambda plans: None
     if config.attention.server_pool == "pipeline":
@@ -94,7 +96,7 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
 
 
 def core_attention(config: Config, mesh: Mesh, device: torch.device) -> StrategyAttention | StageAttention | None:
-    """One object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
+    """Builds one object for all softmax layers, if there are any; ranks of a sequence group call it at the same point.
 
     ``device``: of q, k and v, which ranks that only serve have none of.
     """
@@ -108,13 +110,13 @@ def core_attention(config: Config, mesh: Mesh, device: torch.device) -> Strategy
 
 
 def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:
-    """The same in three steps, for two halves of a micro-batch that take turns."""
+    """Builds the core attention in three steps, for two halves of a micro-batch that take turns."""
     options = attention_case(config).options
     return PingPongAttention(group_of(mesh.sequence_group), config.attention.kernel, options)
 
 
 def linear_case(config: Config) -> LinearCase:
-    """What the run asks of the strategy of its linear layers, on each rank."""
+    """Returns what the run asks of the strategy of its linear layers, on each rank."""
     attention, (heads, _) = config.attention, config.local_heads
     assert config.model.mixer is not None, "a pattern with linear layers has a mixer"
     return LinearCase(
@@ -129,7 +131,7 @@ def linear_case(config: Config) -> LinearCase:
 
 
 def linear_attention(config: Config, mesh: Mesh) -> LinearAttention | None:
-    """One object for all linear layers, if there are any."""
+    """Builds one object for all linear layers, if there are any."""
     if "L" not in config.model.pattern:
         return None
     return LinearAttention(config.linear_strategy, mesh.sequence_group, config.attention.chunk)

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, progress line, report, memory by category, wandb."""
+"""Tells what a run does: metrics, progress, memory, environment, and a report at the end."""

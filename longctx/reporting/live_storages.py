@@ -1,4 +1,4 @@
-"""Every tensor storage of a stretch of work: when it was born and died, how large it was, and in what work.
+"""Follows every tensor storage of a stretch of work: when it was born and died, how large it was, and in what work.
 
 Counted from what operators take and return, not asked of an allocator, so that it is the same on every device.
 An operator's own workspace is not seen. Categories are given afterwards, when it is known what became of each.
@@ -24,10 +24,10 @@ from longctx.attention.runtime.operands import tensors_in
 
 
 @dataclass
-class Life:
-    """Tells one storage's life. ``sizes``: (time, bytes from then on); a time is a number of operators.
+class StorageLife:
+    """Tells the life of one storage. ``sizes``: (time, bytes from then on); a time is a number of operators.
 
-    ``tag``: what it is known to be; ``region``: the work that it was born in. ``backward`` and ``recording``:
+    ``tag``: what it is known to be. ``region``: the work that it was born in. ``backward`` and ``recording``:
     was it born in a backward pass, and while a graph was being recorded? ``given``: it was there before.
     """
 
@@ -41,13 +41,13 @@ class Life:
     died: int | None = None
 
     def bytes_at(self, time: int) -> int:
-        """Tells how large it was at a time; 0 after its death."""
+        """Tells how large the storage was at a time; 0 after its death."""
         if self.died is not None and time > self.died:
             return 0
         return next((size for start, size in reversed(self.sizes) if start <= time), 0)
 
     def changes(self) -> Iterator[tuple[int, int]]:
-        """Lists (time, how many bytes more than before)."""
+        """Lists the storage's changes: (time, how many bytes more than before)."""
         before = 0
         for time, size in self.sizes:
             yield time, size - before
@@ -73,9 +73,9 @@ class LiveStorages(TorchDispatchMode):
         self.device = device
         self.implementations = implementations
         self.time = 0
-        self.lives: list[Life] = []
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], Life]] = {}
-        self._watched: dict[int, tuple[weakref.ref[torch.UntypedStorage], Life]] = {}
+        self.lives: list[StorageLife] = []
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], StorageLife]] = {}
+        self._watched: dict[int, tuple[weakref.ref[torch.UntypedStorage], StorageLife]] = {}
         self._region: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +135,7 @@ class LiveStorages(TorchDispatchMode):
         most = max(totals)
         return totals.index(most), most
 
-    def _notice(self, tensor: Tensor, given: bool = False) -> Life | None:
+    def _notice(self, tensor: Tensor, given: bool = False) -> StorageLife | None:
         if isinstance(tensor, FakeTensor | DTensor | AsyncCollectiveTensor) or tensor.device.type != self.device:
             return None
         storage = tensor.untyped_storage()
@@ -145,7 +145,7 @@ class LiveStorages(TorchDispatchMode):
             self._resize(known[1], size)
             return known[1]
         backward = torch._C._current_graph_task_id() != -1
-        life = Life([(self.time, size)], None, self._region, backward, torch.is_grad_enabled(), given)
+        life = StorageLife([(self.time, size)], None, self._region, backward, torch.is_grad_enabled(), given)
         self.lives.append(life)
 
         def died(_: weakref.ref[torch.UntypedStorage]) -> None:
@@ -165,6 +165,6 @@ class LiveStorages(TorchDispatchMode):
             if storage is not None:
                 self._resize(life, storage.nbytes())
 
-    def _resize(self, life: Life, size: int) -> None:
+    def _resize(self, life: StorageLife, size: int) -> None:
         if size != life.sizes[-1][1]:
             life.sizes.append((self.time, size))

@@ -1,4 +1,4 @@
-"""Where the memory of a step goes: bytes by category at the moment when most of them are in use.
+"""Measures where the memory of a step goes: bytes by category at the moment when most of them are in use.
 
 One step of a run is taken under a mode that sees every storage come and go. It computes the same numbers as any
 other, more slowly.
@@ -25,7 +25,7 @@ from longctx.mesh import Mesh
 from longctx.model import Decoder, Vocabulary
 from longctx.operators import IMPLEMENTATIONS
 from longctx.parallel.host_memory import host_buffers
-from longctx.reporting.live_storages import Life, LiveStorages
+from longctx.reporting.live_storages import LiveStorages, StorageLife
 from longctx.sequence import LocalBatch
 
 _log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ CATEGORIES = {
 }
 
 
-def category_of(life: Life) -> str:
-    """Tells what a storage was, from all that became of it."""
+def category_of(life: StorageLife) -> str:
+    """Tells the category of a storage from all that became of it."""
     if life.tag in CATEGORIES and life.region != "loss":
         return life.tag
     if life.region == "loss":
@@ -82,7 +82,7 @@ class StepMemory:
 
     @contextmanager
     def measured(self, step: HasEngine) -> Iterator[dict[str, int]]:
-        """Fills what it yields at the end: bytes by category, their sum under ``peak``."""
+        """Yields a mapping that it fills at the end: bytes by category, their sum under ``peak``."""
         storages = LiveStorages(self._device.type, IMPLEMENTATIONS)
         found: dict[str, int] = {}
         engine, vocabularies = step.engine, [model.vocabulary for model in self._models]
@@ -103,7 +103,7 @@ class StepMemory:
         found.update(by_category(storages))
 
     def write(self, found: dict[str, int], step: int, mesh: Mesh) -> None:
-        """Writes what each rank found in ``step`` into ``memory.json``; all ranks call it, rank 0 writes."""
+        """Writes what each rank measured in ``step`` into ``memory.json``; all ranks call it, rank 0 writes."""
         host = sum(buffer.numel() for model in self._models for buffer in host_buffers(model))
         names = [*found, "host"]
         rows = gather_numbers([*found.values(), host], mesh.world_group, self._device)
@@ -117,7 +117,7 @@ class StepMemory:
             _log.warning("%s is left out: %s", MEMORY, error)
 
     def _tag(self, storages: LiveStorages) -> None:
-        """Before the step, and again after it for what the step has made."""
+        """Tags what is there before the step, and again after it what the step has made."""
         for model in self._models:
             for parameter in model.parameters():
                 storages.tag(parameter.detach(), "parameters")
@@ -139,7 +139,7 @@ def by_category(storages: LiveStorages) -> dict[str, int]:
 
 
 class _Watched:
-    """An engine whose gradients are known for what they are before the update uses them up."""
+    """Wraps an engine so that gradients are known for what they are before the update uses them up."""
 
     def __init__(self, engine: Engine, models: Sequence[Decoder], storages: LiveStorages) -> None:
         self._engine, self._models, self._storages = engine, models, storages

@@ -1,4 +1,4 @@
-"""What a step cost: time, arithmetic, traffic and memory. What cannot be known here is None."""
+"""Measures what a step cost: time, arithmetic, traffic and memory. What cannot be known here is None."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Looks up the peak of one device; None for what no data sheet of ours names."""
+    """Looks up the peak FLOP/s of one device; None for what no data sheet of ours names."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -73,9 +73,9 @@ def _unknown() -> None:
 class Meter:
     """Counts what each step costs this rank, and puts it together with the others' counts.
 
-    ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end?
-    ``peak``: FLOP/s of one device. ``work``: cells that a rank computes of a step's batches, by its stage and its place
-    in the sequence group. ``every_stage``: ranks of all stages tell of theirs, which otherwise the first stands for.
+    ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end? ``peak``: FLOP/s
+    of one device. ``work``: cells that a rank computes of a step's batches, by its stage and its place in the sequence
+    group. ``every_stage``: ranks of all stages tell of theirs; otherwise the first stage stands for all.
     """
 
     mesh: Mesh
@@ -95,14 +95,14 @@ class Meter:
         return Observation.of(self._counts(batches).gathered(self.mesh.world_group, self.device))
 
     def _counts(self, batches: Sequence[LocalBatch]) -> RankCounts:
-        """This rank's own facts of the step that has just been taken."""
+        """Counts this rank's own facts of the step that has just been taken."""
         plans, me = [batch.plan for batch in batches], self.mesh.sequence_rank
         # Each sequence is counted by the first rank of its group, each token by one of those that hold it.
         counts = self.mesh.counts_tokens
         whole = plans if counts and me == 0 else []
         before, self._sent = self._sent, self._all_sent()
         return RankCounts(
-            tells=counts or (self.every_stage and self.mesh.leads_tensor),
+            reports_work=counts or (self.every_stage and self.mesh.leads_tensor),
             cells=sum(plan.work(me) for plan in plans) if counts else 0,
             work=self.work(plans, self.mesh.pipeline.get_local_rank(), me),
             longest_document=max(longest_document(plan, me) for plan in plans),

@@ -1,4 +1,4 @@
-"""What a run tells of each step, and to whom: ``metrics.jsonl``, the console, wandb, a report at the end.
+"""Sends each step's record to ``metrics.jsonl``, the console and wandb, and writes a report at the end.
 
 ``metrics.jsonl`` is the store of record: one JSON object per step, flushed at once. The others are made from
 the same records, and none of them may end a run.
@@ -58,7 +58,7 @@ def open_sink(
 
 
 class NullSink:
-    """Drops what ranks other than 0 tell."""
+    """Drops every record, on ranks other than 0."""
 
     def step(self, record: dict[str, Any]) -> None:
         """Drops the record."""

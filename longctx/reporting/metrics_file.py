@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the record of a run, one JSON object per step."""
+"""Writes and reads ``metrics.jsonl``: the record of a run, one JSON object per step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class JsonLines:
             unfinished.replace(path)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Appends a line. JSON has no NaN: such a number is null, and ``nonfinite`` names it."""
+        """Appends a record as one line. JSON has no NaN: such a number is null, and ``nonfinite`` names it."""
         line = {key: _plain(record[key]) for key in KEYS}
         nonfinite = [k for k in KEYS if line[k] is None and (record[k] is not None or k in ALWAYS_KNOWN)]
         if nonfinite:
@@ -65,14 +65,14 @@ class JsonLines:
             self._file.flush()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Makes all lines durable."""
+        """Makes all lines durable on disk."""
         with _storage(self._path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Reads the records of a ``metrics.jsonl``, each step once and ascending; a line that a crash tore is left out."""
+    """Reads the records of a ``metrics.jsonl``, each step once and ascending; skips a line that a crash tore."""
     if not path.exists():
         return
     last = 0

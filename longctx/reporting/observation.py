@@ -1,4 +1,4 @@
-"""What the ranks of a run know of one step: each by itself, and all of them together."""
+"""Defines what the ranks of a run know of one step: each by itself, and all of them together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from longctx.comm.rank_numbers import gather_numbers
 class RankCounts:
     """Holds the facts of one step that one rank knows by itself.
 
-    ``tells``: it is one of those whose work the report shows. ``cells``: attention cells of its own queries, 0 where
-    another rank counts them. ``work``: cells that it computed. ``longest_document``: tokens of the longest document of
+    ``reports_work``: the report shows its work. ``cells``: attention cells of its own queries, 0 where another rank
+    counts them. ``work``: cells that it computed. ``longest_document``: tokens of the longest document of
     which it holds some. ``valid_tokens``, ``physical_tokens``: what it holds, without and with padding. ``tokens``,
     ``full_cells``: of whole sequences, 0 on all but the first rank of a sequence group. ``sent_bytes``,
     ``bytes_between_nodes``: what its attention sent, and what of that went to other nodes. ``memory_peak_bytes``: None
     where it is unknown. ``stop``: it was asked to end.
     """
 
-    tells: bool
+    reports_work: bool
     cells: float
     work: float
     longest_document: int
@@ -46,12 +46,12 @@ class RankCounts:
 
     @classmethod
     def _of(cls, numbers: dict[str, float]) -> RankCounts:
-        """The same from the numbers that travelled, by name."""
+        """Builds the counts from the numbers that travelled, by name."""
         memory = numbers.pop("memory_peak_bytes")
         exact: dict[str, Any] = {
             name: value if name in ("cells", "work") else int(value) for name, value in numbers.items()
         }
-        exact |= {name: bool(exact[name]) for name in ("tells", "stop")}
+        exact |= {name: bool(exact[name]) for name in ("reports_work", "stop")}
         return cls(**exact, memory_peak_bytes=None if memory < 0 else int(memory))
 
 
@@ -59,11 +59,13 @@ class RankCounts:
 class Observation:
     """Holds the facts of one step that all ranks know, equal on all of them.
 
-    ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a
-    rank over the mean. ``work``, ``bytes``, ``bytes_between_nodes``: of each rank that tells of its work, the cells
-    that it computes, what its attention sent, and what of that went to other nodes. ``straggler``: tokens of the
-    longest document of the busiest one. ``padding``: share of the physical tokens that are none. ``comm_bytes``,
-    ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``: somebody was asked to stop.
+    ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a rank over the
+    mean. ``straggler``: tokens of the longest document of the busiest rank. ``padding``: share of the physical tokens
+    that are none. ``comm_bytes``, ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``:
+    somebody was asked to stop.
+
+    These are of each rank that reports its work. ``work``: cells that it computes. ``bytes``: what its attention sent.
+    ``bytes_between_nodes``: what of that went to other nodes.
     """
 
     tokens: int
@@ -83,7 +85,7 @@ class Observation:
     @classmethod
     def of(cls, ranks: Sequence[RankCounts]) -> Observation:
         """Puts together what all ranks of the world counted."""
-        telling = [rank for rank in ranks if rank.tells]
+        telling = [rank for rank in ranks if rank.reports_work]
         work = [rank.work for rank in telling]
         memories = [rank.memory_peak_bytes for rank in ranks]
         known = [memory for memory in memories if memory is not None]

@@ -1,4 +1,4 @@
-"""The line that a person watches: step, loss, speed, time left."""
+"""Writes the line that a person watches: step, loss, speed, time left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GAP = 2  # columns between two words
 
 
 @dataclass(frozen=True)
-class Progressed:
+class ProgressText:
     """Holds one step in words, and which share of all steps is done."""
 
     share: float
@@ -34,7 +34,7 @@ class Progressed:
     left: str
 
     def line(self) -> str:
-        """Writes all of it, as a log keeps it."""
+        """Writes step, loss, speed and time left as one line of a log."""
         return "  ".join((self.step, self.loss, self.grad, self.lr, f"{self.speed} tokens/s", f"ETA {self.left}"))
 
     def before_bar(self, width: int) -> list[str]:
@@ -79,14 +79,14 @@ class Progress:
             self._stream.flush()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Ends the line."""
+        """Ends the line, so that what follows starts on a new one."""
         if self._live is not None and self._live.is_started:
             self._live.stop()
         self._stream.flush()
 
-    def _progressed(self, record: dict[str, Any]) -> Progressed:
+    def _progressed(self, record: dict[str, Any]) -> ProgressText:
         step, width = record["step"], len(str(self._steps))
-        return Progressed(
+        return ProgressText(
             share=step / self._steps,
             step=f"step {step:>{width}}/{self._steps}",
             loss=f"loss {number(record['loss'], '.4f')}",
@@ -96,7 +96,7 @@ class Progress:
             left=duration((self._steps - step) * statistics.median(self._seconds)),
         )
 
-    def _rewrite(self, live: Live, progressed: Progressed) -> None:
+    def _rewrite(self, live: Live, progressed: ProgressText) -> None:
         if not live.is_started:
             live.start()
             # A run that is killed must not leave a terminal without a cursor.
@@ -106,7 +106,7 @@ class Progress:
 
 
 def _live(stream: TextIO) -> Live | None:
-    """A line that can be rewritten; None on a terminal that cannot move its cursor."""
+    """Opens a line that can be rewritten; None on a terminal that cannot move its cursor."""
     # Imported here: most runs write into a log.
     from rich.console import Console
     from rich.live import Live
@@ -116,8 +116,8 @@ def _live(stream: TextIO) -> Live | None:
     return None if console.is_dumb_terminal else Live(console=console, auto_refresh=False, redirect_stderr=False)
 
 
-def _drawn(progressed: Progressed, width: int) -> RenderableType:
-    """One line of at most ``width`` columns, with a bar wherever there is room for one."""
+def _drawn(progressed: ProgressText, width: int) -> RenderableType:
+    """Draws one line of at most ``width`` columns, with a bar wherever there is space for one."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -141,7 +141,7 @@ def _columns(words: list[str]) -> int:
 
 
 def _fitting(words: list[str], width: int) -> list[str]:
-    """The first of ``words`` that fit beside one another."""
+    """Returns the first of ``words`` that fit beside one another."""
     while words and _columns(words) > width:
         words = words[:-1]
     return words

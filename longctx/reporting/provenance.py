@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware, data and the canary's verdict, in ``environment.json``."""
+"""Records what a run ran on: versions, commit, hardware, data and the canary's verdict, in ``environment.json``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit(package: Path) -> str | None:
-    """The commit that the package's files come from, "+changes" behind it when they differ from it.
+    """Returns the commit that the package's files come from, "+changes" behind it when they differ from it.
 
     None for an installed package, even where its environment lies inside a checkout of something else.
     """

@@ -1,4 +1,4 @@
-"""wandb, where it is installed: a view of the run, never its record, and no way for secrets to leave.
+"""Sends a run to wandb, where it is installed: a view of the run, never its record, and no way for secrets to leave.
 
 Its own console capture, git remote, command line and machine data stay off: they may hold credentials.
 """

@@ -1,4 +1,4 @@
-"""Numbers as people read them: three digits and a unit, hours and minutes."""
+"""Writes numbers as people read them: three digits and a unit, hours and minutes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def quantity(value: float) -> str:
-    """Writes three digits and a unit: 950, 18.2k, 3.41M."""
+    """Writes a number with three digits and a unit: 950, 18.2k, 3.41M."""
     unit, *larger = ("", "k", "M", "G", "T")
     while abs(value) >= 999.5 and larger:
         unit, *larger = larger
@@ -19,7 +19,7 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Writes hours, minutes and seconds; hours only where there are any."""
+    """Writes a time in hours, minutes and seconds; hours only where there are any."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

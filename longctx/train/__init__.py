@@ -1,1 +1,1 @@
-"""The training loop and what it needs: the step, the optimizer, state on disk, metrics, the canary."""
+"""Trains a model: the loop, the optimizer step, the optimizer, batches read ahead, and the start-up canary."""

@@ -1,4 +1,4 @@
-"""Where whole sequences become this rank's share of them."""
+"""Cuts whole sequences into this rank's share of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BatchSharder:
         return make_plan(batch.documents, self.mask, self.layout, length, self.size, self.multiple)
 
     def __call__(self, batch: Batch, plan: SequencePlan | None = None) -> LocalBatch:
-        """``[B, S]`` to ``[B, T/SP]``; ``plan``: the batch's, where it has been made before."""
+        """Cuts ``[B, S]`` to this rank's ``[B, T/SP]``; ``plan``: the batch's, where it has been made before."""
         local = cut(batch, plan or self.plan(batch), self.rank)
         return replace(
             local,

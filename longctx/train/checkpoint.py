@@ -1,4 +1,4 @@
-"""Former home of ``longctx.checkpoint``: the name stays for scripts that import it."""
+"""Keeps the former name of ``longctx.checkpoint``, for scripts that import it."""
 
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 

@@ -1,4 +1,4 @@
-"""AdamW, and a learning rate that is a pure function of the step."""
+"""Builds AdamW, and a learning rate that is a pure function of the step."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 class WarmupCosine:
     """Raises the learning rate linearly, then lets it fall by a cosine.
 
-    It reaches ``lr`` after ``warmup_steps`` and ``min_lr_ratio * lr`` at ``steps``.
-
-    Its only state is how many steps are done.
+    It reaches ``lr`` after ``warmup_steps`` and ``min_lr_ratio * lr`` at ``steps``. Its only state is how many steps
+    are done.
     """
 
     def __init__(self, config: OptimConfig, steps: int) -> None:
@@ -67,7 +66,7 @@ class WarmupCosine:
         return {"done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the steps that a checkpoint counts."""
+        """Makes the schedule go on after the steps that a checkpoint counts."""
         done = state.get("done")
         if type(done) is not int or done < 0:
             raise StorageError(f"the schedule in the checkpoint is damaged: done={done!r}, must be a count of steps")

@@ -1,8 +1,8 @@
-"""The next step's batches, read and planned while the present one runs.
+"""Reads and plans the next step's batches while the present one runs.
 
-Who serves which attention cells follows from document lengths alone, long before the tokens are needed; worked out
-in the first layer's forward it would stand still for all ranks. A thread of its own reads the samples and plans them;
-it makes nothing but host memory and talks to no rank. Cutting, and moving to the device, stay with the caller.
+Who serves which attention cells follows from document lengths alone, long before the tokens are needed. Worked out in
+the first layer's forward it would stand still for all ranks. A thread of its own reads the samples and plans them. It
+makes nothing but host memory and talks to no rank. Cutting, and moving to the device, stay with the caller.
 """
 
 from __future__ import annotations

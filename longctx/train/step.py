@@ -1,4 +1,4 @@
-"""One optimizer step: the loss is a global sum over a global count, and every decision is made by all ranks.
+"""Takes one optimizer step: the loss is a global sum over a global count, and every decision is made by all ranks.
 
     count   = valid tokens of all micro-batches of all ranks
     grad    = sum over ranks and micro-batches of d(local loss sum) / count
@@ -29,7 +29,7 @@ _NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True)
 class StepResult:
-    """Tells what a step came to, equal on all ranks.
+    """Tells what an optimizer step came to, equal on all ranks.
 
     ``loss``: per valid token of the whole global batch; None when there was none. ``grad_norm``: before
     clipping. ``skipped``: the update was left out, because a number was not finite or no token was valid.
@@ -74,7 +74,7 @@ class TrainStep:
         return result
 
     def gradients(self, batches: Sequence[LocalBatch]) -> StepResult:
-        """Leaves the step's gradients, unclipped, in the engine."""
+        """Computes the step's gradients, unclipped, and leaves them in the engine."""
         valid = sum(batch.valid_tokens for batch in batches)
         count = int(sum(row[0] for row in gather_numbers([valid], self._mesh.token_group, self._device)))
         loss = self.engine.accumulate(batches, 1.0 / max(count, 1))

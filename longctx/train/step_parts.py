@@ -1,4 +1,4 @@
-"""Everything that takes an optimizer step, apart from what a trainer does around it."""
+"""Collects everything that takes an optimizer step, apart from what a trainer does around it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from longctx.train.step import TrainStep
 
 @dataclass(frozen=True)
 class StepParts:
-    """``state``: model, optimizer, schedule and loader. ``memory``: None for a run that does not measure it."""
+    """Holds the parts that take an optimizer step.
+
+    ``state``: model, optimizer, schedule and loader. ``memory``: None for a run that does not measure it.
+    """
 
     state: TrainState
     step: TrainStep

@@ -1,4 +1,4 @@
-"""The loop: batches, steps, metrics, checkpoints, and an orderly stop. Who does each is given to it."""
+"""Runs the training loop: batches, steps, metrics, checkpoints, and an orderly stop. Who does each is given to it."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_a_refused_strategy_is_listed_and_not_run(monkeypatch, capsys):
     def alone(module, config, command, world, job):
         return Cluster(world, trace=False).run(lambda: found(module, config, command, world, job))[0]
 
-    monkeypatch.setattr(bench_attention, "on_processes", alone)
+    monkeypatch.setattr(bench_attention, "run_on_processes", alone)
     words = ["--strategies", "ring,ulysses", "--repeats", "1", "parallel.sp=3", "data.seq_len=96"]
     assert main(["bench", "attention", *words]) == 0
     out = capsys.readouterr().out

@@ -174,8 +174,8 @@ def test_without_a_launcher_it_starts_its_own_and_tells_people(tmp_path, monkeyp
 def test_a_crowded_machine_is_told(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     config = compose(["parallel.sp=4"])
-    from longctx.launcher.commands.bench.ranks import crowded
+    from longctx.launcher.commands.bench.ranks import oversubscription
 
-    assert crowded(config, 4) == "4 processes on 2 cores: times measure the scheduler as well"
-    assert crowded(config, 2) is None
+    assert oversubscription(config, 4) == "4 processes on 2 cores: times measure the scheduler as well"
+    assert oversubscription(config, 2) is None
     assert bench_step.WARM_UP >= 2, "the optimizer's state and FSDP2's streams are made in the first"

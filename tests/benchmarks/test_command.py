@@ -118,7 +118,7 @@ from pathlib import Path
 from benchmarks.hosts.memory_group import MemoryGroup
 group = MemoryGroup(Path(sys.argv[1]))
 group.join()
-group.limit(group.taken() + (32 << 20))
+group.limit(group.in_use() + (32 << 20))
 held = bytearray(int(sys.argv[2]) << 20)
 """
 

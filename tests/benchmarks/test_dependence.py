@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.commands.link import predicted
 from benchmarks.dependence import chained_seconds
-from benchmarks.link import PASSES, busiest, crossing
+from benchmarks.link import PASSES, busiest, bytes_between_nodes
 from longctx.options import StrategyOptions
 from longctx.verify import VerifyCase
 
@@ -110,7 +110,7 @@ def case_of(route: str, causal: bool, layout: str = "zigzag") -> VerifyCase:
 
 def busy(case: VerifyCase) -> list[float]:
     """Bytes on the busier direction over the rate."""
-    closed = crossing(case, 2)
+    closed = bytes_between_nodes(case, 2)
     return [busiest({edge: getattr(cost, name) for edge, cost in closed.items()}) / 1e6 for name in PASSES]
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch.distributed as dist
 
-from benchmarks.linear import LinearCell, _Entrant, _sides, floor_of, lengths_of, pass_of, unevenness
+from benchmarks.linear import LinearCell, _Entrant, _sides, floor_of, largest_deviation, lengths_of, pass_of
 from longctx.bench.timing import Timing
 from longctx.linear import delta_rule as delta
 from longctx.linear import diagonal
@@ -96,9 +96,9 @@ def cell(seq, seconds, strategy="lasp2"):
 
 
 def test_time_of_a_token_is_uneven_by_its_worst_length():
-    assert unevenness([cell(100, 1.0), cell(200, 2.0)]) == 0
+    assert largest_deviation([cell(100, 1.0), cell(200, 2.0)]) == 0
     # 8, 10 and 12 ms: 10 in the mean, 20 % off.
-    assert unevenness([cell(100, 0.8), cell(200, 2.0), cell(400, 4.8)]) == pytest.approx(0.2)
+    assert largest_deviation([cell(100, 0.8), cell(200, 2.0), cell(400, 4.8)]) == pytest.approx(0.2)
     cells = [cell(200, 1.0, "lasp"), cell(100, 1.0), cell(100, 1.0, "lasp")]
     assert [(name, [one.seq for one in row]) for _, name, row in lengths_of(cells)] == [
         ("lasp", [100, 200]),

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.commands import late_link as bench_late_link
 from benchmarks.commands import linear as bench_linear
-from benchmarks.commands.late_link import ROUTES, Late, pinged
+from benchmarks.commands.late_link import ROUTES, LateTimes, measured_latency
 from benchmarks.hosts.namespaces import Namespaces
 from benchmarks.late_link import Exposed
 from benchmarks.linear import LinearCell
@@ -86,7 +86,7 @@ def test_nothing_comes_sooner_than_the_latency(latency, rate, monkeypatch):
     monkeypatch.setattr(bench_late_link, "PASSED_ROUND", 10)
     with Namespaces(bench_late_link.RANKS, rate, latency) as nodes:
         assert len(switches()) == 1
-        assert pinged(nodes).low >= latency
+        assert measured_latency(nodes).low >= latency
     assert not namespaces() and not switches()
 
 
@@ -193,7 +193,7 @@ def test_ratios_beside_their_prediction_are_told():
         return dict.fromkeys(("forward", "backward"), Exposed((measured,), (predicted,)))
 
     exposed = dict(zip(ROUTES, (passes(0.01, 0.01), passes(0.02, 0.02), passes(0.05, 0.03)), strict=True))
-    late = Late(Timing.of([5.0]), exposed, {})
+    late = LateTimes(Timing.of([5.0]), exposed, {})
     text = bench_late_link.report(late, argparse.Namespace(latency_ms=5.0, latency_tokens=64, repeats=1))
     assert "| LASP | both | 40.0 (40.0-40.0) | 40.0 (40.0-40.0) | +0% |" in text
     assert "LASP exposes 2.00 times as much as LASP-2; the traces predict 2.00: +0% (kept: 20%)" in text

@@ -11,11 +11,11 @@ from benchmarks.attention import local_inputs
 from benchmarks.link import (
     HEADERS,
     PASSES,
-    Passed,
-    Silent,
+    NoComputeKernel,
+    PassTraffic,
     as_predicted,
     busiest,
-    crossing,
+    bytes_between_nodes,
     judged,
     measure,
     sizes_of,
@@ -81,7 +81,7 @@ def check(case: VerifyCase, nodes: int) -> None:
     assert {edge: cost.forward for edge, cost in by_edge.items() if cost.forward} == forward
     assert {edge: cost.forward + cost.backward for edge, cost in by_edge.items()} == both
     per_node = case.world // nodes
-    for (source, target), cost in crossing(case, nodes).items():
+    for (source, target), cost in bytes_between_nodes(case, nodes).items():
         between = [edge for edge in both if (edge[0] // per_node, edge[1] // per_node) == (source, target)]
         assert cost.forward == sum(forward.get(edge, 0) for edge in between)
         assert cost.forward + cost.backward == sum(both[edge] for edge in between)
@@ -132,7 +132,9 @@ def case_of(strategy: str, inner: int = 1, kv_heads: int = 8, causal: bool = Fal
 def test_without_a_mask_a_flat_ring_crosses_three_blocks_and_the_others_two():
     """A block is a rank's keys and values; a flat ring has one edge each way between the nodes."""
     block = 2 * 16 * 8 * 8 * 4
-    flat, double, swapping = (crossing(case_of(*route), 2) for route in (("ring",), ("burst", 2), ("usp", 2)))
+    flat, double, swapping = (
+        bytes_between_nodes(case_of(*route), 2) for route in (("ring",), ("burst", 2), ("usp", 2))
+    )
     for way in ((0, 1), (1, 0)):
         assert [routes[way].forward for routes in (flat, double, swapping)] == [3 * block, 2 * block, 2 * block]
         assert (flat[way].backward, swapping[way].backward) == (6 * block, 4 * block)
@@ -148,14 +150,14 @@ def test_the_busiest_link_counts_all_that_a_node_sends_or_receives():
 
 def test_what_has_no_closed_form_by_receiver_is_a_mistake_of_the_caller():
     with pytest.raises(AssertionError, match="gather"):
-        crossing(replace(case_of("ring"), strategy="gather"), 2)
+        bytes_between_nodes(replace(case_of("ring"), strategy="gather"), 2)
     with pytest.raises(AssertionError, match="3 nodes"):
-        crossing(case_of("ring"), 3)
+        bytes_between_nodes(case_of("ring"), 3)
 
 
 @pytest.fixture
 def silent_kernel(monkeypatch):
-    monkeypatch.setitem(KERNELS, "silent", "benchmarks.link:Silent")
+    monkeypatch.setitem(KERNELS, "silent", "benchmarks.link:NoComputeKernel")
 
 
 @pytest.mark.parametrize(("strategy", "inner"), [("ring", 1), ("burst", 2), ("usp", 2)])
@@ -185,9 +187,9 @@ def test_measuring_counts_each_pass_of_each_repeat(silent_kernel):
         assert all(row.edges_equal and node.counted == node.formula for row in rows for node in row.nodes)
 
 
-def seen(case: VerifyCase, seconds: float, beyond: int = 0, stray: int = 0) -> list[list[list[Passed]]]:
+def seen(case: VerifyCase, seconds: float, beyond: int = 0, stray: int = 0) -> list[list[list[PassTraffic]]]:
     """What four ranks would see: the closed form, ``beyond`` bytes and 10 packets on the links."""
-    closed, plan, sizes = crossing(case, 2), case.plan(), sizes_of(case)
+    closed, plan, sizes = bytes_between_nodes(case, 2), case.plan(), sizes_of(case)
     ranks = []
     for rank in range(4):
         both = []
@@ -198,7 +200,7 @@ def seen(case: VerifyCase, seconds: float, beyond: int = 0, stray: int = 0) -> l
             by[3 - rank] = by.get(3 - rank, 0) + stray
             node = rank // 2
             on_link = getattr(closed[node, 1 - node], name) + 10 * HEADERS + beyond
-            both.append(Passed(seconds, by, on_link, 10))
+            both.append(PassTraffic(seconds, by, on_link, 10))
         ranks.append([both, both])
     return ranks
 
@@ -208,7 +210,7 @@ def test_the_verdict_compares_links_and_counts_with_the_closed_form():
     right = judged(case, 2, 1, seen(case, 1.0), (2.0, 4.0))
     assert all(row.edges_equal and node.unexplained == 0 for row in right for node in row.nodes)
     for row, name, chained in zip(right, PASSES, (2.0, 4.0), strict=True):
-        most = max(getattr(cost, name) for cost in crossing(case, 2).values())
+        most = max(getattr(cost, name) for cost in bytes_between_nodes(case, 2).values())
         assert row.busy == pytest.approx(most * 8 / 1e6)
         assert row.predicted == chained and row.ratio == pytest.approx(1 / chained)
     more = judged(case, 2, 1, seen(case, 1.0, beyond=100), (2.0, 4.0))
@@ -238,4 +240,4 @@ def test_the_silent_kernel_is_never_chosen_by_auto(silent_kernel):
 
     for dtype, heads in itertools.product((torch.float64, torch.float32), (1, 8)):
         problem = KernelProblem("cpu", dtype, heads, 1, 12345 + heads)
-        assert select_kernel("auto", problem).name != Silent.name
+        assert select_kernel("auto", problem).name != NoComputeKernel.name

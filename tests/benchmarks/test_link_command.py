@@ -70,10 +70,14 @@ def talk(nodes: Namespaces, sender: int) -> tuple[float, int]:
     """A megabyte from ``sender`` to node 1: seconds, and what the sender's link carried, less headers."""
     words = [sys.executable, "-c", TALK]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([*nodes.within(1), *words, "listen"], stdout=subprocess.PIPE, env=environment) as listener:
+    with subprocess.Popen([*nodes.prefix(1), *words, "listen"], stdout=subprocess.PIPE, env=environment) as listener:
         assert listener.stdout is not None and listener.stdout.readline() == b"ready\n"
         done = subprocess.run(
-            [*nodes.within(sender), *words, "10.77.0.2"], capture_output=True, text=True, check=True, env=environment
+            [*nodes.prefix(sender), *words, "10.77.0.2"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
     seconds, sent, packets = done.stdout.split()
     return float(seconds), int(sent) - HEADERS * int(packets)

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as some
 
-from benchmarks.late_link import Exposed, ExposedRatio, Seen, in_order, judged
-from benchmarks.waiting import Compute, Post, Wait, program_of, replay, waited
+from benchmarks.late_link import Exposed, ExposedRatio, PassTimeline, in_order, judged
+from benchmarks.waiting import Compute, Post, Wait, program_of, replay, wait_seconds
 from longctx.comm import ExchangeEvent, exchange, group_of
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
@@ -101,7 +101,7 @@ def test_a_program_is_what_lies_between_the_lines_of_a_diary():
     assert program_of(timeline, 0.5, 10.0) == [
         Compute(1.0), Post(3, (1,), (2,)), Compute(2.5), Wait(3), Compute(0.25), Post(4, (), (2,)), Compute(0.75),
     ]  # fmt: skip
-    assert waited(timeline) == 5.0
+    assert wait_seconds(timeline) == 5.0
 
 
 def diaries(case):
@@ -190,7 +190,7 @@ def late_case():
     """Two ranks, two repeats: rank 1 waits 12 (then 14) for a message that the replay has at 10, then nothing."""
 
     def seen(timeline, ended):
-        return Seen(0.0, ended, tuple(timeline))
+        return PassTimeline(0.0, ended, tuple(timeline))
 
     send = [ExchangeEvent(True, 0, 0.0, 0.0, (1,)), ExchangeEvent(False, 0, 0.0, 5.0)]
     quiet = seen([], 1.0)

@@ -94,7 +94,7 @@ def test_of_two_that_end_together_the_cause_is_told(monkeypatch, looks, failed, 
     monkeypatch.setattr(processes, "LOOK", 0)
     monkeypatch.setattr(processes, "SETTLE", 0)
     ends = processes._ends([Process(*found) for found in looks], time.monotonic() + 0.2)
-    assert ends == processes.Ends(statuses, failed)
+    assert ends == processes.ExitStatuses(statuses, failed)
     assert ends.in_time == (failed is not None or None not in statuses)
 
 

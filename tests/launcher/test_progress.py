@@ -4,7 +4,7 @@ import io
 import threading
 
 from longctx.launcher import progress as shown
-from longctx.launcher.progress import about, followed, from_file, line, progress, to_file
+from longctx.launcher.progress import from_file, labelled, line, progress, to_file, with_progress
 
 
 class Stream(io.StringIO):
@@ -62,7 +62,7 @@ def test_ranks_leave_word_in_a_file(tmp_path):
     to_file(tmp_path, 1)(9, 9, "of another rank")
     look()
     assert told == []
-    report = about("8 tokens", to_file(tmp_path, 0))
+    report = labelled("8 tokens", to_file(tmp_path, 0))
     report(1, 2, "ring")
     look()
     report(2, 2, "gather")
@@ -72,5 +72,5 @@ def test_ranks_leave_word_in_a_file(tmp_path):
 
 def test_items_are_reported_before_their_turn():
     told = []
-    assert list(followed(["a", "b"], lambda *words: told.append(words), str.upper)) == ["a", "b"]
+    assert list(with_progress(["a", "b"], lambda *words: told.append(words), str.upper)) == ["a", "b"]
     assert told == [(0, 2, "A"), (1, 2, "B")]

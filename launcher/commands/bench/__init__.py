@@ -1,1 +1,1 @@
-"""``longctx bench``: what the user's own configuration costs on the user's own mesh."""
+"""``longctx bench`` measures what the user's own configuration costs on the user's own mesh."""

@@ -1,4 +1,4 @@
-"""``longctx bench attention``: the user's strategies on their own mesh and shapes, each beside its own floor."""
+"""``longctx bench attention`` times the user's strategies on their own mesh and shapes, each beside its own floor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError
 from longctx.launcher import build, env, machine
 from longctx.launcher.commands.bench.ranks import (
-    Found,
-    as_rank,
+    JsonObject,
     at_least_one,
-    crowded,
-    on_processes,
+    oversubscription,
     refuse_sim,
+    run_as_rank,
+    run_on_processes,
     worker,
 )
 from longctx.launcher.compose import compose
@@ -42,7 +42,7 @@ REPEATS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx bench attention``."""
+    """Adds the options of ``longctx bench attention``."""
     parser.add_argument("--strategies", help="which, comma-separated; default: all that the model's layers can have")
     parser.add_argument("--documents", help="lengths that add up to data.seq_len; default: one document")
     parser.add_argument(
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Refuse what can be refused, measure on the ranks, and tell it on the first of them."""
+    """Refuses what can be refused, measures on the ranks, and prints the result on the first of them."""
     config = compose(arguments.overrides)
     refuse_sim(config, COMMAND)
     at_least_one("--repeats", arguments.repeats, REPEATS)
@@ -65,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         machine.require_nodes(config)
         world = config.parallel.sp
         config, job = _prepared(arguments, config, simulated_world_size(config), local=world)
-        found: Found | int = on_processes(__spec__.name, config, COMMAND, world, job)
+        found: JsonObject | int = run_on_processes(__spec__.name, config, COMMAND, world, job)
     else:
         world, local = rank.world_size, rank.local_rank + 1
-        found = as_rank(rank, COMMAND, partial(_prepared, arguments, config, world, local), measured)
+        found = run_as_rank(rank, COMMAND, partial(_prepared, arguments, config, world, local), measured)
     if isinstance(found, int):
         return found
     found |= {"repeats": arguments.repeats, "load": machine.load(), "seconds": time.monotonic() - started}
@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepared(arguments: argparse.Namespace, config: Config, world: int, local: int) -> tuple[Config, Found]:
-    """The resolved configuration of ``world`` ranks, ``local`` of them here, and what they measure."""
+def _prepared(arguments: argparse.Namespace, config: Config, world: int, local: int) -> tuple[Config, JsonObject]:
+    """Returns the resolved configuration of ``world`` ranks, ``local`` of them here, and what they measure."""
     machine.require_nodes(config, world)
     config = resolve(config, world)
     machine.require_devices(config, local)
@@ -98,7 +98,7 @@ def _prepared(arguments: argparse.Namespace, config: Config, world: int, local: 
 
 
 def _refuse_beyond_strategies(config: Config) -> None:
-    """What belongs to blocks and stages is not in the time of one layer's attention."""
+    """Refuses what belongs to blocks and stages: it is not in the time of one layer's attention."""
     for name, default in (("ping_pong", False), ("server_pool", "sequence")):
         value = getattr(config.attention, name)
         if value != default:
@@ -110,7 +110,7 @@ def _refuse_beyond_strategies(config: Config) -> None:
 
 
 def cases_of(config: Config, strategies: str | None, documents: str | None) -> list[VerifyCase]:
-    """What each strategy computes in a layer of the resolved configuration, with the options that it takes."""
+    """Returns what each strategy computes in a layer of the resolved configuration, with the options that it takes."""
     attention, (heads, kv_heads) = config.attention, config.local_heads
     lengths = tuple(numbers("documents", documents)) if documents is not None else ()
     shape: dict[str, Any] = {
@@ -133,13 +133,13 @@ def cases_of(config: Config, strategies: str | None, documents: str | None) -> l
 
 
 def _valid(config: Config) -> list[str]:
-    """Strategies of the kinds of layers that the model has."""
+    """Lists the strategies of the kinds of layers that the model has."""
     softmax = list(STRATEGIES) if "S" in config.model.pattern else []
     return softmax + (list(LINEAR_STRATEGIES) if "L" in config.model.pattern else [])
 
 
 def _default(config: Config) -> list[str]:
-    """All of them but the ring under its second name, and the one for whole sequences where they are shared."""
+    """Lists all of them but the ring under its second name, and the one for whole sequences where they are shared."""
 
     def left_out(name: str) -> bool:
         whole = name in STRATEGIES and get_strategy(name).one_rank
@@ -148,8 +148,8 @@ def _default(config: Config) -> list[str]:
     return [name for name in _valid(config) if not left_out(name)]
 
 
-def measured(config: Config, job: Found, device: torch.device, report: Report) -> Found:
-    """On each rank; the first one's is told."""
+def measured(config: Config, job: JsonObject, device: torch.device, report: Report) -> JsonObject:
+    """Measures on each rank; returns plain values, of which the first rank's are printed."""
     world = dist.get_world_size()
     # Processes that were started for the sequence group alone are all of it.
     group = dist.group.WORLD if world == config.parallel.sp else build_mesh(config.parallel, device.type).sequence_group
@@ -162,7 +162,7 @@ def measured(config: Config, job: Found, device: torch.device, report: Report) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world": world,
         "sequence_ranks": config.parallel.sp,
-        "crowded": crowded(config, world),
+        "crowded": oversubscription(config, world),
         "problem": {
             "seq_len": config.data.seq_len, "batch": config.train.micro_batch, "heads": heads, "kv_heads": kv_heads,
             "head_dim": config.model.head_dim, "dtype": config.train.dtype, "window": attention.window,
@@ -177,7 +177,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _show(found: Found) -> None:
+def _show(found: JsonObject) -> None:
     problem, rows = found["problem"], found["rows"]
     documents = f" in {len(problem['documents'])} documents" if problem["documents"] else ""
     window = f", window {problem['window']}" if problem["window"] else ""

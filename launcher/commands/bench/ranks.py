@@ -1,4 +1,4 @@
-"""The ranks of a benchmark: those of torchrun or srun, or processes that this one starts."""
+"""Runs a benchmark on its ranks: those of torchrun or srun, or processes that this one starts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from longctx.launcher.progress import progress, to_file
 
 PATIENCE = 3600.0  # seconds for the processes that are started here
 
-Found = dict[str, Any]
-Measure = Callable[[Config, Found, torch.device, Report], Found]
+JsonObject = dict[str, Any]
+Measure = Callable[[Config, JsonObject, torch.device, Report], JsonObject]
 
 
 def refuse_sim(config: Config, command: str) -> None:
-    """Simulated ranks take turns in one process."""
+    """Refuses simulated ranks, which take turns in one process."""
     if config.comm.backend == "sim":
         raise ConfigError(
             f"comm=sim: its ranks take turns in one process, so that their times mean nothing; use comm=gloo with "
@@ -35,16 +35,18 @@ def refuse_sim(config: Config, command: str) -> None:
 
 
 def at_least_one(option: str, value: int, default: int) -> None:
+    """Refuses a count below 1, naming the option and its default."""
     if value < 1:
         raise ConfigError(f"{option} {value} must be at least 1; {default} is the default")
 
 
-def as_rank(
-    rank: env.RankEnvironment, command: str, prepare: Callable[[], tuple[Config, Found]], measure: Measure
-) -> Found | int:
-    """On one rank of torchrun or srun: what the first one is to tell; of others, and where all refuse, a status.
+def run_as_rank(
+    rank: env.RankEnvironment, command: str, prepare: Callable[[], tuple[Config, JsonObject]], measure: Measure
+) -> JsonObject | int:
+    """Runs one rank of torchrun or srun; returns what the first one is to print, elsewhere an exit status.
 
-    ``prepare``: the resolved configuration and the job, after everything that can be refused.
+    All ranks return the status where all refuse. ``prepare``: the resolved configuration and the job, after everything
+    that can be refused.
     """
     try:
         config, job = prepare()
@@ -62,18 +64,21 @@ def as_rank(
             return measure(config, job, device, report)
 
 
-def on_processes(module: str, config: Config, command: str, world: int, job: Found) -> Found:
-    """What the first of ``world`` processes found that run ``module`` on this machine and meet by a file."""
+def run_on_processes(module: str, config: Config, command: str, world: int, job: JsonObject) -> JsonObject:
+    """Runs ``module`` on ``world`` processes of this machine, which meet by a file.
+
+    Returns what the first one found.
+    """
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name, progress(f"longctx {command}") as report:
         report(0, 0, f"starting {world} processes")
         work = json.dumps({"config": config.to_dict(), "job": job})
         run_gloo(module, work, world, Path(name), Workers(limit=PATIENCE, report=report))
-        found: Found = json.loads((Path(name) / "found.json").read_text(encoding="utf-8"))
+        found: JsonObject = json.loads((Path(name) / "found.json").read_text(encoding="utf-8"))
         return found
 
 
 def worker(words: Sequence[str], measure: Measure) -> None:
-    """One process of ``on_processes``: configuration and job as JSON, folder, rank, world."""
+    """Runs one process of ``run_on_processes``: configuration and job as JSON, folder, rank, world."""
     work, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     config = Config.from_dict(work["config"])
     device = join(folder, rank, world, config.comm.backend)
@@ -85,8 +90,8 @@ def worker(words: Sequence[str], measure: Measure) -> None:
     dist.destroy_process_group()
 
 
-def crowded(config: Config, world: int) -> str | None:
-    """A warning where ranks that compute on the processor are more than its cores."""
+def oversubscription(config: Config, world: int) -> str | None:
+    """Returns a warning where ranks that compute on the processor are more than its cores."""
     cores = len(os.sched_getaffinity(0))
     if config.comm.backend == "nccl" or world <= cores:
         return None

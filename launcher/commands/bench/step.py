@@ -1,4 +1,4 @@
-"""``longctx bench step``: the step of the user's own configuration on their mesh, by what its time is spent on."""
+"""``longctx bench step`` times the step of the user's own configuration on their mesh, by what its time is spent on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from longctx.bench.timing import Report, spread
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.launcher import build, env, machine
 from longctx.launcher.commands.bench.ranks import (
-    Found,
-    as_rank,
+    JsonObject,
     at_least_one,
-    crowded,
-    on_processes,
+    oversubscription,
     refuse_sim,
+    run_as_rank,
+    run_on_processes,
     worker,
 )
 from longctx.launcher.compose import compose
@@ -40,7 +40,7 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``longctx bench step``."""
+    """Adds the options of ``longctx bench step``."""
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"timed steps; default: {STEPS}")
     parser.add_argument(
         "--warm-up", type=int, default=WARM_UP, metavar="N", help=f"steps before them; default: {WARM_UP}"
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Refuse what can be refused, measure on the ranks, and tell it on the first of them; nothing is written."""
+    """Refuses what can be refused, measures on the ranks, and prints the result on the first of them.
+
+    No file is written.
+    """
     config = compose(arguments.overrides)
     refuse_sim(config, COMMAND)
     at_least_one("--steps", arguments.steps, STEPS)
@@ -60,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     if rank is None:
         machine.require_nodes(config)
         world = simulated_world_size(config)
-        found: Found | int = on_processes(__spec__.name, _prepared(config, world, world), COMMAND, world, job)
+        found: JsonObject | int = run_on_processes(__spec__.name, _prepared(config, world, world), COMMAND, world, job)
     else:
         world, local, first = rank.world_size, rank.local_rank + 1, rank.rank == 0
-        found = as_rank(rank, COMMAND, lambda: (_prepared(config, world, local, data=first), job), measured)
+        found = run_as_rank(rank, COMMAND, lambda: (_prepared(config, world, local, data=first), job), measured)
     if isinstance(found, int):
         return found
     found |= {**job, "load": machine.load()}
@@ -72,8 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepared(config: Config, world: int, local: int, data: bool = True) -> Config:
-    """The resolved run, after all that ``longctx train`` would refuse; ``local``: ranks here. ``data``: whether this
-    rank looks at the data for all. Nobody writes: there is no ``run.dir``."""
+    """Returns the resolved run, after all that ``longctx train`` would refuse; ``local``: ranks here.
+
+    ``data``: whether this rank looks at the data for all. Nobody writes: there is no ``run.dir``.
+    """
     machine.require_nodes(config, world)
     config = resolve(replace(config, run=replace(config.run, dir=None)), world)
     machine.require_devices(config, local)
@@ -82,8 +87,8 @@ def _prepared(config: Config, world: int, local: int, data: bool = True) -> Conf
     return config
 
 
-def measured(config: Config, job: Found, device: torch.device, report: Report) -> Found:
-    """On each rank; the first one's is told."""
+def measured(config: Config, job: JsonObject, device: torch.device, report: Report) -> JsonObject:
+    """Measures on each rank; returns plain values, of which the first rank's are printed."""
     torch.manual_seed(config.train.seed)
     mesh = build_mesh(config.parallel, device.type)
     report(0, 0, "checking one tiny step against dense attention")
@@ -100,7 +105,7 @@ def measured(config: Config, job: Found, device: torch.device, report: Report) -
         "backend": config.comm.backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world": dist.get_world_size(),
-        "crowded": crowded(config, dist.get_world_size()),
+        "crowded": oversubscription(config, dist.get_world_size()),
         "mesh": {name: getattr(config.parallel, name) for name in ("dp_replicate", "dp_shard", "sp", "tp", "pp")},
         "model": config.model.name,
         "strategy": config.attention.strategy,
@@ -112,7 +117,7 @@ def measured(config: Config, job: Found, device: torch.device, report: Report) -
     }
 
 
-def _show(found: Found) -> None:
+def _show(found: JsonObject) -> None:
     degrees = " × ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one rank"
     title = (
         f"{degrees} on {found['backend']} ({found['device']}): model {found['model']}, {found['strategy']}, "
@@ -137,8 +142,8 @@ def _share(name: str, seconds: float, whole: float) -> tuple[str, str, str]:
     return name, f"{seconds * 1e3:.1f} ms", f"{seconds / whole:.0%}"
 
 
-def _memory(found: Found) -> list[tuple[str, str, str]]:
-    """Peak bytes by category, of the rank that has most; categories without any are left out."""
+def _memory(found: JsonObject) -> list[tuple[str, str, str]]:
+    """Lists peak bytes by category, of the rank that has most; categories without any are left out."""
     rows = []
     memory = found["memory_bytes"]
     if memory is not None:
@@ -154,7 +159,7 @@ def _memory(found: Found) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _notes(found: Found) -> list[str]:
+def _notes(found: JsonObject) -> list[str]:
     notes = [found["crowded"]] if found["crowded"] else []
     notes.append(
         f"{found['steps']} steps after {found['warm_up']}, median (min-max) of the slowest rank; parts are means over "

@@ -1,4 +1,4 @@
-"""The sections of a configuration, each with the rules that look at it alone.
+"""Defines the sections of a configuration, each with the rules that look at it alone.
 
 A field means what the user set. Every rule names the value, itself and a valid choice.
 """

@@ -1,4 +1,4 @@
-"""Attention: the strategies of its layers, what the user chose of them, and what tokens see."""
+"""Configures attention: the strategies of its layers, what the user chose of them, and what tokens see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERVER_POOLS = ("sequence", "pipeline")
 
 @dataclass(frozen=True)
 class AttentionConfig(StrategyOptions):
-    """Who computes attention over the sharded sequence, and how the sequence is cut."""
+    """Says who computes attention over the sharded sequence, and how the sequence is cut."""
 
     strategy: str = "ring"
     layout: str | None = None  # None: what the strategy prefers
@@ -28,11 +28,11 @@ class AttentionConfig(StrategyOptions):
 
     @property
     def options(self) -> StrategyOptions:
-        """What the user chose of the strategy."""
+        """Returns what the user chose of the strategy."""
         return StrategyOptions(**{name: getattr(self, name) for name in OPTIONS})
 
     def check(self) -> None:
-        """Refuse names that stand for nothing and windows that see nothing."""
+        """Refuses names that stand for nothing and windows that see nothing."""
         one_of("attention.strategy", self.strategy, (*STRATEGIES, *LINEAR_STRATEGIES))
         if self.layout is not None:
             LAYOUTS.require(self.layout)

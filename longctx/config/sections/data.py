@@ -1,4 +1,4 @@
-"""The data: which documents, packed to which length."""
+"""Configures the data: which documents, packed to which length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BALANCES = ("none", "rows", "documents")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where documents come from and how long the packed sequences are."""
+    """Says where documents come from and how long the packed sequences are."""
 
     source: str = "python_stdlib"
     path: str | None = for_some(None)
@@ -26,7 +26,7 @@ class DataConfig:
     balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
 
     def check(self) -> None:
-        """Refuse sources without what they read, and options that the source would not read."""
+        """Refuses sources without what they read, and options that the source would not read."""
         SOURCES.require(self.source)
         one_of("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
         at_least("data.seq_len", self.seq_len, 1)

@@ -1,4 +1,4 @@
-"""The decoder: its sizes, and the kinds of its layers."""
+"""Configures the decoder: its sizes, and the kinds of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYER_KINDS = ("S", "L")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder."""
+    """Configures a Llama-style decoder."""
 
     name: str = "tiny"
     vocab_size: int = 256
@@ -37,16 +37,16 @@ class ModelConfig:
 
     @property
     def kinds(self) -> str:
-        """The kind of each layer, one letter a layer."""
+        """Returns the kind of each layer, one letter a layer."""
         return (self.pattern * self.layers)[: self.layers]
 
     @property
     def mixer_sizes(self) -> dict[str, int | None]:
-        """The fields that some mixers read, by name."""
+        """Returns the fields that some mixers read, by name."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("for_some")}
 
     def check(self) -> None:
-        """Refuse sizes that no decoder can have."""
+        """Refuses sizes that no decoder can have."""
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
             at_least(f"model.{name}", getattr(self, name), 1)
         for name in ("rope_theta", "norm_eps", "init_std"):

@@ -1,4 +1,4 @@
-"""The mesh, and what carries messages between its ranks."""
+"""Configures the mesh, and what carries messages between its ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = (0.001, 1e9)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the mesh; their product is the world size. -1 in dp_shard: what is left."""
+    """Sets the degrees of the mesh; their product is the world size. -1 in dp_shard: what is left."""
 
     dp_replicate: int = 1
     dp_shard: int = -1
@@ -27,11 +27,11 @@ class ParallelConfig:
 
     @property
     def stages(self) -> int:
-        """Stages of the whole pipeline; 1 without one."""
+        """Counts the stages of the whole pipeline; 1 without one."""
         return 1 if self.pp == 1 else self.pp * virtual_stages(self.pp_schedule, self.pp_virtual)
 
     def check(self) -> None:
-        """Refuse degrees that are no degrees, and stages that the schedule does not have."""
+        """Refuses degrees that are no degrees, and stages that the schedule does not have."""
         for name in ("dp_replicate", "sp", "tp", "pp"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.dp_shard < 1 and self.dp_shard != -1:
@@ -41,14 +41,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CommConfig:
-    """What carries messages between ranks."""
+    """Says what carries messages between ranks."""
 
     backend: str = "gloo"  # nccl, gloo or sim
     timeout_seconds: float = 120.0
     shuffle_seed: int | None = None  # sim only: order in which ranks take turns
 
     def check(self) -> None:
-        """Refuse unknown backends and a hand-over order where nothing is handed over."""
+        """Refuses unknown backends and a hand-over order where nothing is handed over."""
         one_of("comm.backend", self.backend, BACKENDS)
         within("comm.timeout_seconds", self.timeout_seconds, *TIMEOUT_SECONDS)
         if self.shuffle_seed is not None and self.backend != "sim":

@@ -1,4 +1,4 @@
-"""Where a run happens, who drives it, and what it tells."""
+"""Configures where a run happens, who drives it, and what it tells."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who owns the step."""
+    """Says who owns the step: forward, backward and update."""
 
     name: str = "native"
 
     def check(self) -> None:
-        """Refuse unknown engines."""
+        """Refuses unknown engines."""
         ENGINES.require(self.name)
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the run happens: what launch and submit need to know of the machines."""
+    """Says where the run happens: what launch and submit need to know of the machines."""
 
     name: str = "local"
     nodes: int = 1
@@ -40,11 +40,11 @@ class ClusterConfig:
 
     @property
     def devices(self) -> int:
-        """Ranks that ``submit`` asks for on each node."""
+        """Counts the ranks that ``submit`` asks for on each node."""
         return self.devices_per_node or 1
 
     def check(self) -> None:
-        """Refuse an empty cluster and a time limit that Slurm would not read."""
+        """Refuses an empty cluster and a time limit that Slurm would not read."""
         at_least("cluster.nodes", self.nodes, 1)
         at_least("cluster.devices_per_node", self.devices_per_node, 1)
         at_least("cluster.nics", self.nics, 1)
@@ -65,7 +65,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """What a run tells, and to whom."""
+    """Says what a run tells, and to whom."""
 
     progress: bool = True
     wandb: str = "offline"  # offline, online or disabled
@@ -74,16 +74,16 @@ class LoggerConfig:
     memory: bool | None = None  # bytes by category of one step, in memory.json; null: unless train.compile
 
     def check(self) -> None:
-        """Refuse unknown wandb modes."""
+        """Refuses unknown wandb modes."""
         one_of("logger.wandb", self.wandb, WANDB_MODES)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what it is called."""
+    """Says where a run lives and what it is called."""
 
     dir: str | None = None  # None: runs/<date>-<time>, chosen once for all ranks
     name: str | None = None
 
     def check(self) -> None:
-        """Every name and folder will do."""
+        """Refuses nothing: every name and folder will do."""

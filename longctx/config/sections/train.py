@@ -1,4 +1,4 @@
-"""The step: its arithmetic, its batch, its optimizer, and what is kept of it."""
+"""Configures the step: its arithmetic, its batch, its optimizer, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEEPABLE = ("attention", "attention_half", "products", "collectives")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The step: how many, in which arithmetic, over which batch."""
+    """Configures the step: how many, in which arithmetic, over which batch."""
 
     steps: int = 100
     seed: int = 0
@@ -34,7 +34,7 @@ class TrainConfig:
     canary: bool = True  # compare one tiny step with the dense single-device step before training
 
     def check(self) -> None:
-        """Refuse counts below one and names that stand for nothing."""
+        """Refuses counts below one and names that stand for nothing."""
         one_of("train.dtype", self.dtype, DTYPES)
         one_of("train.recompute", self.recompute, RECOMPUTE)
         at_least("train.seed", self.seed, 0)
@@ -72,7 +72,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer, and a learning rate that warms up linearly and falls along a cosine."""
+    """Configures the optimizer, and a learning rate that warms up linearly and falls along a cosine."""
 
     name: str = "adamw"
     lr: float = 3e-3
@@ -85,7 +85,7 @@ class OptimConfig:
     grad_clip: float | None = 1.0
 
     def check(self) -> None:
-        """Refuse numbers with which the optimizer cannot step."""
+        """Refuses numbers with which the optimizer cannot step."""
         OPTIMIZERS.require(self.name)
         above("optim.lr", self.lr, 0.0)
         within("optim.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
@@ -99,13 +99,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When state is written and how much of it is kept."""
+    """Says when state is written and how much of it is kept."""
 
     every: int = 0  # steps between checkpoints; 0: only at the end
     at_end: bool = True
     keep: int = 3  # newest committed checkpoints to keep; 0: all
 
     def check(self) -> None:
-        """Refuse negative counts."""
+        """Refuses negative counts."""
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 0)

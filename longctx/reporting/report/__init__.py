@@ -1,1 +1,1 @@
-"""The page ``report.html``: its sections, each from the records of a run."""
+"""Makes the page ``report.html``: its sections, each from the records of a run."""

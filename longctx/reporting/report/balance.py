@@ -1,4 +1,4 @@
-"""The report's part about balance: what attention cost each rank in the step that was balanced worst."""
+"""Draws the report's part about balance: what attention cost each rank in the step that was balanced worst."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def balance_section(records: Iterable[dict[str, Any]]) -> Markup | str:
 
 
 def _busiest(work: list[float], sent: list[float], across: list[float]) -> list[RankShare]:
-    """The busiest ranks, by rank."""
+    """Returns the busiest ranks, by rank."""
     mean, largest = sum(work) / len(work), max(work)
     busiest = sorted(range(len(work)), key=lambda rank: -work[rank])[:_MOST]
     return [
@@ -65,7 +65,7 @@ def _busiest(work: list[float], sent: list[float], across: list[float]) -> list[
 
 
 def _is_told(record: dict[str, Any]) -> bool:
-    """Whether the balance of a step is there, as a run writes it."""
+    """Tells whether the balance of a step is there, as a run writes it."""
     told = [record.get(key) for key in _BY_RANK]
     work, sent, across = (column if type(column) is list else [] for column in told)
     if not len(work) == len(sent) == len(across) > 1:

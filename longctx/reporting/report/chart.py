@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no fonts, no files; colours come from the page's style.
+"""Draws line charts as inline SVG: no script, no fonts, no files; colours come from the page's style.
 
 This module places lines, ticks and hints in the frame; ``templates/chart.svg.jinja`` writes them down.
 """
@@ -42,11 +42,11 @@ class ChartFrame:
     bottom: float = HEIGHT - _BOTTOM
 
     def x(self, value: float) -> float:
-        """Places a step, from the left."""
+        """Returns the horizontal place of a step, from the left."""
         return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """Places a value, from the top."""
+        """Returns the vertical place of a value, from the top."""
         return self.bottom - (value - self.y_low) / (self.y_high - self.y_low) * (self.bottom - self.top)
 
 
@@ -78,7 +78,7 @@ class Line:
 
     @property
     def corners(self) -> str:
-        """Lists the points as a ``polyline`` does."""
+        """Lists the curve's points as a ``polyline`` of SVG does."""
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
 
 
@@ -131,7 +131,7 @@ def _placed(kind: str, points: Points, frame: ChartFrame) -> Line:
 
 
 def _averaged(values: Sequence[float]) -> list[float]:
-    """The mean of about a twentieth of the run around each value, fewer towards both ends, where it would lag."""
+    """Averages about a twentieth of the run around each value, fewer towards both ends, where it would lag."""
     sums = [0.0, *itertools.accumulate(values)]
     widest, count = len(values) // 40 + 1, len(values)
     averages = []
@@ -144,7 +144,7 @@ def _averaged(values: Sequence[float]) -> list[float]:
 
 
 def _pieces(steps: Sequence[int], values: Sequence[float | None]) -> list[Points]:
-    """The stretches without gaps."""
+    """Lists the stretches without gaps."""
     pieces: list[Points] = [[]]
     for step, value in zip(steps, values, strict=True):
         if value is not None:
@@ -160,7 +160,7 @@ def _buckets(points: Points, most: int) -> list[Points]:
 
 
 def _extremes(points: Points) -> Points:
-    """The lowest and the highest point of each bucket, so that no spike of a long run is lost."""
+    """Keeps the lowest and the highest point of each bucket, so that no spike of a long run is lost."""
     kept: Points = []
     for bucket in _buckets(points, _MOST_BUCKETS):
         ends = {min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])}
@@ -185,7 +185,7 @@ def _gaps(steps: Sequence[int], values: Sequence[float | None], frame: ChartFram
 
 
 def _hints(known: Points, frame: ChartFrame, form: Form) -> Iterator[Hint]:
-    """Targets side by side over the whole width, each around the value that it tells."""
+    """Yields targets side by side over the whole width, each around the value that it tells."""
     told = known[:: math.ceil(len(known) / _MOST_HINTS)]
     at = [frame.x(step) for step, _ in told]
     borders = [frame.left, *((one + other) / 2 for one, other in itertools.pairwise(at)), frame.right]

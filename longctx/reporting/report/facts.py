@@ -1,4 +1,4 @@
-"""What the report says in words: the headline figures, and facts by topic."""
+"""Puts a run into words for the report: the headline figures, and facts by topic."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _setup(run: RunFiles) -> Card:
 
 
 def _worded(run: RunFiles, form: str) -> str:
-    """``form`` with each ``{section.key}`` replaced by its value; empty where one is missing."""
+    """Fills ``form`` with the values of each ``{section.key}`` in it; empty where one is missing."""
     words = form
     for field in [part.split("}")[0] for part in form.split("{")[1:]]:
         section, key = field.split(".")

@@ -1,4 +1,4 @@
-"""The report's part about memory: a bar for each category at the peak of the measured step."""
+"""Draws the report's part about memory: a bar for each category at the peak of the measured step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def memory_section(text: str) -> Markup | str:
 
 
 def _checked(rank: Any) -> dict[str, int]:
-    """One rank's numbers; a missing or strange one is an error."""
+    """Returns one rank's numbers; a missing or strange one is an error."""
     numbers = {name: rank[name] for name in (*CATEGORIES, "peak", "rank", "host")}
     if any(type(number) is not int or not 0 <= number < 2**53 for number in numbers.values()) or not numbers["peak"]:
         raise ValueError("numbers of bytes are whole")

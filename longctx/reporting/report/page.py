@@ -1,4 +1,4 @@
-"""``report.html``: what became of a run, in one file that needs no network and no script.
+"""Makes ``report.html``: what became of a run, in one file that needs no network and no script.
 
 Made from the files of the run alone, so that it can be made again at any time. What each part says is computed in a
 module of its own; how it looks stands in ``templates/``.

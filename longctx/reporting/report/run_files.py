@@ -1,4 +1,4 @@
-"""What a run has left in its directory, read as far as it can be: a report is made of whatever is there."""
+"""Reads what a run has left in its directory, as far as it can be: a report is made of whatever is there."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ class RunFiles:
         return inside.get(key) if type(inside) is dict else None
 
     def column(self, key: str) -> list[float | None]:
-        """Lists a number per step; None where it is unknown or was not finite."""
+        """Lists a metric's number per step; None where it is unknown or was not finite."""
         return [plain_number(record.get(key)) for record in self.records]
 
     def known(self, key: str) -> list[float]:
-        """Lists the numbers that are known, by step."""
+        """Lists a metric's numbers that are known, by step."""
         return [value for value in self.column(key) if value is not None]
 
     def median(self, key: str, form: Callable[[float], str]) -> str:
-        """Writes the median over all steps in words."""
+        """Writes the median of a metric over all steps in words."""
         values = self.known(key)
         return form(statistics.median(values)) if values else UNKNOWN
 
 
 def plain_number(value: Any) -> float | None:
-    """Returns the value, if it is a number."""
+    """Returns the value if it is a number, None otherwise."""
     return value if type(value) in (int, float) else None
 
 
@@ -95,7 +95,7 @@ def _sections(parse: Callable[[str], Any], text: str) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """A small text file of the run, empty where there is none."""
+    """Reads a small text file of the run, empty where there is none."""
     if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
         return ""
     return path.read_text(encoding="utf-8", errors="replace")

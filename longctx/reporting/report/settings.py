@@ -1,4 +1,4 @@
-"""The report's part about configuration: what differs from the defaults."""
+"""Lists what differs from the defaults in the configuration, for the report."""
 
 from __future__ import annotations
 

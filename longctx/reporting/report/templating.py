@@ -1,4 +1,4 @@
-"""The templates of the report lie in ``templates/``; here they are read and filled in."""
+"""Reads the templates of the report, which lie in ``templates/``, and fills them in."""
 
 from __future__ import annotations
 
