@@ -16,8 +16,8 @@ from longctx.catalog import LINEAR_STRATEGIES, MIXERS
 from longctx.kernels.dense import Dense
 from longctx.launcher import cli
 from longctx.launcher.commands import verify as verify_command
-from longctx.launcher.commands.verify import matrix, table
 from longctx.launcher.verify import ranks as verify_ranks
+from longctx.launcher.verify.matrix import matrix, table
 from longctx.linear import HeadDims, LinearAttention, get_mixer
 from longctx.verify import Verdict, VerifyCase, judge, refused
 from longctx.verify.case import TOLERANCE
