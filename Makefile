@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS := .venv/.tools-installed
 MATRIX := build/matrix
 
 .DEFAULT_GOAL := help
@@ -20,6 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade setuptools==84.2.1 wheel==0.48.0
 	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[track]'
+	touch $@
+
+# What tests, lint and the documentation need beside that; the demo does without.
+$(TOOLS): $(STAMP)
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track,docs]'
 	touch $@
 
@@ -34,12 +40,12 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-matrix: $(STAMP)
+matrix: $(TOOLS)
 	$(BIN)/python -m pytest -q -n 2 -m matrix
 	mkdir -p $(MATRIX)
 	$(BIN)/longctx verify --all --table $(MATRIX)/exactness.md
@@ -47,10 +53,10 @@ matrix: $(STAMP)
 	$(BIN)/python -m benchmarks.tables.volume $(MATRIX)/volume.md
 	@echo "whole tables: $(MATRIX)/exactness.md, $(MATRIX)/parity.md, $(MATRIX)/volume.md"
 
-bench: $(STAMP)
+bench: $(TOOLS)
 	$(BIN)/python -m benchmarks attention
 
-docs: $(STAMP)
+docs: $(TOOLS)
 	$(BIN)/python -m docs.generate.drawings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site: build/site/index.html; for its search serve it: python3 -m http.server --directory build/site"
