@@ -45,11 +45,11 @@ NOWHERE = Stop(Rows(), Rows(), Rows())
 class RingSchedule:
     """``stops[owner][hop]``; at hop 0 a block is all valid rows of its owner.
 
-    ``turns``: whether blocks move up (+1) or down (-1), across rows of ranks and along a row.
+    ``directions``: whether blocks move up (+1) or down (-1), across rows of ranks and along a row.
     """
 
     lap: int
-    turns: tuple[int, int]
+    directions: tuple[int, int]
     stops: tuple[tuple[Stop, ...], ...]
 
     @property
@@ -59,15 +59,15 @@ class RingSchedule:
     @property
     def direction(self) -> int:
         """Of a plain ring: +1, blocks move to the next rank, or -1, to the one before."""
-        return self.turns[0] if self.lap == 1 else self.turns[1]
+        return self.directions[0] if self.lap == 1 else self.directions[1]
 
     def holder(self, owner: int, hop: int) -> int:
         """Rank that holds ``owner``'s block at ``hop``."""
-        return _moved(owner, hop, self.turns, self.lap, self.world)
+        return _moved(owner, hop, self.directions, self.lap, self.world)
 
     def owner(self, rank: int, hop: int) -> int:
         """Owner of the block that ``rank`` holds at ``hop``."""
-        return _moved(rank, -hop, self.turns, self.lap, self.world)
+        return _moved(rank, -hop, self.directions, self.lap, self.world)
 
     def at(self, owner: int, hop: int) -> Stop:
         """``owner``'s block at ``hop``; empty from the hop after its last reader on."""
@@ -77,15 +77,15 @@ class RingSchedule:
         """Rows of ``owner``'s block at ``hop``."""
         return self.at(owner, hop).carried
 
-    def riding(self, owner: int, hop: int) -> Rows:
+    def passed_on(self, owner: int, hop: int) -> Rows:
         """Rows whose gradients the holder before passes on to the holder at ``hop``: none at a lap's start."""
         return self.at(owner, hop).summed if hop % self.lap else Rows()
 
-    def ended(self, owner: int, hop: int) -> Rows:
+    def completed(self, owner: int, hop: int) -> Rows:
         """Rows whose last reader in this lap is the holder at ``hop``: their sums are complete and go home."""
-        return self.at(owner, hop).summed - self.riding(owner, hop + 1)
+        return self.at(owner, hop).summed - self.passed_on(owner, hop + 1)
 
-    def leaving(self, rank: int) -> list[tuple[int, Rows]]:
+    def block_messages(self, rank: int) -> list[tuple[int, Rows]]:
         """Receiver and rows of each message from ``rank`` in a pass around the ring; empty ones are not sent."""
         found = []
         for hop in range(self.world):
@@ -97,7 +97,7 @@ class RingSchedule:
         sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
         return [(receiver, rows) for receiver, rows in sent if rows]
 
-    def returning(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
+    def gradient_messages(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
         """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
 
         ``direct``: each holder's share goes home by itself, of the rows that it reads.
@@ -108,13 +108,13 @@ class RingSchedule:
             if direct:
                 sent.append((owner, self.at(owner, hop).read))
             else:
-                sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
-                sent.append((owner, self.ended(owner, hop)))
+                sent.append((self.holder(owner, hop + 1), self.passed_on(owner, hop + 1)))
+                sent.append((owner, self.completed(owner, hop)))
         return [(receiver, rows) for receiver, rows in sent if rows]
 
     def rows_sent(self, rank: int) -> int:
         """Rows of a block that ``rank`` passes on in one pass around the ring."""
-        return sum(len(rows) for _, rows in self.leaving(rank))
+        return sum(len(rows) for _, rows in self.block_messages(rank))
 
     @cached_property
     def cost(self) -> tuple[int, int]:
@@ -142,17 +142,17 @@ def query_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
 @view
 def _ring(plan: SequencePlan, what: str, lap: int) -> RingSchedule:
     reads = plan.reads if what == "keys" else lambda reader, owner: plan.sees(owner, reader)
-    return plan_rotation(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
+    return plan_schedule(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
 
 
-def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:
+def _moved(rank: int, hops: int, directions: tuple[int, int], lap: int, world: int) -> int:
     """``rank`` after so many hops of a double ring; fewer than 0 lead back."""
     (row, place), (laps, steps) = divmod(rank, lap), divmod(abs(hops), lap)
     sign = 1 if hops >= 0 else -1
-    return (row + sign * turns[0] * laps) % (world // lap) * lap + (place + sign * turns[1] * steps) % lap
+    return (row + sign * directions[0] * laps) % (world // lap) * lap + (place + sign * directions[1] * steps) % lap
 
 
-def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> RingSchedule:
+def plan_schedule(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> RingSchedule:
     """The cheapest turns for ``reads(reader, owner)``, the rows that each rank reads of each other.
 
     ``shards``: valid rows of each rank. Fewest rows across, which is where links are slow, then along; +1 on a tie.
@@ -160,18 +160,18 @@ def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int], lap:
     world = len(shards)
     either, irrelevant = (+1, -1), (+1,)
     turned = [
-        RingSchedule(lap, turns, tuple(_route(reads, shards, owner, lap, turns) for owner in range(world)))
-        for turns in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
+        RingSchedule(lap, directions, tuple(_route(reads, shards, owner, lap, directions) for owner in range(world)))
+        for directions in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
     ]
-    return min(turned, key=lambda rotation: rotation.cost)
+    return min(turned, key=lambda schedule: schedule.cost)
 
 
 def _route(
-    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, turns: tuple[int, int]
+    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, directions: tuple[int, int]
 ) -> tuple[Stop, ...]:
     """The stops of one block."""
     world = len(shards)
-    own = [reads(_moved(owner, hop, turns, lap, world), owner) for hop in range(world)]
+    own = [reads(_moved(owner, hop, directions, lap, world), owner) for hop in range(world)]
     to_lap_end = [*own]  # what the holder or a later one of its lap reads
     for hop in range(world - 2, -1, -1):
         if (hop + 1) % lap:

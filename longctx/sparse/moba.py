@@ -60,7 +60,7 @@ class BlockContext:
     scale: float
 
 
-def _call(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockContext:
+def _block_context(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockContext:
     blocks = blocks_of(plan.documents, plan.length, block)
     held = [shard_of(plan, rank, torch.device("cpu")).places for rank in range(plan.world)]
     own = blocks.of(held[ranks.rank])
@@ -74,26 +74,26 @@ def run_forward(
     backward pass."""
     sequence, ranks = plan_of(plan), group_named(group)
     require_fit(q, sequence, ranks)
-    call = _call(q, sequence, ranks, block)
-    queries, keys = call.shard.pack(q), call.shard.pack(k)
-    chosen = route(queries[0], keys[0], top_k - 1, call)
-    delivery = deliver(chosen, call)
-    x = torch.cat((keys, call.shard.pack(v)), -1)
+    context = _block_context(q, sequence, ranks, block)
+    queries, keys = context.shard.pack(q), context.shard.pack(k)
+    chosen = route(queries[0], keys[0], top_k - 1, context)
+    delivery = deliver(chosen, context)
+    x = torch.cat((keys, context.shard.pack(v)), -1)
     brought = delivery.arrange(delivery.bring(x, ranks))
     partial = Partial(queries)
-    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    tiles, firsts = own_tiles(delivery, context), first_keys(delivery, context)
     keys, values = brought.chunk(2, -1)
-    kernel_for("auto", q, k).forward(queries, keys, values, tiles, call.scale, partial)
+    kernel_for("auto", q, k).forward(queries, keys, values, tiles, context.scale, partial)
     everyone = Rows.union([(0, queries.shape[1])])
     for choice in chosen.unbind(-1):
         out, lse = torch.zeros_like(partial.out), torch.full_like(partial.lse, -torch.inf)
         for groups in grouped(choice, firsts, block):
-            scores, _, its_values = groups.scores(queries, brought, call.scale)
+            scores, _, its_values = groups.scores(queries, brought, context.scale)
             its_lse = torch.logsumexp(scores, -1)
             groups.put(out, torch.exp(scores - its_lse[..., None]) @ its_values)
             groups.put(lse, its_lse)
         partial.merge_packed(everyone, out, lse)
-    unpack = call.shard.unpack
+    unpack = context.shard.unpack
     made = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
     return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), made
 
@@ -103,41 +103,41 @@ def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     *saved, plan, group, block, _ = given
     sequence, ranks = plan_of(plan), group_named(group)
     q, k, v = saved[:3]
-    call = _call(q, sequence, ranks, block)
-    dout, queries, out, lse, chosen = (call.shard.pack(one) for one in (dout, q, *saved[3:]))
-    delivery = deliver(chosen[0], call)
-    brought = delivery.arrange(delivery.bring(call.shard.pack(torch.cat((k, v), -1)), ranks))
+    context = _block_context(q, sequence, ranks, block)
+    dout, queries, out, lse, chosen = (context.shard.pack(one) for one in (dout, q, *saved[3:]))
+    delivery = deliver(chosen[0], context)
+    brought = delivery.arrange(delivery.bring(context.shard.pack(torch.cat((k, v), -1)), ranks))
     wide = lse.dtype
     dq, dbrought = torch.zeros_like(queries, dtype=wide), torch.zeros_like(brought, dtype=wide)
-    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
+    tiles, firsts = own_tiles(delivery, context), first_keys(delivery, context)
     (keys, values), (dkeys, dvalues) = brought.chunk(2, -1), dbrought.chunk(2, -1)
-    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, call.scale, (dq, dkeys, dvalues))
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, context.scale, (dq, dkeys, dvalues))
     dout = dout.to(wide)
     delta = (dout * out).sum(-1)
     for choice in chosen[0].unbind(-1):
         for groups in grouped(choice, firsts, block):
-            scores, its_keys, its_values = groups.scores(queries, brought, call.scale)
+            scores, its_keys, its_values = groups.scores(queries, brought, context.scale)
             upstream, asked = groups.take(dout), groups.take(queries).to(wide)
             weights = torch.exp(scores - groups.take(lse)[..., None]).masked_fill_(groups.missing[..., None], 0)
-            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * call.scale
+            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * context.scale
             groups.add(dq, dscores @ its_keys)
             groups.add_to_keys(dbrought, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
     home = delivery.total(delivery.take_home(dbrought, ranks))
-    dk, dv = (call.shard.unpack(one, k) for one in home.chunk(2, -1))
-    return call.shard.unpack(dq, q), dk, dv
+    dk, dv = (context.shard.unpack(one, k) for one in home.chunk(2, -1))
+    return context.shard.unpack(dq, q), dk, dv
 
 
-def route(q: Tensor, k: Tensor, choices: int, call: BlockContext) -> Tensor:
+def route(q: Tensor, k: Tensor, choices: int, context: BlockContext) -> Tensor:
     """The earlier blocks that each query ``[n, H, D]`` chose, int32 ``[n, H, choices]``, ascending after ``NONE``."""
     chosen = torch.full((*q.shape[:2], choices), NONE, dtype=torch.int32, device=q.device)
-    eligible = call.blocks.followed
+    eligible = context.blocks.followed
     if not choices or not len(eligible):
         return chosen
     wide = accumulation_dtype(q.dtype)
-    means = pooled(k, call).to(wide)
+    means = pooled(k, context).to(wide)
     # Eligible blocks [low, high) are those of a query's document before its own block.
-    low = np.searchsorted(eligible, call.blocks.first[call.own])
-    high = np.searchsorted(eligible, call.own)
+    low = np.searchsorted(eligible, context.blocks.first[context.own])
+    high = np.searchsorted(eligible, context.own)
     numbers = torch.from_numpy(eligible).to(q.device, torch.int32)
     step = max(1, MAX_SCORES // (q.shape[1] * len(means)))
     for begin in range(0, len(q), step):
@@ -157,36 +157,36 @@ def route(q: Tensor, k: Tensor, choices: int, call: BlockContext) -> Tensor:
     return chosen
 
 
-def pooled(k: Tensor, call: BlockContext) -> Tensor:
+def pooled(k: Tensor, context: BlockContext) -> Tensor:
     """keys ``[n, H, D]`` of this rank to the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``."""
-    eligible, me = call.blocks.followed, call.ranks.rank
-    parts = [np.searchsorted(eligible, its) for its in _parts(call.blocks, call.held)]
-    inside = np.flatnonzero(np.isin(call.own, eligible))
+    eligible, me = context.blocks.followed, context.ranks.rank
+    parts = [np.searchsorted(eligible, its) for its in _parts(context.blocks, context.held)]
+    inside = np.flatnonzero(np.isin(context.own, eligible))
     rows, at, *by_rank = (
-        torch.from_numpy(one).to(k.device) for one in (inside, np.searchsorted(eligible, call.own[inside]), *parts)
+        torch.from_numpy(one).to(k.device) for one in (inside, np.searchsorted(eligible, context.own[inside]), *parts)
     )
     sums = k.new_zeros(len(eligible), *k.shape[1:], dtype=torch.float64)
     sums.index_add_(0, at, k.index_select(0, rows).double())
     total = torch.zeros_like(sums)
-    shares = _tell_all(sums.index_select(0, by_rank[me]), [len(part) for part in parts], call.ranks)
+    shares = _tell_all(sums.index_select(0, by_rank[me]), [len(part) for part in parts], context.ranks)
     for touched, share in zip(by_rank, shares, strict=True):  # in rank order, so that all ranks have the same bits
         total.index_add_(0, touched, share)
-    return total / call.block
+    return total / context.block
 
 
-def deliver(chosen: Tensor, call: BlockContext) -> RowExchange:
+def deliver(chosen: Tensor, context: BlockContext) -> RowExchange:
     """Brings what this rank's queries ``[n, H, choices]`` see: their own blocks up to themselves, and chosen ones.
 
     All ranks tell each other what they chose, one byte a block: a message's sender must know its size.
     """
-    count, ranks = len(call.blocks.starts), call.ranks
+    count, ranks = len(context.blocks.starts), context.ranks
     flags = torch.zeros(count + 1, dtype=torch.uint8, device=chosen.device)
     flags[chosen.flatten().long()] = 1  # what was not chosen falls on the last
-    if chosen.shape[-1] and len(call.blocks.followed):
+    if chosen.shape[-1] and len(context.blocks.followed):
         picked = torch.stack(_tell_all(flags[:-1], [count] * ranks.size, ranks)).cpu().numpy()
     else:
         picked = np.zeros((ranks.size, count))
-    return RowExchange(call.held, wanted_by(call.blocks, call.held, picked), ranks.rank, chosen.device)
+    return RowExchange(context.held, wanted_by(context.blocks, context.held, picked), ranks.rank, chosen.device)
 
 
 def wanted_by(blocks: Blocks, held: Sequence[Int64], picked: NDArray[Any]) -> list[Int64]:
@@ -235,15 +235,15 @@ def _tell_all(mine: Tensor, lengths: Sequence[int], ranks: Group) -> list[Tensor
     return told
 
 
-def own_tiles(delivery: RowExchange, call: BlockContext) -> tuple[TileSet, ...]:
+def own_tiles(delivery: RowExchange, context: BlockContext) -> tuple[TileSet, ...]:
     """What queries owe to the keys of their own blocks, among those that were brought."""
-    places = call.held[call.ranks.rank]
-    return group_rows([tiles_of(call.blocks.starts[call.own], places + 1, delivery.places)])
+    places = context.held[context.ranks.rank]
+    return group_rows([tiles_of(context.blocks.starts[context.own], places + 1, delivery.places)])
 
 
-def first_keys(delivery: RowExchange, call: BlockContext) -> Tensor:
+def first_keys(delivery: RowExchange, context: BlockContext) -> Tensor:
     """Where each block that was brought begins among what was brought."""
-    return torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(call.shard.rows.device)
+    return torch.from_numpy(np.searchsorted(delivery.places, context.blocks.starts)).to(context.shard.rows.device)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,12 +122,12 @@ def test_an_operator_gets_what_was_prepared_and_nothing_else():
     """It would plan again in the middle of a step, and nobody would know."""
     plan, ring = SequencePlan((Documents.single(16),), Mask(), Contiguous(), 16, 1), group_of(None)
     q, k = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16, 2, 8)
-    call = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
+    context = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
     ahead = prepared(plan, "cad", AttentionShape(4, 2, 8, 4))
-    assert dispatches_of(call, "cad", q, k) is ahead
-    assert dispatches_of(call, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
+    assert dispatches_of(context, "cad", q, k) is ahead
+    assert dispatches_of(context, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
     with pytest.raises(AssertionError, match="was planned ahead"):
-        dispatches_of(call, "cad", q.double(), k.double())
+        dispatches_of(context, "cad", q.double(), k.double())
 
 
 def test_a_plan_that_was_dispatched_does_not_outlive_its_batch():

@@ -62,23 +62,23 @@ class LockstepPlan:
         number = tick - (stage if phase is Phase.FORWARD else len(self.layers) - 1 - stage)
         return number if 0 <= number < len(self.plans) else None
 
-    def held(self, phase: Phase, tick: int, call: int) -> Held:
-        """Who takes part in exchange number ``call`` of the tick."""
+    def held(self, phase: Phase, tick: int, exchange: int) -> Held:
+        """Who takes part in exchange number ``exchange`` of the tick."""
         numbers = [self.microbatch(phase, tick, stage) for stage in range(len(self.layers))]
-        return tuple(number if call < layers else None for number, layers in zip(numbers, self.layers, strict=True))
+        return tuple(number if exchange < layers else None for number, layers in zip(numbers, self.layers, strict=True))
 
-    def calls(self, phase: Phase, tick: int) -> int:
+    def exchanges(self, phase: Phase, tick: int) -> int:
         """Exchanges of the tick, which all ranks join: as many as the busiest stage has layers."""
         held = zip(self.held(phase, tick, 0), self.layers, strict=True)
         return max((layers for number, layers in held if number is not None), default=0)
 
-    def dispatch(self, phase: Phase, tick: int, call: int) -> Dispatch:
-        """Who serves what of exchange number ``call``."""
-        return self._dispatch(self.held(phase, tick, call))
+    def dispatch(self, phase: Phase, tick: int, exchange: int) -> Dispatch:
+        """Who serves what of exchange number ``exchange``."""
+        return self._dispatch(self.held(phase, tick, exchange))
 
-    def assign(self, phase: Phase, tick: int, call: int, dispatch: Dispatch) -> None:
+    def assign(self, phase: Phase, tick: int, exchange: int, dispatch: Dispatch) -> None:
         """Serves it so, in place of what the planner would say."""
-        self._dispatches[self.held(phase, tick, call)] = dispatch
+        self._dispatches[self.held(phase, tick, exchange)] = dispatch
 
     def ready(self, rank: int) -> None:
         """Plans all exchanges, and works out all that ``rank`` will ask for in them."""
@@ -103,8 +103,8 @@ class LockstepPlan:
 
     def _all(self, phase: Phase) -> Iterator[Dispatch]:
         for tick in range(self.count):
-            for call in range(self.calls(phase, tick)):
-                yield self.dispatch(phase, tick, call)
+            for exchange in range(self.exchanges(phase, tick)):
+                yield self.dispatch(phase, tick, exchange)
 
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:

@@ -67,8 +67,8 @@ class RunningTick:
         microbatch = self.ticks.microbatch(self.phase, self.number, self.stage)
         own = 0 if microbatch is None else self.ticks.layers[self.stage]
         assert self.made == own, f"{self.made} of {own} layers attended in {self._name}"
-        for call in range(own, self.ticks.calls(self.phase, self.number)):
-            yield self.ticks.dispatch(self.phase, self.number, call)
+        for exchange in range(own, self.ticks.exchanges(self.phase, self.number)):
+            yield self.ticks.dispatch(self.phase, self.number, exchange)
 
     @property
     def _name(self) -> str:
@@ -92,19 +92,19 @@ class StagePlan:
         return running.next(phase, self.plan)
 
 
-def _dispatch(call: AttentionContext, phase: Phase) -> Dispatch:
-    assert isinstance(call.named, StagePlan), "StageAttention makes the handles"
-    return call.named.dispatch(phase)
+def _dispatch(context: AttentionContext, phase: Phase) -> Dispatch:
+    assert isinstance(context.named, StagePlan), "StageAttention makes the handles"
+    return context.named.dispatch(phase)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    run = ForwardRun(q, k, v, call, _dispatch(call, Phase.FORWARD))
+def _forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    run = ForwardRun(q, k, v, context, _dispatch(context, Phase.FORWARD))
     run.serve()
     return run.finish()
 
 
-def _backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    run = BackwardRun(dout, saved, call, _dispatch(call, Phase.BACKWARD))
+def _backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    run = BackwardRun(dout, saved, context, _dispatch(context, Phase.BACKWARD))
     run.serve()
     return run.finish()
 
@@ -196,10 +196,10 @@ class StageAttention:
         saved = q, k, v, _, _ = self._empty.saved
         # Who asks nothing has no batch of its own; any will do.
         plan, kernel = self._ticks.plans[0], kernel_for(self._kernel, q, k)
-        call = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options, plan)
+        context = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options, plan)
         if phase is Phase.FORWARD:
-            run: ForwardRun | BackwardRun = ForwardRun(q, k, v, call, dispatch)
+            run: ForwardRun | BackwardRun = ForwardRun(q, k, v, context, dispatch)
         else:
-            run = BackwardRun(q, saved, call, dispatch)
+            run = BackwardRun(q, saved, context, dispatch)
         run.serve()
         run.finish()

@@ -60,12 +60,12 @@ def prepared(plan: SequencePlan, planner: str, widths: AttentionShape, topology:
     return _found(plan, key)
 
 
-def dispatches_of(call: AttentionContext, planner: str, q: Tensor, k: Tensor) -> Dispatches:
+def dispatches_of(context: AttentionContext, planner: str, q: Tensor, k: Tensor) -> Dispatches:
     """Those of an operator's call with queries and keys such as these."""
-    key = DispatchKey(planner, widths_of(q, k), topology_of(call.group.ranks))
-    ahead = [one for one in _known(call.plan).prepared if one.planner == planner]
+    key = DispatchKey(planner, widths_of(q, k), topology_of(context.group.ranks))
+    ahead = [one for one in _known(context.plan).prepared if one.planner == planner]
     assert not ahead or key in ahead, f"an operator asks for {key}, and {ahead} was planned ahead"
-    return _found(call.plan, key)
+    return _found(context.plan, key)
 
 
 def first_dispatch(plan: SequencePlan, planner: str) -> Dispatch:
