@@ -1,7 +1,7 @@
-"""A linear layer's core as a pair of torch custom operators, for the reasons of ``longctx.operators``.
+"""Linear layers as a pair of torch operators, for the reasons of ``longctx.operators``.
 
 The forward operator returns, beside the output, the states that entered this rank's segments. Selective recompute
-keeps both, so that neither local computing nor the exchange runs twice; the backward operator computes everything else
+keeps both, so that neither local computing nor the exchange runs twice. The backward operator computes everything else
 again, in the order in which the exchange hides best, with autograd on the local parts.
 """
 
@@ -29,7 +29,7 @@ from longctx.sequence import plan_of
 
 
 class Core(Protocol):
-    """How one family of mixers computes its chunks; ``diagonal`` and ``delta`` are such modules."""
+    """Computes the chunks of one family of mixers; ``diagonal`` and ``delta`` are such modules."""
 
     def write(self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> Any: ...
 
@@ -41,7 +41,10 @@ class Core(Protocol):
 def forward(
     core: Core, tensors: Sequence[Tensor], pieces: Pieces, context: LinearContext, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
-    """(out ``[B, T/SP, H/TP, V]``, states that entered the segments ``[B, n, H/TP, K, V]``)."""
+    """Returns the output and the states that entered this rank's segments.
+
+    out ``[B, T/SP, H/TP, V]``, states ``[B, n, H/TP, K, V]``.
+    """
     written = [_write(core, piece, [piece.of(tensor) for tensor in tensors]) for piece in pieces.parts]
     scans = [_scan(one, piece) for one, piece in zip(written, pieces.parts, strict=True)]
     spans = SpanScan(scans, pieces)
@@ -96,7 +99,7 @@ def backward(
     context: LinearContext,
     strategy: LinearStrategy,
 ) -> list[Tensor]:
-    """Gradients of the tensors."""
+    """Returns the gradients of the tensors."""
     again = [_Again.of(core, piece, tensors, dout) for piece in pieces.parts]
     fixed = [one.scan.detach() for one in again]
     dstates = [one.dstates() for one in again]
@@ -148,7 +151,7 @@ _CONTEXT = "Tensor plan, str group, str strategy, int chunk"
 
 
 def define_core(name: str, core: Core) -> Any:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``, the two passes of a core."""
+    """Registers the two passes of a core, ``longctx::<name>`` and ``longctx::<name>_backward``."""
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *names: Any) -> tuple[Tensor, Tensor]:
         tensors, (context, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *names), names[-1]

@@ -56,8 +56,8 @@ def compare(homes, dispatch, pieces):
     for server in range(homes.world):
         served = dispatch.served(server)
         here, rest, queries, keys = by_definition(homes, pieces, server)
-        assert sum(tiles.cells for tiles in served.here) == here
-        assert sum(tiles.cells for tiles in served.rest) == rest
+        assert sum(tiles.cells for tiles in served.local) == here
+        assert sum(tiles.cells for tiles in served.remote) == rest
         assert dispatch.cells(server) == here + rest
         cells += here + rest
         for wanted, side, moved in (
@@ -98,7 +98,7 @@ def test_without_tasks_nobody_asks():
     homes = Homes.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
     dispatch = Dispatch(plan_of(homes, []))
     served = dispatch.served(1)
-    assert served.here == served.rest == () and dispatch.cells(1) == 0
+    assert served.local == served.remote == () and dispatch.cells(1) == 0
     assert [len(side.rows[home]) for side in (served.queries, served.keys) for home in range(2)] == [0] * 4
 
 
@@ -115,7 +115,7 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
     cuts = len(documents[0]) + 2 * world
     assert runs <= 2 * world and len(home_of(plan).rank) <= cuts
     ranks = [there.plan.rank(rank) for rank in range(world)]
-    assert sum(len(one.group) for rank in ranks for one in (rank.here, rank.rest)) <= 4 * cuts
+    assert sum(len(one.group) for rank in ranks for one in (rank.local, rank.remote)) <= 4 * cuts
 
 
 def test_an_operator_gets_what_was_prepared_and_nothing_else():

@@ -104,16 +104,16 @@ class _Group:
 
 
 def _forward(plan: SequencePlan, sizes: Sizes, alive: list[_Group]) -> int:
-    most = kept = home = 0
+    most = kept = returning = 0
     for made, coming in zip(alive, [*(following.swapped for following in alive[1:]), 0], strict=True):
-        others = kept + home + coming
+        others = kept + returning + coming
         kept += made.inputs + made.out + made.lse
-        home = plan.shard * sizes.queries + made.out_swapped
+        returning = plan.shard * sizes.queries + made.out_swapped
         moments = (
             others + made.swapped + made.landed + made.copied,
             others + made.inputs + made.inside.forward,
             others + made.inputs + made.out_wide + made.out + made.lse,
-            kept + home + coming + made.picked,
+            kept + returning + coming + made.picked,
         )
         most = max(most, *moments)
     return most
@@ -123,15 +123,15 @@ def _backward(plan: SequencePlan, sizes: Sizes, shared: bool, alive: list[_Group
     keys = sizes.key_gradients if shared else sizes.keys
     saved = sum(made.inputs + made.out + made.lse for made in alive) + plan.shard * sizes.queries
     wholes = plan.shard * (sizes.queries + 2 * keys)
-    most, home = saved + wholes + (2 * plan.shard * sizes.keys if shared else 0), 0
+    most, returning = saved + wholes + (2 * plan.shard * sizes.keys if shared else 0), 0
     for made, coming in zip(alive, [*(following.out_swapped for following in alive[1:]), 0], strict=True):
-        others = saved + home + coming
-        home = wholes + made.swapped
+        others = saved + returning + coming
+        returning = wholes + made.swapped
         moments = (
             others + made.out_swapped + made.out,
             others + made.out + made.inside.backward,
             others + made.wide + made.landed,
-            saved + home + coming + made.landed + made.picked + made.own,
+            saved + returning + coming + made.landed + made.picked + made.own,
         )
         most = max(most, *moments)
     return most

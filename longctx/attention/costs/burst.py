@@ -45,15 +45,15 @@ def queries_peak(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes, direc
     ``direct``: as ``pass_queries_backward`` is told, in whatever dtype.
     """
     rows, block, wide = plan.shard, sizes.held(queries=2, sums=2), sizes.held(outputs=1)
-    home = sizes.held(queries=1) if sizes.options.grad_dtype == "compute" else wide
+    result = sizes.held(queries=1) if sizes.options.grad_dtype == "compute" else wide
     most = rows * max(sizes.held(outputs=3), sizes.held(queries=1, keys=1))  # delta; results in their dtype
     for rank in range(schedule.world):
         blocks = blocks_alive(schedule, rank)
         for hop, moments in enumerate(alive_on_way(schedule, rank, direct, sizes)):
             here = len(schedule.carried(schedule.owner(rank, hop), hop))
             surrogate = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)) if hop else (0, 0, 0)
-            for (on_way, going), beside in zip(astuple(moments), surrogate, strict=True):
-                most = max(most, blocks[hop] * block + on_way * wide + going * home + beside)
+            for (summing, returning), beside in zip(astuple(moments), surrogate, strict=True):
+                most = max(most, blocks[hop] * block + summing * wide + returning * result + beside)
     return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most
 
 

@@ -42,7 +42,7 @@ def peak_memory(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
 def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
     there, back = dispatches_for(plan, planner, sizes)
     asked, read, queries, keys, one, own = _held(there, plan, rank, sizes)
-    # Sent, received, in order, computed; then what goes home and what comes from there.
+    # Sent, received, in order, computed; then what returns to owners and what comes back.
     forward = (asked + 2 * queries) * one.held(queries=1) + (read + 2 * keys) * one.held(keys=1)
     forward += (2 * queries + asked) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
     asked, read, queries, keys, one, own = _held(back, plan, rank, sizes)

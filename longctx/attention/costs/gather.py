@@ -32,8 +32,8 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Returns the peak memory of the rank with most, in bytes.
 
-    Of each group of heads it counts the keys in order, what they came in and what was sent; these two of the next group
-    too. Backward, their gradients, and those of the group before in flight.
+    Of each group of heads it counts the keys in order, what they came in and what was sent. These two it counts of the
+    next group too. Backward, their gradients, and those of the group before in flight.
     """
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
@@ -46,12 +46,12 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         keys, picked = here + sum(seen) + sent, max([own, *seen])
         following = sum(seen) + sent if part < 1 else 0
         forward = max(forward, sizes.held(keys=(keys + following) * part))
-        summed, home = here + own, sum(seen) + asked
+        summed, returning = here + own, sum(seen) + asked
         if not gathered_keys(plan, rank).places.in_runs:
             summed += picked
         if sizes.options.grad_dtype == "compute":
-            keys, summed, home = keys + home, summed + picked, 0
-        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + home) * part))
+            keys, summed, returning = keys + returning, summed + picked, 0
+        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + returning) * part))
     return Peak(
         rows * sizes.held(outputs=1, sums=1) + forward,
         rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward,

@@ -62,20 +62,20 @@ def alive_on_way(schedule: RingSchedule, rank: int, direct: bool, sizes: Sizes) 
 def gradients_alive(schedule: RingSchedule, rank: int) -> list[GradientsAlive]:
     """Returns, by hop, the gradients that ``GradientReturn`` sums on their way, beside the rank's own."""
     found, before, passed_on, coming = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0, 0
-    homes: list[int] = []  # going home and coming, by hop
+    returned: list[int] = []  # returning to owners and coming back, by hop
     most = schedule.lap if schedule.lap < schedule.world else 1
     for hop in range(1, schedule.world):
         owner, following = (schedule.owner(rank, when) for when in (hop, hop + 1))
         stop = schedule.at(owner, hop)
         shares, summed = len(stop.carried), len(stop.summed)
-        home, under_way = len(schedule.completed(rank, hop)), sum(homes[-most:])
-        computing = shares + passed_on + coming + under_way
+        returning, in_flight = len(schedule.completed(rank, hop)), sum(returned[-most:])
+        computing = shares + passed_on + coming + in_flight
         passed_on, coming = len(schedule.passed_on(owner, hop + 1)), len(schedule.passed_on(following, hop + 1))
         copies = (summed if summed < shares else 0) + (summed if 0 < passed_on < summed else 0)
-        sending = shares + copies + coming + under_way + home
+        sending = shares + copies + coming + in_flight + returning
         found.append(GradientsAlive((computing + before, 0), (computing, 0), (sending, 0)))
         before = 0 if shares == summed in (passed_on, summed - passed_on) else shares
-        homes.append(summed - passed_on + home)
+        returned.append(summed - passed_on + returning)
     return found
 
 
@@ -84,12 +84,12 @@ def direct_alive(schedule: RingSchedule, rank: int, converted: bool) -> list[Gra
 
     ``converted``: they are sent in another dtype.
     """
-    found, before, under_way = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
+    found, before, in_flight = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
     for hop in range(1, schedule.world):
         stop = schedule.at(schedule.owner(rank, hop), hop)
-        shares, read, home = len(stop.carried), len(stop.read), len(schedule.at(rank, hop).read)
+        shares, read, returning = len(stop.carried), len(stop.read), len(schedule.at(rank, hop).read)
         copy = read if read < shares else 0
-        sending = (shares + copy, under_way + read + home) if converted else (shares, under_way + copy + home)
-        found.append(GradientsAlive((shares + before, under_way), (shares, under_way), sending))
-        before, under_way = (shares if converted or copy else 0), read + home
+        sending = (shares + copy, in_flight + read + returning) if converted else (shares, in_flight + copy + returning)
+        found.append(GradientsAlive((shares + before, in_flight), (shares, in_flight), sending))
+        before, in_flight = (shares if converted or copy else 0), read + returning
     return found

@@ -52,13 +52,13 @@ def keys_alive(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes) -> Peak
     """
     rows, direct = plan.shard, sizes.options.grad_dtype == "compute"
     block, wide = sizes.held(keys=1), sizes.held(gradients=1)
-    home = block if direct else wide
+    result = block if direct else wide
     forward = backward = 0
     for rank in range(schedule.world):
         blocks = blocks_alive(schedule, rank)
         forward = max(forward, max(blocks) * block)
         for here, moments in zip(blocks, alive_on_way(schedule, rank, direct, sizes), strict=True):
-            most = max(on_way * wide + going * home for on_way, going in astuple(moments))
+            most = max(summing * wide + returning * result for summing, returning in astuple(moments))
             backward = max(backward, here * block + most)
     return Peak(
         rows * sizes.held(outputs=1, sums=1) + forward,

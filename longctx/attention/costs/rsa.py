@@ -11,8 +11,8 @@ from longctx.sequence import SequencePlan
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Returns what a rank sends.
 
-    All blocks but the next rank's, in two rings forward and three backward; and the gradients of all blocks but its
-    own, of k and of v.
+    All blocks but the next rank's, in two rings forward and three backward. Of all blocks but its own, the gradients of
+    k and of v.
     """
     held = [shard_lengths(plan)[(rank - hop) % plan.world] for hop in range(plan.world)]
     passed, returned = held[:-1], held[1:]

@@ -16,10 +16,10 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
     """Returns what a rank sends: queries on, and (out, lse) to owners; backward four tensors on, and dq to owners."""
     passed, blocks = count_rows(query_ring(plan).block_messages(rank))
     returned, shares = count_rows(query_ring(plan).gradient_messages(rank, direct=True))
-    home = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
+    result = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
     return Volume(
-        passed * sizes.queries + returned * (home + sizes.lse),
-        passed * 2 * (sizes.queries + sizes.lse) + returned * home,
+        passed * sizes.queries + returned * (result + sizes.lse),
+        passed * 2 * (sizes.queries + sizes.lse) + returned * result,
         blocks + 2 * shares,
         2 * blocks + shares,
     )
@@ -32,15 +32,15 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     flight.
     """
     rows, schedule, compute = plan.shard, query_ring(plan), sizes.options.grad_dtype == "compute"
-    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
+    wide, result = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
     merging = rows * sizes.held(outputs=int(compute), sums=2) if plan.world > 1 else 0
     forward = rows * sizes.held(queries=1)
     for rank in range(plan.world):
         for blocks, moments in zip(
             blocks_alive(schedule, rank), alive_on_way(schedule, rank, True, sizes), strict=True
         ):
-            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
-                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
+            for (summing, returning), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+                forward = max(forward, blocks * sizes.held(queries=1) + summing * wide + returning * result + beside)
     return Peak(rows * wide + forward, queries_peak(plan, schedule, sizes, direct=True))
 
 

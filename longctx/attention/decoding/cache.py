@@ -74,10 +74,9 @@ class Arrivals:
 class SequenceCache:
     """Keeps which rank holds which tokens of a batch, and this rank's keys and values of them.
 
-    All sequences of the batch are equally long.
-
-    All ranks keep the same counts; each knows the positions of its own tokens alone. ``layers``: how many have a shard.
-    ``arrivals``: the tokens that are decoded now; None while a prompt is computed by a strategy.
+    All sequences of the batch are equally long. All ranks keep the same counts; each knows the positions of its own
+    tokens alone. ``layers``: how many have a shard. ``arrivals``: the tokens that are decoded now; None while a prompt
+    is computed by a strategy.
     """
 
     def __init__(self, group: Group, mask: Mask, layers: int) -> None:

@@ -1,17 +1,18 @@
-"""Attention between two all-to-alls: Ulysses, and whatever goes on between rows of a grid, as one operator.
+"""Attention between two all-to-alls, as one operator: Ulysses, or USP with a ring between rows of a grid.
 
-    start bringing the first heads
-    for each group of my heads:                    backward:
-        start bringing the next group                  the same for dout
-        attention of all the row's tokens              its gradients
-        start sending out home                         start sending dq, dk, dv home
+    forward:                                       backward:
+    all-to-all of q, k, v of the first group       all-to-all of dout of the first group
+    for each group of my heads:                    for each group of my heads:
+        start the all-to-all of the next group         start the all-to-all of the next group
+        out of all the row's tokens                    dq, dk, dv of all the row's tokens
+        start the all-to-all of out, back              start the all-to-all of dq, dk, dv, back
 
-so that all exchanges but the first and the last hide behind the computing of other heads. What attention computes
-between the rows is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept
-for the backward pass as they lie in the row, so that they do not travel again.
+So all exchanges but the first and the last hide behind the computing of other heads. What attention computes between
+them is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept for the
+backward pass as they lie in the row, so that they are not sent again.
 
-Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them, so that layouts,
-documents and windows are whatever that plan says. Who has which heads is ``runtime.head_sharding``'s.
+Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them. So layouts,
+documents and windows are whatever that plan says. ``runtime.head_sharding`` says which rank has which heads.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ def forward_in_rows(
     """Computes attention of the local tokens between two all-to-alls, one group of heads after another.
 
     q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]``. Returns out of the local tokens and what the backward pass
-    needs of each group of heads: q, k, v, out ``[B, T/SP·u, heads, D]`` and lse ``[B, T/SP·u, heads]``, u ranks being
-    in a row.
+    needs of each group of heads. With u ranks in a row that is q, k, v, out ``[B, T/SP·u, heads, D]`` and lse ``[B,
+    T/SP·u, heads]``.
     """
     row, column = GridRow.of(context, q.shape[2], k.shape[2]), _over_column(context)
     assembly = OutputAssembly(row, q[:, :, :0], ((q.shape[2], q.dtype),))
-    coming = [ToHeads(row, (q, k, v), 0)]
+    pending = [AllToAll(row, (q, k, v), 0)]
     kept: list[Saved] = []
     for group in range(row.heads.count):
         if group + 1 < row.heads.count:
-            coming.append(ToHeads(row, (q, k, v), group + 1))
-        inputs = _with_copies(coming.pop(0).wait(), row, group)
+            pending.append(AllToAll(row, (q, k, v), group + 1))
+        inputs = _with_copies(pending.pop(0).wait(), row, group)
         out, lse = attend(*inputs, column)
         kept.append((*inputs, out.to(q.dtype), lse))
         del out
@@ -76,13 +77,13 @@ def backward_in_rows(
     row, column, dtype = GridRow.of(context, dout.shape[2], kv_heads), _over_column(context), dout.dtype
     keys = (kv_heads, accumulation_dtype(dtype) if row.heads.shared else dtype)
     assembly = OutputAssembly(row, dout[:, :, :0], ((dout.shape[2], dtype), keys, keys), row.heads.shared)
-    coming = [ToHeads(row, (dout,), 0)]
+    pending = [AllToAll(row, (dout,), 0)]
     for group, saved in enumerate(kept):
         if group + 1 < row.heads.count:
-            coming.append(ToHeads(row, (dout,), group + 1))
-        [upstream] = coming.pop(0).wait()
-        grads = attend_backward(upstream, saved, column)
-        del upstream
+            pending.append(AllToAll(row, (dout,), group + 1))
+        [row_dout] = pending.pop(0).wait()
+        grads = attend_backward(row_dout, saved, column)
+        del row_dout
         grads = _without_copies(grads, dtype, row, group)
         assembly.send(grads, group)
         del grads
@@ -106,7 +107,7 @@ def _with_copies(found: Sequence[Tensor], row: GridRow, group: int) -> tuple[Ten
 def _without_copies(
     grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, row: GridRow, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the dtype in which they travel; those of copies of a key/value head are summed."""
+    """Gradients in the dtype in which they are sent; those of copies of a key/value head are summed."""
     dq, dk, dv = grads
     copies, heads = row.heads.copies(row.group.rank, group), row.heads.key_heads(row.group.rank, group)
     if copies is not None:
@@ -170,7 +171,7 @@ class GridRow:
         return exchange(self.group, list(parts.items()), receives)
 
 
-class ToHeads:
+class AllToAll:
     """Sends tensors of local tokens to the ranks that compute a group of their heads.
 
     Tensors ``[B, T/SP, heads, D]`` go side by side, in one message per rank.
@@ -208,7 +209,7 @@ class OutputAssembly:
     ) -> None:
         self._row, self._like, self._sums, self._shapes = row, like, sums, wholes
         self._wholes: list[Tensor] = []  # made when the first group leaves
-        self._under_way: tuple[int, Pending] | None = None
+        self._in_flight: tuple[int, Pending] | None = None
 
     def send(self, shares: tuple[Tensor, ...], group: int) -> None:
         """Sends results of the row's tokens in this rank's heads of a group to the tokens' owners.
@@ -221,7 +222,7 @@ class OutputAssembly:
             self._wholes = [self._zeros_or_empty(heads, dtype) for heads, dtype in self._shapes]
         packed = {rank: self._packed(shares, rank) for rank in row.group.others}
         widths = [sum(part.shape[2] for part in row.views(self._wholes, rank, group)) for rank in range(row.group.size)]
-        self._under_way = group, row.exchange(packed, widths, [row.valid] * row.group.size)
+        self._in_flight = group, row.exchange(packed, widths, [row.valid] * row.group.size)
         if self._sums:
             self._add(me, group, self._packed(shares, me))
         else:
@@ -234,11 +235,11 @@ class OutputAssembly:
         return self._wholes
 
     def _receive(self) -> None:
-        if self._under_way:
-            group, pending = self._under_way
+        if self._in_flight:
+            group, pending = self._in_flight
             for rank, message in zip(self._row.group.others, pending.wait(), strict=True):
                 self._add(rank, group, message)
-            self._under_way = None
+            self._in_flight = None
 
     def _add(self, rank: int, group: int, message: Tensor) -> None:
         wholes = self._row.views(self._wholes, rank, group)

@@ -1,4 +1,4 @@
-"""delta = rowsum(dout * out): the one number of a query that the backward pass needs of its output.
+"""Delta, rowsum(dout * out): the one number of a query that the backward pass needs of its output.
 
 A delta is sent in the place of an output that is head_dim times longer. Fused kernels take the output, and use it for
 that sum only. Where a delta has arrived, they are given a surrogate output that has the same sum.
@@ -23,7 +23,7 @@ def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
 
     It is dout * delta / |dout|^2. All terms of its sum have one sign, so the sum is as exact as the dtype. It is never
     longer than the true output, so nothing overflows. Rows are scaled by their largest number before they are squared,
-    which would vanish for small gradients; a row of zeros has delta 0 and surrogate 0.
+    which would vanish for small gradients. A row of zeros has delta 0 and surrogate 0.
     """
     largest = dout.abs().amax(-1, keepdim=True).to(delta.dtype).clamp_(min=torch.finfo(delta.dtype).tiny)
     unit = dout / largest

@@ -56,7 +56,7 @@ class HeadSplit:
         return self.keys(rank) if self.copies(rank) is None else self.queries
 
 
-GROUPS = 2  # of a rank's heads: while one computes, the next comes and the one before goes home
+GROUPS = 2  # of a rank's heads: while one computes, the next arrives and results of the one before return
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class HeadGroups:
 
 
 def work_in_rows(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Returns the cells that a rank computes where ranks of a row compute for all its queries, each in its own heads.
+    """Returns the cells that a rank computes for all queries of its row, as a share of all heads.
+
+    Ranks of a row compute for all its queries, each in its own heads.
     """
     return plan.joined(inner).work(rank // inner) / inner

@@ -98,8 +98,8 @@ def define_strategy(
     """Registers a strategy's two passes: ``longctx::<name>`` and ``longctx::<name>_backward``.
 
     ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
-    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses queries that
-    a plan is not for; ``require_fit`` by default.
+    than keys. These are the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses
+    queries that a plan is not for; ``require_fit`` by default.
     """
     require = fits or require_fit
 
@@ -145,7 +145,9 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
 
 
 def tail_of(out: Tensor, lse: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Returns copies of the rows that ``SequencePlan.head`` leaves: the later half of the local queries, and padding.
+    """Returns copies of the rows that ``SequencePlan.head`` leaves.
+
+    They are the later half of the local queries, and padding.
     """
     first = plan_of(plan).head.queries(group_named(group).rank)
     return out[:, first:].clone(), lse[:, first:].clone()

@@ -1,8 +1,8 @@
 """Transport around a ring: blocks rotate from rank to rank, and their gradients or results return to their owners.
 
-``sequence.ring_schedule`` says who holds which rows when. In each hop every rank posts, in this order: the copy that
-crosses to the next row of ranks (at a lap's start), and the block that moves on. After computing come the gradients
-that follow behind, and those that return.
+``sequence.ring_schedule`` says who holds which rows when. In each hop every rank posts the copy that crosses to the
+next row of ranks (at a lap's start), then the block that moves on. After computing come the gradients that follow
+behind, and those that return.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class GradientReturn:
         self._partial_sums: Pending | None = None
         self._shares = grads[0].new_empty(0)
         self._in_flight: deque[tuple[Rows, Pending]] = deque()
-        # Summed on a double ring, a row returns once a lap and has the next lap for it. Of direct returns, and to
-        # where a causal ring ends, a block's worth may come each hop, and each takes memory while it is in flight.
+        # Summed on a double ring, a row returns once a lap and has the next lap for it. Of direct returns, and where
+        # a causal ring ends, a block's worth may come each hop. Each takes memory while it is in flight.
         self._max_in_flight = schedule.lap if dtype is None and schedule.lap < schedule.world else 1
 
     def buffer(self, hop: int, rows: Rows) -> Block:

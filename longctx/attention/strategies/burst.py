@@ -1,4 +1,4 @@
-"""BurstAttention: a double ring of keys forward; backward, whichever side is smaller travels.
+"""BurstAttention: a double ring of keys and values forward; backward, whichever side is smaller rotates.
 
 Sun, Zhao, Han, Yang, Liu, Shi, Sun, "BurstAttention: An Efficient Distributed Attention Framework for Extremely
 Long Sequences" (2024); "BurstEngine: an Efficient Distributed Framework for Training Transformers on Extremely Long
@@ -15,13 +15,13 @@ Ranks are a grid: rows of ``inner`` neighbours (of one node), N rows.
             wait for the next block                    send dq on behind the block
         wait for the copy                          at a lap's end dq returns to the block's owner
 
-The copy between rows is in flight for a whole lap. It carries what later laps read; blocks inside a lap carry
-what the lap still reads. A lap's sum of gradients returns directly, on a channel of its own, instead of waiting
-for the next lap's: as many bytes cross, and the lap after it hides them. One row of all ranks, or rows of one, are
-the plain ring. Where keys and values rotate backward too, that is the ring's backward over this schedule.
+The copy between rows is in flight for a whole lap. It carries what later laps read; blocks inside a lap carry what the
+lap still reads. A lap's sum of gradients returns directly, on a channel of its own, instead of waiting for the next
+lap's. As many bytes cross, and the lap after it hides them. One row of all ranks, or rows of one, are the plain ring.
+Where keys and values rotate backward too, that is the ring's backward over this schedule.
 
-Rotating queries costs 2 h (D e + w) + h D w bytes a row, rotating keys and values 2 k D (e + w): h query heads, k
-key/value heads, e bytes an element and w an accumulator. Each counts the rows that masks leave to be sent
+Rotating queries costs 2 h (D e + w) + h D w bytes a row, rotating keys and values 2 k D (e + w). Here are h query
+heads, k key/value heads, e bytes an element and w an accumulator. Each counts the rows that masks leave to be sent
 (``longctx.sequence.ring_schedule``).
 """
 
@@ -42,12 +42,18 @@ from longctx.sequence import RingSchedule, Rows, SequencePlan, key_ring, query_r
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     return pass_keys(q, k, v, context, key_ring(context.plan, _inner(context.group)))
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v. Every rank comes to the same side: it depends on the plan and on shapes."""
+    """Returns the gradients of the local q, k, v, by rotating the side that costs fewer bytes.
+
+    Every rank comes to the same side: it depends on the plan and on shapes.
+    """
     q, k, *_ = saved
     sizes = Sizes(
         batch=q.shape[0],
@@ -68,7 +74,10 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
 def pass_queries_backward(
     dout: Tensor, saved: Saved, context: AttentionContext, schedule: RingSchedule, direct_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients where queries travel. ``direct_dtype``: shares of dq go home by themselves, in this dtype."""
+    """Returns the gradients of the local q, k, v, rotating blocks of (q, dout, lse, delta).
+
+    ``direct_dtype``: shares of dq return to their owners one by one, in this dtype; None: summed on their way.
+    """
     q, k, v, out, _ = saved
     dtype, me = accumulation_dtype(q.dtype), context.group.rank
     dk, dv = zeros(k, dtype), zeros(v, dtype)
@@ -95,7 +104,10 @@ def _block(dout: Tensor, saved: Saved, rows: Rows) -> Block:
 
 
 def side_of(plan: SequencePlan, sizes: Sizes) -> str:
-    """What travels in the backward pass: as asked, or what costs all ranks together fewer bytes."""
+    """Returns what rotates in the backward pass, "kv" or "q".
+
+    It is the side that was asked for, or the one that costs all ranks together fewer bytes.
+    """
     if sizes.options.backward_rotates != "auto":
         return sizes.options.backward_rotates
 
@@ -108,7 +120,7 @@ def side_of(plan: SequencePlan, sizes: Sizes) -> str:
 
 
 def schedule_of(plan: SequencePlan, side: str, sizes: Sizes) -> tuple[RingSchedule, int, int]:
-    """Of the backward pass: the rotation, bytes of a row that is passed on, and of its gradients."""
+    """Returns the schedule of the backward pass, and bytes of a row that is passed on and of its gradients."""
     compute = sizes.options.grad_dtype == "compute"
     if side == "kv":
         return key_ring(plan, sizes.inner), 2 * sizes.keys, 2 * (sizes.keys if compute else sizes.key_gradients)

@@ -1,4 +1,4 @@
-"""Gather: all keys and values that my queries see are brought here, a few heads at a time.
+"""Gather: each rank gathers the keys and values that its queries see, a few heads at a time.
 
 Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2 (context parallelism); its balance comes from the zigzag
 layout. Unlike there, a rank receives only the rows that its queries see.
@@ -9,9 +9,9 @@ layout. Unlike there, a rank receives only the rows that its queries see.
         attention of q over all gathered k, v          dq; dk, dv of all gathered k, v
                                                        send dk, dv to their owners, who sum them
 
-Gathered keys are put in order of position, so that a zigzag shard owes two bands rather than tiles of every owner.
-dk and dv are reduced by an all-to-all and a sum in rank order, in the accumulation dtype: what Gloo has for a
-reduce-scatter sends twice as much.
+Gathered keys are sorted by position, so that a zigzag shard needs two bands rather than tiles of every owner. Gradients
+are reduced by an all-to-all and a sum in rank order, in the accumulation dtype. What Gloo has for a reduce-scatter
+sends twice as much.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     partial = Partial(q)
     tiles = gathered_keys(context.plan, context.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, context):
         own = heads.queries
         context.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, context.scale, partial.of_heads(own))
-        del keys  # or they would be here when those of the next heads are put in order
+        del keys  # or they would be here when those of the next heads are sorted
     return partial.out, partial.lse
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v in the accumulation dtype."""
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
@@ -69,21 +73,24 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Heads:
-    """A group of key/value heads, and the query heads that read them."""
+    """Names a group of key/value heads, and the query heads that read them."""
 
     keys: slice
     queries: slice
 
 
 def head_groups(heads: int, kv_heads: int) -> list[Heads]:
+    """Returns the groups of heads that are gathered one after another."""
     width, per_key = -(-kv_heads // GROUPS), heads // kv_heads
     bounds = [(first, min(first + width, kv_heads)) for first in range(0, kv_heads, width)]
     return [Heads(slice(a, b), slice(a * per_key, b * per_key)) for a, b in bounds]
 
 
 def gather_groups(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Iterator[tuple[Heads, Tensor]]:
-    """Yields each group of heads with its keys and values ``[2, B, keys, heads, D]`` in order of position, while
-    those of the next group are in flight."""
+    """Yields each group of heads with its gathered keys and values, while those of the next group are in flight.
+
+    Keys and values ``[2, B, keys, heads, D]`` are in order of position.
+    """
     groups = head_groups(q.shape[2], k.shape[2])
     pending = gather(k, v, groups[0], context)
     for heads, following in zip(groups, [*groups[1:], None], strict=True):
@@ -113,7 +120,7 @@ def gather(k: Tensor, v: Tensor, heads: Heads, context: AttentionContext) -> Pen
 
 
 def sort_by_position(pending: Pending, k: Tensor, v: Tensor, heads: Heads, context: AttentionContext) -> Tensor:
-    """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
+    """Returns the gathered keys and values with this rank's own, in order of position, ``[2, B, keys, heads, D]``."""
     me, gathered = context.group.rank, gathered_keys(context.plan, context.group.rank)
     keys, places = k[:, :, heads.keys], gathered.places
     whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
@@ -126,14 +133,14 @@ def sort_by_position(pending: Pending, k: Tensor, v: Tensor, heads: Heads, conte
 
 @dataclass(frozen=True)
 class GradientsInFlight:
-    """dk and dv of this rank's keys on their way home, beside its own share ``[2, B, rows, heads, D]``."""
+    """Holds dk and dv of this rank's keys that are in flight, and its own share ``[2, B, rows, heads, D]``."""
 
     pending: Pending
     own: Tensor
     heads: Heads
 
     def add_to(self, dk: Tensor, dv: Tensor, context: AttentionContext) -> None:
-        """Sums in rank order, so that the result does not depend on who came first."""
+        """Adds all ranks' shares to dk and dv, in rank order, so that the sum does not depend on who came first."""
         me = context.group.rank
         arrived = self.pending.wait()
         arrived.insert(me, self.own)
@@ -143,7 +150,10 @@ class GradientsInFlight:
 
 
 def send_gradients(shares: Tensor, heads: Heads, dtype: torch.dtype, context: AttentionContext) -> GradientsInFlight:
-    """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``dtype``: of the inputs."""
+    """Sends dk and dv of the gathered keys to the keys' owners.
+
+    shares ``[2, B, keys, heads, D]`` in order of position; ``dtype``: of the inputs.
+    """
     plan, me = context.plan, context.group.rank
     grad_dtype = dtype if context.options.grad_dtype == "compute" else shares.dtype
     sends, receives = [], []

@@ -1,4 +1,4 @@
-"""Attention of a sequence that lies whole on one rank: one kernel call, no communication."""
+"""Local attention: the sequence lies whole on one rank; one kernel call, no communication."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.errors import ConfigError
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]`` to (out, lse)."""
+    """Returns (out, lse) of the whole sequence. q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]``."""
     if context.group.size != 1:
         raise ConfigError(f"local attention computes whole sequences, and {context.group.size} ranks share this one")
     partial = Partial(q)

@@ -1,9 +1,9 @@
-"""Ring attention: key/value blocks go round, queries stay.
+"""Ring attention: blocks of keys and values rotate around the ranks, queries stay.
 
-Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023);
-Brandon et al., "Striped Attention: Faster Ring Attention for Causal Transformers" (2023). The zigzag form
-is that of Llama 3 and zhuzilin/ring-flash-attention. They differ in the layout alone, hence in the plan's
-tiles and schedule; this loop is the same for all of them, and for one rank.
+Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023); Brandon et al.,
+"Striped Attention: Faster Ring Attention for Causal Transformers" (2023). The zigzag form is that of Llama 3 and
+zhuzilin/ring-flash-attention. They differ in the layout alone, hence in the plan's tiles and schedule. This loop is the
+same for all of them, and for one rank.
 
     forward:                                   backward:
     for hop = 0 .. P-1:                        for hop = 0 .. P-1:
@@ -30,18 +30,25 @@ from longctx.sequence import RingSchedule, key_ring
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     return pass_keys(q, k, v, context, key_ring(context.plan))
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
+    """Returns the gradients of the local q, k, v.
+
+    Given the global lse, each block's share is independent of the others.
+    """
     return pass_keys_backward(dout, saved, context, key_ring(context.plan))
 
 
 def pass_keys(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, schedule: RingSchedule
 ) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the local queries, rotating blocks of (k, v) under ``schedule``."""
     partial, me = Partial(q), context.group.rank
     for hop, rows, [(block_k, block_v)] in rotate_blocks((_block(k, v, schedule, me),), schedule, context.group):
         tiles = context.plan.packed_tiles(me, schedule.owner(me, hop), rows)
@@ -53,6 +60,7 @@ def pass_keys(
 def pass_keys_backward(
     dout: Tensor, saved: Saved, context: AttentionContext, schedule: RingSchedule
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v, rotating blocks of (k, v) under ``schedule``."""
     q, k, v, out, lse = saved
     dtype, me = accumulation_dtype(q.dtype), context.group.rank
     direct_dtype = k.dtype if context.options.grad_dtype == "compute" else None

@@ -35,7 +35,10 @@ from longctx.sequence import SequencePlan
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
     scores = score_rows(q, k, context)
     row_lse = torch.logsumexp(scores, dim=-1)
@@ -51,6 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v in the accumulation dtype."""
     q, k, v, _, lse = saved
     dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
@@ -76,9 +80,9 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
 
 
 def score_rows(q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
-    """Scaled scores of the local queries with all keys, ``[B, Hkv/TP, H/Hkv, T/SP, S]``, -inf where hidden.
+    """Returns the scaled scores of the local queries with all keys, -inf where masked.
 
-    Columns are ordered by owner, as rank 0 holds them, then rank 1, and so on.
+    ``[B, Hkv/TP, H/Hkv, T/SP, S]``. Columns are ordered by owner, as rank 0 holds them, then rank 1, and so on.
     """
     plan, me, dtype = context.plan, context.group.rank, accumulation_dtype(q.dtype)
     queries = _grouped(q[:, : len(plan.positions(me))].to(dtype), k)
@@ -90,7 +94,7 @@ def score_rows(q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
 
 
 def hidden(plan: SequencePlan, rank: int) -> Tensor:
-    """Bool ``[B, 1, 1, T/SP, S]``: keys, ordered by owner, that the local queries do not see."""
+    """Returns which keys, ordered by owner, the local queries do not see, bool ``[B, 1, 1, T/SP, S]``."""
     keys = np.concatenate([plan.positions(owner) for owner in range(plan.world)])
     rows = []
     for documents in plan.documents:
@@ -100,8 +104,10 @@ def hidden(plan: SequencePlan, rank: int) -> Tensor:
 
 
 def ring(local: Tensor, context: AttentionContext) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yields (hop, columns, block) of every rank's keys or values, mine first, then those of the rank before me and
-    so on, while the next block is in flight. ``local``: ``[B, T/SP, Hkv/TP, D]``."""
+    """Yields (hop, columns, block) of every rank's keys or values, while the next block is in flight.
+
+    This rank's block comes first, then that of the rank before it, and so on. ``local``: ``[B, T/SP, Hkv/TP, D]``.
+    """
     counts, me, world = shard_lengths(context.plan), context.group.rank, context.group.size
     block = local[:, : counts[me]].contiguous()
     for hop in range(world):
@@ -114,7 +120,9 @@ def ring(local: Tensor, context: AttentionContext) -> Iterator[tuple[int, slice,
 
 
 class KeyGradientReturn:
-    """Gradients that ride one step behind their block, summed on the way; the last holder is the owner's neighbour.
+    """Sends gradients on, one hop behind their block, and sums them on the way.
+
+    The last holder is the owner's neighbour.
 
     ``grad``: the valid rows of this rank's own gradient, ``[B, T/SP, Hkv/TP, D]``, which it adds to.
     """
@@ -125,7 +133,7 @@ class KeyGradientReturn:
         self._partial_sums: Pending | None = None
 
     def add(self, hop: int, share: Tensor) -> None:
-        """Takes this rank's share of the gradient of the block that it holds at ``hop``."""
+        """Adds this rank's share of the gradient of the block that it holds at ``hop``."""
         if hop == 0:
             self._grad += share
             return
@@ -135,6 +143,7 @@ class KeyGradientReturn:
         self._partial_sums = _send_recv(share.contiguous(), shard_lengths(self._context.plan)[following], self._context)
 
     def finish(self) -> None:
+        """Adds what the other ranks have summed for this rank's own block."""
         if self._partial_sums:
             self._grad += self._partial_sums.wait()[0]
 
@@ -147,7 +156,7 @@ def _send_recv(block: Tensor, coming: int, context: AttentionContext) -> Pending
 
 
 def shard_lengths(plan: SequencePlan) -> list[int]:
-    """Valid tokens of every rank."""
+    """Returns the number of valid tokens of every rank."""
     return [len(plan.positions(rank)) for rank in range(plan.world)]
 
 
@@ -178,7 +187,7 @@ def _refuses(case: AttentionCase) -> str | None:
 
 
 def work(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Whole rows of scores, hidden ones too."""
+    """Returns the cells of whole rows of scores, masked ones too."""
     return len(plan.documents) * len(plan.positions(rank)) * plan.length
 
 

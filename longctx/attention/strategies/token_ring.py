@@ -1,4 +1,4 @@
-"""TokenRing: keys and values stay, queries travel one way, and their attention returns the other way.
+"""TokenRing: keys and values stay, queries rotate one way, and their results return the other way.
 
 Wang et al., "TokenRing: An Efficient Parallelism Framework for Infinite-Context LLMs via Bidirectional
 Communication" (2024). The published code has no backward pass; this one is of the same kind.
@@ -10,10 +10,10 @@ Communication" (2024). The published code has no backward pass; this one is of t
         return (out, lse) to the block's owner         return dq to the block's owner
         merge what returned in the hop before          add what returned in the hop before
 
-Queries move one neighbour per hop, in the direction that moves fewer rows. Their results return directly, hop ranks
-the other way, while the next hop computes. They have a channel of their own, so that both directions of the links
-are in use. The last hop's returns are exposed. Outputs and dq return in the accumulation dtype or, where
-``grad_dtype`` is ``compute``, in that of the inputs, and only for queries that the sender's keys are seen by.
+Queries move one neighbour per hop, in the direction that moves fewer rows. Their results return directly, hop ranks the
+other way, while the next hop computes. They have a channel of their own, so that both directions of the links are in
+use. The last hop's returns are exposed. Outputs and dq return in the accumulation dtype or, where ``grad_dtype`` is
+``compute``, in that of the inputs. Only rows of queries that see a key of the sender return.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Returning = tuple[int, Rows, Pending]  # a holder, the local queries that it att
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     plan, schedule, me = context.plan, query_ring(context.plan), context.group.rank
     partial = Partial(q)
     returning: Returning | None = None
@@ -72,12 +75,12 @@ def _merge(returning: Returning, plan: SequencePlan, me: int, into: Partial) -> 
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v."""
+    """Returns the gradients of the local q, k, v."""
     return pass_queries_backward(dout, saved, context, query_ring(context.plan), _return_dtype(saved[0], context))
 
 
 def _return_dtype(q: Tensor, context: AttentionContext) -> torch.dtype:
-    """In what dtype outputs and gradients come home."""
+    """The dtype in which outputs and gradients return to their owners."""
     return q.dtype if context.options.grad_dtype == "compute" else accumulation_dtype(q.dtype)
 
 

@@ -1,9 +1,9 @@
 """Tree attention: keys and values stay, queries visit every rank, and partials are reduced on the queries' owners.
 
 Shyam, Pilault, Shepperd, Anthony, Millidge, "Tree Attention: Topology-aware Decoding for Long-Context Attention on GPU
-clusters" (2024), section 3: softmax attention is a reduction, for (out, lse) of any two sets of keys merge into those
-of both, in any order. Every rank computes partials of everyone's queries over its own keys; a reduce-scatter returns
-to each rank its own queries' partials, merged. Its decoding form is ``longctx.attention.decoding.tree_decoding``.
+clusters" (2024), section 3. Softmax attention is a reduction: (out, lse) of any two sets of keys merge into those of
+both, in any order. Every rank computes partials of everyone's queries over its own keys; a reduce-scatter returns to
+each rank its own queries' partials, merged. Its decoding form is ``longctx.attention.decoding.tree_decoding``.
 
     forward, on rank r:                            backward, on rank r:
     for step = 0 .. P-1:                           for step = 0 .. P-1:
@@ -12,11 +12,11 @@ to each rank its own queries' partials, merged. Its decoding form is ``longctx.a
         return (out, lse) to rank r - step             return dq to rank r - step
         merge what rank r + step - 1 returned          add what rank r + step - 1 returned
 
-The reduce-scatter is direct: each rank returns each owner's partials to it at once, P - 1 messages in place of the
-log2 P of recursive halving. Both are trees in which each owner is the root of P - 1 edges; an edge of the halving tree
-carries the union of the rows below it, so it never sends less (as much where everyone sees everything: P - 1 shards a
-rank). And it starts once all P shards of queries are computed and held, where this holds those of two steps, each in
-flight while another computes. A rank returns only rows that see a key of its own.
+The reduce-scatter is direct: each rank returns each owner's partials to it at once. That takes P - 1 messages in place
+of the log2 P of recursive halving. Both are trees in which each owner is the root of P - 1 edges. An edge of the
+halving tree carries the union of the rows below it, so it never sends less (as much where everyone sees everything: P -
+1 shards a rank). It also starts once all P shards of queries are computed and held. Here those of two steps are held,
+each in flight while another computes. A rank returns only rows that see a key of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ Block = tuple[Tensor, ...]  # tensors of the same tokens, [B, rows, H/TP, ...]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
+    """Returns (out, lse) of the local queries.
+
+    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
+    """
     partial = Partial(q)
     returning: tuple[Rows, Pending] | None = None
     for step, (block_q,), tiles in visiting_queries((q,), context):
@@ -53,7 +56,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple
 
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    """dk and dv are complete where they are computed. Given the global lse, shares of dq just add up."""
+    """Returns the gradients of the local q, k, v.
+
+    dk and dv are complete where they are computed. Given the global lse, shares of dq just add up.
+    """
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     grad_dtype = q.dtype if context.options.grad_dtype == "compute" else dtype
@@ -74,10 +80,10 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
 
 
 def visiting_queries(block: Block, context: AttentionContext) -> Iterator[tuple[int, Block, tuple[TileSet, ...]]]:
-    """Yields (step, the visiting tokens' tensors, tiles over my keys) while the next visitors are in flight.
+    """Yields (step, tensors of visiting queries, tiles over this rank's keys) while the next visitors are in flight.
 
-    ``block``: tensors of this rank's own tokens, which come first, as they lie; of others come those that see a
-    key of this rank.
+    ``block``: tensors of this rank's own tokens, which come first, as they lie. Of other ranks come the tokens that see
+    a key of this rank.
     """
     plan, me, world = context.plan, context.group.rank, context.group.size
     visitors, tiles = block, plan.tiles(me, me)
@@ -91,7 +97,7 @@ def visiting_queries(block: Block, context: AttentionContext) -> Iterator[tuple[
 
 
 def send_queries(block: Block, step: int, context: AttentionContext) -> Pending:
-    """Sends my tokens that see a key of rank me + step to it; expects those of rank me - step that see mine."""
+    """Sends this rank's queries that see a key of rank me + step to it; expects those of rank me - step."""
     plan, me, world = context.plan, context.group.rank, context.group.size
     host, guest = (me + step) % world, (me - step) % world
     leaving, coming = plan.sees(me, host), plan.sees(guest, me)
@@ -103,7 +109,7 @@ def send_queries(block: Block, step: int, context: AttentionContext) -> Pending:
 
 
 def return_to_owner(results: Block, step: int, context: AttentionContext) -> tuple[Rows, Pending]:
-    """Sends what was computed for the visitors of this step to their owner.
+    """Sends the results of this step's visiting queries to their owner.
 
     Returns the rows of this rank's own tokens that visited rank me + step, and the arrival of their results.
     """

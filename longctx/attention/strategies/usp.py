@@ -6,8 +6,8 @@ Fang, Zhao, "USP: A Unified Sequence Parallelism Approach for Long Context Gener
     out = ring_attention(q, k, v) in my column, of which each row is one rank
     out = all_to_all(out) in my row            from the row's tokens, my heads to my tokens, all heads
 
-A row holds the tokens of its ranks in order of position, under any layout; which of them the ring reads of another
-row follows from that (``SequencePlan.joined``).
+A row holds the tokens of its ranks in order of position, under any layout. Which of them the ring reads of another row
+follows from that (``SequencePlan.joined``).
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Disaggregated attention in three operators, so that two nano-batches may take turns between exchanging and computing.
+"""Ping-pong of disaggregated attention: three operators, so that two nano-batches take turns to exchange and compute.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), section on
-ping-pong: the exchange of one nano-batch hides behind the computing of the other.
+ping-pong. The exchange of one nano-batch hides behind the computing of the other.
 
     start 0   start 1   serve 0   serve 1   finish 0   post 0   finish 1   post 1
-    q, k, v   q, k, v   attend    attend    merge               merge
-    leave     leave     o leaves  o leaves
+    send      send      attend    attend    merge               merge
+    q, k, v   q, k, v   send out  send out
 
-Each is an autograd node of its own, and the backward pass comes to them in the opposite order: dout leaves in that of
-``finish``, gradients are computed in that of ``serve``, and awaited in that of ``start``. A handle names the run in all
-of them (``longctx.sequence.handles``). What joins the nodes is an empty tensor on the device of q, and its gradient.
+Each is an autograd node of its own, and the backward pass comes to them in the opposite order. The backward of
+``finish`` sends dout, that of ``serve`` computes gradients, and that of ``start`` awaits them. A handle names the run
+in all of them (``longctx.sequence.handles``). What joins the nodes is an empty tensor on the device of q, and its
+gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from longctx.sequence.handles import begin, end, new_handle, running
 
 @dataclass(frozen=True)
 class NanoBatch:
-    """One nano-batch between the steps. ``link``: what the step before returned."""
+    """Holds one nano-batch between the steps. ``link``: what the step before returned."""
 
     run: Tensor
     link: Tensor
@@ -46,22 +47,22 @@ class NanoBatch:
 
 
 class PingPongAttention:
-    """``StrategyAttention`` of the disaggregated strategy with a step between ``start`` and ``finish``."""
+    """Computes disaggregated attention with a step between ``start`` and ``finish``."""
 
     def __init__(self, group: Group, kernel: str = "auto", options: StrategyOptions = DEFAULT) -> None:
         self._group, self._kernel, self._options = group.name, kernel, encoded(options)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> NanoBatch:
-        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` leave for those who serve them."""
+        """Sends q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to the ranks that compute for them."""
         run = new_handle()
         return NanoBatch(run, _start(q, k, v, run, plan, *self._context(q)), (q, k, v), plan)
 
     def serve(self, nano_batch: NanoBatch) -> NanoBatch:
-        """Attends to what has come, and sends the results home."""
+        """Computes for the tokens that have arrived, and sends the results to their owners."""
         return replace(nano_batch, link=_serve(nano_batch.link, nano_batch.run))
 
     def finish(self, nano_batch: NanoBatch) -> Tensor:
-        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        """Returns attention of the local queries, ``[B, T/SP, H/TP, D]``."""
         q, k, v = nano_batch.tensors
         out: Tensor = _finish(nano_batch.link, q, k, v, nano_batch.run, nano_batch.plan, *self._context(q))[0]
         return out
