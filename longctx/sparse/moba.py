@@ -89,18 +89,18 @@ def run_forward(
     tiles, firsts = own_tiles(row_exchange, context), first_keys(row_exchange, context)
     keys, values = fetched.chunk(2, -1)
     kernel_for("auto", q, k).forward(queries, keys, values, tiles, context.scale, partial)
-    everyone = Rows.union([(0, queries.shape[1])])
+    all_rows = Rows.union([(0, queries.shape[1])])
     for choice in chosen.unbind(-1):
         out, lse = torch.zeros_like(partial.out), torch.full_like(partial.lse, -torch.inf)
         for groups in grouped(choice, firsts, block):
-            scores, _, its_values = groups.scores(queries, fetched, context.scale)
-            its_lse = torch.logsumexp(scores, -1)
-            groups.put(out, torch.exp(scores - its_lse[..., None]) @ its_values)
-            groups.put(lse, its_lse)
-        partial.merge_packed(everyone, out, lse)
+            scores, _, block_values = groups.scores(queries, fetched, context.scale)
+            block_lse = torch.logsumexp(scores, -1)
+            groups.put(out, torch.exp(scores - block_lse[..., None]) @ block_values)
+            groups.put(lse, block_lse)
+        partial.merge_packed(all_rows, out, lse)
     unpack = context.shard.unpack
-    made = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
-    return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), made
+    local_chosen = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
+    return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), local_chosen
 
 
 def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,12 +124,12 @@ def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     delta = (dout * out).sum(-1)
     for choice in chosen[0].unbind(-1):
         for groups in grouped(choice, firsts, block):
-            scores, its_keys, its_values = groups.scores(queries, fetched, context.scale)
-            upstream, asked = groups.take(dout), groups.take(queries).to(wide)
+            scores, block_keys, block_values = groups.scores(queries, fetched, context.scale)
+            block_dout, block_q = groups.take(dout), groups.take(queries).to(wide)
             weights = torch.exp(scores - groups.take(lse)[..., None]).masked_fill_(groups.missing[..., None], 0)
-            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * context.scale
-            groups.add(dq, dscores @ its_keys)
-            groups.add_to_keys(dfetched, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
+            dscores = weights * (block_dout @ block_values.mT - groups.take(delta)[..., None]) * context.scale
+            groups.add(dq, dscores @ block_keys)
+            groups.add_to_keys(dfetched, torch.cat((dscores.mT @ block_q, weights.mT @ block_dout), -1))
     gradients = row_exchange.total(row_exchange.send_gradients(dfetched, ranks))
     dk, dv = (context.shard.unpack(one, k) for one in gradients.chunk(2, -1))
     return context.shard.unpack(dq, q), dk, dv
@@ -169,10 +169,7 @@ def route(q: Tensor, k: Tensor, choices: int, context: BlockContext) -> Tensor:
 
 
 def pooled(k: Tensor, context: BlockContext) -> Tensor:
-    """Returns the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``.
-
-    k ``[n, H, D]``: keys of this rank.
-    """
+    """Returns the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``; k ``[n, H, D]``."""
     eligible, me = context.blocks.followed, context.ranks.rank
     parts = [np.searchsorted(eligible, its) for its in _parts(context.blocks, context.held)]
     inside = np.flatnonzero(np.isin(context.own, eligible))

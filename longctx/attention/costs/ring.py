@@ -46,10 +46,7 @@ def keys_peak(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes) -> Peak:
 
 
 def keys_alive(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes) -> Peak:
-    """Returns what each pass allocates, in bytes, on the rank with most.
-
-    It counts results in the accumulation dtype, blocks at hand and in flight, and their gradients.
-    """
+    """Returns what each pass allocates, in bytes, on the rank with most: results, blocks in memory, and gradients."""
     rows, direct = plan.shard, sizes.options.grad_dtype == "compute"
     block, wide = sizes.held(keys=1), sizes.held(gradients=1)
     result = block if direct else wide

@@ -99,10 +99,7 @@ class SequenceCache:
         self.arrivals = None
 
     def expect(self, batch: int, tokens: int) -> Arrivals:
-        """Assigns new tokens of each sequence to ranks and returns what they are to this rank.
-
-        Each token goes to the rank that holds the fewest, the first of several.
-        """
+        """Places new tokens of each sequence, each on the rank that holds the fewest, the first of several."""
         positions = range(self.length, self.length + tokens)
         kept = []
         for place in range(tokens):

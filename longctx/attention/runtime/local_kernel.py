@@ -88,10 +88,7 @@ def load_kernel(name: str) -> LocalKernel:
 
 @lru_cache
 def select_kernel(name: str, problem: KernelProblem) -> LocalKernel:
-    """Returns the named kernel, or for "auto" the first that doesn't refuse.
-
-    Each refusal is logged once. Raises ``ConfigError`` where the named kernel refuses.
-    """
+    """Returns the named kernel, or for "auto" the first that doesn't refuse; each refusal is logged once."""
     if name != "auto":
         kernel = load_kernel(name)
         reason = kernel.refuses(problem)

@@ -60,8 +60,8 @@ class Partial:
         """
         for (start, stop), offset in zip(rows.intervals, rows.offsets, strict=True):
             old_out, old_lse = self.out[:, start:stop], self.lse[:, start:stop]
-            its_lse = lse.narrow(1, offset, stop - start)
-            weight = torch.sigmoid(its_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
+            other_lse = lse.narrow(1, offset, stop - start)
+            weight = torch.sigmoid(other_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
             old_out.lerp_(out.narrow(1, offset, stop - start), weight)
-            torch.logaddexp(old_lse, its_lse, out=old_lse)
+            torch.logaddexp(old_lse, other_lse, out=old_lse)
             self._seen[:, start:stop] = True

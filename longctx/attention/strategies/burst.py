@@ -42,10 +42,7 @@ from longctx.sequence import RingSchedule, Rows, SequencePlan, key_ring, query_r
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of the local queries.
-
-    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
-    """
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     return pass_keys(q, k, v, context, key_ring(context.plan, _inner(context.group)))
 
 

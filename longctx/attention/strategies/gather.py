@@ -33,10 +33,7 @@ ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of the local queries.
-
-    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
-    """
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     partial = Partial(q)
     tiles = gathered_keys(context.plan, context.group.rank).tiles
     for heads, keys in gather_groups(q, k, v, context):

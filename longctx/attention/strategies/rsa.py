@@ -35,10 +35,7 @@ from longctx.sequence import SequencePlan
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of the local queries.
-
-    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
-    """
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
     scores = score_rows(q, k, context)
     row_lse = torch.logsumexp(scores, dim=-1)

@@ -34,10 +34,7 @@ Returning = tuple[int, Rows, Pending]  # a holder, the local queries that it att
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of the local queries.
-
-    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
-    """
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     plan, schedule, me = context.plan, query_ring(context.plan), context.group.rank
     partial = Partial(q)
     returning: Returning | None = None

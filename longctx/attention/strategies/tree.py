@@ -36,10 +36,7 @@ Block = tuple[Tensor, ...]  # tensors of the same tokens, [B, rows, H/TP, ...]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of the local queries.
-
-    q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``.
-    """
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     partial = Partial(q)
     returning: tuple[Rows, Pending] | None = None
     for step, (block_q,), tiles in visiting_queries((q,), context):
