@@ -1,4 +1,4 @@
-"""The stand-in for an output that did not travel: the same delta, hence the same gradients, from every kernel."""
+"""The surrogate for an output that was not sent: the same delta, hence the same gradients, from every kernel."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ def rotate_blocks(block: Block, schedule: RingSchedule, group: Group) -> Iterato
 
 
 def _send_recv(block: Block, rows: Rows, hop: int, to: int, schedule: RingSchedule, group: Group) -> Pending:
-    """Sends what is read from hop ``to`` on to the block's holder there; expects the block that is here then."""
+    """Sends the rows that are read from hop ``to`` on to the block's next holder, and receives the next block."""
     me, lap = group.rank, schedule.lap
     owner, following = schedule.owner(me, hop), schedule.owner(me, to)
     receiver, sender = schedule.holder(owner, to), schedule.holder(following, hop)

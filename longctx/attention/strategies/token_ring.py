@@ -60,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple
 
 
 def _merge(returning: Returning, plan: SequencePlan, me: int, into: Partial) -> None:
-    """Takes in what the holder's keys are to local queries; rows that none of them concerns came without meaning."""
+    """Merges a holder's results into those of local queries; rows that see none of its keys are skipped."""
     holder, rows, pending = returning
     [out], [lse] = pending.wait()
     for tiles in plan.tiles(me, holder):  # apart for batch rows that differ

@@ -96,12 +96,12 @@ def visiting_queries(block: Block, context: AttentionContext) -> Iterator[tuple[
 def send_queries(block: Block, step: int, context: AttentionContext) -> Pending:
     """Sends this rank's queries that see a key of rank me + step to it; expects those of rank me - step."""
     plan, me, world = context.plan, context.group.rank, context.group.size
-    host, guest = (me + step) % world, (me - step) % world
-    leaving, coming = plan.sees(me, host), plan.sees(guest, me)
+    holder, owner = (me + step) % world, (me - step) % world
+    leaving, coming = plan.sees(me, holder), plan.sees(owner, me)
     return exchange(
         context.group,
-        sends=[(host, leaving.take(part).contiguous()) for part in block],
-        receives=[(guest, _buffer(part, coming)) for part in block],
+        sends=[(holder, leaving.take(part).contiguous()) for part in block],
+        receives=[(owner, _buffer(part, coming)) for part in block],
     )
 
 
@@ -111,12 +111,12 @@ def return_to_owner(results: Block, step: int, context: AttentionContext) -> tup
     Returns the rows of this rank's own tokens that visited rank me + step, and the arrival of their results.
     """
     plan, me, world = context.plan, context.group.rank, context.group.size
-    host, guest = (me + step) % world, (me - step) % world
-    own = plan.sees(me, host)
+    holder, owner = (me + step) % world, (me - step) % world
+    own = plan.sees(me, holder)
     arrival = exchange(
         context.group,
-        sends=[(guest, part) for part in results],
-        receives=[(host, _buffer(part, own)) for part in results],
+        sends=[(owner, part) for part in results],
+        receives=[(holder, _buffer(part, own)) for part in results],
     )
     return own, arrival
 
