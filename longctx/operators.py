@@ -1,11 +1,11 @@
-"""One way to register an operator of ours: what it computes, its shapes, and its gradient, which is an operator too.
+"""Registration of torch operators: what one computes, its shapes, and its gradient, which is an operator too.
 
 An ``autograd.Function`` would hide attention from selective recompute and break ``torch.compile``'s graph. As
 operators, the forward can be marked MUST_SAVE, so that recompute keeps what it returned and neither computes nor
-communicates twice; the compiler and every dispatch mode see one node.
+communicates twice. The compiler and every dispatch mode see one node.
 
 They are registered with ``torch.library.Library`` rather than by ``torch.library.custom_op``, and joined by a node of
-our own: forward and backward of a layer cost 25 µs beside an ``autograd.Function``'s, where ``custom_op`` costs 75.
+our own. Forward and backward of a layer cost 25 µs beside an ``autograd.Function``'s, where ``custom_op`` costs 75.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 @dataclass(frozen=True)
 class Gradient:
-    """The backward pass of an operator, which becomes the operator ``<name>_backward``.
+    """Describes the backward pass of an operator, which becomes the operator ``<name>_backward``.
 
     ``run``: takes the gradient of the first output, then what ``saves`` names, then the forward's context; returns the
     gradients of the inputs that ``of`` names. ``saves``: names of inputs and outputs; all of them by default. ``of``:
@@ -46,7 +46,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor, or a list of them, that an operator takes or returns."""
+    """Describes a tensor, or a list of them, that an operator takes or returns."""
 
     name: str
     many: bool
@@ -128,7 +128,7 @@ def _like(saved: Sequence[Value], of: Sequence[Value]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Differentiation:
-    """What autograd must know of an operator: without ``backward``, that it has no gradient."""
+    """Holds what autograd must know of an operator: without ``backward``, that it has no gradient."""
 
     operator: Any
     inputs: tuple[Value, ...]
@@ -139,13 +139,13 @@ class Differentiation:
 
     @cached_property
     def places(self) -> list[int]:
-        """Says where what is saved stands among inputs and outputs."""
+        """Returns where what is saved stands among inputs and outputs."""
         every = (*self.inputs, *self.outputs)
         return [every.index(value) for value in self.saved]
 
     @cached_property
     def asked(self) -> list[bool]:
-        """Says which inputs have a gradient."""
+        """Returns which inputs have a gradient."""
         return [value in self.of for value in self.inputs]
 
     def gradients(self, dout: Any, kept: Sequence[Any], context: Sequence[Any]) -> list[Any]:

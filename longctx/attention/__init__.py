@@ -1,4 +1,7 @@
-"""Attention over a sharded sequence: one file per strategy, kernels by contract, merged by log-sum-exp."""
+"""Softmax attention over sequences that are sharded over ranks, by one of several strategies.
+
+Each strategy is one file of ``strategies``. Kernels compute tiles on one device; partial results merge by log-sum-exp.
+"""
 
 from longctx.attention.core import CoreAttention, StrategyAttention
 from longctx.attention.reference import dense_attention

@@ -1,4 +1,4 @@
-"""Core attention as the model sees it: q, k, v of the local tokens in, their attention out."""
+"""Core attention as the model calls it: local q, k and v go in, attention of the local queries comes out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from longctx.options import DEFAULT, StrategyOptions
 
 @dataclass(frozen=True)
 class Started:
-    """Attention under way between ``start`` and ``finish``."""
+    """Holds attention that has started and not finished."""
 
     out: Tensor
 
 
 class CoreAttention(Protocol):
-    """What a block calls between its ``pre`` and its ``post``.
+    """Computes attention between the input and output projections of a block.
 
-    ``start`` and ``finish`` are apart so that a layer loop may compute something else in between; strategies
-    that overlap their own traffic do all their work in ``start``.
+    ``start`` and ``finish`` are apart so that a layer loop may compute something else in between. Strategies that
+    overlap their own communication do all their work in ``start``.
     """
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started: ...
@@ -35,12 +35,14 @@ class CoreAttention(Protocol):
 
 
 class StrategyAttention:
-    """A registered strategy on the ranks of one sequence group.
+    """Runs a registered strategy on the ranks of one sequence group.
 
-    ``group``: the process group whose ranks share the sequence; None for a sequence that is whole here.
-    ``kernel``: name of a local kernel or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``options``: what the
-    strategy lets users choose. Strategies that see the group as a grid have rows of single ranks where the options name
-    none (``registry.settled`` names the best); all ranks of the group then make this object at one point.
+    ``group``: the process group whose ranks share the sequence; None for a sequence that is whole on this rank.
+    ``kernel``: name of a local kernel, or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``options``: what the
+    strategy lets users choose.
+
+    Strategies that see the group as a grid have rows of single ranks where the options name no number
+    (``registry.settled`` names the best). All ranks of the group then make this object at the same point.
     """
 
     def __init__(
@@ -62,13 +64,16 @@ class StrategyAttention:
         self._options = encoded(options)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
-        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the batch's plan."""
+        """Starts attention of the local tokens.
+
+        q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``. ``plan``: the handle of the batch's plan.
+        """
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
         out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, self._options)
         return Started(out)
 
     def finish(self, started: Started) -> Tensor:
-        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        """Returns attention of the local queries, ``[B, T/SP, H/TP, D]``."""
         return started.out
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The dense reference: attention by its definition, on one process, in any dtype.
+"""Dense reference attention: the definition, on one process, in any dtype.
 
-It shares nothing with tiles, plans or kernels: visibility is written out cell by cell from the documents and
-the mask, so that a mistake there cannot hide here.
+It shares nothing with tiles, plans or kernels. Visibility is written out cell by cell from the documents and the mask,
+so that a mistake there cannot hide here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longctx.sequence import Documents, Mask
 
 
 def visible(documents: Documents, mask: Mask, length: int) -> Tensor:
-    """Bool ``[S, S]``: may query i see key j?"""
+    """Returns which keys each query sees, bool ``[S, S]``."""
     document = torch.full((length,), -1)
     for number, (start, stop) in enumerate(
         zip(documents.cu_seqlens[:-1].tolist(), documents.cu_seqlens[1:].tolist(), strict=True)
@@ -33,10 +33,10 @@ def visible(documents: Documents, mask: Mask, length: int) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], mask: Mask, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale * q k^T) v over the visible cells; differentiable by autograd.
+    """Computes softmax(scale * q k^T) v over the visible cells; autograd differentiates it.
 
-    q ``[B, S, H, D]``, k and v ``[B, S, Hkv, D]``. A query that sees nothing has output 0. Needs O(S^2) memory
-    for one head and one batch row at a time.
+    q ``[B, S, H, D]``, k and v ``[B, S, Hkv, D]``. A query that sees nothing has output 0. It needs O(S^2) memory for
+    one head and one batch row at a time.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     per_key_head = q.shape[2] // k.shape[2]

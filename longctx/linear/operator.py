@@ -1,7 +1,7 @@
-"""A linear layer's core as a pair of torch custom operators, for the reasons of ``longctx.operators``.
+"""Linear layers as a pair of torch operators, for the reasons of ``longctx.operators``.
 
 The forward operator returns, beside the output, the states that entered this rank's segments. Selective recompute
-keeps both, so that neither local computing nor the exchange runs twice; the backward operator computes everything else
+keeps both, so that neither local computing nor the exchange runs twice. The backward operator computes everything else
 again, in the order in which the exchange hides best, with autograd on the local parts.
 """
 
@@ -29,7 +29,7 @@ from longctx.sequence import plan_of
 
 
 class Core(Protocol):
-    """How one family of mixers computes its chunks; ``diagonal`` and ``delta`` are such modules."""
+    """Computes the chunks of one family of mixers; ``diagonal`` and ``delta`` are such modules."""
 
     def write(self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], chunks: Chunks) -> Any: ...
 
@@ -39,13 +39,16 @@ class Core(Protocol):
 
 
 def forward(
-    core: Core, tensors: Sequence[Tensor], pieces: Pieces, call: LinearContext, strategy: LinearStrategy
+    core: Core, tensors: Sequence[Tensor], pieces: Pieces, context: LinearContext, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
-    """(out ``[B, T/SP, H/TP, V]``, states that entered the segments ``[B, n, H/TP, K, V]``)."""
+    """Returns the output and the states that entered this rank's segments.
+
+    out ``[B, T/SP, H/TP, V]``, states ``[B, n, H/TP, K, V]``.
+    """
     written = [_write(core, piece, [piece.of(tensor) for tensor in tensors]) for piece in pieces.parts]
     scans = [_scan(one, piece) for one, piece in zip(written, pieces.parts, strict=True)]
     spans = SpanScan(scans, pieces)
-    arriving = strategy.enter(spans.summary, call)
+    arriving = strategy.enter(spans.summary, context)
     parts = [
         (core.reads(one, piece.chunks), core.intra(one, piece.chunks))
         for one, piece in zip(written, pieces.parts, strict=True)
@@ -93,10 +96,10 @@ def backward(
     tensors: Sequence[Tensor],
     entered: Tensor,
     pieces: Pieces,
-    call: LinearContext,
+    context: LinearContext,
     strategy: LinearStrategy,
 ) -> list[Tensor]:
-    """Gradients of the tensors."""
+    """Returns the gradients of the tensors."""
     again = [_Again.of(core, piece, tensors, dout) for piece in pieces.parts]
     fixed = [one.scan.detach() for one in again]
     dstates = [one.dstates() for one in again]
@@ -105,7 +108,7 @@ def backward(
         1,
     )
     spans = SpanScan(fixed, pieces)
-    arriving = strategy.leave(Summary(spans.summary.transitions, spans.entered_gradient(dentering)), call)
+    arriving = strategy.leave(Summary(spans.summary.transitions, spans.entered_gradient(dentering)), context)
     entering = spans.entering(entered)
     for one, scan, states in zip(again, fixed, entering, strict=True):
         with autograd():
@@ -148,26 +151,26 @@ _CONTEXT = "Tensor plan, str group, str strategy, int chunk"
 
 
 def define_core(name: str, core: Core) -> Any:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``, the two passes of a core."""
+    """Registers the two passes of a core, ``longctx::<name>`` and ``longctx::<name>_backward``."""
 
-    def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
-        tensors, (call, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *context), context[-1]
-        if call.plan.mask.causal:
-            pieces = pieces_of(call.plan, call.group.rank, chunk, q.device)
-            out, entered = forward(core, tensors, pieces, call, strategy)
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *names: Any) -> tuple[Tensor, Tensor]:
+        tensors, (context, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *names), names[-1]
+        if context.plan.mask.causal:
+            pieces = pieces_of(context.plan, context.group.rank, chunk, q.device)
+            out, entered = forward(core, tensors, pieces, context, strategy)
         else:
-            out, entered = bidirectional.forward(tensors, *_whole(call, chunk, q), call)
+            out, entered = bidirectional.forward(tensors, *_whole(context, chunk, q), context)
         return out.to(q.dtype), entered
 
     def run_backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], entered: Tensor, *context: Any
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], entered: Tensor, *names: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        tensors, (call, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *context), context[-1]
-        if call.plan.mask.causal:
-            pieces = pieces_of(call.plan, call.group.rank, chunk, q.device)
-            found = backward(core, dout, tensors, entered, pieces, call, strategy)
+        tensors, (context, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *names), names[-1]
+        if context.plan.mask.causal:
+            pieces = pieces_of(context.plan, context.group.rank, chunk, q.device)
+            found = backward(core, dout, tensors, entered, pieces, context, strategy)
         else:
-            found = bidirectional.backward(dout, tensors, entered, *_whole(call, chunk, q), call)
+            found = bidirectional.backward(dout, tensors, entered, *_whole(context, chunk, q), context)
         dq, dk, dv, *dgates = (grad.to(tensor.dtype) for grad, tensor in zip(found, tensors, strict=True))
         return dq, dk, dv, dgates
 
@@ -176,7 +179,7 @@ def define_core(name: str, core: Core) -> Any:
     return define_operator(name, schema, run_forward, _shapes, gradient)
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *context: Any) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], *names: Any) -> tuple[Tensor, Tensor]:
     segments = torch.library.get_ctx().new_dynamic_size()
     shape = (q.shape[0], segments, q.shape[2], q.shape[3], v.shape[3])
     return q.new_empty(v.shape), q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
@@ -204,9 +207,9 @@ def _resolve(
     return LinearContext(sequence, ranks, decay), get_linear(strategy)
 
 
-def _whole(call: LinearContext, chunk: int, q: Tensor) -> tuple[Chunks, bidirectional.Parts]:
+def _whole(context: LinearContext, chunk: int, q: Tensor) -> tuple[Chunks, bidirectional.Parts]:
     """What the form without a causal mask reads of the plan."""
-    where = call.plan, call.group.rank, chunk, q.device
+    where = context.plan, context.group.rank, chunk, q.device
     return chunks_of(*where), bidirectional.parts_of(*where)
 
 

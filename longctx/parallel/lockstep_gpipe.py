@@ -1,7 +1,7 @@
-"""The schedule of a pipeline whose stages serve one another's attention: GPipe in ticks that all stages take together.
+"""GPipe in ticks that all stages take together, for stages that compute attention for one another.
 
-Microbatches pass the stages in GPipe's order, so that gradients are the same sums. What is added is that a stage
-takes part in the ticks in which it holds no microbatch (``longctx.attention.strategies.disaggregated.lockstep``).
+Microbatches pass the stages in GPipe's order, so that gradients are the same sums. In addition a stage takes part in
+the ticks in which it holds no microbatch (``longctx.attention.strategies.disaggregated.lockstep``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from longctx.sequence import plan_of
 
 
 class LockstepGPipe(PipelineScheduleSingle):
-    """One stage per rank; ``attention`` is what its layers call."""
+    """Runs one stage per rank in GPipe's order, tick by tick with all other stages.
+
+    ``attention``: what the layers of the stage call.
+    """
 
     def __init__(
         self, stage: PipelineStage, microbatches: int, attention: StageAttention, loss: Callable[..., Any]

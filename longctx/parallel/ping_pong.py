@@ -1,4 +1,4 @@
-"""A block over two nano-batches in turn: one exchanges while the other computes (``disaggregated.ping_pong``).
+"""Blocks that compute two nano-batches in turn: one exchanges while the other computes (``disaggregated.ping_pong``).
 
 The two are the halves of a micro-batch's sequences. Both go through one call of the block, so that its parameters are
 gathered, and their gradients reduced, once.
@@ -19,7 +19,7 @@ from longctx.sequence import plan_of
 
 
 def take_turns(model: Decoder, attention: PingPongAttention) -> None:
-    """Of softmax layers; linear ones exchange too little to hide."""
+    """Lets softmax layers of a model compute two nano-batches in turn; linear ones exchange too little to hide."""
     for block in model.layers:
         if isinstance(block, SoftmaxBlock):
             turns = partial(in_turn, block, attention)
@@ -31,12 +31,18 @@ def take_turns(model: Decoder, attention: PingPongAttention) -> None:
 def as_lent(
     block: SoftmaxBlock, own: object, forward: Callable[..., Tensor], turns: Callable[..., Tensor], *inputs: Tensor
 ) -> Tensor:
-    """In turns with the block's own attention; a block that was lent another one, as for generation, goes by that."""
+    """Computes a block in turns while it has its own attention, and as usual while it was lent another one.
+
+    Generation lends blocks another attention.
+    """
     return (turns if block.attention is own else forward)(*inputs)
 
 
 def in_turn(block: SoftmaxBlock, attention: PingPongAttention, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
-    """x ``[B, T/SP, dim]`` with an even B to the same shape; ``plan``: the handle of the whole batch's plan."""
+    """Computes a block over the two halves of a batch in turn.
+
+    x ``[B, T/SP, dim]`` with an even B, to the same shape. ``plan``: the handle of the whole batch's plan.
+    """
     whole = plan_of(plan)
     inputs = x.chunk(2)
     turned = zip(*(part.chunk(2) for part in rotation), strict=True)

@@ -1,11 +1,11 @@
-"""Recomputing a block's activations in the backward pass instead of keeping them.
+"""Activation recompute: a block's activations are computed again in the backward pass instead of being kept.
 
-What is kept is a list of names. As long as `attention` is one of them, the outputs (out, lse) of every operator
-of ours are kept, and recompute neither runs attention nor sends its traffic again; without it, it does both. Of an
-`attention_half` the later half of each rank's rows is kept: recompute runs the earlier half, whose queries see half of
-the keys under a balanced layout, so for half of the memory a quarter of the causal work is done twice (BurstEngine,
-Sun et al. 2025, "sequence-level selective checkpointing", there for the striped layout). What tensor parallelism sends
-inside a block is repeated unless `collectives` are kept.
+What is kept is a list of names. With `attention` among them, the outputs (out, lse) of every operator of ours are kept,
+and recompute neither runs attention nor communicates again. Without it, it does both. Of an `attention_half` the later
+half of each rank's rows is kept: recompute runs the earlier half. Under a balanced layout its queries see half of the
+keys. So for half of the memory a quarter of the causal work is done twice (BurstEngine, Sun et al. 2025,
+"sequence-level selective checkpointing", there for the striped layout). What tensor parallelism sends inside a block is
+repeated unless `collectives` are kept.
 """
 
 from __future__ import annotations
@@ -55,32 +55,35 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def keeps(kept: tuple[str, ...], operator: Any) -> bool:
-    """Is what ``operator`` returned kept? Of a tile of the MLP nothing is: its backward runs it anyway."""
+    """Returns whether the results of an operator are kept.
+
+    Of a tile of the MLP nothing is: its backward runs it anyway.
+    """
     return not in_tile() and any(KINDS[name](operator) for name in kept)
 
 
 def halves(kept: tuple[str, ...], operator: Any) -> bool:
-    """Is of what ``operator`` returned only the tail kept?"""
+    """Returns whether only the later half of an operator's results is kept."""
     return "attention_half" in kept and operator in COMPLETIONS
 
 
 def names_kept(mode: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Of ``KINDS``: those that are listed, or without a list those that the mode stands for."""
+    """Returns the ``KINDS`` that are kept: those that are listed, or without a list those of the mode."""
     return KEPT[mode] if names is None else names
 
 
 def recompute_activations(model: Decoder, kept: tuple[str, ...]) -> None:
-    """``kept``: names of ``KINDS``.
+    """Makes every block of a model recompute its activations, but those of the kinds in ``kept``.
 
-    The checkpoint goes inside the block's ``forward``, not around the module: FSDP2's hooks stay outside of
-    it, so parameters are gathered for the backward pass once, as without recompute.
+    The checkpoint goes inside the block's ``forward``, not around the module. FSDP2's hooks stay outside of it, so
+    parameters are gathered for the backward pass once, as without recompute.
     """
     for block in model.layers:
         block.forward = checkpointed(block.forward, contexts_of(kept))  # type: ignore[method-assign]
 
 
 def contexts_of(kept: tuple[str, ...]) -> Contexts:
-    """What a block is run under in the forward pass and when it is recomputed."""
+    """Returns what a block is run under in the forward pass and when it is recomputed."""
     if not kept:
         return noop_context_fn
     if "attention_half" in kept:
@@ -93,7 +96,10 @@ def contexts_of(kept: tuple[str, ...]) -> Contexts:
 
 
 def checkpointed(forward: Callable[..., Tensor], contexts: Contexts) -> Callable[..., Tensor]:
-    """``forward`` that keeps what ``contexts`` say; blocks draw no random numbers, so no state of theirs."""
+    """Makes ``forward`` keep what ``contexts`` say.
+
+    Blocks draw no random numbers, so no state of theirs is kept.
+    """
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
@@ -103,14 +109,17 @@ Store = dict[Any, deque[Any]]  # results of each operator, in the order of its c
 def own_contexts(
     kept: tuple[str, ...], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]
 ) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """In place of torch's contexts, which hold what operators return themselves: whole, and where no hook for saved
-    tensors sees it. Between ``pack`` and ``unpack`` it is whatever ``pack`` makes of a tensor."""
+    """Returns contexts that keep packed results of operators, in place of torch's.
+
+    Torch's hold what operators return themselves: whole, and where no hook for saved tensors sees it. Between ``pack``
+    and ``unpack`` a result is whatever ``pack`` makes of it.
+    """
     store: Store = defaultdict(deque)
     return KeepOutputs(kept, store, pack), ReturnKept(kept, store, unpack)
 
 
 class KeepOutputs(TorchDispatchMode):
-    """The forward pass: packs what operators returned that ``keeps`` names, or the tail of it."""
+    """Packs, in the forward pass, the results of operators that ``keeps`` names, or the later half of them."""
 
     def __init__(self, kept: tuple[str, ...], store: Store, pack: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -131,8 +140,10 @@ class KeepOutputs(TorchDispatchMode):
 
 
 class ReturnKept(TorchDispatchMode):
-    """The recompute: gives back what ``KeepOutputs`` packed in place of running the operator; of a tail, computes the
-    other half."""
+    """Returns, in the recompute, what ``KeepOutputs`` packed in place of running the operator.
+
+    Where only the later half was kept, it computes the earlier one.
+    """
 
     def __init__(self, kept: tuple[str, ...], store: Store, unpack: Callable[[Any], Any]) -> None:
         super().__init__()

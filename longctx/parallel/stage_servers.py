@@ -1,4 +1,4 @@
-"""What a configuration asks of stages that serve one another's attention (``disaggregated.pipeline``)."""
+"""Attention across pipeline stages as a configuration asks for it (``disaggregated.pipeline``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CPU = torch.device("cpu")
 
 
 def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAttention:
-    """One object for all softmax layers of this rank's stage; all ranks of the pipeline call it at one point."""
+    """Makes the attention of all softmax layers of this rank's stage.
+
+    All ranks of the pipeline call it at one point.
+    """
     attention, stage = config.attention, mesh.pipeline.get_local_rank()
     # Where a sequence is whole on one rank these are the ranks of a pipeline, whose stages hand on hidden states.
     group = channel_of(mesh.servers(), mesh.sequence_group)
@@ -31,24 +34,24 @@ def stage_attention(config: Config, mesh: Mesh, device: torch.device) -> StageAt
 
 
 def empty_of(config: Config, device: torch.device) -> Empty:
-    """What a rank without tokens brings to an exchange."""
+    """Returns the tensors of a rank without tokens in an exchange."""
     return Empty(*config.local_heads, config.model.head_dim, compute_dtype(config.train.dtype), device)
 
 
 def softmax_layers(config: Config) -> list[int]:
-    """Of every stage."""
+    """Returns how many softmax layers every stage has."""
     return [sum(config.model.kinds[layer] == "S" for layer in part.layers) for part in parts_of(config)]
 
 
 def ticks_by(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan]], LockstepPlan]:
-    """The ticks of a step, from the plans of its microbatches."""
+    """Returns a function that makes the ticks of a step from the plans of its microbatches."""
     layers, planner = softmax_layers(config), PLANNERS[config.attention.strategy]
     widths, topology = empty_of(config, CPU).widths, topology_of(mesh.server_ranks)
     return lambda plans: lockstep_plan_of(plans, layers, planner, widths, topology)
 
 
 def prepare_ticks(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
-    """Plans all ticks of a step ahead of time."""
+    """Returns a function that plans all ticks of a step ahead of time."""
     ticks, rank = ticks_by(config, mesh), mesh.pipeline.get_local_rank() * mesh.sequence_size + mesh.sequence_rank
     kept: deque[LockstepPlan] = deque(maxlen=2)  # of the step that is to run, and of the one after it
 

@@ -1,4 +1,7 @@
-"""Where each token lives outside attention, as spans of documents in the order of a rank's memory."""
+"""Document placements: where each token lives outside attention, as spans of documents by rank.
+
+A rank's spans are in the order of its memory.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from longctx.planner.slices import Int64, Span
 
 
 class DocumentPlacement:
-    """Spans of every rank, as columns int64 ``[N]``: ``rank`` (ascending), ``doc``, ``start``, ``stop``, ``offset``.
+    """Holds the spans of documents of every rank; all ranks together partition all documents.
 
-    ``offset``: the local row of a span's first token; where no column says it, spans lie one after another. ``rows``:
-    local rows of each rank, padding included; as many as tokens by default. All ranks partition all documents.
+    Columns are int64 ``[N]``: ``rank`` (ascending), ``doc``, ``start``, ``stop``, ``offset``. ``offset``: the local row
+    of a span's first token; where no column says it, spans lie one after another. ``rows``: local rows of each rank,
+    padding included; as many as tokens by default.
     """
 
     def __init__(self, lengths: Int64, ranks: int, columns: Sequence[Int64] | Int64, rows: Int64 | None = None) -> None:
@@ -47,39 +51,42 @@ class DocumentPlacement:
 
     @classmethod
     def of(cls, lengths: Sequence[int] | Int64, spans: Sequence[Sequence[Span]]) -> DocumentPlacement:
-        """From the spans of each rank."""
+        """Makes a placement from the spans of each rank."""
         rows = [(rank, one.doc, one.start, one.stop) for rank, held in enumerate(spans) for one in held]
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         return cls(np.asarray(lengths, dtype=np.int64), len(spans), table.T.copy())
 
     def spans(self, rank: int) -> list[Span]:
-        """Resident tokens of a rank in order."""
+        """Returns the spans of a rank in order."""
         low, high = np.searchsorted(self.rank, [rank, rank + 1])
         columns = (self.doc[low:high], self.start[low:high], self.stop[low:high])
         return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     @property
     def columns(self) -> tuple[Int64, ...]:
-        """Of documents, of spans, then of ranks."""
+        """Returns all columns: of documents, of spans, then of ranks."""
         return self.lengths, self.rank, self.doc, self.start, self.stop, self.offset, self.rows
 
     def span(self, doc: Int64, position: Int64) -> Int64:
-        """Which span, in order of document and position, holds each of these tokens."""
+        """Returns which span, in order of document and position, holds each of these tokens."""
         return np.asarray(np.searchsorted(self.table[0], doc * self.stride + position, "right") - 1)
 
     def place(self, doc: Int64, position: Int64) -> Int64:
-        """Their local rows."""
+        """Returns the local row of each of these tokens."""
         at = self.span(doc, position)
         return np.asarray(self.table[5][at] + position - self.table[2][at])
 
     @cached_property
     def by_position(self) -> Int64:
-        """Numbers of the spans in order of document and position."""
+        """Returns the numbers of the spans in order of document and position."""
         return np.lexsort((self.start, self.doc))
 
     @cached_property
     def table(self) -> tuple[Int64, ...]:
-        """(key, doc, start, stop, rank, offset) in that order; ``key`` = ``doc * stride + start`` ascends."""
+        """Returns (key, doc, start, stop, rank, offset) of the spans, in order of document and position.
+
+        ``key`` = ``doc * stride + start`` ascends.
+        """
         order = self.by_position
         return (self.doc[order] * self.stride + self.start[order], *(
             column[order] for column in (self.doc, self.start, self.stop, self.rank, self.offset)
@@ -87,15 +94,15 @@ class DocumentPlacement:
 
     @cached_property
     def stride(self) -> int:
-        """More than any position, so that ``doc * stride + position`` orders tokens of all documents."""
+        """Returns a number above any position, so that ``doc * stride + position`` orders tokens of all documents."""
         return int(self.lengths.max(initial=0)) + 1
 
 
 def streamed(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
-    """DistCA's linear layout: documents stream into ranks of equal token budgets (they differ by at most one).
+    """Places documents as DistCA's linear layout: they stream into ranks of equal token budgets.
 
-    Of a document that crosses a boundary each rank gets a head piece and the mirrored tail piece, so that tokens
-    are equal and its causal work nearly so.
+    Budgets differ by at most one token. Of a document that crosses a boundary each rank gets a head piece and the
+    mirrored tail piece. So tokens are equal and its causal work nearly so.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     edges = np.arange(1, ranks + 1) * int(lengths.sum()) // ranks
@@ -118,7 +125,7 @@ def streamed(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
 
 
 def contiguous(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
-    """Documents one after another, cut into consecutive shards that differ by at most one token."""
+    """Places documents one after another, cut into consecutive shards that differ by at most one token."""
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -135,10 +142,10 @@ def contiguous(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
 
 
 def zigzag(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
-    """Every document over all ranks: rank r holds chunks r and 2P-1-r of 2P; leftovers are dealt round-robin.
+    """Places every document over all ranks: rank r holds chunks r and 2P-1-r of 2P.
 
-    Llama 3's per-document context parallelism without padding: ``length % 2P`` tokens at the document's end
-    go one by one to the ranks, from where the document before stopped.
+    Llama 3's per-document context parallelism without padding. The last ``length % 2P`` tokens of a document go one by
+    one to the ranks, from where the document before stopped.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     rows, turn = [], 0
@@ -149,7 +156,7 @@ def zigzag(lengths: Int64 | Sequence[int], ranks: int) -> DocumentPlacement:
 
 
 def zigzag_spans(length: int, members: Sequence[int], turn: int = 0) -> tuple[list[tuple[int, int, int]], int]:
-    """(rank, start, stop) of one document over ``members``, and the member whose turn is next."""
+    """Returns (rank, start, stop) of one document over ``members``, and the member whose turn is next."""
     ring = len(members)
     size = length // (2 * ring)
     rows = []
@@ -164,7 +171,7 @@ def zigzag_spans(length: int, members: Sequence[int], turn: int = 0) -> tuple[li
 
 
 def whole(rows: Sequence[Int64], ranks: int) -> DocumentPlacement:
-    """Row i of documents, given by their lengths, all on rank i; ranks after the last row hold none."""
+    """Places row i of documents, given by their lengths, whole on rank i; ranks after the last row hold none."""
     lengths = np.concatenate(rows)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     spans = [(rank, doc, 0, length) for doc, (rank, length) in enumerate(zip(owner.tolist(), lengths.tolist()))]
@@ -172,6 +179,6 @@ def whole(rows: Sequence[Int64], ranks: int) -> DocumentPlacement:
 
 
 def from_rows(lengths: Int64, ranks: int, rows: Sequence[tuple[int, int, int, int]]) -> DocumentPlacement:
-    """From (rank, doc, start, stop) in any order of ranks; a rank keeps its own order."""
+    """Makes a placement from (rank, doc, start, stop) in any order of ranks; a rank keeps its own order."""
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     return DocumentPlacement(lengths, ranks, table[np.argsort(table[:, 0], kind="stable")].T.copy())

@@ -15,7 +15,7 @@ from longctx.planner.transfers import Transfers
 
 @dataclass(frozen=True, eq=False)
 class RankTransfers:
-    """One rank's side of moving rows to servers: Q with its O on the way back, or K and V.
+    """Describes one rank's side of moving rows to servers: Q with its O on the way back, or K and V.
 
     ``send``: int64 ``[n]``, local rows to send, in order of destination; ``send_group``: their heads groups.
     ``send_counts``, ``recv_counts``: int64 ``[W]``, the split lists; a rank's own rows among them are those that it
@@ -32,9 +32,9 @@ class RankTransfers:
 
 @dataclass(frozen=True, eq=False)
 class TaskList:
-    """Task i computes queries ``[q_start, q_stop)`` of one buffer against keys ``[k_start, k_stop)`` of another.
+    """Lists tasks: queries ``[q_start, q_stop)`` of one buffer against keys ``[k_start, k_stop)`` of another.
 
-    Cell (i, j) counted from their starts is visible where ``lo <= j - i <= hi``; every query sees a key, and the first
+    Cell (i, j) counted from their starts is visible where ``lo <= j - i <= hi``. Every query sees a key, and the first
     and the last key are seen. Columns int64 ``[N]``.
     """
 
@@ -48,7 +48,7 @@ class TaskList:
 
     @classmethod
     def of(cls, tasks: Tasks, q_start: Int64, k_start: Int64) -> TaskList:
-        """``q_start``, ``k_start``: where the tasks' first rows and keys lie."""
+        """Lists tasks over buffers, in which their first queries and keys lie at ``q_start`` and ``k_start``."""
         shift = tasks.q0 - tasks.k0
         q_stop, k_stop = q_start + tasks.q1 - tasks.q0, k_start + tasks.k1 - tasks.k0
         return cls(tasks.group, q_start, q_stop, k_start, k_stop, tasks.lo + shift, tasks.hi + shift)
@@ -56,46 +56,48 @@ class TaskList:
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What one rank's executor needs; it sends as a home and computes as a server.
+    """Holds what one rank's executor needs; it sends its own rows and computes as a server.
 
-    ``here``: tasks over the rank's ``rows`` local ones as they lie, whose queries and keys are all its own; they
-    need nothing of others. ``rest``: tasks over two buffers, of the rows of ``q`` and of ``kv``.
+    ``local``: tasks over the rank's ``rows`` local ones as they lie, whose queries and keys are all its own; they
+    need nothing of others. ``remote``: tasks over two buffers, of the rows of ``q`` and of ``kv``.
 
-    Forward: send Q and KV rows by ``q`` and ``kv``, compute ``here``, put the received rows in ``order``, compute
-    ``rest``. Partials of one row are merged on the server in order of the tasks, return by the transposed counts (undo
-    ``order``), and a home merges what it gets of one row, its own first, in order of the servers: row j of the returned
-    buffer belongs to local row ``q.send[j]``, heads group ``q.send_group[j]``.
+    Forward: send Q and KV rows by ``q`` and ``kv``, compute ``local``, put the received rows in ``order``, compute
+    ``remote``. Partials of one row are merged on the server in order of the tasks and return by the transposed counts
+    (undo ``order``). Their home merges what it gets of one row, its own first, in order of the servers. Row j of the
+    returned buffer belongs to local row ``q.send[j]``, heads group ``q.send_group[j]``.
     """
 
     rows: int
     q: RankTransfers
     kv: RankTransfers
-    here: TaskList
-    rest: TaskList
+    local: TaskList
+    remote: TaskList
 
     @classmethod
     def of(cls, home: DocumentPlacement, tasks: Tasks, q: Transfers, kv: Transfers, rank: int) -> RankPlan:
-        """``tasks``, ``q``, ``kv``: of all ranks."""
+        """Makes one rank's plan from the tasks and transfers of all ranks."""
         mine = _by_residence(tasks.part(np.flatnonzero(tasks.server == rank)), home)
         mine = mine.part(np.lexsort((mine.k0, mine.q0, mine.doc, mine.group)))
         resident = _resident(mine, home)
-        here, rest = mine.part(np.flatnonzero(resident)), mine.part(np.flatnonzero(~resident))
-        there = (rest.server, rest.group, rest.doc)
-        own_q, own_kv = Transfers.of(home, *there, rest.q0, rest.q1), Transfers.of(home, *there, rest.k0, rest.k1)
-        side_q, q_start = _exchange(home, q, own_q, rank, rest, rest.q0)
-        side_kv, k_start = _exchange(home, kv, own_kv, rank, rest, rest.k0)
+        local, remote = mine.part(np.flatnonzero(resident)), mine.part(np.flatnonzero(~resident))
+        there = (remote.server, remote.group, remote.doc)
+        own_q, own_kv = (
+            Transfers.of(home, *there, remote.q0, remote.q1),
+            Transfers.of(home, *there, remote.k0, remote.k1),
+        )
+        side_q, q_start = _exchange(home, q, own_q, rank, remote, remote.q0)
+        side_kv, k_start = _exchange(home, kv, own_kv, rank, remote, remote.k0)
         return cls(
             int(home.rows[rank]),
             side_q,
             side_kv,
-            TaskList.of(here, home.place(here.doc, here.q0), home.place(here.doc, here.k0)),
-            TaskList.of(rest, q_start, k_start),
+            TaskList.of(local, home.place(local.doc, local.q0), home.place(local.doc, local.k0)),
+            TaskList.of(remote, q_start, k_start),
         )
 
 
 def _by_residence(tasks: Tasks, home: DocumentPlacement) -> Tasks:
-    """The same cells; of one task, what is true of the first and last key of one row is true of all: on which span of
-    its home it lies."""
+    """Cuts tasks so that all rows of one task have their keys on the same spans of their homes; the cells stay."""
     tasks = _cut(tasks, home, np.maximum(tasks.q0, tasks.k0 - tasks.lo), tasks.q1, tasks.lo)
     return _cut(tasks, home, tasks.q0, np.minimum(tasks.q1, tasks.k1 - tasks.hi), tasks.hi)
 

@@ -56,7 +56,7 @@ class SentBytes:
     between_nodes: int
 
 
-def work_at_home(plans: Sequence[SequencePlan], stage: int, rank: int) -> float:
+def work_of_queries(plans: Sequence[SequencePlan], stage: int, rank: int) -> float:
     """Counts the cells of a layer that a rank computes for its own queries, on whatever stage."""
     return sum(plan.work(rank) for plan in plans)
 
@@ -83,7 +83,7 @@ class Meter:
     memory: Callable[[], int | None] = _unknown
     stop: Callable[[], bool] = _never
     peak: float | None = None
-    work: Callable[[Sequence[SequencePlan], int, int], float] = work_at_home
+    work: Callable[[Sequence[SequencePlan], int, int], float] = work_of_queries
     every_stage: bool = False
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Documents, masks, layouts, tiles and the batch border; see ``plan`` for how they meet."""
+"""Sequences cut over ranks: documents, masks, layouts, tiles and batches; ``plan`` says how they meet."""
 
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents

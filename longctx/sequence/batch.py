@@ -1,7 +1,7 @@
-"""The border: a global batch goes in, what one rank of the sequence group holds comes out.
+"""Sharding of batches: a global batch goes in, what one rank of the sequence group holds comes out.
 
-``shard`` is the only scatter in longctx. Labels are shifted before the cut, so no rank needs its
-neighbour's token; positions and documents travel with the tokens, in the plan.
+``shard`` is the only scatter in longctx. Labels are shifted before the cut, so no rank needs its neighbour's token.
+Positions and documents travel with the tokens, in the plan.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORE = -100  # label of a token that predicts nothing: a document's last one, 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole sequences, before any cut.
+    """Holds whole sequences, before any cut.
 
     ``tokens``, ``labels``: int64 ``[B, S]``; ``labels[b, i]`` is the token after ``tokens[b, i]`` in the same
     document, or ``IGNORE``. ``documents``: packing of each row; tokens past its last document are padding.
@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """What one rank holds of a batch; ``T`` is the physical shard length, constant for the run.
+    """Holds one rank's part of a batch; ``T`` is the physical shard length, constant for the run.
 
     ``tokens``, ``labels``, ``positions``: int64 ``[B, T]``. ``positions`` count from each document's start
     (RoPE reads them). Rows past the rank's valid tokens hold token 0, label ``IGNORE``, position 0.
@@ -56,7 +56,7 @@ class LocalBatch:
 
     @property
     def valid_tokens(self) -> int:
-        """Tokens of this rank that predict something; their sum over ranks divides the loss."""
+        """Returns how many tokens of this rank predict something; their sum over ranks divides the loss."""
         return int((self.labels != IGNORE).sum())
 
 
@@ -69,7 +69,7 @@ def shard(batch: Batch, layout: Layout, mask: Mask, rank: int, world: int, multi
 
 
 def cut(batch: Batch, plan: SequencePlan, rank: int) -> LocalBatch:
-    """What ``rank`` holds of a batch that has been planned."""
+    """Returns what ``rank`` holds of a batch that has been planned."""
     where = plan.positions(rank)
     positions = np.zeros((len(batch.documents), plan.shard), dtype=np.int64)
     for row, documents in enumerate(batch.documents):
@@ -83,7 +83,7 @@ def cut(batch: Batch, plan: SequencePlan, rank: int) -> LocalBatch:
 
 
 def unshard(shards: list[Tensor], plan: SequencePlan) -> Tensor:
-    """The inverse, for evaluation and tests: every rank's ``[B, T, ...]`` in natural order, ``[B, S, ...]``."""
+    """Undoes ``shard``, for evaluation and tests: every rank's ``[B, T, ...]`` to ``[B, S, ...]`` in natural order."""
     first = shards[0]
     whole = first.new_zeros(first.shape[0], plan.length, *first.shape[2:])
     for rank, local in enumerate(shards):

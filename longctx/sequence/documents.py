@@ -1,4 +1,4 @@
-"""Documents packed into one sequence: who may see whom at all."""
+"""Packed documents: tokens of one sequence that may see each other at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Int64 = NDArray[np.int64]
 
 
 class Documents:
-    """Boundaries of the documents packed one after another into a sequence.
+    """Holds the boundaries of documents that are packed one after another into a sequence.
 
     ``cu_seqlens``: int64 ``[N + 1]``, strictly increasing from 0; document i holds the global positions
     ``cu_seqlens[i] <= p < cu_seqlens[i + 1]``. Positions from ``cu_seqlens[-1]`` on are padding: no token
@@ -34,17 +34,17 @@ class Documents:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
-        """Documents of these lengths in tokens, each at least 1."""
+        """Packs documents of these lengths in tokens, each at least 1."""
         return cls(np.concatenate([[0], np.cumsum(np.fromiter(lengths, dtype=np.int64))]))
 
     @classmethod
     def single(cls, length: int) -> Documents:
-        """One document of ``length`` tokens; none when it is 0."""
+        """Makes one document of ``length`` tokens; none when it is 0."""
         return cls.from_lengths([length] if length else [])
 
     @property
     def length(self) -> int:
-        """Tokens in all documents; padding is not counted."""
+        """Returns the number of tokens in all documents; padding is not counted."""
         return int(self.cu_seqlens[-1])
 
     @property
@@ -55,7 +55,7 @@ class Documents:
         return len(self.cu_seqlens) - 1
 
     def bounds_of(self, positions: Int64) -> tuple[Int64, Int64]:
-        """(start, stop) of the document that holds each position; start == stop == position for padding."""
+        """Returns (start, stop) of the document that holds each position; start == stop == position for padding."""
         index = np.searchsorted(self.cu_seqlens, positions, side="right") - 1
         padding = positions >= self.length
         padded = np.append(self.cu_seqlens, self.length)

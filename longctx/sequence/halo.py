@@ -1,4 +1,4 @@
-"""What a rank needs of its neighbours for operations that reach a few tokens back: short convolutions, token shifts."""
+"""Halos: the few tokens before a rank's own that short convolutions and token shifts read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from longctx.sequence.views import view
 
 @dataclass(frozen=True)
 class Halo:
-    """One rank's tokens before its own, up to ``reach`` back.
+    """Describes one rank's tokens before its own, up to ``reach`` back.
 
-    ``rows[owner]``: local rows of each owner that this rank reads, none of its own. An extended buffer holds the
-    rank's ``shard`` rows and then those, by owner. ``index`` int64 ``[reach, shard]``: where in it the token w + 1
-    before each local one lies; ``seen`` bool ``[B, reach, shard]``: whether that is a token of the same document.
-    Of those that are not, ``index`` names the token itself.
+    ``rows[owner]``: local rows of each owner that this rank reads, none of its own. An extended buffer holds the rank's
+    ``shard`` rows and then those, by owner. ``index`` int64 ``[reach, shard]``: where in it the token w + 1 before each
+    local one lies. ``seen`` bool ``[B, reach, shard]``: whether that is a token of the same document. Of those that are
+    not, ``index`` names the token itself.
     """
 
     rows: tuple[Rows, ...]
@@ -31,7 +31,7 @@ class Halo:
 
     @property
     def length(self) -> int:
-        """Rows that come from other ranks."""
+        """Returns how many rows come from other ranks."""
         return sum(map(len, self.rows))
 
     def to(self, device: torch.device) -> Halo:
@@ -39,7 +39,10 @@ class Halo:
 
 
 def plan_halo(positions: Sequence[Int64], documents: Sequence[Documents], reader: int, reach: int, shard: int) -> Halo:
-    """``positions``: ascending global ones of each rank's valid tokens; ``shard``: physical tokens of a rank."""
+    """Plans the halo of one rank from the positions of all.
+
+    ``positions``: ascending global ones of each rank's valid tokens; ``shard``: physical tokens of a rank.
+    """
     own = positions[reader]
     starts = np.stack([row.bounds_of(own)[0] for row in documents])  # [B, n]
     back = own - np.arange(1, reach + 1)[:, None]  # [reach, n]
@@ -69,7 +72,7 @@ CPU = torch.device("cpu")
 
 @view
 def halo_of(plan: SequencePlan, reader: int, reach: int, device: torch.device) -> Halo:
-    """What ``reader`` needs of other ranks to look ``reach`` tokens back, with indices on ``device``."""
+    """Returns the halo of ``reader`` for looking ``reach`` tokens back, with indices on ``device``."""
     if device != CPU:
         return halo_of(plan, reader, reach, CPU).to(device)
     return plan_halo([plan.positions(rank) for rank in range(plan.world)], plan.documents, reader, reach, plan.shard)

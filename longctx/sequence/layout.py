@@ -1,8 +1,8 @@
 """Layouts: which global positions each rank of the sequence group holds.
 
-A layout is data. It yields, for a sequence length and a world size, every rank's positions in ascending
-order; tiles, plans and byte counts follow from those alone, so a new layout is this one function.
-Lengths need not divide by anything: chunks differ by at most one token and ranks may be empty.
+A layout is data. For a sequence length and a world size it yields every rank's positions in ascending order. Tiles,
+plans and byte counts follow from those alone, so a new layout is this one function. Lengths need not divide by
+anything: chunks differ by at most one token and ranks may be empty.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longctx.sequence.documents import Int64
 
 @runtime_checkable
 class Layout(Protocol):
-    """Where tokens live. Implementations are frozen (hashable): plans are cached by them."""
+    """Places tokens on ranks. Implementations are frozen (hashable): plans are cached by them."""
 
     @property
     def name(self) -> str: ...
@@ -27,7 +27,10 @@ class Layout(Protocol):
     def __hash__(self) -> int: ...
 
     def positions(self, length: int, world: int, rank: int) -> Int64:
-        """Global positions of ``rank``'s tokens, int64 ``[n_rank]``, ascending; all ranks partition ``length``."""
+        """Returns the global positions of a rank's tokens, int64 ``[n_rank]``, ascending.
+
+        All ranks together partition ``length``.
+        """
         ...
 
 
@@ -38,7 +41,7 @@ def _chunk(length: int, chunks: int, index: int) -> Int64:
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Rank r holds the r-th of P consecutive chunks (Ring Attention, Liu et al. 2023)."""
+    """Places the r-th of P consecutive chunks on rank r (Ring Attention, Liu et al. 2023)."""
 
     name = "contiguous"
 
@@ -48,7 +51,10 @@ class Contiguous:
 
 @dataclass(frozen=True)
 class Zigzag:
-    """Rank r holds chunks r and 2P-1-r of 2P: causal work is equal on all ranks (Llama 3, ring-flash-attention)."""
+    """Places chunks r and 2P-1-r of 2P on rank r, so that causal work is equal on all ranks.
+
+    Source: Llama 3, ring-flash-attention.
+    """
 
     name = "zigzag"
 
@@ -58,7 +64,10 @@ class Zigzag:
 
 @dataclass(frozen=True)
 class Striped:
-    """Blocks of ``block`` tokens dealt round-robin (Striped Attention, Brandon et al. 2023, has block 1)."""
+    """Deals blocks of ``block`` tokens to ranks in turn.
+
+    Striped Attention (Brandon et al. 2023) has block 1.
+    """
 
     block: int = 1
     name = "striped"
@@ -75,7 +84,10 @@ class Striped:
 
 @dataclass(frozen=True)
 class Explicit:
-    """Spans ``(start, stop)`` by rank, as planners produce them; each rank's ascending, together a partition."""
+    """Places spans ``(start, stop)`` by rank, as planners produce them.
+
+    Each rank's spans ascend; together they partition the sequence.
+    """
 
     spans: tuple[tuple[tuple[int, int], ...], ...]
     name = "explicit"
@@ -105,8 +117,11 @@ class Explicit:
 
 @dataclass(frozen=True)
 class Joined:
-    """What rows of ``inner`` neighbouring ranks hold together under another layout: rank i has the tokens of its
-    ranks ``i * inner ..``, in order of position. All ranks joined are one that holds the whole sequence."""
+    """Places on one rank what a row of ``inner`` neighbouring ranks holds together under another layout.
+
+    Rank i has the tokens of ranks ``i * inner ..``, in order of position. All ranks joined are one that holds the whole
+    sequence.
+    """
 
     layout: Layout
     inner: int
@@ -118,7 +133,10 @@ class Joined:
 
 
 def make_layout(name: str, block: int = 1) -> Layout:
-    """The layout that the configuration names; ``block``: of layouts that have one. Raises ``ConfigError``."""
+    """Makes the layout of that name. Raises ``ConfigError``.
+
+    ``block``: of layouts that have one.
+    """
     kind = LAYOUTS.load(name)
     if any(one.name == "block" for one in fields(kind)):
         return cast(Layout, kind(block))
@@ -128,7 +146,7 @@ def make_layout(name: str, block: int = 1) -> Layout:
 
 
 def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> int:
-    """Physical tokens per rank: the longest shard, rounded up to ``multiple`` (the tensor-parallel degree).
+    """Returns the physical tokens per rank: the longest shard, rounded up to ``multiple`` (the tensor-parallel degree).
 
     It is a constant of the run; only the valid lengths inside it vary by rank.
     """

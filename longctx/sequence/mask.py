@@ -1,4 +1,4 @@
-"""Which keys of its own document a query may see: an integer band around itself."""
+"""Masks: which keys of its own document a query may see, an integer band around itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.sequence.documents import Documents, Int64
 
 @dataclass(frozen=True)
 class Mask:
-    """A band ``-(window - 1) <= key - query <= (0 if causal else window - 1)`` inside each document.
+    """Describes a band of visible keys, ``-(window - 1) <= key - query <= (0 if causal else window - 1)``.
 
     ``window=None`` has no lower (and, when not causal, no upper) end. Document edges cut the band; they come
     from ``Documents``, so that one mask serves every batch of a run.
@@ -28,12 +28,12 @@ class Mask:
             )
 
     def reach(self, most: int) -> tuple[int, int]:
-        """How many tokens before and after itself a query may see, ``most`` where the band has no end."""
+        """Returns how many tokens before and after itself a query may see, ``most`` where the band has no end."""
         back = most if self.window is None else self.window - 1
         return back, 0 if self.causal else back
 
     def key_range(self, queries: Int64, documents: Documents) -> tuple[Int64, Int64]:
-        """Half-open range of global key positions that each global query position sees.
+        """Returns the half-open range of global key positions that each global query position sees.
 
         ``queries``: int64 ``[N]``. Padding sees nothing: its range is empty.
         """

@@ -1,4 +1,4 @@
-"""Where tokens of several ranks lie in one buffer of all: of keys that are gathered, and of a row of a grid."""
+"""Places of several ranks' tokens in one buffer: of keys that are gathered, and of a row of a grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_RUNS = 8  # copies of whole runs of tokens are quicker than by index, as lo
 
 
 class Places:
-    """Where tokens of several ranks lie in one buffer of all, in order of position."""
+    """Says where tokens of several ranks lie in one buffer, in order of position."""
 
     def __init__(self, held: Sequence[Int64]) -> None:
         """``held``: ascending global positions, by rank."""
@@ -31,7 +31,10 @@ class Places:
 
     @property
     def in_runs(self) -> bool:
-        """Whether whole runs are copied, of any rank, which takes no memory; by index it takes a copy."""
+        """Returns whether the tokens of all ranks are copied in runs.
+
+        That takes no memory; by index it takes a copy.
+        """
         return None not in self._runs
 
     def put(self, rank: int, part: Tensor, whole: Tensor, dim: int = 1) -> None:
@@ -68,7 +71,10 @@ def _runs(places: Int64) -> Rows | None:
 
 @dataclass(frozen=True)
 class Gathered:
-    """``rows``: of each owner, what a reader sees; ``places``: theirs in one buffer, which ``tiles`` are over."""
+    """Describes the keys that a reader gathers.
+
+    ``rows``: of each owner, what the reader sees; ``places``: theirs in one buffer, which ``tiles`` are over.
+    """
 
     rows: tuple[Rows, ...]
     places: Places
@@ -77,7 +83,7 @@ class Gathered:
 
 @view
 def gathered_keys(plan: SequencePlan, reader: int) -> Gathered:
-    """All keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
+    """Returns all keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
     rows = tuple(plan.reads(reader, owner) for owner in range(plan.world))
     places = Places([_taken(plan.positions(owner), seen) for owner, seen in enumerate(rows)])
     ranges = [plan.key_ranges(reader, row) for row in range(len(plan.documents))]
@@ -87,7 +93,7 @@ def gathered_keys(plan: SequencePlan, reader: int) -> Gathered:
 
 @view
 def row_places(plan: SequencePlan, inner: int, row: int) -> Places:
-    """Of the tokens of each rank in a row of ``inner`` neighbours, among those of the row."""
+    """Returns where each rank's tokens lie among those of its row of ``inner`` neighbours."""
     return Places([plan.positions(rank) for rank in range(row * inner, (row + 1) * inner)])
 
 

@@ -1,9 +1,9 @@
-"""One plan per batch: who holds which tokens, and who owes which tiles to whose keys.
+"""Sequence plans: for one batch, which rank holds which tokens, and which tiles their queries and keys make.
 
 A plan is plain data, a pure function of (documents, mask, layout, length, world). It belongs to no rank: strategies ask
 it of any rank, or of any pair. What is worked out of it is a view (``longctx.sequence.views``), made at first use and
-kept as long as the plan: here the tiles and rows that every strategy asks for, elsewhere rings (``ring_schedule``),
-gathered keys and rows of a grid (``places``), halos, and whatever layers of another kind need.
+kept as long as the plan. Here are the tiles and rows that every strategy asks for. Elsewhere are rings
+(``ring_schedule``), gathered keys and rows of a grid (``places``), halos, and what other kinds of layers need.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from longctx.sequence.views import view
 
 
 class SequencePlan:
-    """Tiles, positions and rows that are read, of one batch of packed sequences, cut over ``world`` ranks.
+    """Answers which positions, tiles and rows belong to which rank, for one batch of packed sequences.
 
-    ``documents``: one entry per batch row. ``length``: tokens of each row, padding included.
-    ``shard``: physical tokens per rank, the same for all; valid ones come first.
-    ``handle``: int64 scalar tensor on the CPU that names this plan to operators (``sequence.handles``). The plan
-    lives as long as somebody holds it, usually the local batch; an autograd graph holds the handle alone.
-    ``views``: what ``view`` has made of it.
+    ``documents``: one entry per batch row. ``world``: the ranks that share the sequences. ``length``: tokens of each
+    row, padding included. ``shard``: physical tokens per rank, the same for all; valid ones come first. ``handle``:
+    int64 scalar tensor on the CPU that names this plan to operators (``sequence.handles``). The plan lives as long as
+    somebody holds it, usually the local batch; an autograd graph holds the handle alone. ``views``: what ``view`` has
+    made of it.
     """
 
     def __init__(
@@ -66,38 +66,38 @@ class SequencePlan:
         self.id = int(self.handle)
 
     def positions(self, rank: int) -> Int64:
-        """Global positions of a rank's valid local tokens, int64 ``[n_rank]``, ascending."""
+        """Returns the global positions of a rank's valid local tokens, int64 ``[n_rank]``, ascending."""
         return self._positions[rank]
 
     def queries(self, rank: int) -> int:
-        """Of a rank's valid local tokens, how many ask: the first so many."""
+        """Returns how many of a rank's valid local tokens, the first ones, are queries."""
         return len(self._positions[rank])
 
     @view
     def key_ranges(self, rank: int, row: int) -> tuple[Int64, Int64]:
-        """First positions, and last + 1, that each of a rank's queries sees in a batch row."""
+        """Returns the first positions, and last + 1, that each of a rank's queries sees in a batch row."""
         asking = self._positions[rank][: self.queries(rank)]
         return self.mask.key_range(asking, self.documents[row])
 
     @view
     def tiles(self, q_rank: int, k_rank: int) -> tuple[TileSet, ...]:
-        """What queries of ``q_rank`` owe the keys of ``k_rank``, in local rows of both."""
+        """Returns the tiles of queries of ``q_rank`` against keys of ``k_rank``, in local rows of both."""
         keys, rows = self._positions[k_rank], range(len(self.documents))
         return group_rows([tiles_of(*self.key_ranges(q_rank, row), keys) for row in rows])
 
     @view
     def packed_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
-        """``tiles`` with keys numbered by place in a buffer that holds only ``rows`` of the key shard."""
+        """Returns ``tiles`` with keys numbered by place in a buffer that holds only ``rows`` of the key shard."""
         return renumber_keys(self.tiles(q_rank, k_rank), rows)
 
     @view
     def visiting_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
-        """``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
+        """Returns ``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
         return renumber_queries(self.tiles(q_rank, k_rank), rows)
 
     @view
     def reads(self, reader: int, owner: int) -> Rows:
-        """Local rows of ``owner``'s keys that queries of ``reader`` see, united over the batch."""
+        """Returns the local rows of ``owner``'s keys that queries of ``reader`` see, united over the batch."""
         keys = self._positions[owner]
         needed: list[tuple[int, int]] = []
         for row in range(len(self.documents)):
@@ -107,19 +107,22 @@ class SequencePlan:
         return Rows.union(needed)
 
     def sees(self, owner: int, reader: int) -> Rows:
-        """Local rows of ``owner``'s queries that see a key of ``reader``, united over the batch."""
+        """Returns the local rows of ``owner``'s queries that see a key of ``reader``, united over the batch."""
         return query_rows(self.tiles(owner, reader))
 
     @view
     def joined(self, inner: int) -> SequencePlan:
-        """The plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
+        """Returns the plan of rows of ``inner`` neighbouring ranks, each seen as one; it lives as long as this one."""
         # Physical tokens of a row are those of its ranks: a constant of the run, whatever the lengths.
         layout, multiple = Joined(self.layout, inner), inner * self.shard
         return SequencePlan(self.documents, self.mask, layout, self.length, self.world // inner, multiple)
 
     @view
     def half(self, number: int) -> SequencePlan:
-        """The plan of the first (0) or second (1) half of the batch's sequences; it lives as long as this one."""
+        """Returns the plan of the first (0) or second (1) half of the batch's sequences.
+
+        It lives as long as this one.
+        """
         count = len(self.documents)
         assert count % 2 == 0, f"{count} sequences have no halves; the configuration refuses them"
         own = self.documents[: count // 2] if number == 0 else self.documents[count // 2 :]
@@ -128,29 +131,29 @@ class SequencePlan:
     @property
     @view
     def head(self) -> SequencePlan:
-        """The plan of the earlier half of each rank's queries, over all keys; it lives as long as this one."""
+        """Returns the plan of the earlier half of each rank's queries, over all keys; it lives as long as this one."""
         return _Head(self.documents, self.mask, self.layout, self.length, self.world, self.shard)
 
     def work(self, rank: int) -> int:
-        """Visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""
+        """Returns the visible (query, key) cells of the queries that ``rank`` holds, over the whole batch."""
         ranges = [self.key_ranges(rank, row) for row in range(len(self.documents))]
         return int(sum((stop - start).sum() for start, stop in ranges))
 
     def balance(self) -> float:
-        """Attention work of the busiest rank over the mean; 1.0 when there is none."""
+        """Returns the attention work of the busiest rank over the mean; 1.0 when there is none."""
         work = [self.work(rank) for rank in range(self.world)]
         return max(work) * self.world / sum(work) if sum(work) else 1.0
 
 
 class _Head(SequencePlan):
-    """A plan of which the earlier half of each rank's tokens asks; keys are those of all of them."""
+    """A plan whose queries are the earlier half of each rank's tokens; keys are those of all of them."""
 
     def queries(self, rank: int) -> int:
         return super().queries(rank) // 2
 
 
 def named_by(handle: Tensor) -> Any:
-    """What a handle names: a plan, or what has one. Raises ConfigError where it is gone."""
+    """Returns what a handle names: a plan, or what has one. Raises ConfigError where it is gone."""
     found = named(handle)
     if found is None:
         raise ConfigError(
@@ -160,7 +163,7 @@ def named_by(handle: Tensor) -> Any:
 
 
 def plan_of(handle: Tensor) -> SequencePlan:
-    """The plan that a handle names. The handle is on the CPU: reading it waits for no device."""
+    """Returns the plan that a handle names. The handle is on the CPU: reading it waits for no device."""
     found = named_by(handle)
     plan: SequencePlan = found if isinstance(found, SequencePlan) else found.plan
     return plan
@@ -170,5 +173,8 @@ def plan_of(handle: Tensor) -> SequencePlan:
 def make_plan(
     documents: tuple[Documents, ...], mask: Mask, layout: Layout, length: int, world: int, multiple: int = 1
 ) -> SequencePlan:
-    """A plan, or the one made before for the same arguments (unpacked data; the ranks of a simulated cluster)."""
+    """Returns a plan, or the one made before for the same arguments.
+
+    That serves unpacked data, and the ranks of a simulated cluster.
+    """
     return SequencePlan(documents, mask, layout, length, world, multiple)

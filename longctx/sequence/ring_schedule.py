@@ -1,16 +1,15 @@
-"""The route of blocks around a ring of ranks: who holds which rows at which hop.
+"""Ring schedules: which rank holds which rows of which block, hop by hop around a ring.
 
-Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At hop h it carries only rows
-that the holder or some later one reads (but is not cut for a trifle), and it stops after its last reader;
-its gradients travel the same hops one step behind and go home from the last reader of each row. The
-direction is whichever moves fewer rows: causal zigzag turns downwards, where the later half of a block drops
-out after the wrap (a quarter of the bytes saved); a contiguous causal block never wraps at all (half the
-bytes).
+Block ``owner`` starts at its owner (hop 0) and moves one neighbour per hop. At each hop it carries only rows that the
+holder or some later one reads (but is not cut for a trifle). It stops after its last reader. Its gradients move the
+same way one hop behind and return from the last reader of each row. The direction is whichever moves fewer rows. Causal
+zigzag turns downwards, where the later half of a block drops out after the wrap (a quarter of the bytes saved). A
+contiguous causal block never wraps at all (half the bytes).
 
-On a grid, rows of ``lap`` neighbours, the ring is double (BurstAttention): a block goes round one row of ranks, a
-lap, while a copy of it crosses to the same place in the next row, where the next lap begins. What only later laps
-read leaves with the copy; gradients are summed along a lap and go home from there. One row is a plain ring of
-neighbours, rows of one rank are a plain ring of crossings.
+On a grid, rows of ``lap`` neighbours, the ring is double (BurstAttention). A block goes round one row of ranks, a lap.
+Meanwhile a copy of it crosses to the same place in the next row, where the next lap begins. What only later laps read
+leaves with the copy; gradients are summed along a lap and return from there. One row is a plain ring of neighbours,
+rows of one rank are a plain ring of crossings.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from longctx.sequence.views import view
 
 @dataclass(frozen=True)
 class Stop:
-    """A block at one hop, as sets of local rows of its owner.
+    """Describes a block at one hop, as sets of local rows of its owner.
 
     ``carried``: what the block holds. ``summed``: those that the holder or a later one of this lap reads, so that
-    their gradients are under way. ``read``: those that the holder itself reads. Neither is cut for a trifle.
+    their gradients are in flight. ``read``: those that the holder itself reads. Neither is cut for a trifle.
     """
 
     carried: Rows
@@ -43,13 +42,14 @@ NOWHERE = Stop(Rows(), Rows(), Rows())
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """``stops[owner][hop]``; at hop 0 a block is all valid rows of its owner.
+    """Says which rank holds which rows of which block at each hop.
 
-    ``turns``: whether blocks move up (+1) or down (-1), across rows of ranks and along a row.
+    ``stops[owner][hop]``: the owner's block; at hop 0 all its valid rows. ``directions``: whether blocks move up (+1)
+    or down (-1), across rows of ranks and along a row.
     """
 
     lap: int
-    turns: tuple[int, int]
+    directions: tuple[int, int]
     stops: tuple[tuple[Stop, ...], ...]
 
     @property
@@ -58,35 +58,35 @@ class RingSchedule:
 
     @property
     def direction(self) -> int:
-        """Of a plain ring: +1, blocks move to the next rank, or -1, to the one before."""
-        return self.turns[0] if self.lap == 1 else self.turns[1]
+        """Returns the direction of a plain ring: +1, blocks move to the next rank, or -1, to the one before."""
+        return self.directions[0] if self.lap == 1 else self.directions[1]
 
     def holder(self, owner: int, hop: int) -> int:
-        """Rank that holds ``owner``'s block at ``hop``."""
-        return _moved(owner, hop, self.turns, self.lap, self.world)
+        """Returns the rank that holds ``owner``'s block at ``hop``."""
+        return _moved(owner, hop, self.directions, self.lap, self.world)
 
     def owner(self, rank: int, hop: int) -> int:
-        """Owner of the block that ``rank`` holds at ``hop``."""
-        return _moved(rank, -hop, self.turns, self.lap, self.world)
+        """Returns the owner of the block that ``rank`` holds at ``hop``."""
+        return _moved(rank, -hop, self.directions, self.lap, self.world)
 
     def at(self, owner: int, hop: int) -> Stop:
-        """``owner``'s block at ``hop``; empty from the hop after its last reader on."""
+        """Returns ``owner``'s block at ``hop``; empty from the hop after its last reader on."""
         return self.stops[owner][hop] if hop < self.world else NOWHERE
 
     def carried(self, owner: int, hop: int) -> Rows:
-        """Rows of ``owner``'s block at ``hop``."""
+        """Returns the rows of ``owner``'s block at ``hop``."""
         return self.at(owner, hop).carried
 
-    def riding(self, owner: int, hop: int) -> Rows:
-        """Rows whose gradients the holder before passes on to the holder at ``hop``: none at a lap's start."""
+    def passed_on(self, owner: int, hop: int) -> Rows:
+        """Returns the rows whose gradients are sent on to the block's holder at ``hop``: none at a lap's start."""
         return self.at(owner, hop).summed if hop % self.lap else Rows()
 
-    def ended(self, owner: int, hop: int) -> Rows:
-        """Rows whose last reader in this lap is the holder at ``hop``: their sums are complete and go home."""
-        return self.at(owner, hop).summed - self.riding(owner, hop + 1)
+    def completed(self, owner: int, hop: int) -> Rows:
+        """Returns the rows whose gradients are complete at ``hop``: the holder is their last reader in this lap."""
+        return self.at(owner, hop).summed - self.passed_on(owner, hop + 1)
 
-    def leaving(self, rank: int) -> list[tuple[int, Rows]]:
-        """Receiver and rows of each message from ``rank`` in a pass around the ring; empty ones are not sent."""
+    def block_messages(self, rank: int) -> list[tuple[int, Rows]]:
+        """Returns receiver and rows of each message with a block from ``rank``; empty ones are not sent."""
         found = []
         for hop in range(self.world):
             owner = self.owner(rank, hop)
@@ -97,10 +97,10 @@ class RingSchedule:
         sent = [(self.holder(owner, to), self.carried(owner, to)) for owner, to in found]
         return [(receiver, rows) for receiver, rows in sent if rows]
 
-    def returning(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
-        """Receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
+    def gradient_messages(self, rank: int, direct: bool) -> list[tuple[int, Rows]]:
+        """Returns receiver and rows of each message with gradients from ``rank``; empty ones are not sent.
 
-        ``direct``: each holder's share goes home by itself, of the rows that it reads.
+        ``direct``: each holder's share returns by itself, of the rows that it reads.
         """
         sent = []
         for hop in range(1, self.world):
@@ -108,70 +108,71 @@ class RingSchedule:
             if direct:
                 sent.append((owner, self.at(owner, hop).read))
             else:
-                sent.append((self.holder(owner, hop + 1), self.riding(owner, hop + 1)))
-                sent.append((owner, self.ended(owner, hop)))
+                sent.append((self.holder(owner, hop + 1), self.passed_on(owner, hop + 1)))
+                sent.append((owner, self.completed(owner, hop)))
         return [(receiver, rows) for receiver, rows in sent if rows]
 
     def rows_sent(self, rank: int) -> int:
-        """Rows of a block that ``rank`` passes on in one pass around the ring."""
-        return sum(len(rows) for _, rows in self.leaving(rank))
+        """Returns the rows of blocks that ``rank`` sends on in one pass around the ring."""
+        return sum(len(rows) for _, rows in self.block_messages(rank))
 
     @cached_property
     def cost(self) -> tuple[int, int]:
-        """Rows passed on by all ranks together, across rows of ranks and along them."""
+        """Returns the rows that all ranks together send on, across rows of ranks and along them."""
         hops = [(hop, len(block[hop].carried)) for block in self.stops for hop in range(1, self.world)]
         return sum(n for hop, n in hops if hop % self.lap == 0), sum(n for hop, n in hops if hop % self.lap)
 
     @cached_property
     def gradient_rows(self) -> tuple[int, int]:
-        """Rows of gradients that all ranks together send: summed on their way, and returned directly."""
+        """Returns the rows of gradients that all ranks together send: summed on their way, and directly."""
         stops = [stop for block in self.stops for stop in block[1:]]
         return sum(len(stop.summed) for stop in stops), sum(len(stop.read) for stop in stops)
 
 
 def key_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
-    """How key/value blocks travel around the ring of all ranks, or the double ring of rows of ``lap`` ranks."""
+    """Returns how blocks of keys and values rotate, around all ranks or in a double ring of rows of ``lap`` ranks."""
     return _ring(plan, "keys", lap or plan.world)
 
 
 def query_ring(plan: SequencePlan, lap: int | None = None) -> RingSchedule:
-    """How blocks of queries travel, likewise."""
+    """Returns how blocks of queries rotate, around all ranks or in a double ring of rows of ``lap`` ranks."""
     return _ring(plan, "queries", lap or plan.world)
 
 
 @view
 def _ring(plan: SequencePlan, what: str, lap: int) -> RingSchedule:
     reads = plan.reads if what == "keys" else lambda reader, owner: plan.sees(owner, reader)
-    return plan_rotation(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
+    return plan_schedule(reads, [len(plan.positions(rank)) for rank in range(plan.world)], lap)
 
 
-def _moved(rank: int, hops: int, turns: tuple[int, int], lap: int, world: int) -> int:
+def _moved(rank: int, hops: int, directions: tuple[int, int], lap: int, world: int) -> int:
     """``rank`` after so many hops of a double ring; fewer than 0 lead back."""
     (row, place), (laps, steps) = divmod(rank, lap), divmod(abs(hops), lap)
     sign = 1 if hops >= 0 else -1
-    return (row + sign * turns[0] * laps) % (world // lap) * lap + (place + sign * turns[1] * steps) % lap
+    return (row + sign * directions[0] * laps) % (world // lap) * lap + (place + sign * directions[1] * steps) % lap
 
 
-def plan_rotation(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> RingSchedule:
-    """The cheapest turns for ``reads(reader, owner)``, the rows that each rank reads of each other.
+def plan_schedule(reads: Callable[[int, int], Rows], shards: Sequence[int], lap: int) -> RingSchedule:
+    """Returns the cheapest schedule for ``reads(reader, owner)``, the rows that each rank reads of each other.
 
-    ``shards``: valid rows of each rank. Fewest rows across, which is where links are slow, then along; +1 on a tie.
+    ``shards``: valid rows of each rank. The cheapest directions move the fewest rows across, which is where links are
+    slow, then along; +1 on a tie.
     """
     world = len(shards)
     either, irrelevant = (+1, -1), (+1,)
     turned = [
-        RingSchedule(lap, turns, tuple(_route(reads, shards, owner, lap, turns) for owner in range(world)))
-        for turns in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
+        RingSchedule(lap, directions, tuple(_route(reads, shards, owner, lap, directions) for owner in range(world)))
+        for directions in itertools.product(either if lap < world else irrelevant, either if lap > 1 else irrelevant)
     ]
-    return min(turned, key=lambda rotation: rotation.cost)
+    return min(turned, key=lambda schedule: schedule.cost)
 
 
 def _route(
-    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, turns: tuple[int, int]
+    reads: Callable[[int, int], Rows], shards: Sequence[int], owner: int, lap: int, directions: tuple[int, int]
 ) -> tuple[Stop, ...]:
     """The stops of one block."""
     world = len(shards)
-    own = [reads(_moved(owner, hop, turns, lap, world), owner) for hop in range(world)]
+    own = [reads(_moved(owner, hop, directions, lap, world), owner) for hop in range(world)]
     to_lap_end = [*own]  # what the holder or a later one of its lap reads
     for hop in range(world - 2, -1, -1):
         if (hop + 1) % lap:
@@ -192,6 +193,9 @@ def _route(
 
 
 def trimmed_rows(block: Rows, needed: Rows) -> Rows:
-    """``needed``, or the whole block where cutting it would save a row or a thirty-second; an unread one stops."""
+    """Returns ``needed``, or the whole block where a cut would save one row or less than a thirty-second.
+
+    A block that nobody reads stops.
+    """
     dropped = len(block) - len(needed)
     return needed if not needed or dropped > max(1, len(block) // 32) else block

@@ -12,12 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Sorted, disjoint, non-touching half-open intervals of local row numbers."""
+    """Holds a set of local rows as sorted, disjoint, non-touching half-open intervals."""
 
     intervals: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def union(cls, intervals: Iterable[tuple[int, int]]) -> Rows:
+        """Makes the set of all rows of these intervals, which may overlap."""
         merged: list[tuple[int, int]] = []
         for start, stop in sorted(span for span in intervals if span[0] < span[1]):
             if merged and start <= merged[-1][1]:
@@ -28,7 +29,7 @@ class Rows:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each interval begins in a packed buffer."""
+        """Returns where each interval begins in a packed buffer."""
         lengths = [stop - start for start, stop in self.intervals]
         return tuple(sum(lengths[:i]) for i in range(len(lengths)))
 
@@ -52,21 +53,21 @@ class Rows:
         return Rows(tuple(kept))
 
     def locate(self, start: int, stop: int) -> int:
-        """Place of rows ``[start, stop)`` in a packed buffer of this set; they lie in one interval of it."""
+        """Returns where rows ``[start, stop)`` lie in a packed buffer of this set; they are in one interval of it."""
         for (low, high), offset in zip(self.intervals, self.offsets, strict=True):
             if low <= start and stop <= high:
                 return offset + start - low
         raise AssertionError(f"rows [{start}, {stop}) are not within {self.intervals}")
 
     def inside(self, outer: Rows) -> Rows:
-        """This subset of ``outer``, numbered by place in a packed buffer of ``outer``."""
+        """Returns this subset of ``outer``, numbered by place in a packed buffer of ``outer``."""
         starts = [outer.locate(start, stop) for start, stop in self.intervals]
         return Rows.union(
             (place, place + stop - start) for place, (start, stop) in zip(starts, self.intervals, strict=True)
         )
 
     def take(self, tensor: Tensor, dim: int = 1) -> Tensor:
-        """Rows of ``tensor`` along ``dim``, packed: a view for one interval, a copy for several."""
+        """Returns these rows of ``tensor`` along ``dim``, packed: a view for one interval, a copy for several."""
         parts = [tensor.narrow(dim, start, stop - start) for start, stop in self.intervals]
         if len(parts) == 1:
             return parts[0]

@@ -1,9 +1,9 @@
 """Tiles: the exact pieces of (query, key) cells that a kernel must compute, without masked-out work.
 
-Every query sees one interval of global positions (its document, cut by the mask's band). Because a rank's
-keys ascend, that interval is one interval of *local* key indices as well, under any layout. Runs of
-queries whose interval ends stand still or advance by one key per query are one tile; so the causal mask of
-a striped shard, a sliding window, or a document edge in the middle of a shard are all the same case.
+Every query sees one interval of global positions (its document, cut by the mask's band). Because a rank's keys ascend,
+that interval is one interval of *local* key indices as well, under any layout. Runs of queries whose interval ends
+stand still or advance by one key per query are one tile. So a striped shard's causal mask, a sliding window, or a
+document edge in the middle of a shard are all one case.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from longctx.sequence.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Local queries ``[q_start, q_stop)`` against local keys ``[k_start, k_stop)``, cut by up to two diagonals.
+    """Describes local queries against a range of local keys, cut by up to two diagonals.
 
-    With i the query's index in the tile: it sees keys from ``k_start + (i if lower else 0)`` up to, and not
-    including, ``k_stop - (n_queries - 1 - i if upper else 0)``; never an empty range. ``upper`` alone is a
-    causal mask aligned bottom-right, both together a sliding window.
+    Queries are ``[q_start, q_stop)``, keys ``[k_start, k_stop)``. With i the query's index in the tile: it sees keys
+    from ``k_start + (i if lower else 0)`` up to, and not including, ``k_stop - (n_queries - 1 - i if upper else 0)``;
+    never an empty range. ``upper`` alone is a causal mask aligned bottom-right, both together a sliding window.
     """
 
     q_start: int
@@ -43,24 +43,24 @@ class Tile:
 
     @property
     def first_keys(self) -> int:
-        """Keys that the first query sees."""
+        """Returns how many keys the first query sees."""
         return self.keys - (self.queries - 1 if self.upper else 0)
 
     @property
     def band(self) -> tuple[int | None, int | None]:
-        """(lo, hi) such that query i sees key j of the tile where ``lo <= j - i <= hi``; None: no limit."""
+        """Returns (lo, hi) such that query i sees key j of the tile where ``lo <= j - i <= hi``; None: no limit."""
         return (0 if self.lower else None), (self.first_keys - 1 if self.upper else None)
 
     @property
     def cells(self) -> int:
-        """Visible (query, key) cells."""
+        """Returns how many (query, key) cells are visible."""
         slope = int(self.upper) - int(self.lower)
         return self.queries * self.first_keys + slope * self.queries * (self.queries - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class TileSet:
-    """The tiles of batch rows ``[batch_start, batch_stop)``, which share their structure."""
+    """Holds the tiles of batch rows ``[batch_start, batch_stop)``, which share their structure."""
 
     batch_start: int
     batch_stop: int
@@ -72,7 +72,7 @@ class TileSet:
 
 
 def tiles_of(start: Int64, stop: Int64, keys: Int64) -> tuple[Tile, ...]:
-    """Tiles of queries that see global key positions ``[start, stop)``, over a rank's keys.
+    """Returns the tiles of queries that see global key positions ``[start, stop)``, over a rank's keys.
 
     ``start``, ``stop``: int64 ``[n_queries]``, one interval per local query. ``keys``: int64 ``[n_keys]``,
     the ascending global positions of the key shard. Empty intervals produce nothing.
@@ -84,8 +84,10 @@ def tiles_of(start: Int64, stop: Int64, keys: Int64) -> tuple[Tile, ...]:
 
 
 def tiles_of_rows(rows: Int64, first: Int64, last: Int64) -> tuple[Tile, ...]:
-    """Tiles of query ``rows[i]`` against the keys ``[first[i], last[i])`` of a buffer, never none; a row may come more
-    than once, for keys of different stretches."""
+    """Returns the tiles of query ``rows[i]`` against the keys ``[first[i], last[i])`` of a buffer, never an empty one.
+
+    A row may come more than once, for keys of different stretches.
+    """
     return tuple(
         Tile(
             int(rows[i]),
@@ -116,7 +118,7 @@ def _runs(rows: Int64, first: Int64, last: Int64) -> Iterator[tuple[int, int]]:
 
 
 def key_intervals(start: Int64, stop: Int64) -> list[tuple[int, int]]:
-    """Union of the half-open intervals ``[start, stop)`` as sorted, disjoint, non-touching ones."""
+    """Returns the union of the half-open intervals ``[start, stop)`` as sorted, disjoint, non-touching ones."""
     alive = stop > start
     if not alive.any():
         return []
@@ -128,7 +130,7 @@ def key_intervals(start: Int64, stop: Int64) -> list[tuple[int, int]]:
 
 
 def group_rows(per_row: Sequence[tuple[Tile, ...]]) -> tuple[TileSet, ...]:
-    """Tile sets of consecutive batch rows with equal tiles; rows without tiles are left out."""
+    """Returns tile sets of consecutive batch rows with equal tiles; rows without tiles are left out."""
     sets: list[TileSet] = []
     for row, tiles in enumerate(per_row):
         if sets and sets[-1].batch_stop == row and sets[-1].tiles == tiles:
@@ -139,12 +141,12 @@ def group_rows(per_row: Sequence[tuple[Tile, ...]]) -> tuple[TileSet, ...]:
 
 
 def query_rows(tile_sets: Sequence[TileSet]) -> Rows:
-    """The query rows that any of the tiles has, united over the batch."""
+    """Returns the query rows that any of the tiles has, united over the batch."""
     return Rows.union((tile.q_start, tile.q_stop) for tiles in tile_sets for tile in tiles.tiles)
 
 
 def renumber_queries(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet, ...]:
-    """The same tiles over a packed buffer that holds only ``rows`` of the query shard."""
+    """Returns the same tiles over a packed buffer that holds only ``rows`` of the query shard."""
 
     def moved(tile: Tile) -> Tile:
         start = rows.locate(tile.q_start, tile.q_stop)
@@ -154,7 +156,7 @@ def renumber_queries(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet,
 
 
 def renumber_keys(tile_sets: Sequence[TileSet], rows: Rows) -> tuple[TileSet, ...]:
-    """The same tiles over a packed buffer that holds only ``rows`` of the key shard."""
+    """Returns the same tiles over a packed buffer that holds only ``rows`` of the key shard."""
 
     def moved(tile: Tile) -> Tile:
         start = rows.locate(tile.k_start, tile.k_stop)

@@ -1,4 +1,4 @@
-"""What is worked out from a plan is a view of it: made at first use, and kept as long as the plan."""
+"""Views: what is worked out from a plan, made at first use and kept as long as the plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Viewed(Protocol):
-    """What has views: a plan."""
+    """Has views: a plan."""
 
     views: dict[Any, Any]
 

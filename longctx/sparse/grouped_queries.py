@@ -17,7 +17,7 @@ NONE = -1  # a choice that was not made: a document's first queries have few blo
 
 @dataclass(frozen=True)
 class QueryGroups:
-    """``M`` groups of at most ``TILE`` queries, each of one (block, head).
+    """Holds ``M`` groups of at most ``TILE`` queries, each of one (block, head).
 
     ``queries`` ``[M, TILE]``: n * H + h of query n in head h; the group's first again where there are fewer
     (``missing``). ``keys`` ``[M, b]``: j * H + h of the block's keys j. No query occurs twice in a head.
@@ -27,33 +27,36 @@ class QueryGroups:
     missing: Tensor
     keys: Tensor
 
-    def scores(self, q: Tensor, brought: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores ``[M, TILE, b]``, keys and values ``[M, b, D]``, in the accumulation dtype.
+    def scores(self, q: Tensor, fetched: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns scores ``[M, TILE, b]``, keys and values ``[M, b, D]``, in the accumulation dtype.
 
-        q ``[1, n, H, D]``, brought: keys and values beside one another, ``[1, m, H, 2 D]``.
+        q ``[1, n, H, D]``; fetched: keys and values beside one another, ``[1, m, H, 2 D]``.
         """
         wide = accumulation_dtype(q.dtype)
-        keys, values = brought.flatten(0, 2)[self.keys].to(wide).chunk(2, -1)
+        keys, values = fetched.flatten(0, 2)[self.keys].to(wide).chunk(2, -1)
         return self.take(q).to(wide) @ keys.mT * scale, keys, values
 
     def take(self, x: Tensor) -> Tensor:
-        """Of ``[1, n, H, ...]``: ``[M, TILE, ...]``."""
+        """Takes the groups' rows ``[M, TILE, ...]`` of a tensor ``[1, n, H, ...]``."""
         return x.flatten(0, 2)[self.queries]
 
     def put(self, whole: Tensor, made: Tensor) -> None:
+        """Writes rows of the groups' queries into a tensor ``[1, n, H, ...]``."""
         there = ~self.missing
         whole.flatten(0, 2)[self.queries[there]] = made[there]
 
     def add(self, whole: Tensor, made: Tensor) -> None:
+        """Adds rows of the groups' queries to a tensor ``[1, n, H, ...]``."""
         there = ~self.missing
         whole.flatten(0, 2).index_add_(0, self.queries[there], made[there])
 
     def add_to_keys(self, whole: Tensor, made: Tensor) -> None:
+        """Adds rows of the groups' keys to a tensor ``[1, m, H, ...]``."""
         whole.flatten(0, 2).index_add_(0, self.keys.flatten(), made.flatten(0, 1))
 
 
 def grouped(choice: Tensor, firsts: Tensor, size: int) -> Iterator[QueryGroups]:
-    """One choice of a block for each query ``[n, H]``, as many groups at a time as ``MAX_SCORES`` allows.
+    """Yields groups of one choice of a block for each query ``[n, H]``, as many at a time as ``MAX_SCORES`` allows.
 
     ``firsts``: where each block's ``size`` keys begin among those that are here.
     """

@@ -1,14 +1,14 @@
 """MoBA: each query attends to its own block and to the few earlier ones that its gate chooses.
 
 Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs" (2025). Blocks of b tokens count from a document's
-start. A query of block c scores each earlier block j of its document by q . mean of the keys of j; its own block is
-always chosen, future ones never, and with it the ``top_k`` - 1 earlier ones of the highest scores (of equal scores the
+start. A query of block c scores each earlier block j of its document by q . mean of the keys of j. Its own block is
+always chosen, future ones never. With it go the ``top_k`` - 1 earlier ones of the highest scores (of equal scores the
 later block). Softmax goes over all tokens of the chosen blocks, causal in the own one. No gradient passes through the
 choice. With ``top_k`` = 1 this is attention inside blocks; with as many blocks as a document has it is dense.
 
     sum the keys of my part of each block, exchange the sums
     choose blocks for my queries; tell all ranks which of them any query chose
-    fetch keys and values of my own blocks and of chosen ones; backward, send their gradients home
+    fetch keys and values of my own blocks and of chosen ones; backward, send their gradients to the owners
     attend to the own block by a kernel, to the others by queries grouped by (block, head); merge
 
 Sums are in fp64, so that the means do not depend on how blocks were cut; scores are in the accumulation dtype.
@@ -42,14 +42,17 @@ from longctx.sparse.row_exchange import RowExchange
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int) -> Tensor:
-    """q, k, v ``[B, T/SP, H/TP, D]`` to ``[B, T/SP, H/TP, D]``; padding is 0."""
+    """Computes MoBA of the local tokens. q, k, v and the result are ``[B, T/SP, H/TP, D]``; padding is 0."""
     out: Tensor = _attend(q, k, v, plan, group, block, top_k)[0]
     return out
 
 
 @dataclass(frozen=True)
 class BlockContext:
-    """One batch on one rank. ``held``: the places of every rank's tokens; ``own``: the block of each of mine."""
+    """Holds what one rank needs to know of a batch's blocks.
+
+    ``held``: the places of every rank's tokens; ``own``: the block of each of this rank's.
+    """
 
     blocks: Blocks
     held: Sequence[Int64]
@@ -60,7 +63,7 @@ class BlockContext:
     scale: float
 
 
-def _call(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockContext:
+def _block_context(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockContext:
     blocks = blocks_of(plan.documents, plan.length, block)
     held = [shard_of(plan, rank, torch.device("cpu")).places for rank in range(plan.world)]
     own = blocks.of(held[ranks.rank])
@@ -70,74 +73,82 @@ def _call(q: Tensor, plan: SequencePlan, ranks: Group, block: int) -> BlockConte
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, the earlier blocks that each query chose ``[B, T/SP, H, top_k - 1]``); the latter two for the
-    backward pass."""
+    """Returns out, lse, and the earlier blocks that each query chose, ``[B, T/SP, H, top_k - 1]``.
+
+    The latter two are for the backward pass.
+    """
     sequence, ranks = plan_of(plan), group_named(group)
     require_fit(q, sequence, ranks)
-    call = _call(q, sequence, ranks, block)
-    queries, keys = call.shard.pack(q), call.shard.pack(k)
-    chosen = route(queries[0], keys[0], top_k - 1, call)
-    delivery = deliver(chosen, call)
-    x = torch.cat((keys, call.shard.pack(v)), -1)
-    brought = delivery.arrange(delivery.bring(x, ranks))
+    context = _block_context(q, sequence, ranks, block)
+    queries, keys = context.shard.pack(q), context.shard.pack(k)
+    chosen = route(queries[0], keys[0], top_k - 1, context)
+    row_exchange = fetch_blocks(chosen, context)
+    x = torch.cat((keys, context.shard.pack(v)), -1)
+    fetched = row_exchange.arrange(row_exchange.fetch(x, ranks))
     partial = Partial(queries)
-    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
-    keys, values = brought.chunk(2, -1)
-    kernel_for("auto", q, k).forward(queries, keys, values, tiles, call.scale, partial)
-    everyone = Rows.union([(0, queries.shape[1])])
+    tiles, firsts = own_tiles(row_exchange, context), first_keys(row_exchange, context)
+    keys, values = fetched.chunk(2, -1)
+    kernel_for("auto", q, k).forward(queries, keys, values, tiles, context.scale, partial)
+    all_rows = Rows.union([(0, queries.shape[1])])
     for choice in chosen.unbind(-1):
         out, lse = torch.zeros_like(partial.out), torch.full_like(partial.lse, -torch.inf)
         for groups in grouped(choice, firsts, block):
-            scores, _, its_values = groups.scores(queries, brought, call.scale)
-            its_lse = torch.logsumexp(scores, -1)
-            groups.put(out, torch.exp(scores - its_lse[..., None]) @ its_values)
-            groups.put(lse, its_lse)
-        partial.merge_packed(everyone, out, lse)
-    unpack = call.shard.unpack
-    made = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
-    return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), made
+            scores, _, block_values = groups.scores(queries, fetched, context.scale)
+            block_lse = torch.logsumexp(scores, -1)
+            groups.put(out, torch.exp(scores - block_lse[..., None]) @ block_values)
+            groups.put(lse, block_lse)
+        partial.merge_packed(all_rows, out, lse)
+    unpack = context.shard.unpack
+    local_chosen = unpack(chosen[None], chosen.new_empty(*q.shape[:2]))
+    return unpack(partial.out, q), unpack(partial.lse, partial.lse.new_empty(q.shape[:2])), local_chosen
 
 
 def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``given``: q, k, v, out, lse and chosen of the forward pass, and its context."""
+    """Returns dq, dk, dv.
+
+    ``given``: q, k, v, out, lse and chosen of the forward pass, and its context.
+    """
     *saved, plan, group, block, _ = given
     sequence, ranks = plan_of(plan), group_named(group)
     q, k, v = saved[:3]
-    call = _call(q, sequence, ranks, block)
-    dout, queries, out, lse, chosen = (call.shard.pack(one) for one in (dout, q, *saved[3:]))
-    delivery = deliver(chosen[0], call)
-    brought = delivery.arrange(delivery.bring(call.shard.pack(torch.cat((k, v), -1)), ranks))
+    context = _block_context(q, sequence, ranks, block)
+    dout, queries, out, lse, chosen = (context.shard.pack(one) for one in (dout, q, *saved[3:]))
+    row_exchange = fetch_blocks(chosen[0], context)
+    fetched = row_exchange.arrange(row_exchange.fetch(context.shard.pack(torch.cat((k, v), -1)), ranks))
     wide = lse.dtype
-    dq, dbrought = torch.zeros_like(queries, dtype=wide), torch.zeros_like(brought, dtype=wide)
-    tiles, firsts = own_tiles(delivery, call), first_keys(delivery, call)
-    (keys, values), (dkeys, dvalues) = brought.chunk(2, -1), dbrought.chunk(2, -1)
-    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, call.scale, (dq, dkeys, dvalues))
+    dq, dfetched = torch.zeros_like(queries, dtype=wide), torch.zeros_like(fetched, dtype=wide)
+    tiles, firsts = own_tiles(row_exchange, context), first_keys(row_exchange, context)
+    (keys, values), (dkeys, dvalues) = fetched.chunk(2, -1), dfetched.chunk(2, -1)
+    kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, tiles, context.scale, (dq, dkeys, dvalues))
     dout = dout.to(wide)
     delta = (dout * out).sum(-1)
     for choice in chosen[0].unbind(-1):
         for groups in grouped(choice, firsts, block):
-            scores, its_keys, its_values = groups.scores(queries, brought, call.scale)
-            upstream, asked = groups.take(dout), groups.take(queries).to(wide)
+            scores, block_keys, block_values = groups.scores(queries, fetched, context.scale)
+            block_dout, block_q = groups.take(dout), groups.take(queries).to(wide)
             weights = torch.exp(scores - groups.take(lse)[..., None]).masked_fill_(groups.missing[..., None], 0)
-            dscores = weights * (upstream @ its_values.mT - groups.take(delta)[..., None]) * call.scale
-            groups.add(dq, dscores @ its_keys)
-            groups.add_to_keys(dbrought, torch.cat((dscores.mT @ asked, weights.mT @ upstream), -1))
-    home = delivery.total(delivery.take_home(dbrought, ranks))
-    dk, dv = (call.shard.unpack(one, k) for one in home.chunk(2, -1))
-    return call.shard.unpack(dq, q), dk, dv
+            dscores = weights * (block_dout @ block_values.mT - groups.take(delta)[..., None]) * context.scale
+            groups.add(dq, dscores @ block_keys)
+            groups.add_to_keys(dfetched, torch.cat((dscores.mT @ block_q, weights.mT @ block_dout), -1))
+    gradients = row_exchange.total(row_exchange.send_gradients(dfetched, ranks))
+    dk, dv = (context.shard.unpack(one, k) for one in gradients.chunk(2, -1))
+    return context.shard.unpack(dq, q), dk, dv
 
 
-def route(q: Tensor, k: Tensor, choices: int, call: BlockContext) -> Tensor:
-    """The earlier blocks that each query ``[n, H, D]`` chose, int32 ``[n, H, choices]``, ascending after ``NONE``."""
+def route(q: Tensor, k: Tensor, choices: int, context: BlockContext) -> Tensor:
+    """Returns the earlier blocks that each query ``[n, H, D]`` chose.
+
+    int32 ``[n, H, choices]``, ascending after ``NONE``.
+    """
     chosen = torch.full((*q.shape[:2], choices), NONE, dtype=torch.int32, device=q.device)
-    eligible = call.blocks.followed
+    eligible = context.blocks.followed
     if not choices or not len(eligible):
         return chosen
     wide = accumulation_dtype(q.dtype)
-    means = pooled(k, call).to(wide)
+    means = pooled(k, context).to(wide)
     # Eligible blocks [low, high) are those of a query's document before its own block.
-    low = np.searchsorted(eligible, call.blocks.first[call.own])
-    high = np.searchsorted(eligible, call.own)
+    low = np.searchsorted(eligible, context.blocks.first[context.own])
+    high = np.searchsorted(eligible, context.own)
     numbers = torch.from_numpy(eligible).to(q.device, torch.int32)
     step = max(1, MAX_SCORES // (q.shape[1] * len(means)))
     for begin in range(0, len(q), step):
@@ -157,40 +168,44 @@ def route(q: Tensor, k: Tensor, choices: int, call: BlockContext) -> Tensor:
     return chosen
 
 
-def pooled(k: Tensor, call: BlockContext) -> Tensor:
-    """keys ``[n, H, D]`` of this rank to the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``."""
-    eligible, me = call.blocks.followed, call.ranks.rank
-    parts = [np.searchsorted(eligible, its) for its in _parts(call.blocks, call.held)]
-    inside = np.flatnonzero(np.isin(call.own, eligible))
+def pooled(k: Tensor, context: BlockContext) -> Tensor:
+    """Returns the mean key of each block that may be chosen, fp64 ``[blocks, H, D]``; k ``[n, H, D]``."""
+    eligible, me = context.blocks.followed, context.ranks.rank
+    parts = [np.searchsorted(eligible, its) for its in _parts(context.blocks, context.held)]
+    inside = np.flatnonzero(np.isin(context.own, eligible))
     rows, at, *by_rank = (
-        torch.from_numpy(one).to(k.device) for one in (inside, np.searchsorted(eligible, call.own[inside]), *parts)
+        torch.from_numpy(one).to(k.device) for one in (inside, np.searchsorted(eligible, context.own[inside]), *parts)
     )
     sums = k.new_zeros(len(eligible), *k.shape[1:], dtype=torch.float64)
     sums.index_add_(0, at, k.index_select(0, rows).double())
     total = torch.zeros_like(sums)
-    shares = _tell_all(sums.index_select(0, by_rank[me]), [len(part) for part in parts], call.ranks)
+    shares = _tell_all(sums.index_select(0, by_rank[me]), [len(part) for part in parts], context.ranks)
     for touched, share in zip(by_rank, shares, strict=True):  # in rank order, so that all ranks have the same bits
         total.index_add_(0, touched, share)
-    return total / call.block
+    return total / context.block
 
 
-def deliver(chosen: Tensor, call: BlockContext) -> RowExchange:
-    """Brings what this rank's queries ``[n, H, choices]`` see: their own blocks up to themselves, and chosen ones.
+def fetch_blocks(chosen: Tensor, context: BlockContext) -> RowExchange:
+    """Plans the fetch of what this rank's queries see: their own blocks up to themselves, and chosen ones.
 
-    All ranks tell each other what they chose, one byte a block: a message's sender must know its size.
+    ``chosen`` ``[n, H, choices]``. All ranks tell each other what they chose, one byte a block: a message's sender must
+    know its size.
     """
-    count, ranks = len(call.blocks.starts), call.ranks
+    count, ranks = len(context.blocks.starts), context.ranks
     flags = torch.zeros(count + 1, dtype=torch.uint8, device=chosen.device)
     flags[chosen.flatten().long()] = 1  # what was not chosen falls on the last
-    if chosen.shape[-1] and len(call.blocks.followed):
+    if chosen.shape[-1] and len(context.blocks.followed):
         picked = torch.stack(_tell_all(flags[:-1], [count] * ranks.size, ranks)).cpu().numpy()
     else:
         picked = np.zeros((ranks.size, count))
-    return RowExchange(call.held, wanted_by(call.blocks, call.held, picked), ranks.rank, chosen.device)
+    return RowExchange(context.held, wanted_by(context.blocks, context.held, picked), ranks.rank, chosen.device)
 
 
 def wanted_by(blocks: Blocks, held: Sequence[Int64], picked: NDArray[Any]) -> list[Int64]:
-    """Places that each reader's queries see; ``picked`` ``[P, blocks]``: what any of its queries chose."""
+    """Returns the places that each reader's queries see.
+
+    ``picked`` ``[P, blocks]``: what any of its queries chose.
+    """
     wanted = []
     for its, flags in zip(held, picked, strict=True):
         stops = np.where(flags, blocks.stops, blocks.starts)
@@ -202,19 +217,21 @@ def wanted_by(blocks: Blocks, held: Sequence[Int64], picked: NDArray[Any]) -> li
 def volume(
     plan: SequencePlan, rank: int, block: int, picked: NDArray[Any] | None, batch_row: tuple[int, int, int]
 ) -> tuple[int, int]:
-    """Bytes that ``rank`` sends forward and backward; ``picked`` ``[P, blocks]``: what queries of each rank chose,
-    None with ``top_k`` 1; ``batch_row``: heads, head width, bytes of an element.
+    """Returns the bytes that ``rank`` sends forward and backward.
+
+    ``picked`` ``[P, blocks]``: what queries of each rank chose, None with ``top_k`` 1. ``batch_row``: heads, head
+    width, bytes of an element.
 
     Forward, to all others the fp64 sums of its parts of blocks and its choices, and keys and values to who chose
-    them; backward the choices, keys and values again, and in the accumulation dtype the latter's gradients.
+    them. Backward, the choices, keys and values again, and in the accumulation dtype the latter's gradients.
     """
     heads, width, size = batch_row
     blocks = blocks_of(plan.documents, plan.length, block)
     held = [shard_of(plan, one, torch.device("cpu")).places for one in range(plan.world)]
     routed = picked is not None and len(blocks.followed) > 0
     flags = picked if picked is not None else np.zeros((plan.world, len(blocks.starts)))
-    delivery = RowExchange(held, wanted_by(blocks, held, flags), rank, torch.device("cpu"))
-    sent, returned = delivery.rows_sent
+    row_exchange = RowExchange(held, wanted_by(blocks, held, flags), rank, torch.device("cpu"))
+    sent, returned = row_exchange.rows_sent
     choices = (plan.world - 1) * len(blocks.starts) if routed else 0
     sums = (plan.world - 1) * len(_parts(blocks, held)[rank]) * heads * width * 8 if routed else 0
     again = choices + 2 * sent * heads * width * size
@@ -235,15 +252,15 @@ def _tell_all(mine: Tensor, lengths: Sequence[int], ranks: Group) -> list[Tensor
     return told
 
 
-def own_tiles(delivery: RowExchange, call: BlockContext) -> tuple[TileSet, ...]:
-    """What queries owe to the keys of their own blocks, among those that were brought."""
-    places = call.held[call.ranks.rank]
-    return group_rows([tiles_of(call.blocks.starts[call.own], places + 1, delivery.places)])
+def own_tiles(row_exchange: RowExchange, context: BlockContext) -> tuple[TileSet, ...]:
+    """Returns the tiles of queries against the keys of their own blocks, among those that were fetched."""
+    places = context.held[context.ranks.rank]
+    return group_rows([tiles_of(context.blocks.starts[context.own], places + 1, row_exchange.places)])
 
 
-def first_keys(delivery: RowExchange, call: BlockContext) -> Tensor:
-    """Where each block that was brought begins among what was brought."""
-    return torch.from_numpy(np.searchsorted(delivery.places, call.blocks.starts)).to(call.shard.rows.device)
+def first_keys(row_exchange: RowExchange, context: BlockContext) -> Tensor:
+    """Returns where each fetched block begins among what was fetched."""
+    return torch.from_numpy(np.searchsorted(row_exchange.places, context.blocks.starts)).to(context.shard.rows.device)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +278,7 @@ _attend = define_operator(
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], block: int, top_k: int) -> Tensor:
-    """Whole sequences ``[B, S, H, D]``, token by token and head by head."""
+    """Computes MoBA of whole sequences ``[B, S, H, D]`` by its definition, token by token and head by head."""
     out = [[[torch.zeros_like(q[row, t, 0])] * q.shape[2] for t in range(q.shape[1])] for row in range(len(q))]
     for row, packed in enumerate(documents):
         for start, stop in pairwise(packed.cu_seqlens.tolist()):
@@ -278,7 +295,10 @@ def definition(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Documents], 
 
 
 def moba(block: int = 512, top_k: int = 3) -> Mixer:
-    """The mixer with ``top_k`` blocks of ``block`` tokens a query, its own among them; the paper's sizes by default."""
+    """Makes the mixer with ``top_k`` blocks of ``block`` tokens a query, its own among them.
+
+    Defaults are the paper's sizes.
+    """
     if block < 1 or top_k < 1:
         raise ConfigError(
             f"block {block} and top_k {top_k} of moba must be at least 1: a query sees itself; "
@@ -323,7 +343,7 @@ def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
 
 
 def sized(**sizes: int) -> Mixer:
-    """The mixer of blocks of ``mixer_block`` tokens, of which a query reads ``mixer_top_k``; else the paper's."""
+    """Makes the mixer of blocks of ``mixer_block`` tokens, of which a query reads ``mixer_top_k``; else the paper's."""
     return moba(**{name.removeprefix("mixer_"): value for name, value in sizes.items()})
 
 

@@ -1,7 +1,7 @@
 """RAT: a gated recurrence inside chunks, softmax attention over the states at their ends.
 
 Wei, Yadav, Pascanu and Gulcehre, "RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence
-Modeling" (2025). RatChunks of C tokens count from a document's start; with t in chunk c, g in (0, 1) by channel:
+Modeling" (2025). Chunks of C tokens count from a document's start; with t in chunk c, g in (0, 1) by channel:
 
     k~[t] = g[t] * k~[t-1] + (1 - g[t]) * k[t]      v~[t] likewise; both start anew, from 0, in every chunk
     o[t]  = softmax over {ends of chunks before c of the document, t itself} of (q[t] . k~ / sqrt(K)), applied to v~
@@ -9,9 +9,9 @@ Modeling" (2025). RatChunks of C tokens count from a document's start; with t in
 The paper's form, but for its rotary embedding: layers of mixers rotate nothing. The output gate is the block's.
 
     fetch the earlier tokens of my chunks           the same, then gradients backwards:
-    k~, v~ at my tokens                             of the ends, which go home to their owners
+    k~, v~ at my tokens                             of the ends, which return to their owners
     gather k~, v~ at the ends of chunks             of k~, v~ through the recurrence
-    attend to earlier ends, merge with own state    those of fetched tokens go home too
+    attend to earlier ends, merge with own state    those of fetched tokens return too
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ from longctx.sparse.row_exchange import RowExchange
 
 
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int) -> Tensor:
-    """q, k, v and gate (in (0, 1)) ``[B, T/SP, H/TP, D]`` to ``[B, T/SP, H/TP, D]``; padding is 0."""
+    """Computes RAT of the local tokens. Padding is 0.
+
+    q, k, v and gate (in (0, 1)) and the result are ``[B, T/SP, H/TP, D]``.
+    """
     out: Tensor = _attend(q, k, v, gate, plan, group, chunk)[0]
     return out
 
 
 @dataclass(frozen=True, eq=False)
 class RatChunks:
-    """What one rank needs to know of a plan's chunks.
+    """Holds what one rank needs to know of a plan's chunks.
 
-    ``near``: brings the earlier tokens of the rank's chunks. ``grid`` ``[chunks * C]``: which of them is the l-th of a
-    chunk; where there is none, some other of that chunk: no own token comes after it. ``own`` ``[n]``: cells of the
-    grid that hold the rank's own tokens. ``ends``: brings the last tokens of chunks; ``tiles``: who sees which.
+    ``near``: fetches the earlier tokens of the rank's chunks. ``grid`` ``[chunks * C]``: which of them is the l-th of a
+    chunk. Where there is none, it is some other of that chunk: no own token comes after it. ``own`` ``[n]``: cells of
+    the grid that hold the rank's own tokens. ``ends``: fetches the last tokens of chunks; ``tiles``: who sees which.
     """
 
     shard: Shard
@@ -63,6 +66,7 @@ class RatChunks:
 
 @view
 def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -> RatChunks:
+    """Returns what a rank needs to know of a plan's chunks of ``chunk`` tokens."""
     blocks = blocks_of(plan.documents, plan.length, chunk)
     held = [shard_of(plan, one, torch.device("cpu")).places for one in range(plan.world)]
     near, far = [], []
@@ -94,14 +98,14 @@ def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, group: str, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, the rank's own states ``[B, T/SP, H, 2 D]``), the latter two for the backward pass."""
+    """Returns out, lse, and the rank's own states ``[B, T/SP, H, 2 D]``, the latter two for the backward pass."""
     sequence, ranks = plan_of(plan), group_named(group)
     require_fit(q, sequence, ranks)
     chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
     x, queries = chunks.shard.pack(torch.cat((k, v, gate), -1)), chunks.shard.pack(q)
-    near = chunks.near.arrange(chunks.near.bring(x, ranks))
+    near = chunks.near.arrange(chunks.near.fetch(x, ranks))
     states = _recur(*_on_grid(near, chunks, chunk))[0].flatten(0, 1).index_select(0, chunks.own)[None].to(q.dtype)
-    coming = chunks.ends.bring(states, ranks)
+    coming = chunks.ends.fetch(states, ranks)
     own_keys, own_values = states.chunk(2, -1)
     partial = Partial(queries)
     scale, dtype = q.shape[-1] ** -0.5, partial.lse.dtype
@@ -114,22 +118,25 @@ def run_forward(
 
 
 def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``given``: q, k, v, gate, out, lse and states of the forward pass, and its context."""
+    """Returns dq, dk, dv and the gradient of the gate.
+
+    ``given``: q, k, v, gate, out, lse and states of the forward pass, and its context.
+    """
     *saved, plan, group, chunk = given
     sequence, ranks = plan_of(plan), group_named(group)
     q, k, v, gate = saved[:4]
     chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
     pack, wide = chunks.shard.pack, accumulation_dtype(q.dtype)
     dout, queries, out, lse, states = (pack(one) for one in (dout, q, *saved[4:]))
-    coming_ends = chunks.ends.bring(states, ranks)
-    coming_near = chunks.near.bring(pack(torch.cat((k, v, gate), -1)), ranks)
+    coming_ends = chunks.ends.fetch(states, ranks)
+    coming_near = chunks.near.fetch(pack(torch.cat((k, v, gate), -1)), ranks)
     scale = q.shape[-1] ** -0.5
     dq, dstates = _through_own_state(dout.to(wide), queries.to(wide), out, lse, states, scale)
     ends = chunks.ends.arrange(coming_ends)
     dends = torch.zeros_like(ends, dtype=wide)
     (keys, values), (dkeys, dvalues) = ends.chunk(2, -1), dends.chunk(2, -1)
     kernel_for("auto", q, k).backward(dout, queries, keys, values, out, lse, chunks.tiles, scale, (dq, dkeys, dvalues))
-    going = chunks.ends.take_home(dends, ranks)
+    going = chunks.ends.send_gradients(dends, ranks)
     near = chunks.near.arrange(coming_near)
     inputs, gates = _on_grid(near, chunks, chunk)
     before = _recur(inputs, gates)[1]
@@ -137,7 +144,7 @@ def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     on_grid = inputs.new_zeros(inputs.shape).flatten(0, 1).index_copy_(0, chunks.own, dstates[0]).view_as(inputs)
     dgrid = _recur_back(on_grid, inputs, gates, before)
     dnear = torch.zeros_like(near[0], dtype=wide).index_add_(0, chunks.grid, dgrid.flatten(0, 1))
-    dx = chunks.near.total(chunks.near.take_home(dnear[None], ranks))
+    dx = chunks.near.total(chunks.near.send_gradients(dnear[None], ranks))
     dk, dv, dgate = (chunks.shard.unpack(one, k) for one in dx.chunk(3, -1))
     return chunks.shard.unpack(dq, q), dk, dv, dgate
 
@@ -174,7 +181,7 @@ def _recur_back(dstates: Tensor, inputs: Tensor, gates: Tensor, before: Tensor) 
 def _through_own_state(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, states: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What queries and own states ``[1, n, H, 2 D]`` owe to each query's attention to its own state."""
+    """Gradients of queries and own states ``[1, n, H, 2 D]`` through each query's attention to its own state."""
     keys, values = states.to(q.dtype).chunk(2, -1)
     weight = torch.exp((q * keys).sum(-1) * scale - lse)[..., None]
     score = weight * (dout * (values - out)).sum(-1, keepdim=True) * scale
@@ -182,10 +189,11 @@ def _through_own_state(
 
 
 def volume(plan: SequencePlan, rank: int, chunk: int, batch_row: tuple[int, int, int]) -> tuple[int, int]:
-    """Bytes that ``rank`` sends forward and backward; ``batch_row``: heads, head width, bytes of an element.
+    """Returns the bytes that ``rank`` sends forward and backward.
 
-    Forward, k, v and the gate of tokens whose chunks go on elsewhere, and two states of ends that others see;
-    backward those again and, in the accumulation dtype, their gradients.
+    ``batch_row``: heads, head width, bytes of an element. Forward, k, v and the gate of tokens whose chunks go on
+    elsewhere, and two states of ends that others see. Backward, those again and, in the accumulation dtype, their
+    gradients.
     """
     heads, width, size = batch_row
     chunks = chunks_of(plan, rank, chunk, torch.device("cpu"))
@@ -209,7 +217,7 @@ _attend = define_operator(
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequence[Documents], chunk: int) -> Tensor:
-    """Whole sequences ``[B, S, H, D]``, token by token."""
+    """Computes RAT of whole sequences ``[B, S, H, D]`` by its definition, token by token."""
     rows = []
     for row, packed in enumerate(documents):
         out = [torch.zeros_like(q[row, 0])] * q.shape[1]
@@ -230,7 +238,10 @@ def definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, documents: Sequenc
 
 
 def rat(chunk: int = 16) -> Mixer:
-    """The mixer with chunks of ``chunk`` tokens; the paper's is 16. With 1 it is attention to single gated tokens."""
+    """Makes the mixer with chunks of ``chunk`` tokens; the paper's is 16.
+
+    With 1 it is attention to single gated tokens.
+    """
     if chunk < 1:
         raise ConfigError(f"chunk {chunk} of rat must be at least 1 token; 16 is the paper's")
 
@@ -272,7 +283,7 @@ def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
 
 
 def sized(**sizes: int) -> Mixer:
-    """The mixer of chunks of ``mixer_block`` tokens."""
+    """Makes the mixer of chunks of ``mixer_block`` tokens."""
     return rat(sizes["mixer_block"])
 
 

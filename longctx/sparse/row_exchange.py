@@ -1,8 +1,8 @@
-"""Tokens of all ranks, where one rank needs them; the adjoint brings their gradients home.
+"""Exchanges of rows between any ranks: tokens go where a rank needs them, and their gradients return.
 
-For mixers that look at tokens anywhere in a document. What a reader wants is a set of places (``blocks``): all of
-them, the ends of chunks, or blocks that its queries chose. A ``RowExchange`` is planned once and then used in both
-directions; all ranks know what every one of them wants, so messages carry rows and nothing else.
+For mixers that look at tokens anywhere in a document. What a reader wants is a set of places (``document_blocks``): all
+of them, the ends of chunks, or blocks that its queries chose. A ``RowExchange`` is planned once and then used in both
+directions. All ranks know what every one of them wants, so messages carry rows and nothing else.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from longctx.sequence.documents import Int64
 
 
 @dataclass(frozen=True)
-class Coming:
-    """Rows on their way. Between posting and awaiting them a rank may compute."""
+class RowsInFlight:
+    """Holds rows in flight. Between posting and awaiting them a rank may compute."""
 
     pending: Pending
     own: Tensor
     me: int
 
     def wait(self) -> list[Tensor]:
-        """By rank."""
+        """Returns the rows that came, by rank."""
         blocks = self.pending.wait()
         blocks[self.me] = self.own
         return blocks
 
 
 class RowExchange:
-    """Who sends which of its rows ``[1, n, ...]`` to whom, and where they lie among those that the reader wants."""
+    """Plans who sends which of its rows ``[1, n, ...]`` to whom.
+
+    Also where they lie among those that the reader wants.
+    """
 
     def __init__(self, held: Sequence[Int64], wanted: Sequence[Int64], me: int, device: torch.device) -> None:
         """``held``: ascending places by owner, together all; ``wanted``: ascending places by reader."""
@@ -46,42 +49,42 @@ class RowExchange:
 
     @property
     def rows_sent(self) -> tuple[int, int]:
-        """Rows that leave this rank when it brings, and when it takes home."""
+        """Returns how many rows leave this rank in ``fetch`` and in ``send_gradients``."""
         sent, kept = ([len(one) for one in side] for side in (self._sent, self._kept))
         return sum(sent) - sent[self.me], sum(kept) - kept[self.me]
 
-    def bring(self, x: Tensor, ranks: Group) -> Coming:
-        """This rank's rows ``[1, n, ...]`` go to whoever wants them; ``arrange`` makes a buffer of what comes."""
+    def fetch(self, x: Tensor, ranks: Group) -> RowsInFlight:
+        """Sends this rank's rows ``[1, n, ...]`` to whoever wants them; ``arrange`` makes a buffer of what comes."""
         return self._post([x.index_select(1, rows) for rows in self._sent], [len(rows) for rows in self._kept], ranks)
 
-    def arrange(self, coming: Coming) -> Tensor:
-        """What this rank wants, ``[1, wanted, ...]`` in order of place."""
-        blocks = coming.wait()
-        whole = coming.own.new_empty(1, len(self.places), *coming.own.shape[2:])
+    def arrange(self, in_flight: RowsInFlight) -> Tensor:
+        """Returns what this rank wants, ``[1, wanted, ...]`` in order of place."""
+        blocks = in_flight.wait()
+        whole = in_flight.own.new_empty(1, len(self.places), *in_flight.own.shape[2:])
         for block, rows in zip(blocks, self._kept, strict=True):
             whole.index_copy_(1, rows, block)
         return whole
 
-    def take_home(self, shares: Tensor, ranks: Group) -> Coming:
-        """Gradients of what was brought, ``[1, wanted, ...]``, go to the owners; ``total`` sums what comes."""
+    def send_gradients(self, shares: Tensor, ranks: Group) -> RowsInFlight:
+        """Sends gradients of what was fetched, ``[1, wanted, ...]``, to the owners; ``total`` sums what comes."""
         sends = [shares.index_select(1, rows) for rows in self._kept]
         return self._post(sends, [len(rows) for rows in self._sent], ranks)
 
-    def total(self, coming: Coming) -> Tensor:
-        """The sum of all ranks' shares of this rank's rows, ``[1, n, ...]``: in rank order, whoever came first."""
-        whole = coming.own.new_zeros(1, self._held, *coming.own.shape[2:])
-        for share, rows in zip(coming.wait(), self._sent, strict=True):
+    def total(self, in_flight: RowsInFlight) -> Tensor:
+        """Returns the sum of all ranks' shares of this rank's rows, ``[1, n, ...]``, in rank order."""
+        whole = in_flight.own.new_zeros(1, self._held, *in_flight.own.shape[2:])
+        for share, rows in zip(in_flight.wait(), self._sent, strict=True):
             whole.index_add_(1, rows, share)
         return whole
 
-    def _post(self, sends: list[Tensor], expected: list[int], ranks: Group) -> Coming:
+    def _post(self, sends: list[Tensor], expected: list[int], ranks: Group) -> RowsInFlight:
         own = sends[self.me]
         others = [(other, tensor) for other, tensor in enumerate(sends) if other != self.me]
         buffers = [
             (other, own.new_empty(1, rows if other != self.me else 0, *own.shape[2:]))
             for other, rows in enumerate(expected)
         ]
-        return Coming(exchange(ranks, others, buffers), own, self.me)
+        return RowsInFlight(exchange(ranks, others, buffers), own, self.me)
 
 
 def _common(some: Int64, others: Int64, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,6 @@ import pytest
 
 from tests.architecture.source_tree import ROOT, Module, modules
 
-# Rooms whose first lines are still to be rewritten; this list only ever gets shorter.
-NOT_YET_HELD = (
-    "longctx/attention/",
-    "longctx/linear/operator.py",
-    "longctx/parallel/lockstep_gpipe.py",
-    "longctx/parallel/ping_pong.py",
-    "longctx/parallel/recompute.py",
-    "longctx/parallel/stage_servers.py",
-    "longctx/planner/document_placement.py",
-    "longctx/planner/rank_plan.py",
-    "longctx/sequence/",
-    "longctx/sparse/",
-)
-
 # Words that continue a sentence which the reader does not see.
 CONTINUATIONS = (
     "Of", "By", "Where", "As", "Back", "Around", "To", "Likewise", "Those", "And", "But", "Beside", "Also", "The same",
@@ -100,16 +86,10 @@ def test_first_lines_of_public_docstrings_read_alone():
     faults = [
         f"{module.where}:{line} {name} {fault}"
         for module in (*modules(), *benchmarks())
-        if not module.where.startswith(NOT_YET_HELD)
         for line, name, text in docstrings(module)
         if (fault := fault_of(text)) is not None
     ]
     assert not faults, "\n" + "\n".join(faults)
-
-
-@pytest.mark.parametrize("room", NOT_YET_HELD)
-def test_a_room_is_excused_only_while_it_exists(room):
-    assert (ROOT / room).exists(), f"{room} is no more: take it off NOT_YET_HELD"
 
 
 @pytest.mark.parametrize(

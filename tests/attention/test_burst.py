@@ -153,12 +153,12 @@ def test_gradients_ride_one_step_behind_and_what_comes_home_has_its_own_channel(
     plan = plan_of([(64,)], Mask(False), LAYOUTS["striped"], 64, world)
     for events in traced("burst", plan, (4, 2), inner, StrategyOptions(backward_rotates="q")):
         wide = [span for span in spans(events) if span[2].dtype == "float32" and span[2].shapes[0][0] == 1]
-        riding = [span for span in wide if span[0] < kernels(events)[-1]]
-        assert len(riding) == 2 * (world - 2)
-        for post, wait, _ in riding:
+        passed_on = [span for span in wide if span[0] < kernels(events)[-1]]
+        assert len(passed_on) == 2 * (world - 2)
+        for post, wait, _ in passed_on:
             assert sum(post < at < wait for at in kernels(events, "backward")) == 1
         home = [event.group for post, _, event in wide if post > kernels(events)[-1]]
-        assert len(home) == 2 and not set(home) & {event.group for _, _, event in riding}
+        assert len(home) == 2 and not set(home) & {event.group for _, _, event in passed_on}
 
 
 def test_a_lap_s_gradients_come_home_while_the_next_lap_computes():

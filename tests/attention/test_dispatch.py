@@ -56,8 +56,8 @@ def compare(homes, dispatch, pieces):
     for server in range(homes.world):
         served = dispatch.served(server)
         here, rest, queries, keys = by_definition(homes, pieces, server)
-        assert sum(tiles.cells for tiles in served.here) == here
-        assert sum(tiles.cells for tiles in served.rest) == rest
+        assert sum(tiles.cells for tiles in served.local) == here
+        assert sum(tiles.cells for tiles in served.remote) == rest
         assert dispatch.cells(server) == here + rest
         cells += here + rest
         for wanted, side, moved in (
@@ -98,7 +98,7 @@ def test_without_tasks_nobody_asks():
     homes = Homes.of(SequencePlan((Documents.single(6),), Mask(), Zigzag(), 6, 2))
     dispatch = Dispatch(plan_of(homes, []))
     served = dispatch.served(1)
-    assert served.here == served.rest == () and dispatch.cells(1) == 0
+    assert served.local == served.remote == () and dispatch.cells(1) == 0
     assert [len(side.rows[home]) for side in (served.queries, served.keys) for home in range(2)] == [0] * 4
 
 
@@ -115,19 +115,19 @@ def test_what_is_worked_out_goes_with_cuts_and_not_with_tokens(world):
     cuts = len(documents[0]) + 2 * world
     assert runs <= 2 * world and len(home_of(plan).rank) <= cuts
     ranks = [there.plan.rank(rank) for rank in range(world)]
-    assert sum(len(one.group) for rank in ranks for one in (rank.here, rank.rest)) <= 4 * cuts
+    assert sum(len(one.group) for rank in ranks for one in (rank.local, rank.remote)) <= 4 * cuts
 
 
 def test_an_operator_gets_what_was_prepared_and_nothing_else():
     """It would plan again in the middle of a step, and nobody would know."""
     plan, ring = SequencePlan((Documents.single(16),), Mask(), Contiguous(), 16, 1), group_of(None)
     q, k = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16, 2, 8)
-    call = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
+    context = AttentionContext(plan, ring, kernel_for("auto", q, k), 1.0, DEFAULT, plan)
     ahead = prepared(plan, "cad", AttentionShape(4, 2, 8, 4))
-    assert dispatches_of(call, "cad", q, k) is ahead
-    assert dispatches_of(call, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
+    assert dispatches_of(context, "cad", q, k) is ahead
+    assert dispatches_of(context, "zeppelin", q, k) is not ahead, "nobody prepared for this planner"
     with pytest.raises(AssertionError, match="was planned ahead"):
-        dispatches_of(call, "cad", q.double(), k.double())
+        dispatches_of(context, "cad", q.double(), k.double())
 
 
 def test_a_plan_that_was_dispatched_does_not_outlive_its_batch():

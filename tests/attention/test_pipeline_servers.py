@@ -120,9 +120,9 @@ def assign_at_random(problem: Problem) -> LockstepPlan:
     ticks, seed = problem.ticks(), random.Random(problem.seed)
     for phase in Phase:
         for tick in range(ticks.count):
-            for call in range(ticks.calls(phase, tick)):
-                homes = Homes.of(*ticks.batches(ticks.held(phase, tick, call)))
-                ticks.assign(phase, tick, call, Dispatch(random_plan(homes, seed.randrange(2**16))))
+            for exchange in range(ticks.exchanges(phase, tick)):
+                homes = Homes.of(*ticks.batches(ticks.held(phase, tick, exchange)))
+                ticks.assign(phase, tick, exchange, Dispatch(random_plan(homes, seed.randrange(2**16))))
     return ticks
 
 
@@ -185,8 +185,8 @@ def busiest(ticks: LockstepPlan, phase: Phase) -> list[tuple[int, int]]:
     """Of each exchange, most cells of a rank: with the stages as servers of one another, and each by itself."""
     found = []
     for tick in range(ticks.count):
-        for call in range(ticks.calls(phase, tick)):
-            joint, held = ticks.dispatch(phase, tick, call), ticks.held(phase, tick, call)
+        for exchange in range(ticks.exchanges(phase, tick)):
+            joint, held = ticks.dispatch(phase, tick, exchange), ticks.held(phase, tick, exchange)
             alone = [dispatches(ticks.plans[n], "cad", EMPTY.widths)[0] for n in held if n is not None]
             most = max(one.cells(rank) for one in alone for rank in range(one.world))
             found.append((max(joint.cells(rank) for rank in range(joint.world)), most))

@@ -15,26 +15,27 @@ from longctx.attention.runtime.registry import Strategy
 from longctx.attention.strategies import gather
 
 
-def _slices(k: Tensor, q: Tensor, call: AttentionContext):
+def _slices(k: Tensor, q: Tensor, context: AttentionContext):
     count, per_key = k.shape[2], q.shape[2] // k.shape[2]
-    some = call.options.toy_heads or count
+    some = context.options.toy_heads or count
     for first in range(0, count, some):
         keys = slice(first, min(first + some, count))
         yield slice(keys.start * per_key, keys.stop * per_key), keys
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    parts = [gather.forward(q[:, :, own], k[:, :, keys], v[:, :, keys], call) for own, keys in _slices(k, q, call)]
+def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    slices = _slices(k, q, context)
+    parts = [gather.forward(q[:, :, own], k[:, :, keys], v[:, :, keys], context) for own, keys in slices]
     out, lse = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     return out, lse
 
 
-def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     parts = []
-    for own, keys in _slices(k, q, call):
+    for own, keys in _slices(k, q, context):
         given = (q[:, :, own], k[:, :, keys], v[:, :, keys], out[:, :, own], lse[:, :, own])
-        parts.append(gather.backward(dout[:, :, own], given, call))
+        parts.append(gather.backward(dout[:, :, own], given, context))
     dq, dk, dv = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     return dq, dk, dv
 

@@ -59,7 +59,7 @@ def execute(plan, q, k, v):
         for group in range(groups):
             heads, kv_heads = slice(group * share, (group + 1) * share), slice(group * kv_share, (group + 1) * kv_share)
             tensors = q[own][:, heads], k[own][:, kv_heads], v[own][:, kv_heads]
-            compute(one.here, np.flatnonzero(one.here.group == group), *tensors, own_out[:, heads], own_lse[:, heads])
+            compute(one.local, np.flatnonzero(one.local.group == group), *tensors, own_out[:, heads], own_lse[:, heads])
         out[own], lse[own] = own_out, own_lse
         # What each server returns of this rank's rows, in the order in which they were sent.
         at = 0
@@ -104,7 +104,7 @@ def serve(one, q, kv):
     q, kv = q[one.q.order], kv[one.kv.order]
     k, v = np.split(kv, 2, axis=2)
     out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf)
-    compute(one.rest, range(len(one.rest.group)), q, k, v, out, lse)
+    compute(one.remote, range(len(one.remote.group)), q, k, v, out, lse)
     back_out, back_lse = np.empty_like(out), np.empty_like(lse)
     back_out[one.q.order], back_lse[one.q.order] = out, lse
     return back_out, back_lse

@@ -32,22 +32,22 @@ def readings(plan: SequencePlan, queries: bool):
 def test_a_block_meets_every_rank_once_with_all_that_it_reads(example, queries, data):
     plan, world = example.plan(), example.world
     lap = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    rotation = query_ring(plan, lap) if queries else key_ring(plan, lap)
+    schedule = query_ring(plan, lap) if queries else key_ring(plan, lap)
     reads = readings(plan, queries)
     for owner in range(world):
-        assert sorted(rotation.holder(owner, hop) for hop in range(world)) == list(range(world))
+        assert sorted(schedule.holder(owner, hop) for hop in range(world)) == list(range(world))
         for hop in range(world):
-            holder, stop = rotation.holder(owner, hop), rotation.at(owner, hop)
-            assert rotation.owner(holder, hop) == owner
+            holder, stop = schedule.holder(owner, hop), schedule.at(owner, hop)
+            assert schedule.owner(holder, hop) == owner
             assert reads(holder, owner) <= members(stop.read) <= members(stop.summed) <= members(stop.carried)
             source = hop - lap if hop % lap == 0 else hop - 1
             if hop:
-                assert members(stop.carried) <= members(rotation.carried(owner, source)), "it holds what it passes on"
-                before, after = divmod(rotation.holder(owner, source), lap), divmod(holder, lap)
+                assert members(stop.carried) <= members(schedule.carried(owner, source)), "it holds what it passes on"
+                before, after = divmod(schedule.holder(owner, source), lap), divmod(holder, lap)
                 assert (before[1] == after[1]) if hop % lap == 0 else (before[0] == after[0])
         for start in range(0, world, lap):
-            homes = [members(rotation.ended(owner, hop)) for hop in range(start, start + lap)]
-            assert sum(map(len, homes)) == len(set().union(*homes)) == len(rotation.at(owner, start).summed)
+            homes = [members(schedule.completed(owner, hop)) for hop in range(start, start + lap)]
+            assert sum(map(len, homes)) == len(set().union(*homes)) == len(schedule.at(owner, start).summed)
 
 
 @settings(max_examples=100)
@@ -55,15 +55,15 @@ def test_a_block_meets_every_rank_once_with_all_that_it_reads(example, queries, 
 def test_what_nobody_reads_later_is_left_behind_but_for_a_trifle(example, data):
     plan, world = example.plan(), example.world
     lap = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    rotation, reads = key_ring(plan, lap), readings(plan, False)
+    schedule, reads = key_ring(plan, lap), readings(plan, False)
     for owner in range(world):
         for hop in range(1, world):
             end = world if hop % lap == 0 else hop - hop % lap + lap
-            needed = set().union(*(reads(rotation.holder(owner, later), owner) for later in range(hop, end)))
-            carried = rotation.carried(owner, hop)
-            source = rotation.carried(owner, hop - lap if hop % lap == 0 else hop - 1)
+            needed = set().union(*(reads(schedule.holder(owner, later), owner) for later in range(hop, end)))
+            carried = schedule.carried(owner, hop)
+            source = schedule.carried(owner, hop - lap if hop % lap == 0 else hop - 1)
             if hop % lap == 1 and hop > lap:
-                source = rotation.at(owner, hop - 1).summed
+                source = schedule.at(owner, hop - 1).summed
             trifle = len(source) - len(needed) <= max(1, len(source) // 32) and needed
             assert members(carried) == (members(source) if trifle else needed)
 

@@ -19,23 +19,23 @@ HEADS, CHANNELS = 2, 3
 CPU = torch.device("cpu")
 
 
-def deliver(plan, wanted, x, shares):
-    """By rank: what was brought and what came home, each unpacked, and bytes each way; the ledger by rank."""
+def exchange_rows(plan, wanted, x, shares):
+    """By rank: what was fetched and the gradients that returned, each unpacked."""
     held = [shard_of(plan, rank, CPU).places for rank in range(plan.world)]
 
     def rank_main():
         ranks = group_of(dist.group.WORLD)
         shard = shard_of(plan, ranks.rank, CPU)
-        delivery = RowExchange(held, wanted, ranks.rank, CPU)
+        rows = RowExchange(held, wanted, ranks.rank, CPU)
         before = ranks.traffic.bytes
         local = cut(x, plan, ranks.rank)
-        brought = delivery.arrange(delivery.bring(shard.pack(local), ranks))
+        fetched = rows.arrange(rows.fetch(shard.pack(local), ranks))
         between = ranks.traffic.bytes
-        home = delivery.total(delivery.take_home(shares[ranks.rank], ranks))
+        gradients = rows.total(rows.send_gradients(shares[ranks.rank], ranks))
         row = HEADS * CHANNELS * 8
-        forward, backward = delivery.rows_sent
+        forward, backward = rows.rows_sent
         assert (between - before, ranks.traffic.bytes - between) == (forward * row, backward * row)
-        return brought, shard.unpack(home, local), (forward + backward) * row
+        return fetched, shard.unpack(gradients, local), (forward + backward) * row
 
     cluster = Cluster(plan.world, trace=False)
     found = cluster.run(rank_main)
@@ -47,12 +47,12 @@ def check(plan, wanted, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(plan.documents), plan.length, HEADS, CHANNELS, dtype=torch.float64, generator=generator)
     shares = [torch.randn(1, len(its), HEADS, CHANNELS, dtype=torch.float64, generator=generator) for its in wanted]
-    brought, home = deliver(plan, wanted, x, shares)
+    fetched, gradients = exchange_rows(plan, wanted, x, shares)
     expected = torch.zeros_like(x).flatten(0, 1)
     for rank, its in enumerate(wanted):
-        assert torch.equal(brought[rank][0], x.flatten(0, 1)[its])
+        assert torch.equal(fetched[rank][0], x.flatten(0, 1)[its])
         expected.index_add_(0, torch.from_numpy(its), shares[rank][0])
-    assert torch.equal(home, expected.view_as(x))  # in rank order, to the bit
+    assert torch.equal(gradients, expected.view_as(x))  # in rank order, to the bit
 
 
 @pytest.mark.parametrize("world", WORLDS)

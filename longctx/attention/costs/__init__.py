@@ -1,1 +1,1 @@
-"""What strategies send and keep in memory, estimated from a plan without running them."""
+"""Estimates of what strategies send and keep in memory, made from a plan without running anything."""

@@ -1,4 +1,7 @@
-"""What ``runtime.all_to_all`` sends, and keeps in memory: of each group of heads, and of its neighbours under way."""
+"""Bytes and memory of the all-to-alls of Ulysses and USP (``runtime.all_to_all``).
+
+Memory counts each group of heads, and the groups before and after it that are in flight.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from longctx.attention.runtime.head_sharding import HeadGroups, HeadSplit
 from longctx.attention.runtime.sizes import Sizes
 from longctx.sequence import SequencePlan, row_places
 
-Around = Callable[[SequencePlan, Sizes], Peak]  # of the passes between rows, beside what is saved
+Attention = Callable[[SequencePlan, Sizes], Peak]  # of the passes between rows, beside what is saved
 
 
-def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
-    """What a rank sends inside its row: its tokens' q, k, v to each rank's heads, and other ranks' tokens home.
+def all_to_all_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
+    """Returns what a rank sends inside its row of the grid, by receiver.
 
-    The backward pass sends the adjoints: dout to heads, and dq, dk, dv of other ranks' tokens home.
+    Forward, its tokens' q, k, v go to the ranks that compute their heads, and other ranks' outputs return. Backward,
+    dout goes to heads, and dq, dk, dv of other ranks' tokens return.
     """
     inner = sizes.inner
     first, me = rank // inner * inner, rank % inner
@@ -34,11 +38,14 @@ def swap_sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
     return sent
 
 
-def peak_in_rows(plan: SequencePlan, sizes: Sizes, around: Around) -> Peak:
-    """Of the rank with most; ``around``: of attention of a joined plan with one group's heads."""
+def peak_in_rows(plan: SequencePlan, sizes: Sizes, attention: Attention) -> Peak:
+    """Returns the peak memory of the rank with most, in bytes.
+
+    ``attention``: the peak of attention between the all-to-alls, by a joined plan and one group's heads.
+    """
     groups = HeadGroups.of(sizes.heads, sizes.kv_heads, sizes.inner)
     alive = [
-        [_Group.of(plan, sizes, groups.part(rank, group), groups, around) for group in range(groups.count)]
+        [_Group.of(plan, sizes, groups.part(rank, group), groups, attention) for group in range(groups.count)]
         for rank in range(sizes.inner)
     ]
     return Peak(
@@ -71,7 +78,7 @@ class _Group:
     inside: Peak
 
     @classmethod
-    def of(cls, plan: SequencePlan, sizes: Sizes, part: int, groups: HeadGroups, around: Around) -> _Group:
+    def of(cls, plan: SequencePlan, sizes: Sizes, part: int, groups: HeadGroups, attention: Attention) -> _Group:
         split, one, joined = groups.split, replace(sizes, heads=1, kv_heads=1), plan.joined(groups.ranks)
         me, group = divmod(part, groups.count)
         mine, local = split.queries + 2 * split.keys(part), split.local_keys(part)
@@ -92,21 +99,21 @@ class _Group:
             wide=joined.shard * (split.queries + 2 * local + summed) * one.query_gradients,
             picked=plan.shard * split.queries * by_index * one.queries,
             own=plan.shard * mine * one.queries if groups.shared else 0,
-            inside=around(joined, replace(sizes, heads=split.queries, kv_heads=local, inner=1)),
+            inside=attention(joined, replace(sizes, heads=split.queries, kv_heads=local, inner=1)),
         )
 
 
 def _forward(plan: SequencePlan, sizes: Sizes, alive: list[_Group]) -> int:
-    most = kept = home = 0
+    most = kept = returning = 0
     for made, coming in zip(alive, [*(following.swapped for following in alive[1:]), 0], strict=True):
-        others = kept + home + coming
+        others = kept + returning + coming
         kept += made.inputs + made.out + made.lse
-        home = plan.shard * sizes.queries + made.out_swapped
+        returning = plan.shard * sizes.queries + made.out_swapped
         moments = (
             others + made.swapped + made.landed + made.copied,
             others + made.inputs + made.inside.forward,
             others + made.inputs + made.out_wide + made.out + made.lse,
-            kept + home + coming + made.picked,
+            kept + returning + coming + made.picked,
         )
         most = max(most, *moments)
     return most
@@ -116,15 +123,15 @@ def _backward(plan: SequencePlan, sizes: Sizes, shared: bool, alive: list[_Group
     keys = sizes.key_gradients if shared else sizes.keys
     saved = sum(made.inputs + made.out + made.lse for made in alive) + plan.shard * sizes.queries
     wholes = plan.shard * (sizes.queries + 2 * keys)
-    most, home = saved + wholes + (2 * plan.shard * sizes.keys if shared else 0), 0
+    most, returning = saved + wholes + (2 * plan.shard * sizes.keys if shared else 0), 0
     for made, coming in zip(alive, [*(following.out_swapped for following in alive[1:]), 0], strict=True):
-        others = saved + home + coming
-        home = wholes + made.swapped
+        others = saved + returning + coming
+        returning = wholes + made.swapped
         moments = (
             others + made.out_swapped + made.out,
             others + made.out + made.inside.backward,
             others + made.wide + made.landed,
-            saved + home + coming + made.landed + made.picked + made.own,
+            saved + returning + coming + made.landed + made.picked + made.own,
         )
         most = max(most, *moments)
     return most

@@ -1,4 +1,4 @@
-"""What attention in tasks sends and keeps in memory, as its dispatch says."""
+"""Bytes and memory of disaggregated attention, as its dispatch says."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from longctx.sequence import SequencePlan
 
 
 def volume(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """Rows to servers and results home; a pass sends what its own dispatch says."""
+    """Returns what a rank sends: rows to servers, and results to owners.
+
+    Each pass sends what its own dispatch says.
+    """
     there, back = (volume_of(dispatch, rank, sizes) for dispatch in dispatches_for(plan, planner, sizes))
     return Volume(there.forward, back.backward, there.messages_forward, back.messages_backward)
 
 
 def volume_of(dispatch: Dispatch, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends under ``dispatch``, should it be that of the forward and of the backward pass; of routed
-    messages also what it hands on for others."""
+    """Returns what a rank sends if ``dispatch`` is that of both passes.
+
+    Where messages are routed, it includes what the rank passes on for others.
+    """
     forward, backward = ([dispatch.sent(bundle, rank) for bundle in bundles] for bundles in bundles_of(dispatch, sizes))
     (there, messages_there), (back, messages_back) = (map(sum, zip(*sent, strict=True)) for sent in (forward, backward))
     return Volume(there, back, messages_there, messages_back)
 
 
 def peak_memory(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
-    """At most: everything that a pass makes, as if nothing were freed before its end, on the rank with most of it."""
+    """Returns an upper bound of the peak memory of the rank with most, in bytes.
+
+    It counts everything that a pass makes, as if nothing were freed before its end.
+    """
     found = [_alive(planner, plan, rank, sizes) for rank in range(plan.world)]
     return Peak(max(forward for forward, _ in found), max(backward for _, backward in found))
 
@@ -34,7 +42,7 @@ def peak_memory(planner: str, plan: SequencePlan, sizes: Sizes) -> Peak:
 def _alive(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> tuple[int, int]:
     there, back = dispatches_for(plan, planner, sizes)
     asked, read, queries, keys, one, own = _held(there, plan, rank, sizes)
-    # Sent, received, in order, computed; then what goes home and what comes from there.
+    # Sent, received, in order, computed; then what returns to owners and what comes back.
     forward = (asked + 2 * queries) * one.held(queries=1) + (read + 2 * keys) * one.held(keys=1)
     forward += (2 * queries + asked) * one.held(outputs=1, sums=1) + own * one.held(1, outputs=1, sums=1)
     asked, read, queries, keys, one, own = _held(back, plan, rank, sizes)

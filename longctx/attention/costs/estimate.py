@@ -1,7 +1,7 @@
-"""What an estimate says of a strategy: bytes and messages that a rank sends, and bytes that it keeps in memory.
+"""The form of an estimate: bytes and messages that a rank sends, and bytes that it keeps in memory.
 
 A strategy names its estimate (``Strategy.costs``) or has none: nothing that runs depends on it. Most files of this
-folder hold the ``COSTS`` of one strategy; ``tests/volume`` holds them to what ``sim`` carried and kept alive.
+folder hold the ``COSTS`` of one strategy. ``tests/volume`` holds them to what ``sim`` carried and kept alive.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longctx.sequence import SequencePlan
 
 @dataclass(frozen=True)
 class Volume:
-    """What one rank sends in one layer: bytes, then messages."""
+    """Counts what one rank sends in one layer: bytes, then messages."""
 
     forward: int
     backward: int
@@ -35,15 +35,16 @@ Sent = tuple[int, Volume]  # what one message of one rank costs, by the receiver
 
 
 def summed(sends: Callable[[SequencePlan, int, Sizes], list[Sent]]) -> Callable[[SequencePlan, int, Sizes], Volume]:
-    """The volume of a strategy that publishes what it sends to whom."""
+    """Returns the volume of a strategy that publishes what it sends to whom."""
     return lambda plan, rank, sizes: sum((cost for _, cost in sends(plan, rank, sizes)), Volume(0, 0, 0, 0))
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of tensors alive at one time on a rank beside q, k, v and dout, results included, kernels' workspace apart.
+    """Counts bytes of tensors that are alive at one time on a rank.
 
-    In 16-bit dtypes never less, under any mask, and of most strategies just that; docs/volume.md names the others.
+    q, k, v, dout and kernels' workspace are not counted; results are. In 16-bit dtypes the true peak is never more,
+    under any mask. Of most strategies it is just that; docs/volume.md names the others.
     """
 
     forward: int
@@ -52,10 +53,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Costs:
-    """The closed forms of one strategy.
+    """Holds the closed forms of one strategy.
 
     ``volume(plan, rank, sizes)``: what a rank sends. ``peak_memory(plan, sizes)``: what the rank with most keeps alive.
-    ``sends``: the terms of ``volume`` by receiver, where they are published; what crosses between nodes follows.
+    ``sends``: the terms of ``volume`` by receiver, where they are published; what crosses between nodes follows from
+    them.
     """
 
     volume: Callable[[SequencePlan, int, Sizes], Volume]

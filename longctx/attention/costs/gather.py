@@ -1,4 +1,4 @@
-"""What gathering keys and values sends and keeps in memory."""
+"""Bytes and memory of gathering keys and values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from longctx.sequence import SequencePlan, gathered_keys
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: its keys and values to each rank that sees them, in the backward pass once more, and
-    dk and dv of all keys that it saw of others."""
+    """Returns what a rank sends.
+
+    Forward, its keys and values to each rank that sees them. Backward, those once more, and dk and dv of all keys of
+    others that it saw.
+    """
     ranks = [other for other in range(plan.world) if other != rank]
     sent = [len(plan.reads(other, rank)) for other in ranks]
     seen = [len(plan.reads(rank, other)) for other in ranks]
@@ -27,8 +30,11 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most. Of each group of heads its keys in order, what they came in and what was sent, these two
-    for the next group too; backward their gradients, and those of the group before on their way home."""
+    """Returns the peak memory of the rank with most, in bytes.
+
+    Of each group of heads it counts the keys in order, what they came in and what was sent. These two it counts of the
+    next group too. Backward, their gradients, and those of the group before in flight.
+    """
     rows, world = plan.shard, plan.world
     part = 1 / len(head_groups(sizes.heads, sizes.kv_heads))
     forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
@@ -40,12 +46,12 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         keys, picked = here + sum(seen) + sent, max([own, *seen])
         following = sum(seen) + sent if part < 1 else 0
         forward = max(forward, sizes.held(keys=(keys + following) * part))
-        summed, home = here + own, sum(seen) + asked
+        summed, returning = here + own, sum(seen) + asked
         if not gathered_keys(plan, rank).places.in_runs:
             summed += picked
         if sizes.options.grad_dtype == "compute":
-            keys, summed, home = keys + home, summed + picked, 0
-        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + home) * part))
+            keys, summed, returning = keys + returning, summed + picked, 0
+        backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + returning) * part))
     return Peak(
         rows * sizes.held(outputs=1, sums=1) + forward,
         rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward,

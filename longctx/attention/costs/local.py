@@ -1,4 +1,4 @@
-"""What attention of whole sequences keeps in memory; it sends nothing."""
+"""Memory of attention of whole sequences, which sends nothing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from longctx.sequence import SequencePlan
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """Nothing."""
+    """Returns a volume of nothing."""
     return Volume(0, 0, 0, 0)
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Out as it is summed and as it is returned, lse; backward the gradients likewise."""
+    """Returns the peak memory in bytes.
+
+    Forward, out as it is summed and as it is returned, and lse; backward the gradients in both dtypes.
+    """
     rows = plan.shard
     return Peak(
         rows * sizes.held(queries=1, outputs=1, sums=1),
@@ -22,7 +25,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
 
 
 def alive(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """What each pass makes: results as they are summed."""
+    """Returns what each pass allocates, in bytes: results in the accumulation dtype."""
     return Peak(plan.shard * sizes.held(outputs=1, sums=1), plan.shard * sizes.held(outputs=1, gradients=1))
 
 

@@ -1,6 +1,6 @@
-"""What ``runtime.ring_transport`` keeps in memory: rows of travelling blocks, and of gradients on their way home.
+"""Rows that the ring transport (``runtime.ring_transport``) keeps in memory: of blocks, and of gradients in flight.
 
-A tensor that is sent lives until its message is awaited, a received one from then on; ``tests/volume`` holds these
+A tensor that is sent lives until its message is awaited, a received one from then on. ``tests/volume`` holds these
 counts to what is alive on ``sim``.
 """
 
@@ -12,72 +12,84 @@ from longctx.attention.runtime.sizes import Sizes
 from longctx.sequence import RingSchedule
 
 
-def blocks_alive(rotation: RingSchedule, rank: int) -> list[int]:
-    """By hop: rows of the blocks at hand, coming and crossing, and of copies, where what is sent on was cut."""
+def blocks_alive(schedule: RingSchedule, rank: int) -> list[int]:
+    """Returns, by hop, how many rows of blocks are in memory.
+
+    It counts the block at hand, those that come and cross, and copies where what is sent on was cut.
+    """
     found, crossing, crossed = [], 0, 0
-    for hop in range(rotation.world):
-        here, moving = len(rotation.carried(rotation.owner(rank, hop), hop)), 0
-        if hop % rotation.lap == 0:
-            crossing, crossed = _in_flight(rotation, rank, hop, hop + rotation.lap)
-        if (hop + 1) % rotation.lap:
-            moving, _ = _in_flight(rotation, rank, hop, hop + 1)
+    for hop in range(schedule.world):
+        here, moving = len(schedule.carried(schedule.owner(rank, hop), hop)), 0
+        if hop % schedule.lap == 0:
+            crossing, crossed = _in_flight(schedule, rank, hop, hop + schedule.lap)
+        if (hop + 1) % schedule.lap:
+            moving, _ = _in_flight(schedule, rank, hop, hop + 1)
         # The block that crosses uncut is the one at hand until it has moved on.
-        found.append(here + moving + crossing + (crossed if hop % rotation.lap else 0))
+        found.append(here + moving + crossing + (crossed if hop % schedule.lap else 0))
     return found
 
 
-def _in_flight(rotation: RingSchedule, rank: int, hop: int, to: int) -> tuple[int, int]:
+def _in_flight(schedule: RingSchedule, rank: int, hop: int, to: int) -> tuple[int, int]:
     """Rows of the block that comes and of the copy that leaves; and of the block itself if that leaves."""
-    here, leaving = (len(rotation.carried(rotation.owner(rank, hop), when)) for when in (hop, to))
-    coming, cut = len(rotation.carried(rotation.owner(rank, to), to)), leaving < here
+    here, leaving = (len(schedule.carried(schedule.owner(rank, hop), when)) for when in (hop, to))
+    coming, cut = len(schedule.carried(schedule.owner(rank, to), to)), leaving < here
     return (coming + leaving, 0) if cut else (coming, leaving)
 
 
 @dataclass(frozen=True)
 class GradientsAlive:
-    """Rows of visiting blocks' gradients at one hop, as they are summed and as they go home (``direct``), while
-    room is made for the next, while they are computed, and while they are sent."""
+    """Counts rows of visiting blocks' gradients that are in memory at one hop, at three moments.
 
-    room: tuple[int, int]
+    The moments: while the next ones are allocated, computed, and sent. Each pair counts those in the accumulation
+    dtype, and those that return directly, in the dtype in which they are sent.
+    """
+
+    allocating: tuple[int, int]
     computing: tuple[int, int]
     sending: tuple[int, int]
 
 
-def alive_on_way(rotation: RingSchedule, rank: int, direct: bool, sizes: Sizes) -> list[GradientsAlive]:
-    """By hop, of gradients of visiting blocks that are summed on their way or go home directly."""
+def alive_on_way(schedule: RingSchedule, rank: int, direct: bool, sizes: Sizes) -> list[GradientsAlive]:
+    """Returns, by hop, the gradients of visiting blocks that are in memory.
+
+    ``direct``: they return to owners one by one; otherwise they are summed on their way.
+    """
     if not direct:
-        return gradients_alive(rotation, rank)
-    return direct_alive(rotation, rank, sizes.options.grad_dtype == "compute" and sizes.element < sizes.wide)
+        return gradients_alive(schedule, rank)
+    return direct_alive(schedule, rank, sizes.options.grad_dtype == "compute" and sizes.element < sizes.wide)
 
 
-def gradients_alive(rotation: RingSchedule, rank: int) -> list[GradientsAlive]:
-    """By hop: those that ``GradientReturn`` sums on their way, beside its own."""
-    found, before, riding, coming = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0, 0
-    homes: list[int] = []  # going home and coming, by hop
-    most = rotation.lap if rotation.lap < rotation.world else 1
-    for hop in range(1, rotation.world):
-        owner, following = (rotation.owner(rank, when) for when in (hop, hop + 1))
-        stop = rotation.at(owner, hop)
+def gradients_alive(schedule: RingSchedule, rank: int) -> list[GradientsAlive]:
+    """Returns, by hop, the gradients that ``GradientReturn`` sums on their way, beside the rank's own."""
+    found, before, passed_on, coming = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0, 0
+    returned: list[int] = []  # returning to owners and coming back, by hop
+    most = schedule.lap if schedule.lap < schedule.world else 1
+    for hop in range(1, schedule.world):
+        owner, following = (schedule.owner(rank, when) for when in (hop, hop + 1))
+        stop = schedule.at(owner, hop)
         shares, summed = len(stop.carried), len(stop.summed)
-        home, under_way = len(rotation.ended(rank, hop)), sum(homes[-most:])
-        computing = shares + riding + coming + under_way
-        riding, coming = len(rotation.riding(owner, hop + 1)), len(rotation.riding(following, hop + 1))
-        copies = (summed if summed < shares else 0) + (summed if 0 < riding < summed else 0)
-        sending = shares + copies + coming + under_way + home
+        returning, in_flight = len(schedule.completed(rank, hop)), sum(returned[-most:])
+        computing = shares + passed_on + coming + in_flight
+        passed_on, coming = len(schedule.passed_on(owner, hop + 1)), len(schedule.passed_on(following, hop + 1))
+        copies = (summed if summed < shares else 0) + (summed if 0 < passed_on < summed else 0)
+        sending = shares + copies + coming + in_flight + returning
         found.append(GradientsAlive((computing + before, 0), (computing, 0), (sending, 0)))
-        before = 0 if shares == summed in (riding, summed - riding) else shares
-        homes.append(summed - riding + home)
+        before = 0 if shares == summed in (passed_on, summed - passed_on) else shares
+        returned.append(summed - passed_on + returning)
     return found
 
 
-def direct_alive(rotation: RingSchedule, rank: int, converted: bool) -> list[GradientsAlive]:
-    """By hop: those that ``GradientReturn`` sends home directly, beside its own. ``converted``: to another dtype."""
-    found, before, under_way = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
-    for hop in range(1, rotation.world):
-        stop = rotation.at(rotation.owner(rank, hop), hop)
-        shares, read, home = len(stop.carried), len(stop.read), len(rotation.at(rank, hop).read)
+def direct_alive(schedule: RingSchedule, rank: int, converted: bool) -> list[GradientsAlive]:
+    """Returns, by hop, the gradients that ``GradientReturn`` returns directly, beside the rank's own.
+
+    ``converted``: they are sent in another dtype.
+    """
+    found, before, in_flight = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
+    for hop in range(1, schedule.world):
+        stop = schedule.at(schedule.owner(rank, hop), hop)
+        shares, read, returning = len(stop.carried), len(stop.read), len(schedule.at(rank, hop).read)
         copy = read if read < shares else 0
-        sending = (shares + copy, under_way + read + home) if converted else (shares, under_way + copy + home)
-        found.append(GradientsAlive((shares + before, under_way), (shares, under_way), sending))
-        before, under_way = (shares if converted or copy else 0), read + home
+        sending = (shares + copy, in_flight + read + returning) if converted else (shares, in_flight + copy + returning)
+        found.append(GradientsAlive((shares + before, in_flight), (shares, in_flight), sending))
+        before, in_flight = (shares if converted or copy else 0), read + returning
     return found

@@ -1,4 +1,4 @@
-"""What the ring sends and keeps in memory, over the rows that its rotation carries."""
+"""Bytes and memory of ring attention, over the rows that its schedule carries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from longctx.sequence import RingSchedule, SequencePlan, key_ring
 
 
 def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
-    """Keys and values of the rows that a rank passes on, in the backward pass once more, and dk and dv of every row
-    it has held for others, passed on, sent home, or both.
+    """Returns what a rank sends, by receiver.
+
+    Forward, keys and values of the rows that it passes on. Backward, those once more, and dk and dv of every row that
+    it held for others, passed on, returned to their owner, or both.
     """
-    rotation, direct = key_ring(plan), sizes.options.grad_dtype == "compute"
+    schedule, direct = key_ring(plan), sizes.options.grad_dtype == "compute"
     block, gradients = 2 * sizes.keys, 2 * (sizes.keys if direct else sizes.key_gradients)
-    passed = [(to, len(rows) * block) for to, rows in rotation.leaving(rank)]
-    returned = [(to, len(rows) * gradients) for to, rows in rotation.returning(rank, direct)]
+    passed = [(to, len(rows) * block) for to, rows in schedule.block_messages(rank)]
+    returned = [(to, len(rows) * gradients) for to, rows in schedule.gradient_messages(rank, direct)]
     return [
         *((to, Volume(size, size, 1, 1)) for to, size in passed),
         *((to, Volume(0, size, 0, 1)) for to, size in returned),
@@ -25,13 +27,17 @@ def sends(plan: SequencePlan, rank: int, sizes: Sizes) -> list[Sent]:
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """What keys around the plan's ring take."""
+    """Returns the peak memory of the rank with most, in bytes."""
     return keys_peak(plan, key_ring(plan), sizes)
 
 
-def keys_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes) -> Peak:
-    """Of the passes, or results in their own dtype beside those in which they were summed; backward what was saved."""
-    rows, passes = plan.shard, keys_alive(plan, rotation, sizes)
+def keys_peak(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes) -> Peak:
+    """Returns the peak memory of a ring of keys under ``schedule``, in bytes, on the rank with most.
+
+    It is that of the passes, or of results in their own dtype beside those in the accumulation dtype. Backward includes
+    what was saved.
+    """
+    rows, passes = plan.shard, keys_alive(plan, schedule, sizes)
     return Peak(
         max(passes.forward, rows * sizes.held(queries=1, outputs=1, sums=1)),
         rows * sizes.held(queries=1, sums=1)
@@ -39,18 +45,17 @@ def keys_peak(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes) -> Peak:
     )
 
 
-def keys_alive(plan: SequencePlan, rotation: RingSchedule, sizes: Sizes) -> Peak:
-    """What each pass makes: results as they are summed, blocks at hand and on their way, and their gradients. Of the
-    rank with most."""
+def keys_alive(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes) -> Peak:
+    """Returns what each pass allocates, in bytes, on the rank with most: results, blocks in memory, and gradients."""
     rows, direct = plan.shard, sizes.options.grad_dtype == "compute"
     block, wide = sizes.held(keys=1), sizes.held(gradients=1)
-    home = block if direct else wide
+    result = block if direct else wide
     forward = backward = 0
-    for rank in range(rotation.world):
-        blocks = blocks_alive(rotation, rank)
+    for rank in range(schedule.world):
+        blocks = blocks_alive(schedule, rank)
         forward = max(forward, max(blocks) * block)
-        for here, moments in zip(blocks, alive_on_way(rotation, rank, direct, sizes), strict=True):
-            most = max(on_way * wide + going * home for on_way, going in astuple(moments))
+        for here, moments in zip(blocks, alive_on_way(schedule, rank, direct, sizes), strict=True):
+            most = max(summing * wide + returning * result for summing, returning in astuple(moments))
             backward = max(backward, here * block + most)
     return Peak(
         rows * sizes.held(outputs=1, sums=1) + forward,

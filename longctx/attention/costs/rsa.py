@@ -1,4 +1,4 @@
-"""What ring self-attention sends and keeps in memory."""
+"""Bytes and memory of ring self-attention."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from longctx.sequence import SequencePlan
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: all blocks but the next rank's, in two rings forward and three backward, and the gradients
-    of all blocks but its own, of k and of v."""
+    """Returns what a rank sends.
+
+    All blocks but the next rank's, in two rings forward and three backward. Of all blocks but its own, the gradients of
+    k and of v.
+    """
     held = [shard_lengths(plan)[(rank - hop) % plan.world] for hop in range(plan.world)]
     passed, returned = held[:-1], held[1:]
     return Volume(
@@ -22,8 +25,11 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Whole rows of scores, those of one block, and what is hidden of them; backward weights, their gradients and the
-    product of both."""
+    """Returns the peak memory in bytes.
+
+    Forward, whole rows of scores, those of one block, and the mask. Backward, weights, their gradients and the product
+    of both.
+    """
     rows = plan.shard
     scores, mask = rows * plan.length * sizes.lse, sizes.batch * rows * plan.length
     return Peak(

@@ -1,4 +1,4 @@
-"""What TokenRing sends and keeps in memory."""
+"""Bytes and memory of TokenRing."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ from dataclasses import astuple
 from longctx.attention.costs.burst import queries_peak
 from longctx.attention.costs.estimate import Costs, Peak, Volume
 from longctx.attention.costs.memory import alive_on_way, blocks_alive
-from longctx.attention.runtime.ring_transport import tally
+from longctx.attention.runtime.ring_transport import count_rows
 from longctx.attention.runtime.sizes import Sizes
 from longctx.sequence import SequencePlan, query_ring
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """Queries that pass on and (out, lse) that return; backward, four tensors and dq."""
-    passed, blocks = tally(query_ring(plan).leaving(rank))
-    returned, shares = tally(query_ring(plan).returning(rank, direct=True))
-    home = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
+    """Returns what a rank sends: queries on, and (out, lse) to owners; backward four tensors on, and dq to owners."""
+    passed, blocks = count_rows(query_ring(plan).block_messages(rank))
+    returned, shares = count_rows(query_ring(plan).gradient_messages(rank, direct=True))
+    result = sizes.queries if sizes.options.grad_dtype == "compute" else sizes.query_gradients
     return Volume(
-        passed * sizes.queries + returned * (home + sizes.lse),
-        passed * 2 * (sizes.queries + sizes.lse) + returned * home,
+        passed * sizes.queries + returned * (result + sizes.lse),
+        passed * 2 * (sizes.queries + sizes.lse) + returned * result,
         blocks + 2 * shares,
         2 * blocks + shares,
     )
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most: the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse)
-    at hand, leaving and coming."""
-    rows, rotation, compute = plan.shard, query_ring(plan), sizes.options.grad_dtype == "compute"
-    wide, home = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
+    """Returns the peak memory of the rank with most, in bytes.
+
+    It counts the local (out, lse), what is needed to merge into it, blocks of queries, and (out, lse) at hand and in
+    flight.
+    """
+    rows, schedule, compute = plan.shard, query_ring(plan), sizes.options.grad_dtype == "compute"
+    wide, result = sizes.held(outputs=1, sums=1), sizes.held(1, sums=1) if compute else sizes.held(outputs=1, sums=1)
     merging = rows * sizes.held(outputs=int(compute), sums=2) if plan.world > 1 else 0
     forward = rows * sizes.held(queries=1)
     for rank in range(plan.world):
         for blocks, moments in zip(
-            blocks_alive(rotation, rank), alive_on_way(rotation, rank, True, sizes), strict=True
+            blocks_alive(schedule, rank), alive_on_way(schedule, rank, True, sizes), strict=True
         ):
-            for (on_way, going), beside in zip(astuple(moments), (0, 0, merging), strict=True):
-                forward = max(forward, blocks * sizes.held(queries=1) + on_way * wide + going * home + beside)
-    return Peak(rows * wide + forward, queries_peak(plan, rotation, sizes, direct=True))
+            for (summing, returning), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+                forward = max(forward, blocks * sizes.held(queries=1) + summing * wide + returning * result + beside)
+    return Peak(rows * wide + forward, queries_peak(plan, schedule, sizes, direct=True))
 
 
 COSTS = Costs(volume, peak_memory)

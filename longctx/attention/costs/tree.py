@@ -1,4 +1,4 @@
-"""What tree attention sends and keeps in memory."""
+"""Bytes and memory of tree attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from longctx.sequence import SequencePlan
 
 
 def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
-    """What a rank sends: queries that see keys of another to it (q; q, dout, out and lse in the backward pass), and
-    the partials (out and lse; dq) of others' queries that see its own keys."""
+    """Returns what a rank sends.
+
+    Forward, its queries to each rank whose keys they see, and (out, lse) of others' queries to their owners. Backward,
+    q, dout, out and lse, and dq.
+    """
     others = [other for other in range(plan.world) if other != rank]
     visiting = [len(plan.sees(rank, other)) for other in others]
     visited = [len(plan.sees(other, rank)) for other in others]
@@ -25,11 +28,14 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 
 
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
-    """Of the rank with most: results; visitors at hand and coming, copies of own tokens that visit a rank in part; what
-    is computed of visitors, and what has been on its way home from the step before."""
+    """Returns the peak memory of the rank with most, in bytes.
+
+    It counts results; visiting queries at hand and coming, and copies of own queries that visit a rank in part. Then
+    results of visiting queries, and those of the step before in flight.
+    """
     rows, world, compute = plan.shard, plan.world, sizes.options.grad_dtype == "compute"
     partial, dq = sizes.held(outputs=1, sums=1), sizes.held(outputs=1)
-    home = sizes.held(queries=1) if compute else dq
+    result = sizes.held(queries=1) if compute else dq
     forward, backward = rows * sizes.held(queries=1), rows * sizes.held(queries=1, keys=1)  # results in their dtype
     for rank in range(world):
         guests = [0, *(len(plan.sees((rank - step) % world, rank)) for step in range(1, world)), 0]
@@ -41,7 +47,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
             returning = guests[step] + visits[step] + before
             merging = 2 * visits[step - 1] * sizes.lse if step else 0
             forward = max(forward, visitors * sizes.held(queries=1) + returning * partial + merging)
-            shares = returning * home + guests[step] * dq if compute else returning * dq
+            shares = returning * result + guests[step] * dq if compute else returning * dq
             backward = max(backward, visitors * sizes.held(queries=3, sums=1) + shares)
     return Peak(rows * partial + forward, rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + backward)
 

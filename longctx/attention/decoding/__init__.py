@@ -1,1 +1,1 @@
-"""Attention of sequences that are being generated: a sharded cache, and tree decoding over it."""
+"""Attention of sequences that are being generated: a sharded key/value cache, and tree decoding over it."""

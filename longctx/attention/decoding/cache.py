@@ -1,7 +1,7 @@
-"""Keys and values of a sequence that is being generated, sharded over the ranks of its group.
+"""The key/value cache of a sequence that is being generated, sharded over the ranks of its group.
 
-A token's keys and values lie on one rank, in all layers; which one it is follows from counts that every rank keeps
-for itself, so that nothing is asked or sent.
+A token's keys and values lie on one rank, in all layers. Which one follows from counts that every rank keeps for
+itself, so that nothing is asked or sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longctx.sequence.tiles import group_rows, tiles_of
 
 
 class KeyValueShard:
-    """One layer's keys and values of the tokens that this rank holds, by ascending position.
+    """Holds one layer's keys and values of the tokens of this rank, by ascending position.
 
     Its memory doubles when it is full, so that a new token costs no copy of the old ones.
     """
@@ -28,7 +28,10 @@ class KeyValueShard:
         self._length = 0
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """k and v ``[B, n, Hkv/TP, D]`` of tokens after all those that are here; n may be 0."""
+        """Appends keys and values of new tokens.
+
+        k and v ``[B, n, Hkv/TP, D]``, of tokens after all those that are here; n may be 0.
+        """
         length = self._length + k.shape[1]
         if self._buffer is None or self._buffer.shape[2] < length:
             capacity = length if self._buffer is None else max(length, 2 * self._buffer.shape[2])
@@ -42,11 +45,12 @@ class KeyValueShard:
 
     @property
     def keys(self) -> Tensor:
-        """``[B, n, Hkv/TP, D]``, a view; likewise ``values``."""
+        """Returns a view of the keys, ``[B, n, Hkv/TP, D]``."""
         return self._rows()[0]
 
     @property
     def values(self) -> Tensor:
+        """Returns a view of the values, ``[B, n, Hkv/TP, D]``."""
         return self._rows()[1]
 
     def _rows(self) -> Tensor:
@@ -56,10 +60,10 @@ class KeyValueShard:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Tokens at the end of the sequence, while they pass through the layers.
+    """Describes the new tokens at the end of the sequence, while they pass through the layers.
 
-    ``positions``: global, of all of them, which every rank computes. ``kept``: places among them of those whose keys
-    and values this rank keeps. ``tiles``: what they owe the keys that lie here, the kept ones included.
+    ``positions``: global, of all of them, which every rank computes. ``kept``: indices among them of those whose keys
+    and values this rank keeps. ``tiles``: attention of them all to the keys of this rank, the kept ones included.
     """
 
     positions: range
@@ -68,10 +72,11 @@ class Arrivals:
 
 
 class SequenceCache:
-    """Where the tokens of a batch of equally long sequences lie; the same on every rank but for whose rows it knows.
+    """Keeps which rank holds which tokens of a batch, and this rank's keys and values of them.
 
-    Each of ``layers`` has its shard here. ``arrivals``: the tokens that are decoded now; None while a prompt is
-    computed by a strategy.
+    All sequences of the batch are equally long. All ranks keep the same counts; each knows the positions of its own
+    tokens alone. ``layers``: how many have a shard. ``arrivals``: the tokens that are decoded now; None while a prompt
+    is computed by a strategy.
     """
 
     def __init__(self, group: Group, mask: Mask, layers: int) -> None:
@@ -87,15 +92,14 @@ class SequenceCache:
         return sum(self.counts)
 
     def expect_prompt(self, plan: SequencePlan) -> None:
-        """Each rank keeps what the plan's layout gave it."""
+        """Records a prompt, of which each rank keeps what the plan's layout gave it."""
         assert not self.length, "a prompt comes first"
         self.counts = [len(plan.positions(rank)) for rank in range(plan.world)]
         self._held = plan.positions(self.group.rank)
         self.arrivals = None
 
     def expect(self, batch: int, tokens: int) -> Arrivals:
-        """Places so many new tokens of each sequence: each goes to the rank that holds the fewest, the first of
-        several."""
+        """Places new tokens of each sequence, each on the rank that holds the fewest, the first of several."""
         positions = range(self.length, self.length + tokens)
         kept = []
         for place in range(tokens):

@@ -1,4 +1,4 @@
-"""Tree decoding: a few new queries against keys and values that are sharded over a group.
+"""Tree decoding: a few new queries attend to keys and values that are sharded over a group.
 
 Shyam et al., "Tree Attention: Topology-aware Decoding for Long-Context Attention on GPU clusters" (2024), algorithm 3.
 
@@ -8,7 +8,7 @@ Shyam et al., "Tree Attention: Topology-aware Decoding for Long-Context Attentio
     n = all-reduce SUM of exp(lse - m) * out
     out = n / d
 
-The three reductions carry H/TP (D + 2) numbers of each new token, however long the sequence is; the library that
+The three reductions carry H/TP (D + 2) numbers of each new token, however long the sequence is. The library that
 carries them makes the tree.
 """
 
@@ -27,10 +27,10 @@ from longctx.sequence import plan_of
 
 
 class CachedAttention:
-    """Core attention of one layer that keeps keys and values in a cache.
+    """Computes attention of one layer and keeps its keys and values in a cache.
 
-    A prompt, cut over the ranks by a plan, is computed by ``whole``, a strategy; new tokens, of which every rank has
-    all, by tree decoding. Which of them comes is the cache's knowledge.
+    A prompt, cut over the ranks by a plan, is computed by ``whole``, a strategy. New tokens, of which every rank has
+    all, are computed by tree decoding. The cache says which of them comes.
     """
 
     def __init__(self, whole: CoreAttention, cache: SequenceCache, layer: int, kernel: str = "auto") -> None:
@@ -40,8 +40,11 @@ class CachedAttention:
         self._kernel = kernel
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
-        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` of a prompt's local tokens, or ``[B, n, ...]`` of
-        n new ones; of these ``plan`` is not read."""
+        """Starts attention of a prompt's local tokens, or of n new ones.
+
+        q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``, or ``[B, n, ...]`` of new tokens, for which ``plan``
+        is not read.
+        """
         cache = self._cache
         if cache.arrivals is None:
             mine = slice(0, len(plan_of(plan).positions(cache.group.rank)))
@@ -60,9 +63,9 @@ class CachedAttention:
 
 
 def reduce(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of all ranks, from out ``[B, n, H/TP, D]`` and lse ``[B, n, H/TP]`` over those of each.
+    """Merges attention over the keys of each rank into that over the keys of all.
 
-    Some rank's lse of every query is finite: it has seen itself.
+    out ``[B, n, H/TP, D]`` and lse ``[B, n, H/TP]``. Some rank's lse of every query is finite: a query sees itself.
     """
     largest = all_reduce(group, lse.clone(), MAX)
     weights = torch.exp(lse - largest).unsqueeze(-1)
@@ -72,5 +75,5 @@ def reduce(out: Tensor, lse: Tensor, group: Group) -> tuple[Tensor, Tensor]:
 
 
 def volume(world: int, tokens: int, sizes: Sizes) -> int:
-    """Bytes that a rank sends in one layer for so many new tokens of each sequence."""
+    """Returns the bytes that a rank sends in one layer for ``tokens`` new tokens of each sequence."""
     return sum(2 * (world - 1) * tokens * each // world for each in (sizes.lse, sizes.lse, sizes.query_gradients))

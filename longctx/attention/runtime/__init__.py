@@ -1,1 +1,1 @@
-"""What carries strategies: operators, the registry, ring and all-to-all transport, partial results, local kernels."""
+"""What strategies run on: operators, the registry, ring and all-to-all transport, partial results, local kernels."""

@@ -1,17 +1,18 @@
-"""Attention between two all-to-alls: Ulysses, and whatever goes on between rows of a grid, as one operator.
+"""Attention between two all-to-alls, as one operator: Ulysses, or USP with a ring between rows of a grid.
 
-    start bringing the first heads
-    for each group of my heads:                    backward:
-        start bringing the next group                  the same for dout
-        attention of all the row's tokens              its gradients
-        start sending out home                         start sending dq, dk, dv home
+    forward:                                       backward:
+    all-to-all of q, k, v of the first group       all-to-all of dout of the first group
+    for each group of my heads:                    for each group of my heads:
+        start the all-to-all of the next group         start the all-to-all of the next group
+        out of all the row's tokens                    dq, dk, dv of all the row's tokens
+        start the all-to-all of out, back              start the all-to-all of dq, dk, dv, back
 
-so that all exchanges but the first and the last hide behind the computing of other heads. What attention computes
-between the rows is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept
-for the backward pass as they lie in the row, so that they do not travel again.
+So all exchanges but the first and the last hide behind the computing of other heads. What attention computes between
+them is a strategy's pair of passes: local for Ulysses, the ring for USP. Its inputs and outputs are kept for the
+backward pass as they lie in the row, so that they are not sent again.
 
-Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them, so that layouts,
-documents and windows are whatever that plan says. Who has which heads is ``runtime.head_sharding``'s.
+Tokens of a row arrive in order of position, as its joined plan (``SequencePlan.joined``) has them. So layouts,
+documents and windows are whatever that plan says. ``runtime.head_sharding`` says which rank has which heads.
 """
 
 from __future__ import annotations
@@ -45,18 +46,22 @@ _CONTEXT = "Tensor plan, str group, str kernel, float scale, str options, int kv
 
 
 def forward_in_rows(
-    q: Tensor, k: Tensor, v: Tensor, call: AttentionContext, attend: Forward
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, attend: Forward
 ) -> tuple[Tensor, list[Saved]]:
-    """q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]`` to out of the local tokens, and what backward takes of each
-    group of heads: q, k, v, out ``[B, T/SP·u, heads, D]`` and lse ``[B, T/SP·u, heads]``."""
-    row, column = GridRow.of(call, q.shape[2], k.shape[2]), _over_column(call)
+    """Computes attention of the local tokens between two all-to-alls, one group of heads after another.
+
+    q ``[B, T/SP, H, D]``, k and v ``[B, T/SP, Hkv, D]``. Returns out of the local tokens and what the backward pass
+    needs of each group of heads. With u ranks in a row that is q, k, v, out ``[B, T/SP·u, heads, D]`` and lse ``[B,
+    T/SP·u, heads]``.
+    """
+    row, column = GridRow.of(context, q.shape[2], k.shape[2]), _over_column(context)
     assembly = OutputAssembly(row, q[:, :, :0], ((q.shape[2], q.dtype),))
-    coming = [ToHeads(row, (q, k, v), 0)]
+    pending = [AllToAll(row, (q, k, v), 0)]
     kept: list[Saved] = []
     for group in range(row.heads.count):
         if group + 1 < row.heads.count:
-            coming.append(ToHeads(row, (q, k, v), group + 1))
-        inputs = _with_copies(coming.pop(0).wait(), row, group)
+            pending.append(AllToAll(row, (q, k, v), group + 1))
+        inputs = _with_copies(pending.pop(0).wait(), row, group)
         out, lse = attend(*inputs, column)
         kept.append((*inputs, out.to(q.dtype), lse))
         del out
@@ -66,19 +71,19 @@ def forward_in_rows(
 
 
 def backward_in_rows(
-    dout: Tensor, kept: Sequence[Saved], call: AttentionContext, kv_heads: int, differentiate: Backward
+    dout: Tensor, kept: Sequence[Saved], context: AttentionContext, kv_heads: int, attend_backward: Backward
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v; those of key/value heads that ranks share are summed."""
-    row, column, dtype = GridRow.of(call, dout.shape[2], kv_heads), _over_column(call), dout.dtype
+    """Returns the gradients of the local q, k, v; those of key/value heads that ranks share are summed."""
+    row, column, dtype = GridRow.of(context, dout.shape[2], kv_heads), _over_column(context), dout.dtype
     keys = (kv_heads, accumulation_dtype(dtype) if row.heads.shared else dtype)
     assembly = OutputAssembly(row, dout[:, :, :0], ((dout.shape[2], dtype), keys, keys), row.heads.shared)
-    coming = [ToHeads(row, (dout,), 0)]
+    pending = [AllToAll(row, (dout,), 0)]
     for group, saved in enumerate(kept):
         if group + 1 < row.heads.count:
-            coming.append(ToHeads(row, (dout,), group + 1))
-        [upstream] = coming.pop(0).wait()
-        grads = differentiate(upstream, saved, column)
-        del upstream
+            pending.append(AllToAll(row, (dout,), group + 1))
+        [row_dout] = pending.pop(0).wait()
+        grads = attend_backward(row_dout, saved, column)
+        del row_dout
         grads = _without_copies(grads, dtype, row, group)
         assembly.send(grads, group)
         del grads
@@ -86,10 +91,10 @@ def backward_in_rows(
     return dq, dk.to(dtype), dv.to(dtype)
 
 
-def _over_column(call: AttentionContext) -> AttentionContext:
+def _over_column(context: AttentionContext) -> AttentionContext:
     """Attention between rows: of all the row's tokens, over the column of this rank."""
-    assert call.group.inner is not None and call.group.outer is not None, "StrategyAttention makes the grid"
-    return replace(call, plan=call.plan.joined(call.group.inner.size), group=call.group.outer)
+    assert context.group.inner is not None and context.group.outer is not None, "StrategyAttention makes the grid"
+    return replace(context, plan=context.plan.joined(context.group.inner.size), group=context.group.outer)
 
 
 def _with_copies(found: Sequence[Tensor], row: GridRow, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +107,7 @@ def _with_copies(found: Sequence[Tensor], row: GridRow, group: int) -> tuple[Ten
 def _without_copies(
     grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, row: GridRow, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the dtype in which they travel; those of copies of a key/value head are summed."""
+    """Gradients in the dtype in which they are sent; those of copies of a key/value head are summed."""
     dq, dk, dv = grads
     copies, heads = row.heads.copies(row.group.rank, group), row.heads.key_heads(row.group.rank, group)
     if copies is not None:
@@ -118,8 +123,10 @@ def _sum_copies(grad: Tensor, copies: list[int], heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GridRow:
-    """A row of the grid, seen from one of its ranks: whose tokens lie where among those of the row, and who has which
-    heads. ``tokens``: physical ones, T/SP of this rank times ranks: a constant of the run."""
+    """Describes a row of the grid from one of its ranks: which tokens and which heads are whose.
+
+    ``tokens``: physical ones, T/SP of this rank times ranks: a constant of the run.
+    """
 
     group: Group
     places: Places  # of each rank's valid tokens among the row's
@@ -127,30 +134,35 @@ class GridRow:
     heads: HeadGroups
 
     @classmethod
-    def of(cls, call: AttentionContext, heads: int, kv_heads: int) -> GridRow:
-        plan, inner = call.plan, call.group.inner
+    def of(cls, context: AttentionContext, heads: int, kv_heads: int) -> GridRow:
+        plan, inner = context.plan, context.group.inner
         assert inner is not None, "StrategyAttention makes the grid"
-        places = row_places(plan, inner.size, call.group.rank // inner.size)
+        places = row_places(plan, inner.size, context.group.rank // inner.size)
         return cls(inner, places, inner.size * plan.shard, HeadGroups.of(heads, kv_heads, inner.size))
 
     @property
     def valid(self) -> int:
-        """Tokens of this rank that are no padding."""
+        """Returns how many tokens of this rank are no padding."""
         return self.places.counts[self.group.rank]
 
     def views(self, tensors: Sequence[Tensor], rank: int, group: int) -> list[Tensor]:
-        """Of local tokens the heads that belong to a rank's group, ``[B, valid, heads, D]``; the first of the tensors
-        is of query heads, the others of key/value heads."""
+        """Returns views of local tokens in the heads that belong to a rank's group, ``[B, valid, heads, D]``.
+
+        The first tensor has query heads, the others key/value heads.
+        """
         queries, keys = self.heads.query_heads(rank, group), self.heads.key_heads(rank, group)
         return [whole[:, : self.valid, keys if number else queries] for number, whole in enumerate(tensors)]
 
     def buffer(self, like: Tensor) -> Tensor:
-        """For all tokens of the row, ``[B, T/SP·u, heads, D]``; padding, where there is any, is 0."""
+        """Returns a buffer for all tokens of the row, ``[B, T/SP·u, heads, D]``; padding is 0."""
         shape = (like.shape[0], self.tokens, *like.shape[2:])
         return like.new_empty(shape) if sum(self.places.counts) == self.tokens else like.new_zeros(shape)
 
     def exchange(self, parts: dict[int, Tensor], heads: Sequence[int], tokens: Sequence[int]) -> Pending:
-        """All-to-all: sends ``parts[r]`` to rank r of the row; expects so many heads of so many tokens of each."""
+        """Starts an all-to-all: sends ``parts[r]`` to rank r of the row.
+
+        ``heads``, ``tokens``: of what comes from each rank.
+        """
         first = next(iter(parts.values()), None)
         if first is None:
             return exchange(self.group, [], [])
@@ -159,9 +171,11 @@ class GridRow:
         return exchange(self.group, list(parts.items()), receives)
 
 
-class ToHeads:
-    """Tensors of local tokens ``[B, T/SP, heads, D]``, on their way to the ranks that compute a group of their heads:
-    one message per rank, all tensors side by side."""
+class AllToAll:
+    """Sends tensors of local tokens to the ranks that compute a group of their heads.
+
+    Tensors ``[B, T/SP, heads, D]`` go side by side, in one message per rank.
+    """
 
     def __init__(self, row: GridRow, tensors: Sequence[Tensor], group: int) -> None:
         parts = [row.views(tensors, rank, group) for rank in range(row.group.size)]
@@ -171,7 +185,7 @@ class ToHeads:
         self._pending = row.exchange(packed, [sum(self._widths)] * row.group.size, row.places.counts)
 
     def wait(self) -> list[Tensor]:
-        """Each tensor of the row's tokens in order of position, ``[B, T/SP·u, heads, D]``; padding is 0."""
+        """Returns each tensor of the row's tokens in order of position, ``[B, T/SP·u, heads, D]``; padding is 0."""
         row = self._row
         wholes = [row.buffer(part) for part in self._own]
         for whole, part in zip(wholes, self._own, strict=True):
@@ -183,10 +197,11 @@ class ToHeads:
 
 
 class OutputAssembly:
-    """Whole tensors of the local tokens, ``[B, T/SP, heads, D]``, which come home group by group of all ranks' heads.
+    """Assembles tensors of the local tokens, ``[B, T/SP, heads, D]``, from the ranks that computed their heads.
 
-    ``like``: what else they are like. ``wholes``: heads and dtype of each, the first of queries, others of keys.
-    ``sums``: ranks share heads of these; what comes is added, this rank's own first and then in the order of ranks.
+    They arrive group by group of heads. ``like``: what else they are like. ``wholes``: heads and dtype of each, the
+    first of queries, others of keys. ``sums``: ranks share heads of these. What comes is then added, this rank's own
+    first and then in the order of ranks.
     """
 
     def __init__(
@@ -194,18 +209,20 @@ class OutputAssembly:
     ) -> None:
         self._row, self._like, self._sums, self._shapes = row, like, sums, wholes
         self._wholes: list[Tensor] = []  # made when the first group leaves
-        self._under_way: tuple[int, Pending] | None = None
+        self._in_flight: tuple[int, Pending] | None = None
 
     def send(self, shares: tuple[Tensor, ...], group: int) -> None:
-        """Of the row's tokens in this rank's heads of the group; the group before has come home while they were
-        computed."""
+        """Sends results of the row's tokens in this rank's heads of a group to the tokens' owners.
+
+        What was sent for the group before has arrived while this one was computed.
+        """
         row, me = self._row, self._row.group.rank
         self._receive()
         if not self._wholes:
             self._wholes = [self._zeros_or_empty(heads, dtype) for heads, dtype in self._shapes]
         packed = {rank: self._packed(shares, rank) for rank in row.group.others}
         widths = [sum(part.shape[2] for part in row.views(self._wholes, rank, group)) for rank in range(row.group.size)]
-        self._under_way = group, row.exchange(packed, widths, [row.valid] * row.group.size)
+        self._in_flight = group, row.exchange(packed, widths, [row.valid] * row.group.size)
         if self._sums:
             self._add(me, group, self._packed(shares, me))
         else:
@@ -213,15 +230,16 @@ class OutputAssembly:
                 row.places.pick(me, share, whole)
 
     def finish(self) -> list[Tensor]:
+        """Returns the assembled tensors."""
         self._receive()
         return self._wholes
 
     def _receive(self) -> None:
-        if self._under_way:
-            group, pending = self._under_way
+        if self._in_flight:
+            group, pending = self._in_flight
             for rank, message in zip(self._row.group.others, pending.wait(), strict=True):
                 self._add(rank, group, message)
-            self._under_way = None
+            self._in_flight = None
 
     def _add(self, rank: int, group: int, message: Tensor) -> None:
         wholes = self._row.views(self._wholes, rank, group)
@@ -246,9 +264,9 @@ class OutputAssembly:
         return whole if self._row.valid == shard and not self._sums else whole.zero_()
 
 
-def _require_shares(q: Tensor, call: AttentionContext) -> None:
+def _require_shares(q: Tensor, context: AttentionContext) -> None:
     """The configuration refuses it by name; users of the library find out here."""
-    ranks = call.group.inner.size if call.group.inner else 1
+    ranks = context.group.inner.size if context.group.inner else 1
     if q.shape[2] % ranks:
         raise ConfigError(
             f"{q.shape[2]} query heads must divide by the {ranks} ranks of a row that share them; nearest valid: "
@@ -256,24 +274,24 @@ def _require_shares(q: Tensor, call: AttentionContext) -> None:
         )
 
 
-def swapped(name: str, attend: Forward, differentiate: Backward) -> Attend:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``: attention over the columns of a grid by a pair
-    of passes, whose rows swap tokens for heads before and after it.
+def define_ulysses(name: str, attend: Forward, attend_backward: Backward) -> Attend:
+    """Registers attention between two all-to-alls: ``longctx::<name>`` and ``longctx::<name>_backward``.
 
-    The lse that it returns is of the row's tokens and the last group of this rank's heads.
+    ``attend`` and ``attend_backward`` compute attention over the columns of the grid. The lse that the operator returns
+    is of the row's tokens and the last group of this rank's heads.
     """
 
-    def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, list[Tensor]]:
-        call = context_of(q, k, *context[:-1])
-        require_fit(q, call.plan, call.group)
-        _require_shares(q, call)
-        out, kept = forward_in_rows(q, k, v, call, attend)
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *names: Any) -> tuple[Tensor, list[Tensor]]:
+        context = context_of(q, k, *names[:-1])
+        require_fit(q, context.plan, context.group)
+        _require_shares(q, context)
+        out, kept = forward_in_rows(q, k, v, context, attend)
         return out, [tensor for saved in kept for tensor in saved]
 
-    def run_backward(dout: Tensor, kept: list[Tensor], *context: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run_backward(dout: Tensor, kept: list[Tensor], *names: Any) -> tuple[Tensor, Tensor, Tensor]:
         saved = [_saved(kept[first : first + 5]) for first in range(0, len(kept), 5)]
-        call = context_of(kept[0], kept[1], *context[:-1])
-        return backward_in_rows(dout, saved, call, context[-1], differentiate)
+        context = context_of(kept[0], kept[1], *names[:-1])
+        return backward_in_rows(dout, saved, context, names[-1], attend_backward)
 
     schema = f"({QKV}, {_CONTEXT}) -> (Tensor out, Tensor[] kept)"
     gradient = Gradient(run_backward, ("kept",), ("q", "k", "v"), _gradient_shapes)
@@ -301,8 +319,8 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, *_: Any) 
     return q.new_empty(q.shape), kept
 
 
-def _gradient_shapes(dout: Tensor, kept: list[Tensor], *context: Any) -> tuple[Tensor, Tensor, Tensor]:
-    keys = dout.new_empty(*dout.shape[:2], context[-1], dout.shape[3])
+def _gradient_shapes(dout: Tensor, kept: list[Tensor], *names: Any) -> tuple[Tensor, Tensor, Tensor]:
+    keys = dout.new_empty(*dout.shape[:2], names[-1], dout.shape[3])
     return dout.new_empty(dout.shape), keys, torch.empty_like(keys)
 
 

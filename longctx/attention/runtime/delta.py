@@ -1,7 +1,7 @@
-"""The one number of a query that the backward pass needs of its output: delta = rowsum(dout * out).
+"""Delta, rowsum(dout * out): the one number of a query that the backward pass needs of its output.
 
-A delta travels in the place of an output that is head_dim times longer. Fused kernels take the output, and use it
-for that sum only; so where a delta has arrived, they are given a stand-in that has the same one.
+A delta is sent in the place of an output that is head_dim times longer. Fused kernels take the output, and use it for
+that sum only. Where a delta has arrived, they are given a surrogate output that has the same sum.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from longctx.attention.runtime.partial import accumulation_dtype
 
 
 def delta_of(dout: Tensor, out: Tensor) -> Tensor:
-    """``[B, n, H]`` in the accumulation dtype, of dout and out ``[B, n, H, D]``."""
+    """Returns delta ``[B, n, H]``, in the accumulation dtype, of dout and out ``[B, n, H, D]``."""
     dtype = accumulation_dtype(out.dtype)
     return (dout.to(dtype) * out.to(dtype)).sum(-1)
 
 
-def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
-    """The shortest ``out`` with ``rowsum(dout * out) == delta``: dout * delta / |dout|^2, in the dtype of dout.
+def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
+    """Returns the shortest ``out`` with ``rowsum(dout * out) == delta``, in the dtype of dout.
 
-    All terms of its sum have one sign, so the sum is as exact as the dtype; and it is never longer than the true
-    output, so nothing overflows. Rows are scaled by their largest number before they are squared, which would
-    vanish for small gradients; a row of zeros has delta 0 and stand-in 0.
+    It is dout * delta / |dout|^2. All terms of its sum have one sign, so the sum is as exact as the dtype. It is never
+    longer than the true output, so nothing overflows. Rows are scaled by their largest number before they are squared,
+    which would vanish for small gradients. A row of zeros has delta 0 and surrogate 0.
     """
     largest = dout.abs().amax(-1, keepdim=True).to(delta.dtype).clamp_(min=torch.finfo(delta.dtype).tiny)
     unit = dout / largest

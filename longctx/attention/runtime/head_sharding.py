@@ -1,6 +1,7 @@
-"""Which heads each rank of a row computes, and in which groups: arithmetic that every rank does alike.
+"""Head sharding of Ulysses: which heads each rank of a row computes, and in which groups.
 
-Ulysses gives each of the ranks of a row an equal share of the query heads. ``runtime.all_to_all`` sends accordingly.
+Each of the ranks of a row has an equal share of the query heads. All ranks compute the same; ``runtime.all_to_all``
+sends accordingly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from longctx.sequence import SequencePlan
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads each of ``ranks`` has; key/value head ``h * kv_heads // heads`` belongs to query head h."""
+    """Splits heads over ranks; query head h reads key/value head ``h * kv_heads // heads``."""
 
     heads: int
     kv_heads: int
@@ -21,25 +22,29 @@ class HeadSplit:
 
     @property
     def queries(self) -> int:
-        """Query heads of every rank."""
+        """Returns how many query heads every rank has."""
         return self.heads // self.ranks
 
     def query_heads(self, rank: int) -> slice:
+        """Returns the query heads of a rank."""
         return slice(rank * self.queries, (rank + 1) * self.queries)
 
     def key_heads(self, rank: int) -> slice:
-        """Those that the rank's query heads read; ranks share heads where there are fewer of them."""
+        """Returns the key/value heads that a rank's query heads read; ranks share heads where there are few."""
         own = self.query_heads(rank)
         return slice(own.start * self.kv_heads // self.heads, (own.stop - 1) * self.kv_heads // self.heads + 1)
 
     def keys(self, rank: int) -> int:
-        """How many of those."""
+        """Returns how many key/value heads a rank's query heads read."""
         own = self.key_heads(rank)
         return own.stop - own.start
 
     def copies(self, rank: int) -> list[int] | None:
-        """Which of ``key_heads`` each query head reads, where a kernel would not find it by itself: then each
-        query head gets a copy."""
+        """Returns the key/value head that each query head reads, where a kernel would not find it by itself.
+
+        Each query head then gets a copy. None: no copies are needed. Heads count from the rank's first of
+        ``key_heads``.
+        """
         own, first = self.query_heads(rank), self.key_heads(rank).start
         read = [head * self.kv_heads // self.heads - first for head in range(own.start, own.stop)]
         count = self.keys(rank)
@@ -47,16 +52,19 @@ class HeadSplit:
         return None if fits else read
 
     def local_keys(self, rank: int) -> int:
-        """Key/value heads that the rank's kernel sees."""
+        """Returns how many key/value heads the rank's kernel sees."""
         return self.keys(rank) if self.copies(rank) is None else self.queries
 
 
-GROUPS = 2  # of a rank's heads: while one computes, the next comes and the one before goes home
+GROUPS = 2  # of a rank's heads: while one computes, the next arrives and results of the one before return
 
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """The heads of each of ``ranks`` in ``count`` groups; ``split``: among ranks and groups alike."""
+    """Divides the heads of each of ``ranks`` into ``count`` groups.
+
+    ``split``: among all groups of all ranks.
+    """
 
     ranks: int
     count: int
@@ -64,7 +72,7 @@ class HeadGroups:
 
     @classmethod
     def of(cls, heads: int, kv_heads: int, ranks: int) -> HeadGroups:
-        """As many groups as there may be without sending a key/value head to one rank twice."""
+        """Returns as many groups as there may be without sending a key/value head to one rank twice."""
         # Every call of attention asks. The compiler may ask for symbols, and heads are none.
         return cls._of(int(heads), int(kv_heads), ranks)
 
@@ -85,27 +93,30 @@ class HeadGroups:
         return cls(ranks, count, split(count))
 
     def part(self, rank: int, group: int) -> int:
-        """The number of a rank's group in ``split``."""
+        """Returns the number in ``split`` of a rank's group."""
         return rank * self.count + group
 
     def query_heads(self, rank: int, group: int) -> slice:
-        """Query heads of a rank's group."""
+        """Returns the query heads of a rank's group."""
         return self.split.query_heads(self.part(rank, group))
 
     def key_heads(self, rank: int, group: int) -> slice:
-        """Key/value heads that those read."""
+        """Returns the key/value heads that a rank's group reads."""
         return self.split.key_heads(self.part(rank, group))
 
     def copies(self, rank: int, group: int) -> list[int] | None:
-        """As ``HeadSplit.copies``."""
+        """Returns what ``HeadSplit.copies`` says of a rank's group."""
         return self.split.copies(self.part(rank, group))
 
     @property
     def shared(self) -> bool:
-        """Do ranks share key/value heads?"""
+        """Returns whether ranks share key/value heads."""
         return sum(map(self.split.keys, range(self.split.ranks))) > self.split.kv_heads
 
 
 def work_in_rows(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Ranks of a row compute for all its queries, each in its own heads."""
+    """Returns the cells that a rank computes for all queries of its row, as a share of all heads.
+
+    Ranks of a row compute for all its queries, each in its own heads.
+    """
     return plan.joined(inner).work(rank // inner) / inner

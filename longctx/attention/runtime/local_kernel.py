@@ -1,8 +1,8 @@
-"""What a local attention kernel must do, and how one is chosen.
+"""The contract of a local attention kernel, and how one is chosen.
 
-A kernel computes a list of tiles on one device. It knows nothing of ranks, layouts or masks: a tile says
-all that. Kernels live in ``longctx.kernels`` and are loaded by name when first asked for, so that importing
-longctx needs neither CUDA nor Triton.
+A kernel computes a list of tiles on one device. It knows nothing of ranks, layouts or masks: a tile says all that.
+Kernels live in ``longctx.kernels`` and are loaded by name when first asked for, so that importing longctx needs
+neither CUDA nor Triton.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KernelProblem:
-    """What the choice of a kernel depends on."""
+    """Describes what the choice of a kernel depends on."""
 
     device: str  # "cpu" or "cuda"
     dtype: torch.dtype
@@ -41,16 +41,16 @@ class KernelProblem:
 
 
 class LocalKernel(Protocol):
-    """Attention of tiles on one device.
+    """Computes attention of tiles on one device.
 
-    Shapes: q ``[B, Tq, H, D]``, k and v ``[B, Tk, Hkv, D]`` with Hkv dividing H (query head h reads key head
-    h * Hkv // H); tiles index the second dimension. Inputs may be strided views.
+    Shapes: q ``[B, Tq, H, D]``, k and v ``[B, Tk, Hkv, D]`` with Hkv dividing H (query head h reads key head h * Hkv //
+    H). Tiles index the second dimension. Inputs may be strided views.
     """
 
     name: str
 
     def refuses(self, problem: KernelProblem) -> str | None:
-        """Why this kernel can't run the problem exactly; None if it can."""
+        """Returns why this kernel can't run the problem exactly; None if it can."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[TileSet], scale: float, into: Partial) -> None:
@@ -71,16 +71,16 @@ class LocalKernel(Protocol):
     ) -> None:
         """Adds the tiles' share of (dq, dk, dv) to ``grads``, in their accumulation dtype.
 
-        ``out`` ``[B, Tq, H, D]`` (dtype of q) and ``lse`` ``[B, Tq, H]`` are global: over all keys of all
-        ranks, not only of these tiles. That makes tiles independent of one another. ``out`` counts through
-        rowsum(dout * out) alone, in every kernel: a stand-in with the same sum will do (``attention.delta``).
+        ``out`` ``[B, Tq, H, D]`` (dtype of q) and ``lse`` ``[B, Tq, H]`` are global: over all keys of all ranks, not
+        only of these tiles. That makes tiles independent of one another. ``out`` counts through rowsum(dout * out)
+        alone, in every kernel: a surrogate with the same sum will do (``attention.delta``).
         """
         ...
 
 
 @lru_cache
 def load_kernel(name: str) -> LocalKernel:
-    """The kernel of that name, one instance per process; imported when it is first considered."""
+    """Returns the kernel of a name, one instance per process; it is imported when first considered."""
     one_of(KERNELS.key, name, ("auto", *KERNELS))
     kernel: LocalKernel = KERNELS.load(name)()
     return kernel
@@ -88,7 +88,7 @@ def load_kernel(name: str) -> LocalKernel:
 
 @lru_cache
 def select_kernel(name: str, problem: KernelProblem) -> LocalKernel:
-    """The named kernel, or for "auto" the first that doesn't refuse; each refusal is logged once."""
+    """Returns the named kernel, or for "auto" the first that doesn't refuse; each refusal is logged once."""
     if name != "auto":
         kernel = load_kernel(name)
         reason = kernel.refuses(problem)
@@ -105,5 +105,5 @@ def select_kernel(name: str, problem: KernelProblem) -> LocalKernel:
 
 
 def kernel_for(name: str, q: Tensor, k: Tensor) -> LocalKernel:
-    """``select_kernel`` for these tensors: q ``[B, T, H, D]``, k ``[B, T, Hkv, D]``."""
+    """Selects a kernel for these tensors: q ``[B, T, H, D]``, k ``[B, T, Hkv, D]``."""
     return select_kernel(name, KernelProblem(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3]))

@@ -1,4 +1,4 @@
-"""What an operator takes and returns, as a dispatch mode sees it."""
+"""Tensors among what an operator takes and returns, as a dispatch mode sees it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def tensors_in(*operands: Any) -> list[Tensor]:
-    """Tensors among arguments or results, in order; they nest in tuples, lists and dictionaries alone.
+    """Returns the tensors among arguments or results, in order; they nest in tuples, lists and dictionaries alone.
 
-    torch's ``tree_leaves`` finds the same; in a mode that sees every operator it takes longer than the operators.
+    torch's ``tree_leaves`` finds the same. In a mode that sees every operator it takes longer than the operators.
     """
     found: list[Tensor] = []
     for operand in operands:

@@ -1,6 +1,6 @@
-"""A strategy as a pair of operators (``longctx.operators``): what they take, and what a strategy is told.
+"""Strategies as torch operators (``longctx.operators``): their arguments, and the context that a strategy is given.
 
-What is no tensor an operator takes by name: the plan by its handle, the group and the kernel by theirs, and the options
+What is no tensor an operator takes by name: the plan by its handle, the group and the kernel by theirs. Options come
 as one string, so that a new option changes no schema.
 """
 
@@ -27,9 +27,9 @@ from longctx.sequence.plan import named_by
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """All that a strategy is told besides its tensors.
+    """Holds all that a strategy is given besides its tensors.
 
-    ``named``: what the operator's handle names; the plan, or what has it as ``plan`` and says more than a plan could.
+    ``named``: what the operator's handle names. It is the plan, or an object that has it as ``plan`` and knows more.
     """
 
     plan: SequencePlan
@@ -41,25 +41,28 @@ class AttentionContext:
 
 
 class Forward(Protocol):
-    """q, k, v ``[B, T/SP, H/TP, D]`` to (out in the accumulation dtype, lse ``[B, T/SP, H/TP]``)."""
+    """Computes (out, lse) of the local queries from the local q, k, v.
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]: ...
+    All are ``[B, T/SP, H/TP, D]``, k and v with fewer heads; out in the accumulation dtype, lse ``[B, T/SP, H/TP]``.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]: ...
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, out (in the dtype of q), lse
 
 
 class Backward(Protocol):
-    """Upstream gradient and what the forward saved to (dq, dk, dv) in the accumulation dtype."""
+    """Computes (dq, dk, dv), in the accumulation dtype, from dout and what the forward saved."""
 
-    def __call__(self, dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(self, dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Attend(Protocol):
-    """(out, lse) of local queries: a registered operator, or several in a row.
+    """Computes (out, lse) of the local queries, by one registered operator or by several in a row.
 
-    ``plan`` is a handle, ``group`` a name; ``names``: the kernel's, the scale, and the options as ``encoded``. Whose
-    lse it is, is up to the strategy: it may be of other queries than out.
+    ``plan`` is a handle, ``group`` a name. ``names``: the kernel's, the scale, and the options as ``encoded``. The
+    strategy decides of which queries the lse is: they may be others than those of out.
     """
 
     def __call__(
@@ -76,7 +79,7 @@ CONTEXT = 'Tensor plan, str group, str kernel, float scale, str options=""'
 
 @lru_cache(maxsize=64)
 def encoded(options: StrategyOptions) -> str:
-    """The options as an operator takes them: JSON of those that are not left to the strategy, or nothing."""
+    """Returns the options as an operator takes them: JSON of those that the user chose, or nothing."""
     chosen = {one.name: getattr(options, one.name) for one in fields(options)}
     default = asdict(DEFAULT)
     found = {name: value for name, value in chosen.items() if value != default[name]}
@@ -85,30 +88,30 @@ def encoded(options: StrategyOptions) -> str:
 
 @lru_cache(maxsize=64)
 def decoded(options: str) -> StrategyOptions:
-    """The inverse."""
+    """Returns the options that ``encoded`` made a string of."""
     return StrategyOptions(**json.loads(options)) if options else DEFAULT
 
 
 def define_strategy(
     name: str, forward: Forward, backward: Backward, tail: bool = False, fits: Callable[..., None] | None = None
 ) -> Attend:
-    """Registers ``longctx::<name>`` and ``longctx::<name>_backward``, a strategy's two passes.
+    """Registers a strategy's two passes: ``longctx::<name>`` and ``longctx::<name>_backward``.
 
     ``tail``: registers ``longctx::<name>_completion`` as well, for strategies whose ``forward`` takes fewer queries
-    than keys: the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses queries that
-    a plan is not for; ``require_fit`` by default.
+    than keys. These are the first of the local ones, under a plan of them (``SequencePlan.head``). ``fits``: refuses
+    queries that a plan is not for; ``require_fit`` by default.
     """
     require = fits or require_fit
 
-    def run_forward(q: Tensor, k: Tensor, v: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        call = context_of(q, k, *context)
-        require(q, call.plan, call.group)
-        out, lse = forward(q, k, v, call)
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *names: Any) -> tuple[Tensor, Tensor]:
+        context = context_of(q, k, *names)
+        require(q, context.plan, context.group)
+        out, lse = forward(q, k, v, context)
         return out.to(q.dtype), lse
 
     def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, lse, *context = given
-        dq, dk, dv = backward(dout, (q, k, v, out, lse), context_of(q, k, *context))
+        q, k, v, out, lse, *names = given
+        dq, dk, dv = backward(dout, (q, k, v, out, lse), context_of(q, k, *names))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     schema = f"({QKV}, {CONTEXT}) -> (Tensor out, Tensor lse)"
@@ -119,7 +122,7 @@ def define_strategy(
 
 
 def out_and_lse(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Empty tensors like what attention of q ``[B, T/SP, H/TP, D]`` returns."""
+    """Returns empty tensors like the (out, lse) of q ``[B, T/SP, H/TP, D]``."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
@@ -127,11 +130,11 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
     """q, k, v ``[B, T/SP, H/TP, D]`` and the kept tails of out and lse to the whole of both."""
 
     def complete(
-        q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *context: Any
+        q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *names: Any
     ) -> tuple[Tensor, Tensor]:
-        call = context_of(q, k, *context)
-        head = q[:, : call.plan.head.queries(call.group.rank)]
-        out, lse = forward(head, k, v, replace(call, plan=call.plan.head))
+        context = context_of(q, k, *names)
+        head = q[:, : context.plan.head.queries(context.group.rank)]
+        out, lse = forward(head, k, v, replace(context, plan=context.plan.head))
         return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
 
     schema = f"({QKV}, Tensor tail_out, Tensor tail_lse, {CONTEXT}) -> (Tensor out, Tensor lse)"
@@ -142,7 +145,10 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
 
 
 def tail_of(out: Tensor, lse: Tensor, plan: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Copies of the rows that ``SequencePlan.head`` leaves: the later half of the local queries, and padding."""
+    """Returns copies of the rows that ``SequencePlan.head`` leaves.
+
+    They are the later half of the local queries, and padding.
+    """
     first = plan_of(plan).head.queries(group_named(group).rank)
     return out[:, first:].clone(), lse[:, first:].clone()
 
@@ -157,7 +163,7 @@ def require_fit(q: Tensor, plan: SequencePlan, group: Group) -> None:
 
 
 def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
-    """Likewise, where several sequence groups in a row make the group of ranks."""
+    """Refuses local queries that a plan is not for, where several sequence groups make the group of ranks."""
     if group.size % plan.world or (plan.shard, len(plan.documents)) != (q.shape[1], q.shape[0]):
         raise ConfigError(
             f"q {tuple(q.shape)} on {group.size} ranks does not fit its sequence plan, which is for "
@@ -168,7 +174,10 @@ def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
 def context_of(
     q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, options: str = ""
 ) -> AttentionContext:
-    """What an operator's arguments name. Refuses query heads that key/value heads do not divide."""
+    """Returns the context that an operator's arguments name.
+
+    Refuses query heads that key/value heads do not divide.
+    """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(
             f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads; nearest valid: "

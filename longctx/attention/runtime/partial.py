@@ -12,14 +12,14 @@ from longctx.sequence import Rows
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Partials, log-sum-exps and gradients accumulate in fp32; in fp64 where the inputs are fp64."""
+    """Returns the dtype in which partials, log-sum-exps and gradients accumulate: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Partial:
-    """Attention of local queries over the keys seen so far.
+    """Accumulates attention of local queries over the keys seen so far.
 
-    ``out``: ``[B, T/SP, H, D]``, normalised; ``lse``: ``[B, T/SP, H]``, natural log. Both in the accumulation
+    ``out``: ``[B, T/SP, H, D]``, normalised; ``lse``: ``[B, T/SP, H]``, natural log. Both are in the accumulation
     dtype. A query that has seen no key has out 0 and lse -inf.
     """
 
@@ -30,17 +30,17 @@ class Partial:
         self._seen = np.zeros(queries.shape[:2], dtype=bool)  # on the host: asking it waits for no device
 
     def of_heads(self, heads: slice) -> Partial:
-        """Attention of these heads alone, which has seen nothing yet; it writes where this one has them."""
+        """Returns a partial of these heads that has seen nothing yet and writes into this one."""
         part = copy(self)
         part.out, part.lse, part._seen = self.out[:, :, heads], self.lse[:, :, heads], np.zeros_like(self._seen)
         return part
 
     def merge(self, batch: slice, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Takes in attention of these queries over further keys.
+        """Merges attention of these queries over further keys.
 
-        ``out``: ``[b, n, H, D]``, ``lse``: ``[b, n, H]`` finite. The first partial of a row is assigned: a
-        merge from -inf would be exact too, but costs a pass. Later ones: O += sigma(l' - l)(O' - O) and
-        l = logaddexp(l, l') (the overflow-free form of ring-flash-attention).
+        ``out``: ``[b, n, H, D]``, ``lse``: ``[b, n, H]`` finite. The first partial of a row is assigned: a merge from
+        -inf would be exact too, but costs a pass. Later ones: O += sigma(l' - l)(O' - O) and l = logaddexp(l, l') (the
+        overflow-free form of ring-flash-attention).
         """
         old_out, old_lse = self.out[batch, rows], self.lse[batch, rows]
         if self._seen[batch, rows].any():
@@ -53,15 +53,15 @@ class Partial:
         self._seen[batch, rows] = True
 
     def merge_packed(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
-        """Takes in what another rank computed of these queries: ``[B, rows, H, D]`` and ``[B, rows, H]``, packed.
+        """Merges what another rank computed of these queries: packed ``[B, rows, H, D]`` and ``[B, rows, H]``.
 
-        Unlike in ``merge``, a query may have seen nothing, there, here or in both: sigma(-inf + inf) is then no
-        number, and its weight is 0.
+        Unlike in ``merge``, a query may have seen nothing, there, here or in both. sigma(-inf + inf) is then no number,
+        and its weight is 0.
         """
         for (start, stop), offset in zip(rows.intervals, rows.offsets, strict=True):
             old_out, old_lse = self.out[:, start:stop], self.lse[:, start:stop]
-            its_lse = lse.narrow(1, offset, stop - start)
-            weight = torch.sigmoid(its_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
+            other_lse = lse.narrow(1, offset, stop - start)
+            weight = torch.sigmoid(other_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
             old_out.lerp_(out.narrow(1, offset, stop - start), weight)
-            torch.logaddexp(old_lse, its_lse, out=old_lse)
+            torch.logaddexp(old_lse, other_lse, out=old_lse)
             self._seen[:, start:stop] = True

@@ -1,4 +1,4 @@
-"""What a strategy of softmax attention declares: its operator, what it reads and refuses, and who may rely on what.
+"""The declaration of a strategy of softmax attention: its operator, what it reads, and what it refuses.
 
 Each strategy's file ends with its declaration; ``longctx.catalog`` maps its name to it. The configuration, the library
 and ``longctx verify`` refuse by it before any work.
@@ -22,10 +22,10 @@ from longctx.sequence import Mask, SequencePlan
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What is asked of a strategy: the sequence group's size, head counts of one rank, layout, mask and options.
+    """Describes what is asked of a strategy: ranks, heads of one rank, layout, mask and options.
 
-    ``documents``: whether a sequence may hold several documents that do not see each other. ``half``: whether
-    recompute keeps the later half of its outputs alone.
+    ``documents``: whether a sequence may hold several documents that do not see each other. ``half``: whether recompute
+    keeps the later half of its outputs alone.
     """
 
     world: int
@@ -39,28 +39,28 @@ class AttentionCase:
     half: bool = False
 
 
-def work_at_home(plan: SequencePlan, rank: int, inner: int) -> float:
-    """The cells of a rank that computes for its own queries."""
+def work_of_queries(plan: SequencePlan, rank: int, inner: int) -> float:
+    """Returns the cells that a rank computes where each computes for its own queries."""
     return plan.work(rank)
 
 
 def work_at_keys(plan: SequencePlan, rank: int, inner: int) -> float:
-    """The cells of a rank that is visited by the queries which see its keys."""
+    """Returns the cells that a rank computes where queries visit the ranks whose keys they see."""
     return sum(tiles.cells for owner in range(plan.world) for tiles in plan.tiles(owner, rank))
 
 
-def nothing_ahead(plan: SequencePlan, rank: int, sizes: Sizes) -> None:
+def prepares_nothing(plan: SequencePlan, rank: int, sizes: Sizes) -> None:
     """Prepares nothing, for plans that follow from the layout alone."""
 
 
 def refuses_nothing(case: AttentionCase) -> str | None:
-    """Takes every case."""
+    """Refuses no case."""
     return None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a strategy sees its ranks as rows of neighbours.
+    """Describes how a strategy arranges its ranks in rows of neighbours.
 
     ``row``: ranks in a row, where the user has not named a number. ``option``: the field of ``StrategyOptions`` that
     names it; None: users have no choice.
@@ -72,9 +72,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy's declaration.
+    """Declares a strategy.
 
-    ``layout``: what it prefers. ``refuses``: why it does not execute a case exactly. ``options``: the fields of
+    ``layout``: the one it prefers. ``refuses``: why it does not execute a case exactly. ``options``: the fields of
     ``StrategyOptions`` that it reads; others are refused. ``one_rank``: it wants whole sequences. ``two_way``: it wants
     a second channel between its ranks (``Group.back``). ``half``: it can compute the earlier half of each rank's
     queries alone. ``serves_tasks``: any rank computes for any other, so that messages may be routed and stages may
@@ -96,24 +96,24 @@ class Strategy:
     half: bool = False
     serves_tasks: bool = False
     ping_pong: bool = False
-    work: Callable[[SequencePlan, int, int], float] = work_at_home
-    prepare: Callable[[SequencePlan, int, Sizes], None] = nothing_ahead
+    work: Callable[[SequencePlan, int, int], float] = work_of_queries
+    prepare: Callable[[SequencePlan, int, Sizes], None] = prepares_nothing
     costs: Costs | str | None = None
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
+    """Returns the strategy of that name. Raises ``ConfigError`` with the nearest valid one."""
     found: Strategy = STRATEGIES.load(name)
     return found
 
 
 def first_able(able: Callable[[Strategy], bool]) -> str:
-    """The name of the first strategy in the catalog that is ``able``, to be told in its place."""
+    """Returns the name of the first strategy in the catalog that is ``able``, to recommend in place of another."""
     return next(name for name in STRATEGIES if able(get_strategy(name)))
 
 
 def costs_of(strategy: Strategy) -> Costs | None:
-    """The strategy's estimate of bytes and memory, if it has one."""
+    """Returns the strategy's estimate of bytes and memory, if it has one."""
     if not isinstance(strategy.costs, str):
         return strategy.costs
     module, _, attribute = strategy.costs.partition(":")
@@ -122,7 +122,7 @@ def costs_of(strategy: Strategy) -> Costs | None:
 
 
 def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
-    """Why the strategy does not execute this case exactly; None if it does."""
+    """Returns why the strategy does not execute this case exactly; None if it does."""
     if case.heads % case.kv_heads:
         nearest = max(n for n in range(1, case.kv_heads + 1) if case.heads % n == 0)
         return (
@@ -138,7 +138,7 @@ def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
 
 
 def option_refused(strategy: Strategy, options: StrategyOptions) -> str | None:
-    """Why one of these options is none of the strategy's, or no option at all; None if all are its own."""
+    """Returns why the strategy does not take one of these options; None if it takes them all."""
     for name, value in options.chosen().items():
         if name not in strategy.options:
             return f"attention.{name}={value}: it has no such choice; leave it at {as_word(OPTIONS[name])}"
@@ -171,7 +171,7 @@ def _case_refused(strategy: Strategy, case: AttentionCase) -> str | None:
 
 
 def chosen_row(strategy: Strategy, options: StrategyOptions) -> int | None:
-    """Ranks in a row of the grid that the user has named; None where there is no grid or no word of it."""
+    """Returns how many ranks the user has put in a row of the grid; None without a grid or a choice."""
     if strategy.grid is None or strategy.grid.option is None:
         return None
     row: int | None = getattr(options, strategy.grid.option)
@@ -179,14 +179,14 @@ def chosen_row(strategy: Strategy, options: StrategyOptions) -> int | None:
 
 
 def inner_of(strategy: Strategy, case: AttentionCase) -> int:
-    """Ranks in one row of the grid, for a case that the strategy does not refuse; 1 where there is no grid."""
+    """Returns how many ranks are in a row of the grid, for a case that is not refused; 1 without a grid."""
     if strategy.grid is None:
         return 1
     return chosen_row(strategy, case.options) or strategy.grid.row(case)
 
 
 def settled(strategy: Strategy, case: AttentionCase) -> StrategyOptions:
-    """The case's options, with the row of the grid that the strategy takes where the user has named none."""
+    """Returns the case's options, with the strategy's own row of the grid where the user has named none."""
     if strategy.grid is None or strategy.grid.option is None:
         return case.options
     return _with_row(case.options, strategy.grid.option, inner_of(strategy, case))

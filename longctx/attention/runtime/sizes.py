@@ -1,4 +1,4 @@
-"""What a layer's tensors weigh, in bytes of a token; strategies choose by it, and estimates are made of it."""
+"""Bytes of one token's tensors in a layer; strategies choose by them, and estimates are made of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from longctx.planner import Topology
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a layer's tensors weigh on their way.
+    """Gives the bytes of one token's tensors.
 
-    ``element``: bytes of a number of q, k and v; ``wide``: of an accumulator. ``inner``: ranks in a row, where they are
-    a grid. ``topology``: how ranks lie on nodes; None: on one.
+    ``element``: bytes of an element of q, k and v; ``wide``: of an accumulator. ``inner``: ranks in a row, where they
+    are a grid. ``topology``: how ranks lie on nodes; None: all on one.
     """
 
     batch: int
@@ -28,33 +28,36 @@ class Sizes:
 
     @property
     def keys(self) -> int:
-        """Bytes of one token's keys (or values) over the batch."""
+        """Returns the bytes of one token's keys (or values) over the batch."""
         return self.batch * self.kv_heads * self.head_dim * self.element
 
     @property
     def key_gradients(self) -> int:
-        """Bytes of one token's dk (or dv) as they are summed."""
+        """Returns the bytes of one token's dk (or dv) in the accumulation dtype."""
         return self.batch * self.kv_heads * self.head_dim * self.wide
 
     @property
     def queries(self) -> int:
-        """Bytes of one token's queries (or out, or dout)."""
+        """Returns the bytes of one token's queries (or out, or dout)."""
         return self.batch * self.heads * self.head_dim * self.element
 
     @property
     def query_gradients(self) -> int:
-        """Bytes of one token's dq, or of a partial out, as they are summed."""
+        """Returns the bytes of one token's dq, or of a partial out, in the accumulation dtype."""
         return self.batch * self.heads * self.head_dim * self.wide
 
     def held(
         self, queries: float = 0, outputs: float = 0, sums: float = 0, keys: float = 0, gradients: float = 0
     ) -> int:
-        """Bytes of one token's so many queries (or out, dout), outputs (or dq) and log-sum-exps as they are summed,
-        keys with values, and gradients of both."""
+        """Returns the bytes of one token in so many tensors of each kind.
+
+        ``queries``: q, out or dout. ``outputs``, ``sums``: out or dq, and lse, in the accumulation dtype. ``keys``:
+        keys with values. ``gradients``: of both.
+        """
         wide = outputs * self.query_gradients + sums * self.lse + 2 * gradients * self.key_gradients
         return round(queries * self.queries + wide + 2 * keys * self.keys)
 
     @property
     def lse(self) -> int:
-        """Bytes of one token's log-sum-exp (or of its delta)."""
+        """Returns the bytes of one token's log-sum-exp (or of its delta)."""
         return self.batch * self.heads * self.wide

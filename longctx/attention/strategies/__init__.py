@@ -1,1 +1,1 @@
-"""One file per strategy of softmax attention, each readable as its paper's pseudocode."""
+"""Strategies of softmax attention, one file each, readable beside its paper's pseudocode."""

@@ -1,16 +1,17 @@
-"""Gather: all keys and values that my queries see are brought here, a few heads at a time.
+"""Gather: each rank gathers the keys and values that its queries see, a few heads at a time.
 
 Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2 (context parallelism); its balance comes from the zigzag
 layout. Unlike there, a rank receives only the rows that its queries see.
 
+    forward:                                       backward:
     for each group of key/value heads:             for each group of key/value heads:
-        start gathering the next group                 start gathering the next group
-        merge attention over all keys at once          dq, and dk, dv of all keys that are here
-                                                       send dk, dv to the keys' owners, who sum them
+        gather k, v of the next group                  gather k, v of the next group
+        attention of q over all gathered k, v          dq; dk, dv of all gathered k, v
+                                                       send dk, dv to their owners, who sum them
 
-Gathered keys are put in order of position, so that a zigzag shard owes two bands rather than tiles of every owner.
-dk and dv are reduced by an all-to-all and a sum in rank order, in the accumulation dtype: what Gloo has for a
-reduce-scatter sends twice as much.
+Gathered keys are sorted by position, so that a zigzag shard needs two bands rather than tiles of every owner. Gradients
+are reduced by an all-to-all and a sum in rank order, in the accumulation dtype. What Gloo has for a reduce-scatter
+sends twice as much.
 """
 
 from __future__ import annotations
@@ -31,131 +32,138 @@ GROUPS = 4  # of key/value heads: so many times less memory for gathered keys, a
 ROWS = 2  # the dim of tokens in gathered keys and values, [2, B, rows, heads, D]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    whole = Partial(q)
-    tiles = gathered_keys(call.plan, call.group.rank).tiles
-    for heads, keys in gather_groups(q, k, v, call):
+def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
+    partial = Partial(q)
+    tiles = gathered_keys(context.plan, context.group.rank).tiles
+    for heads, keys in gather_groups(q, k, v, context):
         own = heads.queries
-        call.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, call.scale, whole.of_heads(own))
-        del keys  # or they would be here when those of the next heads are put in order
-    return whole.out, whole.lse
+        context.kernel.forward(q[:, :, own], keys[0], keys[1], tiles, context.scale, partial.of_heads(own))
+        del keys  # or they would be here when those of the next heads are sorted
+    return partial.out, partial.lse
 
 
-def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v in the accumulation dtype."""
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
-    tiles = gathered_keys(call.plan, call.group.rank).tiles
-    before: Returned | None = None  # gradients of the group of heads before, on their way while this one computes
-    for heads, keys in gather_groups(q, k, v, call):
+    tiles = gathered_keys(context.plan, context.group.rank).tiles
+    in_flight: GradientsInFlight | None = None  # dk, dv of the group of heads before, while this one computes
+    for heads, keys in gather_groups(q, k, v, context):
         own = heads.queries
         shares = torch.zeros_like(keys, dtype=dtype)
-        call.kernel.backward(
-            dout[:, :, own], q[:, :, own], keys[0], keys[1], out[:, :, own], lse[:, :, own], tiles, call.scale,
+        context.kernel.backward(
+            dout[:, :, own], q[:, :, own], keys[0], keys[1], out[:, :, own], lse[:, :, own], tiles, context.scale,
             (dq[:, :, own], shares[0], shares[1]),
         )  # fmt: skip
         del keys
-        if before:
-            before.add_to(dk, dv, call)
-            before = None
-        before = send_home(shares, heads, k.dtype, call)
+        if in_flight:
+            in_flight.add_to(dk, dv, context)
+            in_flight = None
+        in_flight = send_gradients(shares, heads, k.dtype, context)
         del shares
-    if before:
-        before.add_to(dk, dv, call)
+    if in_flight:
+        in_flight.add_to(dk, dv, context)
     return dq, dk, dv
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A group of key/value heads, and the query heads that read them."""
+    """Names a group of key/value heads, and the query heads that read them."""
 
     keys: slice
     queries: slice
 
 
 def head_groups(heads: int, kv_heads: int) -> list[Heads]:
+    """Returns the groups of heads that are gathered one after another."""
     width, per_key = -(-kv_heads // GROUPS), heads // kv_heads
     bounds = [(first, min(first + width, kv_heads)) for first in range(0, kv_heads, width)]
     return [Heads(slice(a, b), slice(a * per_key, b * per_key)) for a, b in bounds]
 
 
-def gather_groups(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> Iterator[tuple[Heads, Tensor]]:
-    """Yields each group of heads with its keys and values ``[2, B, keys, heads, D]`` in order of position, while
-    those of the next group are in flight."""
+def gather_groups(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Iterator[tuple[Heads, Tensor]]:
+    """Yields each group of heads with its gathered keys and values, while those of the next group are in flight.
+
+    Keys and values ``[2, B, keys, heads, D]`` are in order of position.
+    """
     groups = head_groups(q.shape[2], k.shape[2])
-    coming = gather(k, v, groups[0], call)
+    pending = gather(k, v, groups[0], context)
     for heads, following in zip(groups, [*groups[1:], None], strict=True):
-        arrived = coming
+        current = pending
         if following is not None:
-            coming = gather(k, v, following, call)
-        keys = in_order(arrived, k, v, heads, call)
-        del arrived  # or its buffers would last as long as the computing
+            pending = gather(k, v, following, context)
+        keys = sort_by_position(current, k, v, heads, context)
+        del current  # or its buffers would last as long as the computing
         yield heads, keys
         del keys
 
 
-def gather(k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Pending:
+def gather(k: Tensor, v: Tensor, heads: Heads, context: AttentionContext) -> Pending:
     """Sends every other rank the rows that it sees, and expects those that this rank sees."""
-    plan, me = call.plan, call.group.rank
+    plan, me = context.plan, context.group.rank
     keys, values = k[:, :, heads.keys], v[:, :, heads.keys]
     sends, receives = [], []
     packed: dict[Rows, Tensor] = {}  # ranks that see the same rows are sent one buffer
-    for other in call.group.others:
+    for other in context.group.others:
         rows = plan.reads(other, me)
         if rows not in packed:
             packed[rows] = torch.stack((rows.take(keys), rows.take(values)))
         sends.append((other, packed[rows]))
         shape = (2, k.shape[0], len(plan.reads(me, other)), *keys.shape[2:])
         receives.append((other, k.new_empty(shape)))
-    return exchange(call.group, sends, receives)
+    return exchange(context.group, sends, receives)
 
 
-def in_order(arrived: Pending, k: Tensor, v: Tensor, heads: Heads, call: AttentionContext) -> Tensor:
-    """What the owners sent and this rank's own rows, ``[2, B, keys, heads, D]``, in order of position."""
-    me, gathered = call.group.rank, gathered_keys(call.plan, call.group.rank)
+def sort_by_position(pending: Pending, k: Tensor, v: Tensor, heads: Heads, context: AttentionContext) -> Tensor:
+    """Returns the gathered keys and values with this rank's own, in order of position, ``[2, B, keys, heads, D]``."""
+    me, gathered = context.group.rank, gathered_keys(context.plan, context.group.rank)
     keys, places = k[:, :, heads.keys], gathered.places
     whole = k.new_empty(2, k.shape[0], len(gathered.places.positions), *keys.shape[2:])
     for part, own in zip(whole, (keys, v[:, :, heads.keys]), strict=True):
         places.put(me, gathered.rows[me].take(own), part)
-    for other, block in zip(call.group.others, arrived.wait(), strict=True):
+    for other, block in zip(context.group.others, pending.wait(), strict=True):
         places.put(other, block, whole, ROWS)
     return whole
 
 
 @dataclass(frozen=True)
-class Returned:
-    """dk and dv of this rank's keys on their way home, beside its own share ``[2, B, rows, heads, D]``."""
+class GradientsInFlight:
+    """Holds dk and dv of this rank's keys that are in flight, and its own share ``[2, B, rows, heads, D]``."""
 
     pending: Pending
     own: Tensor
     heads: Heads
 
-    def add_to(self, dk: Tensor, dv: Tensor, call: AttentionContext) -> None:
-        """Sums in rank order, so that the result does not depend on who came first."""
-        me = call.group.rank
+    def add_to(self, dk: Tensor, dv: Tensor, context: AttentionContext) -> None:
+        """Adds all ranks' shares to dk and dv, in rank order, so that the sum does not depend on who came first."""
+        me = context.group.rank
         arrived = self.pending.wait()
         arrived.insert(me, self.own)
         for reader, share in enumerate(arrived):
-            for whole, part in zip((dk, dv), share, strict=True):
-                call.plan.reads(reader, me).add_to(whole[:, :, self.heads.keys], part)
+            for grad, part in zip((dk, dv), share, strict=True):
+                context.plan.reads(reader, me).add_to(grad[:, :, self.heads.keys], part)
 
 
-def send_home(shares: Tensor, heads: Heads, dtype: torch.dtype, call: AttentionContext) -> Returned:
-    """shares ``[2, B, keys, heads, D]`` in order of position, to the owners of the keys; ``dtype``: of the inputs."""
-    plan, me = call.plan, call.group.rank
-    travel = dtype if call.options.grad_dtype == "compute" else shares.dtype
+def send_gradients(shares: Tensor, heads: Heads, dtype: torch.dtype, context: AttentionContext) -> GradientsInFlight:
+    """Sends dk and dv of the gathered keys to the keys' owners.
+
+    shares ``[2, B, keys, heads, D]`` in order of position; ``dtype``: of the inputs.
+    """
+    plan, me = context.plan, context.group.rank
+    grad_dtype = dtype if context.options.grad_dtype == "compute" else shares.dtype
     sends, receives = [], []
-    for other in call.group.others:
-        sends.append((other, _picked(shares, other, call).to(travel)))
+    for other in context.group.others:
+        sends.append((other, _gradients_of(shares, other, context).to(grad_dtype)))
         shape = (*shares.shape[:ROWS], len(plan.reads(other, me)), *shares.shape[ROWS + 1 :])
-        receives.append((other, shares.new_empty(shape, dtype=travel)))
-    return Returned(exchange(call.group, sends, receives), _picked(shares, me, call), heads)
+        receives.append((other, shares.new_empty(shape, dtype=grad_dtype)))
+    return GradientsInFlight(exchange(context.group, sends, receives), _gradients_of(shares, me, context), heads)
 
 
-def _picked(shares: Tensor, owner: int, call: AttentionContext) -> Tensor:
+def _gradients_of(shares: Tensor, owner: int, context: AttentionContext) -> Tensor:
     """Those of the owner's keys."""
-    places = gathered_keys(call.plan, call.group.rank).places
+    places = gathered_keys(context.plan, context.group.rank).places
     part = shares.new_empty(*shares.shape[:ROWS], places.counts[owner], *shares.shape[ROWS + 1 :])
     places.pick(owner, shares, part, ROWS)
     return part

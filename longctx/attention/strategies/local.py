@@ -1,4 +1,4 @@
-"""Attention of a sequence that lies whole on one rank: one kernel call, no communication."""
+"""Local attention: the sequence lies whole on one rank; one kernel call, no communication."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from longctx.attention.runtime.registry import Strategy
 from longctx.errors import ConfigError
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]`` to (out, lse)."""
-    if call.group.size != 1:
-        raise ConfigError(f"local attention computes whole sequences, and {call.group.size} ranks share this one")
+def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the whole sequence. q ``[B, T, H/TP, D]``, k and v ``[B, T, Hkv/TP, D]``."""
+    if context.group.size != 1:
+        raise ConfigError(f"local attention computes whole sequences, and {context.group.size} ranks share this one")
     partial = Partial(q)
-    call.kernel.forward(q, k, v, call.plan.tiles(0, 0), call.scale, partial)
+    context.kernel.forward(q, k, v, context.plan.tiles(0, 0), context.scale, partial)
     return partial.out, partial.lse
 
 
-def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     dtype = accumulation_dtype(q.dtype)
     grads = (
@@ -28,7 +28,7 @@ def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor
         torch.zeros_like(k, dtype=dtype),
         torch.zeros_like(v, dtype=dtype),
     )
-    call.kernel.backward(dout, q, k, v, out, lse, call.plan.tiles(0, 0), call.scale, grads)
+    context.kernel.backward(dout, q, k, v, out, lse, context.plan.tiles(0, 0), context.scale, grads)
     return grads
 
 

@@ -1,17 +1,18 @@
-"""Ring attention: key/value blocks go round, queries stay.
+"""Ring attention: blocks of keys and values rotate around the ranks, queries stay.
 
-Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023);
-Brandon et al., "Striped Attention: Faster Ring Attention for Causal Transformers" (2023). The zigzag form
-is that of Llama 3 and zhuzilin/ring-flash-attention. They differ in the layout alone, hence in the plan's
-tiles and rotation; this loop is the same for all of them, and for one rank.
+Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023); Brandon et al.,
+"Striped Attention: Faster Ring Attention for Causal Transformers" (2023). The zigzag form is that of Llama 3 and
+zhuzilin/ring-flash-attention. They differ in the layout alone, hence in the plan's tiles and schedule. This loop is the
+same for all of them, and for one rank.
 
+    forward:                                   backward:
     for hop = 0 .. P-1:                        for hop = 0 .. P-1:
-        pass my block on, expect the next          pass my block on, expect the next
-        merge attention of q over my block         dq += ..., dk, dv of my block += ...
-        take the block that arrived                send dk, dv after their block, or home
+        send the block on, receive the next        send the block on, receive the next
+        partial = merge(partial, q over block)     dq += ...; (dk, dv) of the block = ...
+        wait for the next block                    send (dk, dv) on behind the block, or to its owner
 
-A block is narrowed to the rows that some later rank reads and stops after its last reader; its gradients,
-in the accumulation dtype, go home from there (``longctx.sequence.ring_schedule``).
+A block shrinks to the rows that some later rank reads, and stops at its last reader. From there its gradients, in
+the accumulation dtype, return to its owner (``longctx.sequence.ring_schedule``).
 """
 
 from __future__ import annotations
@@ -24,50 +25,57 @@ from torch import Tensor
 from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Strategy
-from longctx.attention.runtime.ring_transport import GradientReturn, travel, zeros
+from longctx.attention.runtime.ring_transport import GradientReturn, rotate_blocks, zeros
 from longctx.sequence import RingSchedule, key_ring
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    return pass_keys(q, k, v, call, key_ring(call.plan))
+def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
+    return pass_keys(q, k, v, context, key_ring(context.plan))
 
 
-def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v. Given the global lse, each block's share is independent of the others."""
-    return pass_keys_backward(dout, saved, call, key_ring(call.plan))
+def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v.
+
+    Given the global lse, each block's share is independent of the others.
+    """
+    return pass_keys_backward(dout, saved, context, key_ring(context.plan))
 
 
-def pass_keys(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext, rotation: RingSchedule) -> tuple[Tensor, Tensor]:
-    partial, me = Partial(q), call.group.rank
-    for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
-        tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
-        call.kernel.forward(q, block[0], block[1], tiles, call.scale, partial)
-        del block  # or it would still be here when the next but one is posted
+def pass_keys(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, schedule: RingSchedule
+) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the local queries, rotating blocks of (k, v) under ``schedule``."""
+    partial, me = Partial(q), context.group.rank
+    for hop, rows, [(block_k, block_v)] in rotate_blocks((_block(k, v, schedule, me),), schedule, context.group):
+        tiles = context.plan.packed_tiles(me, schedule.owner(me, hop), rows)
+        context.kernel.forward(q, block_k, block_v, tiles, context.scale, partial)
+        del block_k, block_v  # or they would still be here when the next block but one is posted
     return partial.out, partial.lse
 
 
 def pass_keys_backward(
-    dout: Tensor, saved: Saved, call: AttentionContext, rotation: RingSchedule
+    dout: Tensor, saved: Saved, context: AttentionContext, schedule: RingSchedule
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v, rotating blocks of (k, v) under ``schedule``."""
     q, k, v, out, lse = saved
-    dtype, me = accumulation_dtype(q.dtype), call.group.rank
-    direct_dtype = k.dtype if call.options.grad_dtype == "compute" else None
+    dtype, me = accumulation_dtype(q.dtype), context.group.rank
+    direct_dtype = k.dtype if context.options.grad_dtype == "compute" else None
     dq = zeros(q, dtype)
-    gradients = GradientReturn((zeros(k, dtype), zeros(v, dtype)), rotation, call.group, direct_dtype)
-    for hop, rows, [block] in travel((_keys(k, v, rotation, me),), rotation, call.group):
-        tiles = call.plan.packed_tiles(me, rotation.owner(me, hop), rows)
+    gradients = GradientReturn((zeros(k, dtype), zeros(v, dtype)), schedule, context.group, direct_dtype)
+    for hop, rows, [(block_k, block_v)] in rotate_blocks((_block(k, v, schedule, me),), schedule, context.group):
+        tiles = context.plan.packed_tiles(me, schedule.owner(me, hop), rows)
         dk, dv = gradients.buffer(hop, rows)
-        call.kernel.backward(dout, q, block[0], block[1], out, lse, tiles, call.scale, (dq, dk, dv))
+        context.kernel.backward(dout, q, block_k, block_v, out, lse, tiles, context.scale, (dq, dk, dv))
         gradients.send(hop)
-        del block, dk, dv
+        del block_k, block_v, dk, dv
     dk, dv = gradients.finish()
     return dq, dk, dv
 
 
-def _keys(k: Tensor, v: Tensor, rotation: RingSchedule, rank: int) -> Tensor:
+def _block(k: Tensor, v: Tensor, schedule: RingSchedule, rank: int) -> Tensor:
     """The rank's block of keys and values, ``[2, B, rows, Hkv/TP, D]``."""
-    rows = rotation.carried(rank, 0)
+    rows = schedule.carried(rank, 0)
     return torch.stack((rows.take(k), rows.take(v)))
 
 

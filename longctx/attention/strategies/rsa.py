@@ -3,16 +3,18 @@
 Li, Xue, Baranwal, Li, You, "Sequence Parallelism: Long Sequence Training from System Perspective" (2021; ACL 2023),
 section 3.2.
 
-    ring of k: scores of my queries, all columns    ring of k: weights of my queries, once more
-    softmax over whole rows                         ring of v: d_weights, all columns; dv rides behind
-    ring of v: out += weights of its columns * v    d_scores = weights * (d_weights - rowsum(weights * d_weights))
-                                                    ring of k: dq += d_scores of its columns * k; dk rides behind
+    forward:                                        backward:
+    for block k in ring: scores of its columns      for block k in ring: scores of its columns
+    weights = softmax(scores)                       weights = exp(scores - lse)
+    for block v in ring: out += weights * v         for block v in ring: d_weights of its columns; send dv on
+                                                    d_scores = weights * (d_weights - rowsum(weights * d_weights))
+                                                    for block k in ring: dq += d_scores * k; send dk on
 
 It is here as the method that Ring Attention replaced: every rank holds scores ``[B, H/TP, T/SP, S]``, in the backward
 pass twice, and computes hidden cells too. The paper keeps the weights for its backward pass; an operator that saves
-(out, lse) rebuilds them by one more ring of keys. In turn dk and dv ride home summed, P - 1 shards each, where the
-paper all-reduces them whole, 2 (P - 1) each: 5 (P - 1) shards in place of its 6 (P - 1).
-Scores are plain matrix products in the accumulation dtype; it asks no local kernel, whatever attention.kernel says.
+(out, lse) rebuilds them by one more ring of keys. In turn dk and dv follow their blocks and are summed on the way,
+P - 1 shards each. The paper all-reduces them whole, 2 (P - 1) each: 5 (P - 1) shards in place of its 6 (P - 1).
+Scores are plain matrix products in the accumulation dtype; no local kernel is used, whatever attention.kernel says.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from longctx.sequence import SequencePlan
 # Letters of the einsums: b batch, q queries, k keys, h key/value heads, g query heads of each, d channels.
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to (out, lse) of the local queries."""
-    dtype, mine = accumulation_dtype(q.dtype), slice(0, len(call.plan.positions(call.group.rank)))
-    scores = score_rows(q, k, call)
+def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
+    dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
+    scores = score_rows(q, k, context)
     row_lse = torch.logsumexp(scores, dim=-1)
     weights = _softmax(scores, row_lse)
     rows = _grouped(torch.zeros_like(q[:, mine], dtype=dtype), k)
-    for _, columns, values in ring(v, call):
+    for _, columns, values in ring(v, context):
         rows += torch.einsum("bhgqk,bkhd->bqhgd", weights[..., columns], values.to(dtype))
     out = torch.zeros_like(q, dtype=dtype)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
@@ -48,47 +50,48 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Te
     return out, lse
 
 
-def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the local q, k, v in the accumulation dtype."""
     q, k, v, _, lse = saved
-    dtype, mine = accumulation_dtype(q.dtype), slice(0, len(call.plan.positions(call.group.rank)))
+    dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
-    queries, upstream = _grouped(q[:, mine].to(dtype), k), _grouped(dout[:, mine].to(dtype), k)
-    weights = _softmax(score_rows(q, k, call), _grouped(lse[:, mine], k).permute(0, 2, 3, 1))
+    queries, douts = _grouped(q[:, mine].to(dtype), k), _grouped(dout[:, mine].to(dtype), k)
+    weights = _softmax(score_rows(q, k, context), _grouped(lse[:, mine], k).permute(0, 2, 3, 1))
 
-    d_weights, values_home = torch.empty_like(weights), KeyGradientReturn(dv[:, mine], call)
-    for hop, columns, values in ring(v, call):
-        d_weights[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", upstream, values.to(dtype))
-        values_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], upstream))
+    d_weights, dv_return = torch.empty_like(weights), KeyGradientReturn(dv[:, mine], context)
+    for hop, columns, values in ring(v, context):
+        d_weights[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", douts, values.to(dtype))
+        dv_return.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", weights[..., columns], douts))
 
     row_sums = (weights * d_weights).sum(dim=-1, keepdim=True)
-    d_scores = weights.mul_(d_weights.sub_(row_sums)).mul_(call.scale)
+    d_scores = weights.mul_(d_weights.sub_(row_sums)).mul_(context.scale)
 
-    d_queries, keys_home = torch.zeros_like(queries), KeyGradientReturn(dk[:, mine], call)
-    for hop, columns, keys in ring(k, call):
+    d_queries, dk_return = torch.zeros_like(queries), KeyGradientReturn(dk[:, mine], context)
+    for hop, columns, keys in ring(k, context):
         d_queries += torch.einsum("bhgqk,bkhd->bqhgd", d_scores[..., columns], keys.to(dtype))
-        keys_home.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
-    values_home.finish()
-    keys_home.finish()
+        dk_return.add(hop, torch.einsum("bhgqk,bqhgd->bkhd", d_scores[..., columns], queries))
+    dv_return.finish()
+    dk_return.finish()
     dq[:, mine] = d_queries.flatten(2, 3)
     return dq, dk, dv
 
 
-def score_rows(q: Tensor, k: Tensor, call: AttentionContext) -> Tensor:
-    """Scaled scores of the local queries with all keys, ``[B, Hkv/TP, H/Hkv, T/SP, S]``, -inf where hidden.
+def score_rows(q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
+    """Returns the scaled scores of the local queries with all keys, -inf where masked.
 
-    Columns are ordered by owner, as rank 0 holds them, then rank 1, and so on.
+    ``[B, Hkv/TP, H/Hkv, T/SP, S]``. Columns are ordered by owner, as rank 0 holds them, then rank 1, and so on.
     """
-    plan, me, dtype = call.plan, call.group.rank, accumulation_dtype(q.dtype)
+    plan, me, dtype = context.plan, context.group.rank, accumulation_dtype(q.dtype)
     queries = _grouped(q[:, : len(plan.positions(me))].to(dtype), k)
     batch, count, kv_heads, per_key, _ = queries.shape
     scores = queries.new_empty(batch, kv_heads, per_key, count, plan.length)
-    for _, columns, keys in ring(k, call):
-        scores[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys.to(dtype)).mul_(call.scale)
+    for _, columns, keys in ring(k, context):
+        scores[..., columns] = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys.to(dtype)).mul_(context.scale)
     return scores.masked_fill_(hidden(plan, me).to(scores.device, non_blocking=True), -torch.inf)
 
 
 def hidden(plan: SequencePlan, rank: int) -> Tensor:
-    """Bool ``[B, 1, 1, T/SP, S]``: keys, ordered by owner, that the local queries do not see."""
+    """Returns which keys, ordered by owner, the local queries do not see, bool ``[B, 1, 1, T/SP, S]``."""
     keys = np.concatenate([plan.positions(owner) for owner in range(plan.world)])
     rows = []
     for documents in plan.documents:
@@ -97,14 +100,16 @@ def hidden(plan: SequencePlan, rank: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))[:, None, None]
 
 
-def ring(local: Tensor, call: AttentionContext) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yields (hop, columns, block) of every rank's keys or values, mine first, then those of the rank before me and
-    so on, while the next block is in flight. ``local``: ``[B, T/SP, Hkv/TP, D]``."""
-    counts, me, world = shard_lengths(call.plan), call.group.rank, call.group.size
+def ring(local: Tensor, context: AttentionContext) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yields (hop, columns, block) of every rank's keys or values, while the next block is in flight.
+
+    This rank's block comes first, then that of the rank before it, and so on. ``local``: ``[B, T/SP, Hkv/TP, D]``.
+    """
+    counts, me, world = shard_lengths(context.plan), context.group.rank, context.group.size
     block = local[:, : counts[me]].contiguous()
     for hop in range(world):
         owner, following = (me - hop) % world, (me - hop - 1) % world
-        passing = _to_next(block, counts[following], call) if hop < world - 1 else None
+        passing = _send_recv(block, counts[following], context) if hop < world - 1 else None
         first = sum(counts[:owner])
         yield hop, slice(first, first + counts[owner]), block
         if passing:
@@ -112,40 +117,43 @@ def ring(local: Tensor, call: AttentionContext) -> Iterator[tuple[int, slice, Te
 
 
 class KeyGradientReturn:
-    """Gradients that ride one step behind their block, summed on the way; the last holder is the owner's neighbour.
+    """Sends gradients on, one hop behind their block, and sums them on the way.
 
-    ``home``: the valid rows of this rank's own gradient, ``[B, T/SP, Hkv/TP, D]``, which it adds to.
+    The last holder is the owner's neighbour.
+
+    ``grad``: the valid rows of this rank's own gradient, ``[B, T/SP, Hkv/TP, D]``, which it adds to.
     """
 
-    def __init__(self, home: Tensor, call: AttentionContext) -> None:
-        self._home = home
-        self._call = call
-        self._riding: Pending | None = None
+    def __init__(self, grad: Tensor, context: AttentionContext) -> None:
+        self._grad = grad
+        self._context = context
+        self._partial_sums: Pending | None = None
 
     def add(self, hop: int, share: Tensor) -> None:
-        """Takes this rank's share of the gradient of the block that it holds at ``hop``."""
+        """Adds this rank's share of the gradient of the block that it holds at ``hop``."""
         if hop == 0:
-            self._home += share
+            self._grad += share
             return
-        if self._riding:
-            share += self._riding.wait()[0]
-        following = (self._call.group.rank - hop - 1) % self._call.group.size
-        self._riding = _to_next(share.contiguous(), shard_lengths(self._call.plan)[following], self._call)
+        if self._partial_sums:
+            share += self._partial_sums.wait()[0]
+        following = (self._context.group.rank - hop - 1) % self._context.group.size
+        self._partial_sums = _send_recv(share.contiguous(), shard_lengths(self._context.plan)[following], self._context)
 
     def finish(self) -> None:
-        if self._riding:
-            self._home += self._riding.wait()[0]
+        """Adds what the other ranks have summed for this rank's own block."""
+        if self._partial_sums:
+            self._grad += self._partial_sums.wait()[0]
 
 
-def _to_next(block: Tensor, coming: int, call: AttentionContext) -> Pending:
+def _send_recv(block: Tensor, coming: int, context: AttentionContext) -> Pending:
     """Sends a block to the next rank; expects one of ``coming`` tokens from the rank before."""
-    me, world = call.group.rank, call.group.size
+    me, world = context.group.rank, context.group.size
     buffer = block.new_empty(block.shape[0], coming, *block.shape[2:])
-    return exchange(call.group, [((me + 1) % world, block)], [((me - 1) % world, buffer)])
+    return exchange(context.group, [((me + 1) % world, block)], [((me - 1) % world, buffer)])
 
 
 def shard_lengths(plan: SequencePlan) -> list[int]:
-    """Valid tokens of every rank."""
+    """Returns the number of valid tokens of every rank."""
     return [len(plan.positions(rank)) for rank in range(plan.world)]
 
 
@@ -176,7 +184,7 @@ def _refuses(case: AttentionCase) -> str | None:
 
 
 def work(plan: SequencePlan, rank: int, inner: int) -> float:
-    """Whole rows of scores, hidden ones too."""
+    """Returns the cells of whole rows of scores, masked ones too."""
     return len(plan.documents) * len(plan.positions(rank)) * plan.length
 
 

@@ -3,19 +3,20 @@
 Jacobs et al., "DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer
 Models" (2023).
 
-    all-to-all: q, k, v of my tokens and all heads  ->  of all tokens and my heads
-    attention of the whole sequence, on one device
-    all-to-all: out of all tokens and my heads      ->  of my tokens and all heads
+    q, k, v = all_to_all(q, k, v)    from my tokens, all heads to all tokens, my heads
+    out = attention(q, k, v)         of the whole sequence, on one device
+    out = all_to_all(out)            from all tokens, my heads to my tokens, all heads
 
-Ranks share key/value heads where there are fewer of those than ranks; the adjoint sums what they return. The whole
-group is one row of a grid (``runtime.all_to_all``), which brings heads group by group, so that swaps hide.
+Where key/value heads are fewer than ranks, ranks share them, and the backward pass sums their gradients. The whole
+group is one row of a grid (``runtime.all_to_all``). Heads go in groups, so that the all-to-alls of one group hide
+behind the computing of another.
 """
 
 from __future__ import annotations
 
 import math
 
-from longctx.attention.runtime.all_to_all import swapped
+from longctx.attention.runtime.all_to_all import define_ulysses
 from longctx.attention.runtime.head_sharding import work_in_rows
 from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.strategies import local
@@ -35,7 +36,7 @@ def _refuses(case: AttentionCase) -> str | None:
 
 ULYSSES = Strategy(
     "ulysses",
-    swapped("ulysses", local.forward, local.backward),
+    define_ulysses("ulysses", local.forward, local.backward),
     layout="contiguous",
     refuses=_refuses,
     grid=Grid(lambda case: case.world),

@@ -2,19 +2,19 @@
 
 Fang, Zhao, "USP: A Unified Sequence Parallelism Approach for Long Context Generative AI" (2024).
 
-    all-to-all in my row: q, k, v of my tokens and all heads  ->  of the row's tokens and my heads
-    ring over my column, each row being one rank of it
-    all-to-all in my row: out back to my tokens and all heads
+    q, k, v = all_to_all(q, k, v) in my row    from my tokens, all heads to the row's tokens, my heads
+    out = ring_attention(q, k, v) in my column, of which each row is one rank
+    out = all_to_all(out) in my row            from the row's tokens, my heads to my tokens, all heads
 
-A row holds the tokens of its ranks in order of position, under any layout; which of them the ring reads of another
-row follows from that (``SequencePlan.joined``).
+A row holds the tokens of its ranks in order of position, under any layout. Which of them the ring reads of another row
+follows from that (``SequencePlan.joined``).
 """
 
 from __future__ import annotations
 
 import math
 
-from longctx.attention.runtime.all_to_all import swapped
+from longctx.attention.runtime.all_to_all import define_ulysses
 from longctx.attention.runtime.head_sharding import work_in_rows
 from longctx.attention.runtime.registry import AttentionCase, Grid, Strategy
 from longctx.attention.strategies import ring
@@ -39,7 +39,7 @@ def _row(case: AttentionCase) -> int:
 
 USP = Strategy(
     "usp",
-    swapped("usp", ring.forward, ring.backward),
+    define_ulysses("usp", ring.forward, ring.backward),
     refuses=_refuses,
     options=frozenset({"ulysses_degree", "grad_dtype"}),
     grid=Grid(_row, option="ulysses_degree"),

@@ -1,1 +1,4 @@
-"""Core-attention disaggregation: ranks serve tasks to one another, in place, ping-pong, or across pipeline stages."""
+"""Core-attention disaggregation: ranks compute attention for one another.
+
+In place, ping-pong, or across pipeline stages.
+"""

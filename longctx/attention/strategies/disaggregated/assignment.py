@@ -1,4 +1,4 @@
-"""A planner's plan of a batch: the bridge between where tokens are and ``longctx.planner``."""
+"""Plans of ``longctx.planner`` for the batches of sequence plans: who computes what for whom."""
 
 from __future__ import annotations
 
@@ -29,24 +29,28 @@ PER_RANK = 16  # blocks that a rank has at least: short sequences are cut finer
 
 
 def topology_of(ranks: Sequence[int]) -> Topology:
-    """How these global ranks lie on nodes, and what joins them; the same on all of them."""
+    """Returns how these global ranks lie on nodes, and what joins them; the same on all of them."""
     links = links_of(ranks)
     return Topology(len(ranks), per_node(ranks), links.link, links.nic, links.nics)
 
 
 def one_node(servers: int) -> Topology:
+    """Returns the topology of servers that are all on one node."""
     return Topology(servers, per_node=servers, nics=1)
 
 
 def planned(plans: Sequence[SequencePlan | None], planner: str, widths: AttentionShape, topology: Topology) -> Plan:
-    """Who serves what of the batches of these plans, as ``home_of`` has them; the same on every rank."""
+    """Returns who computes what of the batches of these plans; the same on every rank.
+
+    Tokens are where ``home_of`` says.
+    """
     shard = next(plan.shard for plan in plans if plan is not None)
     options = PlannerOptions(block=max(1, min(BLOCK, shard // PER_RANK)), widths=widths)
     return plan(planner, mask_of(*plans), topology, options, home_of(*plans))
 
 
 def fitting(batch: SequencePlan, made: Plan) -> Plan:
-    """A plan made by hand, if it is legal and of this batch. Raises ConfigError otherwise."""
+    """Returns a plan made by hand, if it is legal and of this batch. Raises ``ConfigError`` otherwise."""
     home, mask = home_of(batch), mask_of(batch)
     if made.home.ranks != home.ranks or not all(map(np.array_equal, made.home.columns, home.columns)):
         raise ConfigError(
@@ -60,7 +64,7 @@ def fitting(batch: SequencePlan, made: Plan) -> Plan:
 
 
 def mask_of(*plans: SequencePlan | None) -> MaskSlices:
-    """Of the documents of all batch rows, one after another."""
+    """Returns the mask of the documents of all batch rows, one after another."""
     of, mask = _lengths(plans).tolist(), next(plan.mask for plan in plans if plan is not None)
     if mask.window is not None:
         return window(of, mask.window, two_sided=not mask.causal)
@@ -68,11 +72,11 @@ def mask_of(*plans: SequencePlan | None) -> MaskSlices:
 
 
 def home_of(*plans: SequencePlan | None) -> DocumentPlacement:
-    """Where the layout has the tokens of a batch: runs of every rank, in the order of its memory.
+    """Returns where the layout puts the tokens of a batch: spans of every rank, in the order of its memory.
 
-    Several plans are of groups of ranks one behind the other, each of which holds a batch of its own, or (None)
-    nothing; they are of one run: of one mask and layout, and of sequences of one length. Rows of all batches count on,
-    and a rank's local rows are those of its tensors ``[B * T/SP]``.
+    Several plans are of groups of ranks one behind the other. Each holds a batch of its own, or (None) nothing. They
+    are of one run: of one mask and layout, and of sequences of one length. Rows of all batches count on, and a rank's
+    local rows are those of its tensors ``[B * T/SP]``.
     """
     one = next(plan for plan in plans if plan is not None)
     found: list[tuple[Int64, ...]] = []

@@ -1,7 +1,7 @@
-"""A plan as its executor reads it: rows of tensors, places in buffers and tiles, worked out from ``planner.RankPlan``.
+"""What a planner's plan means to its executor: rows of tensors, indices in buffers, and tiles.
 
-Three types say which rows go where. ``planner.DocumentPlacement``: on which local rows of which rank each token lives;
-local rows are those of its tensors of all batch rows, ``[B * T/SP]``, of G heads groups one after another.
+Three types say which rows go where. ``planner.DocumentPlacement``: on which local rows of which rank each token lives.
+Local rows are those of its tensors of all batch rows, ``[B * T/SP]``, of G heads groups one after another.
 ``planner.RankTransfers``: which of them a rank sends to whom, as integers. ``Crossing``: the same as copies of tensors
 into buffers and back.
 """
@@ -26,10 +26,10 @@ from longctx.sequence.tiles import tiles_of_rows
 
 @dataclass(frozen=True)
 class Crossing:
-    """One rank's rows of queries, or of keys with their values, on their way to servers and back.
+    """Moves one rank's rows of queries, or of keys with their values, to servers and back.
 
     ``rows[server]``: this rank's local rows that the server reads in its buffer. ``places``: where the rows of each
-    home lie in this rank's own buffer, in order of heads group, document and position. Tensors are ``[1, rows, H/TP/G,
+    owner lie in this rank's own buffer, in order of heads group, document and position. Tensors are ``[1, rows, H/TP/G,
     ...]``.
     """
 
@@ -37,41 +37,41 @@ class Crossing:
     places: Places
 
     def read(self, server: int, local: Tensor) -> Tensor:
-        """What the server reads of a tensor of local rows."""
+        """Returns the rows of a local tensor that a server reads."""
         return self.rows[server].take(local)
 
     def asked(self, server: int) -> int:
-        """How many rows that is."""
+        """Returns how many local rows a server reads."""
         return len(self.rows[server])
 
-    def sent(self, home: int) -> int:
-        """How many rows this rank reads of a home's."""
-        return self.places.counts[home]
+    def sent(self, owner: int) -> int:
+        """Returns how many rows of another rank this rank reads."""
+        return self.places.counts[owner]
 
-    def buffer(self, by_home: Sequence[Tensor]) -> Tensor:
-        """What came from each home, in one buffer."""
-        whole = by_home[0].new_empty(1, len(self.places.positions), *by_home[0].shape[2:])
-        for home, part in enumerate(by_home):
-            self.places.put(home, part, whole)
+    def buffer(self, by_owner: Sequence[Tensor]) -> Tensor:
+        """Returns one buffer of the rows that came from each owner."""
+        whole = by_owner[0].new_empty(1, len(self.places.positions), *by_owner[0].shape[2:])
+        for owner, part in enumerate(by_owner):
+            self.places.put(owner, part, whole)
         return whole
 
-    def picked(self, home: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the buffer that belong to one home, in this dtype."""
-        part = buffer.new_empty(1, self.sent(home), *buffer.shape[2:], dtype=dtype)
-        self.places.pick(home, buffer, part)
+    def picked(self, owner: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the rows of the buffer that belong to one owner, in this dtype."""
+        part = buffer.new_empty(1, self.sent(owner), *buffer.shape[2:], dtype=dtype)
+        self.places.pick(owner, buffer, part)
         return part
 
     def merge(self, server: int, partial: Partial, results: Sequence[Tensor]) -> None:
-        """Takes in what the server found, (out, lse), of local queries."""
+        """Merges a server's results (out, lse) into those of local queries."""
         partial.merge_packed(self.rows[server], *results)
 
     def add(self, server: int, local: Tensor, share: Tensor) -> None:
-        """Adds the server's share of gradients to those of local rows."""
+        """Adds a server's share of gradients to those of local rows."""
         self.rows[server].add_to(local, share)
 
     @classmethod
     def of(cls, side: RankTransfers, length: int) -> Crossing:
-        """``length``: local rows of one heads group."""
+        """Makes the copies that one rank's transfers say. ``length``: local rows of one heads group."""
         sent = side.send_group * length + side.send
         place = np.empty_like(side.order)
         place[side.order] = np.arange(len(side.order))
@@ -80,34 +80,37 @@ class Crossing:
 
 
 class Served:
-    """What one rank sends, computes and gives back.
+    """Holds what one rank sends, computes and returns.
 
-    ``here``: tiles over its own tokens as they lie, of queries whose keys are all its own. ``rest``: tiles over the
+    ``local``: tiles over its own tokens as they lie, of queries whose keys are all its own. ``remote``: tiles over the
     buffers of ``queries`` and ``keys``.
     """
 
     def __init__(self, plan: Plan, rank: int) -> None:
         own = plan.rank(rank)
         self.queries, self.keys = Crossing.of(own.q, own.rows), Crossing.of(own.kv, own.rows)
-        shift = own.here.group * own.rows
-        self.here = _tiles(own.here, shift + own.here.q_start, shift + own.here.k_start)
-        self.rest = _tiles(own.rest, own.rest.q_start, own.rest.k_start)
+        shift = own.local.group * own.rows
+        self.local = _tiles(own.local, shift + own.local.q_start, shift + own.local.k_start)
+        self.remote = _tiles(own.remote, own.remote.q_start, own.remote.k_start)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The tensors that one exchange takes from rank to rank. ``queries``, ``keys``: bytes of a row of each tensor, of
-    those that go with query rows and, behind them, with rows of keys. ``home``: from servers back."""
+    """Describes the tensors that one exchange carries between ranks.
+
+    ``queries``, ``keys``: bytes of a row of each tensor, of those that go with query rows and, behind them, with rows
+    of keys. ``returns``: from servers back to the rows' owners.
+    """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
-    home: bool = False
+    returns: bool = False
 
 
 class Dispatch:
-    """Who serves what of one batch, or of the batches of several groups of ranks, for one pass.
+    """Says who computes what for whom in one pass, of one batch or of the batches of several groups of ranks.
 
-    ``topology``: where the ranks are, which decides how messages travel; None: on one node.
+    ``topology``: where the ranks are, which decides how messages travel; None: all on one node.
     """
 
     def __init__(self, plan: Plan, topology: Topology | None = None) -> None:
@@ -117,18 +120,24 @@ class Dispatch:
         self._routes: dict[Bundle, Routes | None] = {}
 
     def served(self, rank: int) -> Served:
-        """Worked out at first use."""
+        """Returns what one rank sends and computes, made at first use."""
         if rank not in self._served:
             self._served[rank] = Served(self.plan, rank)
         return self._served[rank]
 
     def cells(self, rank: int) -> float:
-        """Visible (query, key) pairs that a rank computes; a heads group counts as its share of the heads."""
+        """Returns how many visible (query, key) pairs a rank computes.
+
+        A heads group counts as its share of the heads.
+        """
         return int(self.plan.cost.work[rank]) / self.plan.groups
 
     @cached_property
     def query_rows(self) -> Int64:
-        """(token, heads group) rows from rank to rank, int64 ``[W, W]``; the diagonal stays where it is."""
+        """Returns how many (token, heads group) rows go from rank to rank, int64 ``[W, W]``.
+
+        Those on the diagonal stay where they are.
+        """
         return self.plan.q.matrix(self.world)
 
     @cached_property
@@ -136,19 +145,22 @@ class Dispatch:
         return self.plan.kv.matrix(self.world)
 
     def sizes(self, bundle: Bundle) -> Int64:
-        """Bytes of each tensor from rank to rank, int64 ``[K, W, W]``; what stays where it is is on the diagonal."""
+        """Returns the bytes of each tensor from rank to rank, int64 ``[K, W, W]``.
+
+        Those on the diagonal stay where they are.
+        """
         sizes = [self.query_rows * width for width in bundle.queries] + [self.key_rows * width for width in bundle.keys]
         made = np.stack(sizes)
-        return made.transpose(0, 2, 1) if bundle.home else made
+        return made.transpose(0, 2, 1) if bundle.returns else made
 
     def routes(self, bundle: Bundle) -> Routes | None:
-        """How the messages of such an exchange travel; None: directly."""
+        """Returns how the messages of an exchange travel; None: directly."""
         if bundle not in self._routes:
             self._routes[bundle] = routes(self.sizes(bundle), self._topology)
         return self._routes[bundle]
 
     def sent(self, bundle: Bundle, rank: int) -> tuple[int, int]:
-        """Bytes and messages that a rank sends in it."""
+        """Returns the bytes and messages that a rank sends in an exchange."""
         routed = self.routes(bundle)
         if routed is not None:
             return routed.sent(rank)
@@ -156,7 +168,7 @@ class Dispatch:
         return int(sizes.sum()), int(np.count_nonzero(sizes))
 
     def carried(self, bundle: Bundle, rank: int) -> int:
-        """Bytes that a rank holds in it for others."""
+        """Returns the bytes that a rank holds for others in an exchange."""
         routed = self.routes(bundle)
         return 0 if routed is None else routed.carried(rank)
 

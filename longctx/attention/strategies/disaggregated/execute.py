@@ -1,19 +1,18 @@
 """Core-attention disaggregation: attention is cut into tasks, and any rank computes any task for any other.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), in place: every
-rank is also a server. Servers are stateless: they keep nothing between the passes, so that the two passes may be
-served by different ranks.
+rank is also a server. Servers keep nothing between the passes, so that the two passes may have different servers.
 
-    forward:                                        backward, of its own tasks:
-    send q, k, v rows to their servers              send q, dout, lse, delta and k, v rows to their servers
-    attend to what is all mine                      gradients of what is all mine
-    attend to what has arrived                      gradients of what has arrived
-    send (out, lse) home                            send dq, dk, dv home
-    merge what the servers of my queries found      add up, server by server in the order of ranks
+    forward:                                        backward, with an assignment of its own:
+    send rows of q, k, v to their servers           send rows of q, dout, lse, delta and k, v to their servers
+    attend in tasks that need no other rank         gradients of tasks that need no other rank
+    attend in tasks whose rows have arrived         gradients of tasks whose rows have arrived
+    return (out, lse) to the queries' owners        return dq, dk, dv to the rows' owners
+    merge what each server returned                 add what each server returned, in the order of ranks
 
-``longctx.planner`` assigns tasks to servers, with queries at home where the layout has them; this file executes any
-``Plan``, as ``dispatch`` reads it. Zeppelin (2025) is the same with another planner. A token crosses once per server,
-however many of its tasks read it. Delta travels in the place of O (``longctx.attention.runtime.delta``).
+``longctx.planner`` assigns tasks to servers; queries and results live where the layout puts them. This file executes
+any ``Plan``, as ``dispatch`` reads it. Zeppelin (2025) is the same with another planner. A token is sent once per
+server, however many of its tasks read it. Delta is sent in the place of out (``longctx.attention.runtime.delta``).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.delta import delta_of, stand_in
+from longctx.attention.runtime.delta import delta_of, surrogate_out
 from longctx.attention.runtime.operator import AttentionContext, Backward, Forward, Saved, define_strategy
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.attention.runtime.registry import Strategy
@@ -53,6 +52,7 @@ def _shape(sizes: Sizes) -> AttentionShape:
 
 
 def dispatches_for(plan: SequencePlan, planner: str, sizes: Sizes) -> Dispatches:
+    """Returns the dispatches of both passes for tensors of these sizes."""
     return dispatches(plan, planner, _shape(sizes), sizes.topology)
 
 
@@ -65,63 +65,76 @@ def prepare(planner: str, plan: SequencePlan, rank: int, sizes: Sizes) -> None:
 
 
 class ForwardRun:
-    """Attention of the local queries under way: posted when made, computed by ``serve``, complete after ``finish``."""
+    """Computes attention of the local queries in three steps.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionContext, dispatch: Dispatch) -> None:
-        self._served, self._call, self._shape = dispatch.served(call.group.rank), call, q.shape
+    It sends rows when it is made, computes in ``serve``, and merges in ``finish``.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, dispatch: Dispatch) -> None:
+        self._served, self._context, self._shape = dispatch.served(context.group.rank), context, q.shape
         self._groups = dispatch.plan.groups
         self._rows = tuple(by_row(tensor, self._groups) for tensor in (q, k, v))
-        self._dispatch, self._arriving = dispatch, Arriving(dispatch, self._rows[:1], self._rows[1:], call)
+        self._dispatch, self._arriving = dispatch, IncomingTokens(dispatch, self._rows[:1], self._rows[1:], context)
 
     def serve(self) -> None:
-        call, served, (q, k, v) = self._call, self._served, self._rows
-        self._own = Partial(q)
-        call.kernel.forward(q, k, v, served.here, call.scale, self._own)
+        """Computes this rank's tasks and sends their results."""
+        context, served, (q, k, v) = self._context, self._served, self._rows
+        self._partial = Partial(q)
+        context.kernel.forward(q, k, v, served.local, context.scale, self._partial)
         queries, keys, values = self._arriving.wait()
-        found = Partial(queries)
-        call.kernel.forward(queries, keys, values, served.rest, call.scale, found)
-        self._returning = Returning((found.out, found.lse), (), self._dispatch, call)
+        remote = Partial(queries)
+        context.kernel.forward(queries, keys, values, served.remote, context.scale, remote)
+        self._returning = ReturnedResults((remote.out, remote.lse), (), self._dispatch, context)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """(out in the accumulation dtype ``[B, T/SP, H/TP, D]``, lse ``[B, T/SP, H/TP]``) of the local queries."""
-        for server, found in enumerate(self._returning.wait()):
-            self._served.queries.merge(server, self._own, found)
-        out, lse = (by_sequence(whole, self._shape[:2], self._groups) for whole in (self._own.out, self._own.lse))
+        """Returns (out, lse) of the local queries.
+
+        out ``[B, T/SP, H/TP, D]`` in the accumulation dtype, lse ``[B, T/SP, H/TP]``.
+        """
+        for server, returned in enumerate(self._returning.wait()):
+            self._served.queries.merge(server, self._partial, returned)
+        out, lse = (
+            by_sequence(whole, self._shape[:2], self._groups) for whole in (self._partial.out, self._partial.lse)
+        )
         return out, lse
 
 
 class BackwardRun:
-    """Gradients under way, likewise; given the global lse and delta, the shares of tasks just add up."""
+    """Computes gradients in the same three steps as ``ForwardRun``.
 
-    def __init__(self, dout: Tensor, saved: Saved, call: AttentionContext, dispatch: Dispatch) -> None:
-        self._served, self._call, self._shape = dispatch.served(call.group.rank), call, dout.shape
+    Given the global lse and delta, the shares of tasks just add up.
+    """
+
+    def __init__(self, dout: Tensor, saved: Saved, context: AttentionContext, dispatch: Dispatch) -> None:
+        self._served, self._context, self._shape = dispatch.served(context.group.rank), context, dout.shape
         self._groups = dispatch.plan.groups
         self._dout, *self._saved = (by_row(tensor, self._groups) for tensor in (dout, *saved))
         q, k, v, out, lse = self._saved
         of_queries = (q, self._dout, lse, delta_of(self._dout, out))
-        self._dispatch, self._arriving = dispatch, Arriving(dispatch, of_queries, (k, v), call)
+        self._dispatch, self._arriving = dispatch, IncomingTokens(dispatch, of_queries, (k, v), context)
 
     def serve(self) -> None:
-        call, served, (q, k, v, out, lse) = self._call, self._served, self._saved
+        """Computes the gradients of this rank's tasks and sends them."""
+        context, served, (q, k, v, out, lse) = self._context, self._served, self._saved
         dtype = accumulation_dtype(q.dtype)
         self._grads = _zeros((q, k, v), dtype)
-        call.kernel.backward(self._dout, q, k, v, out, lse, served.here, call.scale, self._grads)
-        queries, upstream, sums, delta, keys, values = self._arriving.wait()
+        context.kernel.backward(self._dout, q, k, v, out, lse, served.local, context.scale, self._grads)
+        queries, douts, lses, deltas, keys, values = self._arriving.wait()
         shares = _zeros((queries, keys, values), dtype)
-        given = (upstream, queries, keys, values, stand_in(upstream, delta), sums)
-        call.kernel.backward(*given, served.rest, call.scale, shares)
-        travels = q.dtype if call.options.grad_dtype == "compute" else dtype
-        self._of_queries = Returning(shares[:1], (), self._dispatch, call, travels)
-        self._of_keys = Returning((), shares[1:], self._dispatch, call, travels)
+        rows = (douts, queries, keys, values, surrogate_out(douts, deltas), lses)
+        context.kernel.backward(*rows, served.remote, context.scale, shares)
+        grad_dtype = q.dtype if context.options.grad_dtype == "compute" else dtype
+        self._of_queries = ReturnedResults(shares[:1], (), self._dispatch, context, grad_dtype)
+        self._of_keys = ReturnedResults((), shares[1:], self._dispatch, context, grad_dtype)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv) of the local tokens in the accumulation dtype."""
+        """Returns (dq, dk, dv) of the local tokens in the accumulation dtype."""
         dq, dk, dv = self._grads
         queries, keys = self._served.queries, self._served.keys
-        for returning, crossing, wholes in ((self._of_queries, queries, (dq,)), (self._of_keys, keys, (dk, dv))):
+        for returning, crossing, grads in ((self._of_queries, queries, (dq,)), (self._of_keys, keys, (dk, dv))):
             for server, shares in enumerate(returning.wait()):
-                for whole, share in zip(wholes, shares, strict=True):
-                    crossing.add(server, whole, share)
+                for grad, share in zip(grads, shares, strict=True):
+                    crossing.add(server, grad, share)
         dq, dk, dv = (by_sequence(whole, self._shape[:2], self._groups) for whole in self._grads)
         return dq, dk, dv
 
@@ -132,15 +145,15 @@ def _zeros(like: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Ten
 
 
 def planned_by(planner: str) -> tuple[Forward, Backward]:
-    """Both passes of attention whose tasks ``planner`` assigns."""
+    """Returns both passes of attention whose tasks ``planner`` assigns."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-        run = ForwardRun(q, k, v, call, dispatches_of(call, planner, q, k)[0])
+    def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        run = ForwardRun(q, k, v, context, dispatches_of(context, planner, q, k)[0])
         run.serve()
         return run.finish()
 
-    def backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        run = BackwardRun(dout, saved, call, dispatches_of(call, planner, *saved[:2])[1])
+    def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        run = BackwardRun(dout, saved, context, dispatches_of(context, planner, *saved[:2])[1])
         run.serve()
         return run.finish()
 
@@ -148,8 +161,10 @@ def planned_by(planner: str) -> tuple[Forward, Backward]:
 
 
 def by_row(tensor: Tensor, groups: int = 1) -> Tensor:
-    """``[B, T/SP, H/TP, ...]`` as local rows of each of G heads groups, one behind the other, ``[1, G * B * T/SP,
-    H/TP/G, ...]``: a task may be of any batch row and group."""
+    """Lays out a tensor as local rows of each heads group, one group behind the other.
+
+    ``[B, T/SP, H/TP, ...]`` to ``[1, G * B * T/SP, H/TP/G, ...]``: a task may be of any batch row and group.
+    """
     if tensor.shape[2] % groups:
         raise ConfigError(
             f"a plan of {groups} heads groups cannot be served with {tensor.shape[2]} heads of a rank; it must "
@@ -159,32 +174,37 @@ def by_row(tensor: Tensor, groups: int = 1) -> Tensor:
 
 
 def by_sequence(rows: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    """The inverse of ``by_row``; ``shape``: (B, T/SP)."""
+    """Undoes ``by_row``. ``shape``: (B, T/SP)."""
     return rows[0].unflatten(0, (groups, shape.numel())).transpose(0, 1).flatten(1, 2).unflatten(0, shape)
 
 
-class Arriving:
-    """Tokens on their way to those who serve them: what belongs to queries, and keys and values."""
+class IncomingTokens:
+    """Sends local tokens to those who compute for them, and receives those that this rank computes for.
 
-    def __init__(self, dispatch: Dispatch, of_queries: Block, of_keys: Block, call: AttentionContext) -> None:
-        self._me = call.group.rank
+    ``of_queries``: tensors of query rows; ``of_keys``: keys and values.
+    """
+
+    def __init__(self, dispatch: Dispatch, of_queries: Block, of_keys: Block, context: AttentionContext) -> None:
+        self._me = context.group.rank
         served = dispatch.served(self._me)
         self._parts = [(served.queries, part) for part in of_queries] + [(served.keys, part) for part in of_keys]
         sends, receives = [], []
-        for other in call.group.others:
+        for other in context.group.others:
             for crossing, part in self._parts:
                 sends.append((other, crossing.read(other, part).contiguous()))
                 receives.append((other, part.new_empty(1, crossing.sent(other), *part.shape[2:])))
         bundle = Bundle(_widths(of_queries), _widths(of_keys))
-        self._pending = _started(call.group, dispatch.routes(bundle), sends, receives)
+        self._pending = _post(context.group, dispatch.routes(bundle), sends, receives)
 
     def wait(self) -> list[Tensor]:
-        """Buffers in order of heads group, document and position, ``[1, rows, H/TP/G, ...]``: those of queries, then of
-        keys."""
+        """Returns the buffers, ``[1, rows, H/TP/G, ...]``: those of queries, then of keys.
+
+        Rows are in order of heads group, document and position.
+        """
         arrived, number = self._pending.wait(), len(self._parts)
-        by_home = [arrived[first : first + number] for first in range(0, len(arrived), number)]
-        by_home.insert(self._me, [crossing.read(self._me, part) for crossing, part in self._parts])
-        whole = zip(zip(*by_home, strict=True), self._parts, strict=True)
+        by_owner = [arrived[first : first + number] for first in range(0, len(arrived), number)]
+        by_owner.insert(self._me, [crossing.read(self._me, part) for crossing, part in self._parts])
+        whole = zip(zip(*by_owner, strict=True), self._parts, strict=True)
         return [crossing.buffer(parts) for parts, (crossing, _) in whole]
 
 
@@ -196,12 +216,12 @@ def _widths(block: Block, dtypes: Sequence[torch.dtype] = ()) -> tuple[int, ...]
     )
 
 
-def _started(group: Group, routed: Routes | None, sends: list[Message], receives: list[Message]) -> Pending | Relay:
+def _post(group: Group, routed: Routes | None, sends: list[Message], receives: list[Message]) -> Pending | Relay:
     return exchange(group, sends, receives) if routed is None else Relay(group, sends, receives, routed.of(group.rank))
 
 
-class Returning:
-    """What was computed for tokens, queries or keys, on its way to their homes.
+class ReturnedResults:
+    """Sends results to the owners of their rows, of queries or of keys, and receives those of local rows.
 
     ``of_queries`` or ``of_keys``: by place in the server's buffer, the other empty. ``dtype``: what it is sent in, by
     default its own.
@@ -212,25 +232,25 @@ class Returning:
         of_queries: Block,
         of_keys: Block,
         dispatch: Dispatch,
-        call: AttentionContext,
+        context: AttentionContext,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._me, block = call.group.rank, of_queries or of_keys
+        self._me, block = context.group.rank, of_queries or of_keys
         served = dispatch.served(self._me)
         crossing, self._number = (served.queries if of_queries else served.keys), len(block)
         self._own = tuple(crossing.picked(self._me, part, part.dtype) for part in block)
         dtypes = [dtype or part.dtype for part in block]
         sends, receives = [], []
-        for other in call.group.others:
+        for other in context.group.others:
             for part, its in zip(block, dtypes, strict=True):
                 sends.append((other, crossing.picked(other, part, its)))
                 receives.append((other, part.new_empty(1, crossing.asked(other), *part.shape[2:], dtype=its)))
         widths = _widths(block, dtypes)
-        bundle = Bundle(widths, (), home=True) if of_queries else Bundle((), widths, home=True)
-        self._pending = _started(call.group, dispatch.routes(bundle), sends, receives)
+        bundle = Bundle(widths, (), returns=True) if of_queries else Bundle((), widths, returns=True)
+        self._pending = _post(context.group, dispatch.routes(bundle), sends, receives)
 
     def wait(self) -> Iterator[Block]:
-        """What each server found, in the order of ranks, so that sums do not depend on who came first."""
+        """Yields each server's results, in the order of ranks, so that sums do not depend on who came first."""
         arrived = self._pending.wait()
         blocks = [arrived[first : first + self._number] for first in range(0, len(arrived), self._number)]
         blocks.insert(self._me, list(self._own))
@@ -238,23 +258,23 @@ class Returning:
 
 
 def bundles_of(dispatch: Dispatch, sizes: Sizes) -> tuple[list[Bundle], list[Bundle]]:
-    """What the exchanges of the forward and of the backward pass move."""
+    """Returns what the exchanges of the forward and of the backward pass move."""
     one = of_a_row(sizes, dispatch)
     compute = sizes.options.grad_dtype == "compute"
     dq, dk = (one.queries, one.keys) if compute else (one.query_gradients, one.key_gradients)
-    forward = [Bundle((one.queries,), (one.keys,) * 2), Bundle((one.query_gradients, one.lse), (), home=True)]
-    upstream = Bundle((one.queries,) * 2 + (one.lse,) * 2, (one.keys,) * 2)
-    return forward, [upstream, Bundle((dq,), (), home=True), Bundle((), (dk,) * 2, home=True)]
+    forward = [Bundle((one.queries,), (one.keys,) * 2), Bundle((one.query_gradients, one.lse), (), returns=True)]
+    inputs = Bundle((one.queries,) * 2 + (one.lse,) * 2, (one.keys,) * 2)
+    return forward, [inputs, Bundle((dq,), (), returns=True), Bundle((), (dk,) * 2, returns=True)]
 
 
 def of_a_row(sizes: Sizes, dispatch: Dispatch) -> Sizes:
-    """Local rows are those of all sequences of the batch, each of one heads group."""
+    """Returns the sizes of a local row, which is one token of one batch row and one heads group."""
     groups = dispatch.plan.groups
     return replace(sizes, batch=1, heads=sizes.heads // groups, kv_heads=sizes.kv_heads // groups)
 
 
 def work(planner: str, plan: SequencePlan, rank: int, inner: int) -> float:
-    """Of the forward pass as it was planned first."""
+    """Returns the cells that a rank computes in the forward pass, as it was planned first."""
     return first_dispatch(plan, planner).cells(rank)
 
 

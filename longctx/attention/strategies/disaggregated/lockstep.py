@@ -1,4 +1,4 @@
-"""Ticks of a pipeline whose stages are all in one phase, and one plan over all of them for each exchange of a tick.
+"""Pipeline ticks for disaggregation across stages: all stages are in one phase, and each exchange has one plan.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), section on
 pipeline parallelism. M microbatches on P stages take M + P - 1 forward ticks and then as many backward:
@@ -6,9 +6,9 @@ pipeline parallelism. M microbatches on P stages take M + P - 1 forward ticks an
     forward tick t    stage p holds microbatch t - p
     backward tick t   stage p holds microbatch t - (P - 1 - p)
 
-so what stage p does forward in tick t it does backward in tick t + P - 1 - 2p. A stage without a microbatch serves the
-others. Exchanges of a tick are numbered from the stage's first layer on, backward from its last: in number c take part,
-with queries of their own, the stages that hold a microbatch and have more than c layers.
+What stage p does forward in tick t it does backward in tick t + P - 1 - 2p. A stage without a microbatch computes for
+the others. Exchanges of a tick are numbered from the stage's first layer on, backward from its last. In number c take
+part, with queries of their own, the stages that hold a microbatch and have more than c layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Phase(Enum):
 
 
 class LockstepPlan:
-    """The ticks of one step: a pure function of its batches, the same on all ranks of the pipeline.
+    """Plans the ticks of one step: a pure function of its batches, the same on all ranks of the pipeline.
 
     ``plans``: of the microbatches in order. ``layers``: softmax layers of every stage. Ranks of all stages that share
     sequences are one group, stage by stage, on nodes as ``topology`` has them. Every exchange is planned at first use.
@@ -54,31 +54,31 @@ class LockstepPlan:
 
     @property
     def count(self) -> int:
-        """How many ticks each phase has."""
+        """Returns how many ticks each phase has."""
         return len(self.plans) + len(self.layers) - 1
 
     def microbatch(self, phase: Phase, tick: int, stage: int) -> int | None:
-        """What the stage holds in this tick."""
+        """Returns the number of the microbatch that a stage holds in a tick; None if it holds none."""
         number = tick - (stage if phase is Phase.FORWARD else len(self.layers) - 1 - stage)
         return number if 0 <= number < len(self.plans) else None
 
-    def held(self, phase: Phase, tick: int, call: int) -> Held:
-        """Who takes part in exchange number ``call`` of the tick."""
+    def held(self, phase: Phase, tick: int, exchange: int) -> Held:
+        """Returns, by stage, the microbatch whose tokens take part in an exchange of the tick."""
         numbers = [self.microbatch(phase, tick, stage) for stage in range(len(self.layers))]
-        return tuple(number if call < layers else None for number, layers in zip(numbers, self.layers, strict=True))
+        return tuple(number if exchange < layers else None for number, layers in zip(numbers, self.layers, strict=True))
 
-    def calls(self, phase: Phase, tick: int) -> int:
-        """Exchanges of the tick, which all ranks join: as many as the busiest stage has layers."""
+    def exchanges(self, phase: Phase, tick: int) -> int:
+        """Returns how many exchanges a tick has, which all ranks join: as many as the busiest stage has layers."""
         held = zip(self.held(phase, tick, 0), self.layers, strict=True)
         return max((layers for number, layers in held if number is not None), default=0)
 
-    def dispatch(self, phase: Phase, tick: int, call: int) -> Dispatch:
-        """Who serves what of exchange number ``call``."""
-        return self._dispatch(self.held(phase, tick, call))
+    def dispatch(self, phase: Phase, tick: int, exchange: int) -> Dispatch:
+        """Returns who computes what for whom in an exchange."""
+        return self._dispatch(self.held(phase, tick, exchange))
 
-    def assign(self, phase: Phase, tick: int, call: int, dispatch: Dispatch) -> None:
-        """Serves it so, in place of what the planner would say."""
-        self._dispatches[self.held(phase, tick, call)] = dispatch
+    def assign(self, phase: Phase, tick: int, exchange: int, dispatch: Dispatch) -> None:
+        """Sets who computes what for whom in an exchange, in place of what the planner would say."""
+        self._dispatches[self.held(phase, tick, exchange)] = dispatch
 
     def ready(self, rank: int) -> None:
         """Plans all exchanges, and works out all that ``rank`` will ask for in them."""
@@ -87,24 +87,24 @@ class LockstepPlan:
                 dispatch.served(rank)
 
     def work(self, rank: int, phase: Phase = Phase.FORWARD) -> float:
-        """(query, key) cells that a rank computes in a phase of the step, for all layers."""
+        """Returns the (query, key) cells that a rank computes in a phase of the step, for all layers."""
         return sum(dispatch.cells(rank) for dispatch in self._all(phase))
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
-        """What a rank sends in the step, in all layers."""
+        """Returns what a rank sends in the step, in all layers."""
         nothing = Volume(0, 0, 0, 0)
         forward = sum((volume_of(one, rank, sizes) for one in self._all(Phase.FORWARD)), nothing)
         backward = sum((volume_of(one, rank, sizes) for one in self._all(Phase.BACKWARD)), nothing)
         return Volume(forward.forward, backward.backward, forward.messages_forward, backward.messages_backward)
 
     def batches(self, held: Held) -> list[SequencePlan | None]:
-        """Whose tokens those that take part are, by stage."""
+        """Returns, by stage, the plan of the microbatch that takes part; None for none."""
         return [None if number is None else self.plans[number] for number in held]
 
     def _all(self, phase: Phase) -> Iterator[Dispatch]:
         for tick in range(self.count):
-            for call in range(self.calls(phase, tick)):
-                yield self.dispatch(phase, tick, call)
+            for exchange in range(self.exchanges(phase, tick)):
+                yield self.dispatch(phase, tick, exchange)
 
     def _dispatch(self, held: Held) -> Dispatch:
         if held not in self._dispatches:
@@ -120,8 +120,10 @@ def lockstep_plan_of(
     widths: AttentionShape,
     topology: Topology | None = None,
 ) -> LockstepPlan:
-    """The ticks of these batches, on one node or as ``topology`` has the ranks of all stages; or those made before, as
-    long as anybody holds them."""
+    """Returns the ticks of these batches, or those made before, as long as anybody holds them.
+
+    Ranks of all stages are on one node, or as ``topology`` has them.
+    """
     topology = topology or one_node(len(layers) * plans[0].world)
     key = (LockstepPlan, *(plan.id for plan in plans), *layers, planner, widths, topology)
     return shared(key, lambda: LockstepPlan(plans, layers, planner, widths, topology))

@@ -1,15 +1,16 @@
-"""Disaggregated attention in three operators, so that two nano-batches may take turns between exchanging and computing.
+"""Ping-pong of disaggregated attention: three operators, so that two nano-batches take turns to exchange and compute.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), section on
-ping-pong: the exchange of one nano-batch hides behind the computing of the other.
+ping-pong. The exchange of one nano-batch hides behind the computing of the other.
 
     start 0   start 1   serve 0   serve 1   finish 0   post 0   finish 1   post 1
-    q, k, v   q, k, v   attend    attend    merge               merge
-    leave     leave     o leaves  o leaves
+    send      send      attend    attend    merge               merge
+    q, k, v   q, k, v   send out  send out
 
-Each is an autograd node of its own, and the backward pass comes to them in the opposite order: dout leaves in that of
-``finish``, gradients are computed in that of ``serve``, and awaited in that of ``start``. A handle names the run in all
-of them (``longctx.sequence.handles``). What joins the nodes is an empty tensor on the device of q, and its gradient.
+Each is an autograd node of its own, and the backward pass comes to them in the opposite order. The backward of
+``finish`` sends dout, that of ``serve`` computes gradients, and that of ``start`` awaits them. A handle names the run
+in all of them (``longctx.sequence.handles``). What joins the nodes is an empty tensor on the device of q, and its
+gradient.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from longctx.sequence.handles import begin, end, new_handle, running
 
 
 @dataclass(frozen=True)
-class Underway:
-    """One nano-batch between the steps. ``link``: what the step before returned."""
+class NanoBatch:
+    """Holds one nano-batch between the steps. ``link``: what the step before returned."""
 
     run: Tensor
     link: Tensor
@@ -46,35 +47,35 @@ class Underway:
 
 
 class PingPongAttention:
-    """``StrategyAttention`` of the disaggregated strategy with a step between ``start`` and ``finish``."""
+    """Computes disaggregated attention with a step between ``start`` and ``finish``."""
 
     def __init__(self, group: Group, kernel: str = "auto", options: StrategyOptions = DEFAULT) -> None:
         self._group, self._kernel, self._options = group.name, kernel, encoded(options)
 
-    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Underway:
-        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` leave for those who serve them."""
+    def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> NanoBatch:
+        """Sends q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to the ranks that compute for them."""
         run = new_handle()
-        return Underway(run, _start(q, k, v, run, plan, *self._context(q)), (q, k, v), plan)
+        return NanoBatch(run, _start(q, k, v, run, plan, *self._context(q)), (q, k, v), plan)
 
-    def serve(self, under_way: Underway) -> Underway:
-        """Attends to what has come, and sends the results home."""
-        return replace(under_way, link=_serve(under_way.link, under_way.run))
+    def serve(self, nano_batch: NanoBatch) -> NanoBatch:
+        """Computes for the tokens that have arrived, and sends the results to their owners."""
+        return replace(nano_batch, link=_serve(nano_batch.link, nano_batch.run))
 
-    def finish(self, under_way: Underway) -> Tensor:
-        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
-        q, k, v = under_way.tensors
-        out: Tensor = _finish(under_way.link, q, k, v, under_way.run, under_way.plan, *self._context(q))[0]
+    def finish(self, nano_batch: NanoBatch) -> Tensor:
+        """Returns attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        q, k, v = nano_batch.tensors
+        out: Tensor = _finish(nano_batch.link, q, k, v, nano_batch.run, nano_batch.plan, *self._context(q))[0]
         return out
 
     def _context(self, q: Tensor) -> tuple[Any, ...]:
         return (self._group, self._kernel, q.shape[-1] ** -0.5, self._options)
 
 
-def run_start(q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any) -> Tensor:
-    call = context_of(q, k, *context)
-    require_fit(q, call.plan, call.group)
-    there, _ = dispatches_of(call, PLANNERS["disaggregated"], q, k)
-    begin(run, ForwardRun(q, k, v, call, there))
+def run_start(q: Tensor, k: Tensor, v: Tensor, run: Tensor, *names: Any) -> Tensor:
+    context = context_of(q, k, *names)
+    require_fit(q, context.plan, context.group)
+    there, _ = dispatches_of(context, PLANNERS["disaggregated"], q, k)
+    begin(run, ForwardRun(q, k, v, context, there))
     return q.new_empty(0)
 
 
@@ -83,21 +84,21 @@ def run_serve(link: Tensor, run: Tensor) -> Tensor:
     return link.new_empty(0)
 
 
-def run_finish(link: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+def run_finish(link: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *names: Any) -> tuple[Tensor, Tensor]:
     out, lse = end(run).finish()
     return out.to(q.dtype), lse
 
 
 def run_finish_backward(dout: Tensor, link: Tensor, *given: Any) -> Tensor:
-    q, k, v, out, lse, run, *context = given
-    call = context_of(q, k, *context)
-    _, back = dispatches_of(call, PLANNERS["disaggregated"], q, k)
-    begin(run, BackwardRun(dout, (q, k, v, out, lse), call, back))
+    q, k, v, out, lse, run, *names = given
+    context = context_of(q, k, *names)
+    _, back = dispatches_of(context, PLANNERS["disaggregated"], q, k)
+    begin(run, BackwardRun(dout, (q, k, v, out, lse), context, back))
     return link.new_empty(0)
 
 
 def run_start_backward(
-    dlink: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *context: Any
+    dlink: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *names: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = end(run).finish()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

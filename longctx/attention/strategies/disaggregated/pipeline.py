@@ -1,15 +1,15 @@
-"""Disaggregated attention whose servers are the ranks of all pipeline stages: one plan over the stages for each tick.
+"""Disaggregated attention across pipeline stages: the ranks of all stages are servers, with one plan per exchange.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (2025), in place and
 with a pipeline. All stages run the same phase (``disaggregated.lockstep``), so that in every exchange all of them
 compute the forward or all the backward pass of attention:
 
-    tick:
-        a stage with a microbatch   layer by layer: its tokens leave, it serves, its results come home
-        afterwards, and without     it serves what is left of the tick's exchanges, with no tokens of its own
+    for tick in ticks:
+        a stage with a microbatch    layer by layer: sends its tokens, computes for others, receives its results
+        every stage                  computes for others in the tick's further exchanges, with no tokens of its own
 
-Which exchange of which tick an operator's call is, is known to the attention object whose tick is running; the handle
-that the operator is given names it.
+The attention object whose tick is running knows which exchange an operator's call is. The handle that the operator is
+given names it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from longctx.sequence.handles import name
 
 @dataclass
 class RunningTick:
-    """One tick as one rank goes through it. ``made``: exchanges that it has joined so far."""
+    """Follows one rank through one tick. ``made``: exchanges that it has joined so far."""
 
     ticks: LockstepPlan
     phase: Phase
@@ -54,7 +54,7 @@ class RunningTick:
     made: int = 0
 
     def next(self, phase: Phase, plan: SequencePlan) -> Dispatch:
-        """The exchange of the stage's next layer, forward, or of the one before, backward."""
+        """Returns the exchange of the stage's next layer, forward, or of the one before, backward."""
         microbatch = self.ticks.microbatch(self.phase, self.number, self.stage)
         assert phase is self.phase, f"{phase.value} pass of attention in {self._name}"
         assert self.made < self.ticks.layers[self.stage], f"call {self.made} of attention in {self._name}"
@@ -63,12 +63,12 @@ class RunningTick:
         return self.ticks.dispatch(phase, self.number, self.made - 1)
 
     def rest(self) -> Iterator[Dispatch]:
-        """The exchanges in which this stage has no tokens."""
+        """Yields the exchanges in which this stage has no tokens."""
         microbatch = self.ticks.microbatch(self.phase, self.number, self.stage)
         own = 0 if microbatch is None else self.ticks.layers[self.stage]
         assert self.made == own, f"{self.made} of {own} layers attended in {self._name}"
-        for call in range(own, self.ticks.calls(self.phase, self.number)):
-            yield self.ticks.dispatch(self.phase, self.number, call)
+        for exchange in range(own, self.ticks.exchanges(self.phase, self.number)):
+            yield self.ticks.dispatch(self.phase, self.number, exchange)
 
     @property
     def _name(self) -> str:
@@ -76,9 +76,9 @@ class RunningTick:
 
 
 class StagePlan:
-    """A microbatch's plan on one stage: what an operator's call across stages is given the handle of.
+    """Joins a microbatch's plan with the attention of one stage; operators across stages are given its handle.
 
-    ``attention``: whose running tick knows which exchange the call is.
+    ``attention``: whose running tick knows which exchange a call is.
     """
 
     def __init__(self, plan: SequencePlan, attention: StageAttention) -> None:
@@ -86,25 +86,25 @@ class StagePlan:
         self.handle: Tensor = name(self)
 
     def dispatch(self, phase: Phase) -> Dispatch:
-        """The exchange that the running tick comes to next."""
+        """Returns the exchange that the running tick comes to next."""
         running = self._attention.running
         assert running is not None, "attention across stages is computed inside StageAttention.tick"
         return running.next(phase, self.plan)
 
 
-def _dispatch(call: AttentionContext, phase: Phase) -> Dispatch:
-    assert isinstance(call.named, StagePlan), "StageAttention makes the handles"
-    return call.named.dispatch(phase)
+def _dispatch(context: AttentionContext, phase: Phase) -> Dispatch:
+    assert isinstance(context.named, StagePlan), "StageAttention makes the handles"
+    return context.named.dispatch(phase)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionContext) -> tuple[Tensor, Tensor]:
-    run = ForwardRun(q, k, v, call, _dispatch(call, Phase.FORWARD))
+def _forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    run = ForwardRun(q, k, v, context, _dispatch(context, Phase.FORWARD))
     run.serve()
     return run.finish()
 
 
-def _backward(dout: Tensor, saved: Saved, call: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-    run = BackwardRun(dout, saved, call, _dispatch(call, Phase.BACKWARD))
+def _backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    run = BackwardRun(dout, saved, context, _dispatch(context, Phase.BACKWARD))
     run.serve()
     return run.finish()
 
@@ -114,7 +114,7 @@ _attend = define_strategy("disaggregated_across_stages", _forward, _backward, fi
 
 @dataclass(frozen=True)
 class Empty:
-    """What a rank brings to an exchange in which it only serves: tensors of its heads and no tokens."""
+    """Describes the tensors of a rank in an exchange in which it only serves: of its heads and no tokens."""
 
     heads: int
     kv_heads: int
@@ -128,17 +128,17 @@ class Empty:
 
     @property
     def saved(self) -> Saved:
-        """q, k, v, out and lse."""
+        """Returns q, k, v, out and lse of no tokens."""
         q = torch.empty(1, 0, self.heads, self.head_dim, dtype=self.dtype, device=self.device)
         k = q.new_empty(1, 0, self.kv_heads, self.head_dim)
         return q, k, k, q, q.new_empty(q.shape[:3], dtype=accumulation_dtype(self.dtype))
 
 
 class StageAttention:
-    """Core attention on the ranks of all stages that share sequences, which serve one another tick by tick.
+    """Computes attention on the ranks of all stages that share sequences, which compute for one another tick by tick.
 
     ``group``: those ranks, stage by stage, on a channel that carries nothing else. ``layers``: softmax layers of every
-    stage; ``stage``: this rank's. ``empty``: what it brings where it only serves. ``planner``: who assigns tasks.
+    stage; ``stage``: this rank's. ``empty``: its tensors where it only serves. ``planner``: who assigns tasks.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class StageAttention:
         self.running: RunningTick | None = None
 
     def open(self, plans: Sequence[SequencePlan]) -> LockstepPlan:
-        """The ticks of a step on these microbatches; all ranks of all stages have the same."""
+        """Returns the ticks of a step on these microbatches; all ranks of all stages have the same."""
         self._ticks = lockstep_plan_of(
             plans, self.layers, self._planner, self._empty.widths, topology_of(self._group.ranks)
         )
@@ -168,7 +168,7 @@ class StageAttention:
 
     @contextmanager
     def tick(self, phase: Phase, number: int) -> Iterator[None]:
-        """Inside, the stage takes its microbatch through its layers, if it holds one; at the end it serves the rest."""
+        """Runs one tick: inside, the stage takes its microbatch through its layers; at the end it serves the rest."""
         assert self._ticks is not None, "a step is opened before its ticks"
         self.running = running = RunningTick(self._ticks, phase, number, self.stage)
         try:
@@ -180,7 +180,10 @@ class StageAttention:
             self.running = None
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
-        """q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan."""
+        """Computes attention of the local tokens of a microbatch.
+
+        q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan.
+        """
         assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
         scale, options = q.shape[-1] ** -0.5, encoded(self._options)
         assert int(plan) in self._plans, "attention across stages is inside StageAttention.tick, of opened plans"
@@ -188,18 +191,18 @@ class StageAttention:
         return Started(_attend(q, k, v, handle, self._group.name, self._kernel, scale, options)[0])
 
     def finish(self, started: Started) -> Tensor:
-        """Attention of the local queries, ``[B, T/SP, H/TP, D]``."""
+        """Returns attention of the local queries, ``[B, T/SP, H/TP, D]``."""
         return started.out
 
     def _serve(self, phase: Phase, dispatch: Dispatch) -> None:
         assert self._ticks is not None, "inside a tick"
         saved = q, k, v, _, _ = self._empty.saved
-        # Who asks nothing has no batch of its own; any will do.
+        # Without queries it has no batch of its own; any will do.
         plan, kernel = self._ticks.plans[0], kernel_for(self._kernel, q, k)
-        call = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options, plan)
+        context = AttentionContext(plan, self._group, kernel, q.shape[-1] ** -0.5, self._options, plan)
         if phase is Phase.FORWARD:
-            run: ForwardRun | BackwardRun = ForwardRun(q, k, v, call, dispatch)
+            run: ForwardRun | BackwardRun = ForwardRun(q, k, v, context, dispatch)
         else:
-            run = BackwardRun(q, saved, call, dispatch)
+            run = BackwardRun(q, saved, context, dispatch)
         run.serve()
         run.finish()

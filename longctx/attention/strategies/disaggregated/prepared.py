@@ -1,4 +1,4 @@
-"""The dispatches of a batch, kept with its plan: made once, by the thread that plans ahead or by the first operator."""
+"""The dispatches of a batch, kept with its plan: made once, ahead of time or by the first operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Dispatches = tuple[Dispatch, Dispatch]  # of the forward and of the backward pas
 
 @dataclass(frozen=True)
 class DispatchKey:
-    """What a planner was asked for."""
+    """Names what a planner was asked for."""
 
     planner: str
     widths: AttentionShape
@@ -26,7 +26,10 @@ class DispatchKey:
 
 @dataclass
 class Known:
-    """What is known of one plan. ``assigned``: by hand, by planner's name. ``prepared``: keys that were made ahead."""
+    """Holds the dispatches of one sequence plan.
+
+    ``assigned``: by hand, by planner's name. ``prepared``: keys that were made ahead of time.
+    """
 
     assigned: dict[str, Dispatches] = field(default_factory=dict)
     planned: dict[DispatchKey, Dispatches] = field(default_factory=dict)
@@ -39,8 +42,10 @@ def _known(plan: SequencePlan) -> Known:
 
 
 def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, planner: str = "cad") -> None:
-    """Serves the batch of this plan so, in place of what ``planner`` would say. Raises ConfigError for a plan of other
-    tokens or another mask, or that is not legal."""
+    """Sets who computes what of the batch of this plan, in place of what ``planner`` would say.
+
+    Raises ``ConfigError`` for a plan of other tokens or another mask, or that is not legal.
+    """
     there, back = (Dispatch(fitting(plan, one)) for one in (forward, backward or forward))
     _known(plan).assigned[planner] = there, back
 
@@ -48,28 +53,36 @@ def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, plan
 def dispatches(
     plan: SequencePlan, planner: str, widths: AttentionShape, topology: Topology | None = None
 ) -> Dispatches:
-    """Planned at first use, for heads of these ``widths`` and ranks on one node, or as ``topology`` has them; all ranks
-    come to the same."""
+    """Returns the dispatches of both passes, planned at first use; all ranks come to the same.
+
+    ``widths``: of the heads. ``topology``: how ranks lie on nodes; None: all on one.
+    """
     return _found(plan, DispatchKey(planner, widths, topology or one_node(plan.world)))
 
 
 def prepared(plan: SequencePlan, planner: str, widths: AttentionShape, topology: Topology | None = None) -> Dispatches:
-    """Likewise, ahead of the operators: from then on they may ask for nothing that was not prepared."""
+    """Plans the dispatches of both passes ahead of the operators.
+
+    From then on operators may ask for nothing that was not prepared.
+    """
     key = DispatchKey(planner, widths, topology or one_node(plan.world))
     _known(plan).prepared.add(key)
     return _found(plan, key)
 
 
-def dispatches_of(call: AttentionContext, planner: str, q: Tensor, k: Tensor) -> Dispatches:
-    """Those of an operator's call with queries and keys such as these."""
-    key = DispatchKey(planner, widths_of(q, k), topology_of(call.group.ranks))
-    ahead = [one for one in _known(call.plan).prepared if one.planner == planner]
+def dispatches_of(context: AttentionContext, planner: str, q: Tensor, k: Tensor) -> Dispatches:
+    """Returns the dispatches of an operator with queries and keys such as these."""
+    key = DispatchKey(planner, widths_of(q, k), topology_of(context.group.ranks))
+    ahead = [one for one in _known(context.plan).prepared if one.planner == planner]
     assert not ahead or key in ahead, f"an operator asks for {key}, and {ahead} was planned ahead"
-    return _found(call.plan, key)
+    return _found(context.plan, key)
 
 
 def first_dispatch(plan: SequencePlan, planner: str) -> Dispatch:
-    """Of the forward pass as it was planned first; if it was not, for heads of the planner's default widths."""
+    """Returns the dispatch of the forward pass as it was planned first.
+
+    If it was not planned yet, for heads of the planner's default widths.
+    """
     known = _known(plan)
     if planner in known.assigned:
         return known.assigned[planner][0]
