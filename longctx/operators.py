@@ -103,9 +103,20 @@ def _values(declared: Iterable[str]) -> tuple[Value, ...]:
     return tuple(Value(name, kind == "Tensor[]") for kind, name in map(str.split, declared))
 
 
+def _unseen(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Hides what runs behind an operator from Dynamo, which would compile plans and messages into graphs.
+
+    Dynamo looks at every frame that a compiled caller leaves to Python, and at what that calls. Nothing is imported.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(run.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return run
+
+
 def _register(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _unseen(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[operator] = operator.python_body = run  # by which ``sim`` finds it, which knows nothing of ours
@@ -171,7 +182,7 @@ def _join(known: Differentiation) -> None:
         with below():
             return operator.redispatch(keyset & after, *arguments)
 
-    _LIBRARY.impl(operator._schema.name.removeprefix(f"{NAMESPACE}::"), run, "Autograd", with_keyset=True)
+    _LIBRARY.impl(operator._schema.name.removeprefix(f"{NAMESPACE}::"), _unseen(run), "Autograd", with_keyset=True)
 
 
 Run = Callable[[Any, tuple[Any, ...]], Any]  # an operator by its arguments, recorded

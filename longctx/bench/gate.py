@@ -52,7 +52,7 @@ def shrunk(case: VerifyCase) -> VerifyCase:
     bounds = [0, *(end * seq // case.seq for end in itertools.accumulate(case.documents))]
     lengths = tuple(stop - start for start, stop in itertools.pairwise(bounds) if stop > start)
     window = None if case.window is None else max(1, case.window * seq // case.seq)
-    return replace(case, seq=seq, documents=lengths, window=window, batch=1)
+    return replace(case, seq=seq, documents=lengths, window=window, batch=min(case.batch, 2))
 
 
 def errors_of(case: VerifyCase, group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:

@@ -7,7 +7,8 @@ anything: chunks differ by at most one token and ranks may be empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -138,6 +139,8 @@ def make_layout(name: str, block: int = 1) -> Layout:
     ``block``: of layouts that have one.
     """
     kind = LAYOUTS.load(name)
+    if not is_dataclass(cast(object, kind)):
+        raise ConfigError(f"layout {name} is {kind.__name__}, which must be a frozen dataclass")
     if any(one.name == "block" for one in fields(kind)):
         return cast(Layout, kind(block))
     if block != 1:
@@ -145,10 +148,37 @@ def make_layout(name: str, block: int = 1) -> Layout:
     return cast(Layout, kind())
 
 
+@lru_cache(maxsize=16)
+def positions_by_rank(layout: Layout, length: int, world: int) -> tuple[Int64, ...]:
+    """Returns the positions of every rank, after checking that they are a partition of ``length`` tokens.
+
+    Kept, as all batches of a run ask for the same. Raises ``ConfigError``, for an attention over shards that overlap or
+    have holes is wrong without a sign.
+    """
+    shards = tuple(layout.positions(length, world, rank) for rank in range(world))
+    where = f"layout {layout.name} of {length} tokens on {world} ranks"
+    for rank, shard in enumerate(shards):
+        if not (isinstance(shard, np.ndarray) and shard.dtype == np.int64 and shard.ndim == 1):
+            kind = f"{shard.dtype} of {shard.ndim} dims" if isinstance(shard, np.ndarray) else type(shard).__name__
+            raise ConfigError(f"{where}: positions of rank {rank} must be a NumPy array of int64, [n], got {kind}")
+        if (np.diff(shard) < 1).any():
+            at = int(np.flatnonzero(np.diff(shard) < 1)[0])
+            raise ConfigError(f"{where}: positions of rank {rank} must ascend, got {shard[at]} before {shard[at + 1]}")
+        if len(shard) and not 0 <= shard[0] <= shard[-1] < length:
+            raise ConfigError(
+                f"{where}: positions of rank {rank} must lie in [0, {length}), got {shard[0]}..{shard[-1]}"
+            )
+    holders = np.bincount(np.concatenate(shards), minlength=length)
+    if (holders != 1).any():
+        position = int(np.flatnonzero(holders != 1)[0])
+        raise ConfigError(f"{where}: position {position} is on {holders[position]} ranks, and must be on exactly one")
+    return shards
+
+
 def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> int:
     """Returns the physical tokens per rank: the longest shard, rounded up to ``multiple`` (the tensor-parallel degree).
 
     It is a constant of the run; only the valid lengths inside it vary by rank.
     """
-    longest = max(len(layout.positions(length, world, rank)) for rank in range(world))
+    longest = max(map(len, positions_by_rank(layout, length, world)))
     return max(1, -(-longest // multiple)) * multiple

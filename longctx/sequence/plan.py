@@ -18,7 +18,7 @@ from torch import Tensor
 from longctx.errors import ConfigError
 from longctx.sequence.documents import Documents, Int64
 from longctx.sequence.handles import name, named
-from longctx.sequence.layout import Joined, Layout, shard_length
+from longctx.sequence.layout import Joined, Layout, positions_by_rank, shard_length
 from longctx.sequence.mask import Mask
 from longctx.sequence.rows import Rows
 from longctx.sequence.tiles import (
@@ -60,7 +60,7 @@ class SequencePlan:
         self.world = world
         self._multiple = multiple
         self.shard = shard_length(layout, length, world, multiple)
-        self._positions = [layout.positions(length, world, rank) for rank in range(world)]
+        self._positions = positions_by_rank(layout, length, world)
         self.views: dict[Any, Any] = {}
         self.handle: Tensor = name(self)
         self.id = int(self.handle)
@@ -87,12 +87,18 @@ class SequencePlan:
 
     @view
     def packed_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
-        """Returns ``tiles`` with keys numbered by place in a buffer that holds only ``rows`` of the key shard."""
+        """Returns ``tiles`` with keys numbered by place in a buffer that holds only ``rows`` of the key shard.
+
+        ``rows`` cover all that the tiles read (``reads``): tiles are renumbered, not cut.
+        """
         return renumber_keys(self.tiles(q_rank, k_rank), rows)
 
     @view
     def visiting_tiles(self, q_rank: int, k_rank: int, rows: Rows) -> tuple[TileSet, ...]:
-        """Returns ``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard."""
+        """Returns ``tiles`` with queries numbered by place in a buffer that holds only ``rows`` of the query shard.
+
+        ``rows`` cover all queries of the tiles (``sees``).
+        """
         return renumber_queries(self.tiles(q_rank, k_rank), rows)
 
     @view

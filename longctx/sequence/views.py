@@ -26,7 +26,8 @@ def view(make: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, 
         assert not named, f"{make.__name__} takes its arguments by position"
         known = (make, *key)
         if known not in plan.views:
-            plan.views[known] = make(plan, *key, **named)
+            # Two threads may make one at the same time; both then have the one that was first.
+            plan.views.setdefault(known, make(plan, *key, **named))
         found: T = plan.views[known]
         return found
 

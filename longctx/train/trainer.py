@@ -69,7 +69,7 @@ class Trainer:
         if outcome == "stopped":
             raise RequeueError(
                 f"asked to stop: saved step {self.state.step} of {self.config.train.steps} in "
-                f"{self.config.run.dir}; start again with --resume"
+                f"{self.config.run.dir}; go on with --resume run.dir={self.config.run.dir}"
             )
 
     def _loop(self) -> tuple[str, dict[str, Any]]:

@@ -5,13 +5,16 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longctx.attention import StrategyAttention, dense_attention, get_strategy
 from longctx.attention.runtime.operator import decoded, encoded
+from longctx.catalog import STRATEGIES
 from longctx.errors import ConfigError
 from longctx.options import StrategyOptions
-from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
+from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag, make_layout
 from longctx.sim import Cluster, RankFailed
 
 DOCUMENTS = (Documents.from_lengths((20, 1, 9)), Documents.from_lengths((31,)))
@@ -65,6 +68,72 @@ def test_compiled_attention_is_one_graph_and_exact(strategy):
     assert len(graphs) == 1, "another plan is another value of the handle, not another graph"
     calls = [node for node in graphs[0].graph.nodes if node.target is getattr(torch.ops.longctx, strategy).default]
     assert len(calls) == 1
+
+
+def test_a_compiler_that_left_its_graph_does_not_look_inside():
+    """Dynamo watches the frames below one that it could not compile; plans and messages are none of its business."""
+    plan, graphs = plan_for(1, Contiguous()), []
+    attention = StrategyAttention("ring")
+
+    def model(q, k, v, handle):
+        for _ in range(1):  # a break inside a loop leaves the whole frame to Python
+            torch._dynamo.graph_break()
+            out = attention(q, k, v, handle)
+        return out.cos()
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    q, k, v = drawn(plan, 4, 2, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting)(q, k, v, plan.handle)
+    grads = torch.autograd.grad(compiled.sum(), (q, k, v))
+    assert not any(
+        "numpy" in str(node.target) or "wrapped" in str(node.target) for g in graphs for node in g.graph.nodes
+    )
+    expected = model(q, k, v, plan.handle)
+    assert torch.equal(compiled, expected)
+    for mine, eager in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        assert torch.equal(mine, eager)
+
+
+class _Storages(TorchDispatchMode):
+    """Notes operators of ours whose results lie in their arguments' memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.shared = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "longctx":
+            self.seen.add(str(func))
+            given, made = (
+                [one.untyped_storage().data_ptr() for one in tree_leaves(part) if isinstance(one, torch.Tensor)]
+                for part in (args, result)
+            )
+            made = [pointer for pointer in made if pointer]
+            if set(given) & set(made) or len(set(made)) < len(made):
+                self.shared.add(str(func))
+        return result
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_results_share_no_memory_with_arguments_or_each_other(strategy):
+    """What is written into a result in place would change an argument without a sign."""
+
+    def run() -> _Storages:
+        plan = SequencePlan((Documents.single(16),) * 2, Mask(), make_layout(get_strategy(strategy).layout), 16, world)
+        attention = StrategyAttention(strategy, dist.group.WORLD)
+        q, k, v = drawn(plan, 4, 2, 2)
+        with _Storages() as storages:
+            torch.autograd.grad(attention(q, k, v, plan.handle).sum(), (q, k, v))
+        return storages
+
+    world = 1 if get_strategy(strategy).one_rank else 2
+    for storages in Cluster(world).run(run):
+        assert len(storages.seen) == 2 and not storages.shared
 
 
 @pytest.mark.parametrize(

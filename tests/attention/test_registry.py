@@ -49,7 +49,7 @@ def test_heads_that_do_not_divide_are_told_the_nearest(strategy, heads, kv_heads
 
 def test_an_unknown_layout_is_told_the_valid_ones():
     reason = refusal(get_strategy("ring"), case(layout="spiral"))
-    assert reason == "layout 'spiral' is unknown; valid layouts: contiguous, zigzag, striped"
+    assert reason == f"layout 'spiral' is unknown; valid layouts: {', '.join(LAYOUTS)}"
 
 
 def test_require_raises_what_refusal_says():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from longctx.catalog import LAYOUTS
 from longctx.errors import ConfigError
-from longctx.sequence import Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
+from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, Striped, Zigzag, make_layout, make_plan
 from longctx.sequence.layout import shard_length
 from tests.sequence.brute_force import layouts
 
@@ -102,3 +102,39 @@ def test_an_explicit_layout_may_leave_ranks_empty():
     assert layout.positions(6, 3, 0).tolist() == [0, 1, 5]
     assert layout.positions(6, 3, 1).tolist() == []
     assert layout.positions(6, 3, 2).tolist() == [2, 3, 4]
+
+
+class Broken(Contiguous):
+    """A layout whose positions are whatever a test says."""
+
+    name = "broken"
+
+    def __init__(self, *shards):
+        object.__setattr__(self, "shards", shards)
+
+    def positions(self, length, world, rank):
+        return self.shards[rank]
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def ints(*numbers):
+    return np.array(numbers, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ((ints(0, 1, 2, 3), ints(0, 1, 2, 3)), "position 0 is on 2 ranks"),
+        ((ints(0, 1), ints(3)), "position 2 is on 0 ranks"),
+        ((ints(1, 0), ints(2, 3)), "rank 0 must ascend, got 1 before 0"),
+        ((ints(0, 1, 1), ints(2, 3)), "rank 0 must ascend, got 1 before 1"),
+        ((ints(0, 1), ints(2, 4)), r"rank 1 must lie in \[0, 4\), got 2..4"),
+        ((ints(0, 1), [2, 3]), "rank 1 must be a NumPy array of int64, .* got list"),
+        ((np.array([0.0, 1.0]), ints(2, 3)), "rank 0 must be a NumPy array of int64, .* got float64 of 1 dims"),
+    ],
+)
+def test_a_layout_that_is_no_partition_is_refused_before_any_work(shards, message):
+    with pytest.raises(ConfigError, match=f"layout broken of 4 tokens on 2 ranks: .*{message}"):
+        make_plan((Documents.from_lengths([4]),), Mask(), Broken(*shards), 4, 2)

@@ -14,6 +14,7 @@ from longctx.attention import AttentionCase, StrategyAttention, get_strategy, re
 from longctx.attention.costs.estimate import Costs, Volume
 from longctx.attention.runtime.registry import costs_of
 from longctx.attention.runtime.sizes import Sizes
+from longctx.catalog import STRATEGIES
 from longctx.comm import group_of
 from longctx.options import DEFAULT, StrategyOptions
 from longctx.rules import divisors
@@ -67,6 +68,9 @@ def costs(strategy: str) -> Costs:
     found = costs_of(get_strategy(strategy))
     assert found is not None, strategy
     return found
+
+
+ESTIMATED = tuple(name for name in STRATEGIES if costs_of(get_strategy(name)) is not None)  # costs are optional
 
 
 class Nothing:

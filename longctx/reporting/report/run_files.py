@@ -76,9 +76,12 @@ class RunFiles:
         return form(statistics.median(values)) if values else UNKNOWN
 
 
+_LARGEST = 1e150  # an axis is some times as long; not reached by infinity, nor by what is not a number
+
+
 def plain_number(value: Any) -> float | None:
-    """Returns the value if it is a number, None otherwise."""
-    return value if type(value) in (int, float) else None
+    """Returns the value if it is a number that a chart can show, None otherwise."""
+    return value if type(value) in (int, float) and abs(value) < _LARGEST else None
 
 
 def numbers_below(values: Sequence[Any], limit: int) -> bool:
