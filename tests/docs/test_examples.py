@@ -1,13 +1,18 @@
 """The Python that the pages show runs as it stands, and gives what they promise."""
 
+import itertools
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from longctx.attention import dense_attention
+from longctx.catalog import LAYOUTS, STRATEGIES
+from longctx.launcher import cli
 from longctx.sequence import Documents, Mask, SequencePlan, unshard
 from longctx.sim import Cluster
 
@@ -56,3 +61,21 @@ def test_a_simulated_cluster():
     names = {"function": lambda argument: argument + dist.get_rank(), "argument": 1}
     exec(blocks("docs/concepts/simulation.md")[0], names)
     assert names["results"] == list(range(1, 9))
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The strategy and the layout of the page about them, in the catalog as modules of their own."""
+    for number, code in enumerate(blocks("docs/howto/add-strategy.md")):
+        module = ModuleType(f"added_by_a_page_{number}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(code, vars(module))
+    monkeypatch.setitem(STRATEGIES, "direct", "added_by_a_page_0:DIRECT")
+    monkeypatch.setitem(LAYOUTS, "backwards", "added_by_a_page_1:Backwards")
+
+
+def test_a_strategy_and_a_layout_of_ones_own(added):
+    masks = (["--documents", "10,30,23"], ["--window", "9"], ["--non-causal", "--batch", "2"])
+    for layout, words in itertools.product(LAYOUTS, masks):
+        chosen = ["--strategy", "direct", "--layout", layout, "--world", "3", "--seq", "63", *words]
+        assert cli.main(["verify", *chosen, "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]) == 0, chosen
