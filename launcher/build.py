@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.comm import Links, register_nodes
+from longctx.comm import Links, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
@@ -115,7 +115,7 @@ def init_distributed(config: Config) -> Iterator[torch.device]:
         register_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
         yield device
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def run_sim(config: Config, resume: bool) -> None:

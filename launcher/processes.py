@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench.timing import Report
+from longctx.comm import leave_world
 from longctx.errors import NumericsError
 from longctx.launcher.env import share_cores
 from longctx.launcher.progress import from_file
@@ -201,7 +202,7 @@ def gloo_rank(words: Sequence[str], pinned: bool = False) -> Iterator[tuple[Any,
     join(folder, rank, world, "gloo")
     yield job, folder, rank
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def join(folder: Path, rank: int, world: int, backend: str) -> torch.device:

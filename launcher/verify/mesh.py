@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longctx.comm import leave_world
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import build, env, machine
@@ -109,7 +110,7 @@ def worker(words: Sequence[str]) -> None:
     if report is not None:
         (folder / "report.json").write_text(json.dumps(asdict(report)))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted: bool) -> int:

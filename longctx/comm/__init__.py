@@ -3,6 +3,7 @@
 from longctx.comm.collective import MAX, SUM, PendingReduction, all_reduce, broadcast, start_all_reduce
 from longctx.comm.exchange import Message, Pending, exchange
 from longctx.comm.group import ExchangeEvent, Group, Traffic, channel_of, grid_of, group_named, group_of, two_way
+from longctx.comm.leaving import leave_world
 from longctx.comm.nodes import Links, links_of, node_of, per_node, register_nodes
 from longctx.comm.relay import Relay
 
@@ -24,6 +25,7 @@ __all__ = [
     "grid_of",
     "group_named",
     "group_of",
+    "leave_world",
     "links_of",
     "node_of",
     "per_node",

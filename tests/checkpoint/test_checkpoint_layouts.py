@@ -13,6 +13,7 @@ from safetensors import safe_open
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 from longctx.checkpoint.config_record import changed_keys, recorded_config
 from longctx.checkpoint.directory import CheckpointDirectory
+from longctx.comm import leave_world
 from longctx.errors import ConfigError, StorageError
 from longctx.sim import RankFailed
 from tests.checkpoint.checkpoint_run import LAYOUTS, digest, make, on_cluster, optimizer_of, saved, train
@@ -181,7 +182,7 @@ def gloo_rank(rank, directory):
     except StorageError as error:
         (directory / f"message-{rank}").write_text(str(error))
     finally:
-        torch.distributed.destroy_process_group()
+        leave_world()
 
 
 @pytest.mark.gloo

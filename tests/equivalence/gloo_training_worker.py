@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from longctx.comm import leave_world
 from longctx.launcher import build
 from tests.train.small_run import CPU, corpus, small_config
 
@@ -23,7 +24,7 @@ def main(rank: int, directory: Path) -> None:
         run = directory / name
         config = small_config(run, parallel=parallel, train={"steps": 10, "dtype": "float32", "canary": True})
         build.rank_main(config, False, corpus(), CPU, lambda: 1, lambda: False)
-    dist.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench.timing import Report, silent
+from longctx.comm import leave_world
 from longctx.config import Config
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import build, env
@@ -87,7 +88,7 @@ def worker(words: Sequence[str], measure: Measure) -> None:
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def oversubscription(config: Config, world: int) -> str | None:
