@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.options import add_overrides
 from longctx.bench.timing import Report, silent
+from longctx.comm import leave_world
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
 from longctx.launcher import build, env
@@ -165,7 +166,7 @@ def _world_of_one(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def _trainer(config: Config) -> Any:

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.comm import Group, exchange, group_named
 from longctx.errors import ConfigError
-from longctx.linear.mixer import HeadDims, LinearCore, Mixer
+from longctx.linear.mixer import HeadDims, LinearCore, Mixer, no_constants, no_parameters, nothing_to_fill
 from longctx.operators import Gradient, define_operator
 from longctx.sequence import Documents, Rows, SequencePlan, TileSet, plan_of
 from longctx.sequence.documents import Int64
@@ -326,9 +326,9 @@ def moba(block: int = 512, top_k: int = 3) -> Mixer:
     return Mixer(
         "moba",
         tokens,
-        lambda _: {},
-        lambda *_: {},
-        _no_parameters,
+        no_parameters,
+        no_constants,
+        nothing_to_fill,
         mix,
         recurrence,
         False,
@@ -336,10 +336,6 @@ def moba(block: int = 512, top_k: int = 3) -> Mixer:
         reads=READS,
         sized=sized,
     )
-
-
-def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
-    raise AssertionError(f"moba has no parameter {name}")
 
 
 def sized(**sizes: int) -> Mixer:

@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
-from longctx.linear.mixer import HeadDims, LinearCore, Mixer
+from longctx.linear.mixer import HeadDims, LinearCore, Mixer, no_constants, no_parameters, nothing_to_fill
 from longctx.operators import Gradient, define_operator
 from longctx.sequence import Documents, SequencePlan, TileSet, plan_of, view
 from longctx.sequence.tiles import group_rows, tiles_of
@@ -266,9 +266,9 @@ def rat(chunk: int = 16) -> Mixer:
     return Mixer(
         "rat",
         tokens,
-        lambda _: {},
-        lambda *_: {},
-        _no_parameters,
+        no_parameters,
+        no_constants,
+        nothing_to_fill,
         mix,
         recurrence,
         False,
@@ -276,10 +276,6 @@ def rat(chunk: int = 16) -> Mixer:
         reads=READS,
         sized=sized,
     )
-
-
-def _no_parameters(name: str, parameter: Tensor, generator: Generator) -> None:
-    raise AssertionError(f"rat has no parameter {name}")
 
 
 def sized(**sizes: int) -> Mixer:
