@@ -21,7 +21,9 @@ from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 from longctx.comm import Links, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
-from longctx.data import Balance, Corpus, Loader, Packing, open_corpus
+from longctx.data import Balance, Corpus, open_corpus
+from longctx.data.loader import Loader
+from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env

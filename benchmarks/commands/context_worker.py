@@ -112,7 +112,7 @@ def _ours(job: Job) -> _System:
     from torch.distributed.tensor import DTensor
 
     from longctx.config import Config
-    from longctx.engines import NativeEngine
+    from longctx.engines.native import NativeEngine
     from longctx.launcher.build import build_model
     from longctx.mesh import build_mesh
     from longctx.sequence import Batch, Documents

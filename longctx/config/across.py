@@ -44,16 +44,6 @@ def memory_report(config: Config) -> None:
         )
 
 
-def whole_sequences(config: Config) -> None:
-    """Refuses to share a sequence under a strategy that keeps it on one rank."""
-    name, sp = config.attention.strategy, config.parallel.sp
-    if sp > 1 and name in STRATEGIES and STRATEGIES.load(name).one_rank:
-        raise ConfigError(
-            f"attention.strategy={name} keeps whole sequences on one rank and needs parallel.sp=1, "
-            f"got parallel.sp={sp}; valid with it: {', '.join(_strategies(lambda one: not one.one_rank))}"
-        )
-
-
 def layers(config: Config) -> None:
     """Refuses strategies that no layer of the model asks for."""
     attention, pattern = config.attention, config.model.pattern
@@ -256,7 +246,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     tensor_parallel,
     vocabulary,
     memory_report,
-    whole_sequences,
     layers,
     options_of_layers,
     balance,

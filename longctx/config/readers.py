@@ -20,11 +20,15 @@ def refuse_unread(section: Any, prefix: str, registry: Registry, chosen: str | N
 
     ``prefix``: of the section's keys. ``key``: what users write to choose. Raises ``ConfigError`` with who reads it.
     """
+    marked = [one for one in fields(section) if one.metadata.get("for_some")]
+    given = [one for one in marked if getattr(section, one.name) != one.default]
+    if not given:
+        return  # what is chosen may bring torch, so it is loaded only where there is something to ask it
     reads = frozenset() if chosen is None else registry.load(chosen).reads
-    for one in fields(section):
-        value = getattr(section, one.name)
-        if not one.metadata.get("for_some") or one.name in reads or value == one.default:
+    for one in given:
+        if one.name in reads:
             continue
+        value = getattr(section, one.name)
         readers = [name for name in registry if one.name in registry.load(name).reads]
         raise ConfigError(
             f"{prefix}.{one.name}={as_word(value)} is not read by {key}={as_word(chosen)}; set "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING
 
 from longctx.catalog import ENGINES
 from longctx.config import Config
 from longctx.engines.contract import Engine, EngineKind
-from longctx.engines.native import NativeEngine
-from longctx.engines.pipeline import PipelineEngine
-from longctx.mesh import Mesh
-from longctx.parallel.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from longctx.mesh import Mesh
 
 
 def engine_of(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh) -> Engine:
@@ -21,6 +22,11 @@ def engine_of(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh
 
 
 def _drive(model: nn.Module, optimizer: Optimizer, config: Config, mesh: Mesh) -> Engine:
+    # Imported here: the declaration below is read with the configuration.
+    from longctx.engines.native import NativeEngine
+    from longctx.engines.pipeline import PipelineEngine
+    from longctx.parallel.pipeline import Pipeline
+
     if isinstance(model, Pipeline):
         return PipelineEngine(model, optimizer, mesh, config.parallel.pp_schedule, config.train.dtype)
     return NativeEngine(model, optimizer)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Protocol
 
 from longctx.config import Config
-from longctx.mesh import Mesh
-from longctx.sequence import LocalBatch
+
+if TYPE_CHECKING:  # a declaration is read with the configuration, long before torch is needed
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from longctx.mesh import Mesh
+    from longctx.sequence import LocalBatch
 
 
 class Engine(Protocol):

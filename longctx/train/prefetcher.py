@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from longctx.data import Loader
+from longctx.data.loader import Loader
 from longctx.sequence import Batch, LocalBatch, SequencePlan
 from longctx.train.batch_sharder import BatchSharder
 

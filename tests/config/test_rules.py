@@ -185,11 +185,6 @@ def test_fewer_key_value_heads_than_ranks_are_shared(tp, heads):
     assert Config.from_dict({"parallel": {"tp": tp}}).local_heads == heads
 
 
-def test_local_attention_cannot_share_a_sequence():
-    with pytest.raises(ConfigError, match=r"needs parallel\.sp=1, got parallel\.sp=2; valid with it: ring"):
-        Config.from_dict({"attention": {"strategy": "local"}, "parallel": {"sp": 2}})
-
-
 @given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4]), st.integers(1, 8), st.integers(1, 3))
 def test_resolved_meshes_fill_the_world_and_divide_the_batch(world, dp_shard, sp, micro_batch):
     mapping = {

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data import Balance, Corpus, Loader, Packing
+from longctx.data import Balance, Corpus
 from longctx.data.balance import WINDOW, deal_rows, pack_pieces
+from longctx.data.loader import Loader
+from longctx.data.packing import Packing
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 

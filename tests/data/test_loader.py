@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data import Corpus, Loader, Packing
+from longctx.data import Corpus
+from longctx.data.loader import Loader
+from longctx.data.packing import Packing
 from longctx.errors import ConfigError, StorageError
 from longctx.sequence import IGNORE
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.config import DataConfig
-from longctx.data import Corpus, Packing, open_corpus
+from longctx.data import Corpus, open_corpus
+from longctx.data.packing import Packing
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
 

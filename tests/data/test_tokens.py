@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.config import DataConfig
-from longctx.data import Corpus, Packing, corpus, open_corpus, tokens, write_tokens
+from longctx.data import Corpus, corpus, open_corpus, tokens, write_tokens
+from longctx.data.packing import Packing
 from longctx.errors import ConfigError, DataError, LongctxError, StorageError
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6, 7, 8], []]

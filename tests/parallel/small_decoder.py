@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.config import AttentionConfig, Config, ModelConfig, ParallelConfig, TrainConfig, simulated_world_size
-from longctx.engines import NativeEngine
+from longctx.engines.native import NativeEngine
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize

@@ -117,7 +117,7 @@ def forgotten_documents(patch):
 
 
 def local_mean(patch):
-    from longctx.engines import NativeEngine
+    from longctx.engines.native import NativeEngine
 
     right = NativeEngine.accumulate
 

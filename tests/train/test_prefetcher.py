@@ -7,7 +7,8 @@ import torch
 
 from longctx.attention.strategies.disaggregated import dispatch
 from longctx.attention.strategies.disaggregated import prepared as disaggregated
-from longctx.data import Loader, Packing
+from longctx.data.loader import Loader
+from longctx.data.packing import Packing
 from longctx.errors import DataError
 from longctx.launcher import build
 from longctx.mesh import build_mesh

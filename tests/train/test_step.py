@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longctx.engines import NativeEngine
+from longctx.engines.native import NativeEngine
 from longctx.errors import NumericsError
 from longctx.launcher.build import build_model
 from longctx.mesh import build_mesh
