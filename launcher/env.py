@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from longctx.errors import ConfigError
 
@@ -39,6 +40,10 @@ OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 
 # The interface whose address Gloo gives to other ranks; without it Gloo asks what the host's name resolves to.
 GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+
+# Where a user's caches lie (XDG); without it, .cache in the home folder.
+XDG_CACHE_HOME = "XDG_CACHE_HOME"
+HOME = "HOME"
 
 # Which device DeepSpeed drives; without it, it looks for one, and for compilers.
 DS_ACCELERATOR = "DS_ACCELERATOR"
@@ -105,6 +110,16 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     environ.setdefault(OMP_NUM_THREADS, str(threads))
     environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")
     return int(environ[OMP_NUM_THREADS])
+
+
+def cache_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Returns the folder of what longctx may forget, or None when this user has no place for it."""
+    # The XDG rules: a relative path is to be ignored.
+    chosen = Path(environ.get(XDG_CACHE_HOME, ""))
+    if chosen.is_absolute():
+        return chosen / "longctx"
+    home = Path(environ.get(HOME, ""))
+    return home / ".cache" / "longctx" if home.is_absolute() else None
 
 
 def set_deepspeed_device(environ: MutableMapping[str, str] = os.environ) -> None:

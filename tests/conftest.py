@@ -1,6 +1,7 @@
 """What all tests share: two cores, so one thread per process, and examples that are the same every time."""
 
 import os
+import tempfile
 
 # Before torch is imported anywhere: its thread pool is sized once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,10 @@ for name in (
     "SLURM_STEP_ID",
 ):
     os.environ.pop(name, None)
+
+# What a run may remember between starts must not come from, or go to, the home of whoever runs the tests.
+_cache = tempfile.TemporaryDirectory(prefix="longctx-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 from hypothesis import settings  # noqa: E402 - after the environment
 

@@ -13,6 +13,12 @@ from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.errors import ConfigError
 
+Report = Callable[[int, int, str], None]  # (done, total, what) of work that takes long
+
+
+def unreported(done: int, total: int, what: str) -> None:
+    """Takes reports of how far some work is, for nobody."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -1,5 +1,7 @@
 """Who this process is, by torchrun's or srun's word."""
 
+from pathlib import Path
+
 import pytest
 
 from longctx.errors import ConfigError
@@ -68,3 +70,9 @@ def test_the_launch_s_id():
     assert env.run_id({"TORCHELASTIC_RUN_ID": "none"}) is None
     assert env.run_id({"TORCHELASTIC_RUN_ID": "u-u-i-d"}) == "u-u-i-d"
     assert env.run_id({"TORCHELASTIC_RUN_ID": "u-u-i-d", "SLURM_JOB_ID": "17"}) == "17"
+
+
+def test_caches_lie_where_xdg_says():
+    assert env.cache_directory({"XDG_CACHE_HOME": "/fast", "HOME": "/home/me"}) == Path("/fast/longctx")
+    assert env.cache_directory({"XDG_CACHE_HOME": "odd", "HOME": "/home/me"}) == Path("/home/me/.cache/longctx")
+    assert env.cache_directory({}) is None
