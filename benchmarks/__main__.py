@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from longctx.launcher import env, streams
 from longctx.launcher.cli import EXIT_CODES, exit_code_of
 
 # Name -> what it measures, in a line. Module benchmarks.commands.NAME provides ``add_arguments(parser)`` and
@@ -43,7 +44,11 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns its exit code."""
+    if argv is None:
+        streams.protect()
     words = list(sys.argv[1:] if argv is None else argv)
+    # Before the benchmarks' modules import torch, which reads both settings then.
+    env.share_cores(processes=1)
     return exit_code_of(lambda: _run(words))
 
 
@@ -53,6 +58,8 @@ def _run(words: list[str]) -> int:
     # Overrides may stand between options, which subparsers by themselves do not take.
     arguments = chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
     status: int = arguments.run(arguments)
+    if not status:
+        streams.require_written()
     return status
 
 

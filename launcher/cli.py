@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import longctx
 from longctx.errors import LongctxError
+from longctx.launcher import env, streams
 from longctx.launcher.failures import CRASH, INTERRUPTED
-from longctx.rules import suggestion
+from longctx.rules import redacted, suggestion
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Command:
     examples: tuple[str, ...]
     module: str
     overrides: bool = True  # takes Hydra overrides after its own options
+    product: bool = True  # what it prints is what it is for; otherwise it only tells of what it does
 
 
 COMMANDS = (
@@ -43,6 +45,7 @@ COMMANDS = (
             "torchrun --standalone --nproc-per-node 2 -m longctx.train parallel.sp=2",
         ),
         "longctx.launcher.commands.train",
+        product=False,
     ),
     Command(
         "launch",
@@ -54,6 +57,7 @@ COMMANDS = (
             "longctx launch --nproc 2 --resume recipe=demo run.dir=runs/demo",
         ),
         "longctx.launcher.commands.launch",
+        product=False,
     ),
     Command(
         "submit",
@@ -63,6 +67,7 @@ COMMANDS = (
             "longctx submit cluster=slurm cluster.partition=gpu cluster.time_limit=12:00:00 comm=nccl parallel.sp=2",
         ),
         "longctx.launcher.commands.submit",
+        product=False,
     ),
     Command(
         "verify",
@@ -109,6 +114,8 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if argv is None:
+        streams.protect()
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code_of(lambda: _dispatch(words))
 
@@ -116,17 +123,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code_of(command: Callable[[], int]) -> int:
     """Runs ``command`` and returns its exit code; an error of ours is reported in one message."""
     try:
-        return command()
-    except SystemExit as leave:  # argparse, after --help or a usage error
-        return leave.code if isinstance(leave.code, int) else 2
+        return _with_help(command)
     except LongctxError as error:
-        print(f"longctx: {error}", file=sys.stderr)
+        print(f"longctx: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return CRASH
+
+
+def _with_help(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except SystemExit as leave:  # argparse, after --help or a usage error
+        if not leave.code:
+            streams.require_written()
+        return leave.code if isinstance(leave.code, int) else 2
 
 
 def _dispatch(words: list[str]) -> int:
@@ -138,13 +152,18 @@ def _dispatch(words: list[str]) -> int:
     name = _name_of(words, list(commands), top)
     if name is None:
         top.print_help()
+        streams.require_written()
         return 0
     command = commands[name]
+    # Before a module of it imports torch, which reads both settings then.
+    env.share_cores(processes=1)
     module = importlib.import_module(command.module)
     parser = parser_of(command)
     module.add_arguments(parser)
     arguments = parser.parse_intermixed_args(words[len(name.split()) :])
     status: int = module.run(arguments)
+    if command.product and not status:
+        streams.require_written()
     return status
 
 

@@ -101,15 +101,19 @@ def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.en
             raise ConfigError(f"{name} is not set, but the world has {rank.world_size} processes; set it for all")
 
 
-def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) -> int:
+# What ``share_cores`` has set in this process, which a later call for more processes may set anew.
+_shared: dict[str, str] = {}
+
+
+def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) -> None:
     """Gives each of ``processes`` on this machine its share of the cores, unless the user has chosen.
 
-    Returns the threads of a process. It binds processes started from here; this one too, before torch is imported.
+    It binds processes started from here; this one too, before torch is imported.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    environ.setdefault(OMP_NUM_THREADS, str(threads))
-    environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")
-    return int(environ[OMP_NUM_THREADS])
+    for name, value in ((OMP_NUM_THREADS, str(threads)), (OMP_WAIT_POLICY, "PASSIVE")):
+        if environ.get(name) in (None, _shared.get(name)):
+            environ[name] = _shared[name] = value
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longctx.errors import LongctxError, NumericsError
+from longctx.launcher import streams
+from longctx.rules import redacted
 
 # A crash that no rule foresaw ends with the code of a crash loop: starting again would crash again.
 CRASH = NumericsError.exit_code
@@ -43,10 +45,10 @@ def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> in
         work()
         return 0
     except LongctxError as error:
-        failure = Failure(rank, time.time(), error.exit_code, str(error), None, where)
+        failure = Failure(rank, time.time(), error.exit_code, redacted(str(error)), None, where)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        failure = Failure(rank, time.time(), CRASH, message, traceback.format_exc(), where)
+        message = redacted(f"{type(error).__name__}: {error}")
+        failure = Failure(rank, time.time(), CRASH, message, redacted(traceback.format_exc()), where)
     if folder is None:
         report(failure)
     else:
@@ -94,4 +96,5 @@ def _write(failure: Failure, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main())

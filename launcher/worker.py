@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longctx.config import Config, resolve
 from longctx.errors import UsageError
-from longctx.launcher import env
+from longctx.launcher import env, streams
 from longctx.launcher.failures import run_recorded
 from longctx.launcher.run_directory import read_config
 
@@ -42,6 +42,8 @@ def run(config: Config, resume: bool) -> None:
 
 
 if __name__ == "__main__":
+    streams.protect()
+    env.share_cores(processes=1)
     # The command that was interrupted answers Ctrl-C; tracebacks of its ranks would say nothing more.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 from longctx.errors import ConfigError
+
+# Who logs in where: in a URL of the web whatever stands before the host, elsewhere a name with a password.
+_LOGIN_IN_URL = re.compile(r"(?i)(https?://)[^/\s]*@|(\w+://)[^/\s:]*:[^/\s]*@")
+
+
+def redacted(text: str) -> str:
+    """Returns ``text`` without names and passwords in its URLs."""
+    return _LOGIN_IN_URL.sub(lambda found: f"{found[1] or found[2]}***@", text)
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from longctx.bench.timing import Report, silent
 from longctx.comm import leave_world
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NumericsError
-from longctx.launcher import build, env
+from longctx.launcher import build
 from longctx.launcher.compose import compose, refuse_overrides
 from longctx.launcher.machine import described, load
 from longctx.launcher.progress import progress
@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.pairs < 2:
         raise ConfigError(f"--pairs {arguments.pairs} must be at least 2; 40 is the default")
-    env.share_cores(processes=1)
     steps = WARM_UP + arguments.pairs
     fixed = [word.split("=")[0] for word in FIXED]
     refuse_overrides(arguments.overrides, (*fixed, "train.steps", "run.dir", "comm"))

@@ -15,6 +15,9 @@ sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the reference of commands and configuration to the pages that lie in ``docs/``."""
     from docs.generate import reference
+    from longctx.launcher.env import share_cores
+
+    share_cores(processes=1)  # before the modules of commands import torch
 
     for name, text in (("commands", reference.commands()), ("configuration", reference.configuration())):
         files.append(File.generated(config, f"reference/{name}.md", content=text))

@@ -18,6 +18,7 @@ from pathlib import Path
 import longctx
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NotAvailableError, StorageError
+from longctx.launcher import streams
 from longctx.launcher.compose import compose
 from longctx.launcher.run_directory import directory_of, open_directory, with_directory
 
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--cpus-per-task {arguments.cpus_per_task} must be at least 1")
     script = render(config, arguments.cpus_per_task)
     if arguments.dry_run:
-        print(script, end="")
+        streams.write_text(script)
+        streams.require_written()
         return 0
     sbatch = shutil.which("sbatch")
     if sbatch is None:

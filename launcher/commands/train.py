@@ -7,7 +7,7 @@ import sys
 
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
-from longctx.launcher import env, machine
+from longctx.launcher import env, machine, streams
 from longctx.launcher.compose import compose
 from longctx.launcher.run_directory import open_directory, refuse_occupied, with_directory
 from longctx.launcher.worker import run as run_rank
@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains as the rank that torchrun or srun named, or alone, or as a simulated world."""
     config = compose(arguments.overrides)
-    env.share_cores(processes=1)
     if config.comm.backend == "sim":
         _simulate(config, arguments.resume)
         return 0
@@ -85,4 +84,5 @@ def main() -> None:
     """Runs ``python -m longctx.train``, which is the same as ``longctx train``."""
     from longctx.launcher.cli import main as command_line
 
+    streams.protect()
     sys.exit(command_line(["train", *sys.argv[1:]]))

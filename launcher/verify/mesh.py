@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     steps = steps_of(arguments, STEPS)
     config = with_dtype(compose(arguments.overrides), arguments.dtype)
-    env.share_cores(processes=1)
     rank = env.read_rank() if config.comm.backend != "sim" else None
     if rank is not None:
         return _as_rank(config, steps, rank, arguments.json)

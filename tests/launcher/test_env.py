@@ -1,5 +1,6 @@
 """Who this process is, by torchrun's or srun's word."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,16 @@ def test_export_gives_a_world_of_one_an_address_and_asks_others_for_theirs():
         env.export_rank(RankEnvironment(0, 2, 0), {})
 
 
-def test_cores_are_shared_unless_the_user_chose():
+def test_cores_are_shared_anew_for_each_count_unless_the_user_chose(monkeypatch):
+    monkeypatch.setattr(env, "_shared", {})
     environ: dict[str, str] = {}
-    assert env.share_cores(10**6, environ) == 1
+    env.share_cores(1, environ)
+    assert environ == {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
+    env.share_cores(10**6, environ)
     assert environ == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    assert env.share_cores(1, {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}) == 7
+    chosen = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
+    env.share_cores(1, chosen)
+    assert chosen == {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
 
 
 def test_the_launch_s_id():

@@ -59,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     config = compose(arguments.overrides)
     refuse_sim(config, COMMAND)
     at_least_one("--repeats", arguments.repeats, REPEATS)
-    env.share_cores(processes=1)
     rank, started = env.read_rank(), time.monotonic()
     if rank is None:
         machine.require_nodes(config)

@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_sim(config, COMMAND)
     at_least_one("--steps", arguments.steps, STEPS)
     at_least_one("--warm-up", arguments.warm_up, WARM_UP)
-    env.share_cores(processes=1)
     rank = env.read_rank()
     job = {"steps": arguments.steps, "warm_up": arguments.warm_up}
     if rank is None:

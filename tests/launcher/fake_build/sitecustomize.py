@@ -23,6 +23,7 @@ def run_rank(config, resume):
     (folder / f"started-{rank}").write_text(f"{os.environ['WORLD_SIZE']} {resume} {os.environ['OMP_NUM_THREADS']}")
     name = config.run.name
     if name == "data-on-rank-1":
+        print("step 1/1", flush=True)
         if rank == 1:
             raise DataError("corpus.bin: document 5 is truncated")
         time.sleep(60)
