@@ -6,12 +6,16 @@ environment says only which process this is and how many threads it may use.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.errors import ConfigError
+from longctx.launcher import schedulers
+
+_log = logging.getLogger(__name__)
 
 # torchrun tells each process who it is by these.
 RANK = "RANK"
@@ -22,15 +26,6 @@ MASTER_ADDR = "MASTER_ADDR"
 MASTER_PORT = "MASTER_PORT"
 # The same for all processes of one torchrun; "none" when torchrun was given no id.
 TORCHELASTIC_RUN_ID = "TORCHELASTIC_RUN_ID"
-
-# srun tells each task who it is by these.
-SLURM_PROCID = "SLURM_PROCID"
-SLURM_NTASKS = "SLURM_NTASKS"
-SLURM_LOCALID = "SLURM_LOCALID"
-# The same for all tasks of one job, and for the job after a requeue.
-SLURM_JOB_ID = "SLURM_JOB_ID"
-# Set for the tasks of a job step only: an interactive shell inside an allocation is not a rank.
-SLURM_STEP_ID = "SLURM_STEP_ID"
 
 # Threads per process of torch's CPU kernels; the default, every core for every process, thrashes.
 OMP_NUM_THREADS = "OMP_NUM_THREADS"
@@ -65,40 +60,41 @@ class RankEnvironment:
 
 def read_rank(environ: MutableMapping[str, str] = os.environ) -> RankEnvironment | None:
     """Returns which rank torchrun or srun made of this process, or None when nobody started it as a rank."""
-    for names in ((RANK, WORLD_SIZE, LOCAL_RANK), (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)):
-        if names[0] == SLURM_PROCID and SLURM_STEP_ID not in environ:
-            continue
-        present = [name for name in names[:2] if name in environ]
-        if len(present) == 1:
-            missing = next(name for name in names[:2] if name not in environ)
-            raise ConfigError(f"{present[0]}={environ[present[0]]} is set but {missing} is not; set both or none")
-        if present:
-            return _rank_environment(names, environ)
-    return None
+    rank = _rank_environment((RANK, WORLD_SIZE, LOCAL_RANK), environ)
+    if rank is None and not schedulers.alone_by_mpi(environ):
+        task = schedulers.slurm_task(environ)
+        rank = task and _rank_environment(task, environ)
+    return rank
 
 
 def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
     """Returns a name that all processes of this launch agree on, if the launcher gave one."""
-    if SLURM_JOB_ID in environ:
-        return environ[SLURM_JOB_ID]
     elastic = environ.get(TORCHELASTIC_RUN_ID, "none")
-    return None if elastic in ("", "none") else elastic
+    return schedulers.step_name(environ) or (None if elastic in ("", "none") else elastic)
 
 
 def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes torch's ``env://`` rendezvous work for ``rank``, however it was started.
 
-    A world of one needs no address from anyone: port 0 lets the system pick a free one.
+    A world of one needs no address from anyone, unless torchrun made it: port 0 lets the system pick a free one. Ranks
+    of srun meet on the first node of their step, unless the user has chosen.
     """
+    srun = RANK not in environ and rank.world_size > 1
+    if RANK not in environ and rank.world_size == 1:
+        environ[MASTER_ADDR], environ[MASTER_PORT] = "127.0.0.1", "0"
     environ[RANK] = str(rank.rank)
     environ[WORLD_SIZE] = str(rank.world_size)
     environ[LOCAL_RANK] = str(rank.local_rank)
-    if rank.world_size == 1:
-        environ.setdefault(MASTER_ADDR, "127.0.0.1")
-        environ.setdefault(MASTER_PORT, "0")
+    chosen = MASTER_ADDR in environ and MASTER_PORT in environ
+    if srun and not chosen and (place := schedulers.meeting_point(environ)):
+        environ.setdefault(MASTER_ADDR, place[0])
+        environ.setdefault(MASTER_PORT, str(place[1]))
+        if rank.rank == 0:
+            where = f"{environ[MASTER_ADDR]}:{environ[MASTER_PORT]}"
+            _log.warning("rank 0 of %d, as Slurm's variables say; the others meet it at %s", rank.world_size, where)
     for name in (MASTER_ADDR, MASTER_PORT):
         if name not in environ:
-            raise ConfigError(f"{name} is not set, but the world has {rank.world_size} processes; set it for all")
+            raise ConfigError(_unknown_place(name, rank, srun))
 
 
 # What ``share_cores`` has set in this process, which a later call for more processes may set anew.
@@ -145,7 +141,24 @@ def benchmark_environment(rank: RankEnvironment, environ: Mapping[str, str] = os
     }
 
 
-def _rank_environment(names: tuple[str, str, str], environ: MutableMapping[str, str]) -> RankEnvironment:
+def _unknown_place(missing: str, rank: RankEnvironment, srun: bool) -> str:
+    told = f"{missing} is not set, but the world has {rank.world_size} processes; "
+    if not srun:
+        return told + "set it for all"
+    return told + (
+        f"Slurm's variables make this rank {rank.rank} of them. For ranks of srun: `export MASTER_ADDR=$(scontrol show "
+        'hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500` before srun; in a shell that is no rank: '
+        f"`unset {schedulers.SLURM_STEP_ID}`"
+    )
+
+
+def _rank_environment(names: tuple[str, str, str], environ: Mapping[str, str]) -> RankEnvironment | None:
+    present = [name for name in names[:2] if name in environ]
+    if not present:
+        return None
+    if len(present) == 1:
+        missing = next(name for name in names[:2] if name not in environ)
+        raise ConfigError(f"{present[0]}={environ[present[0]]} is set but {missing} is not; set both or none")
     rank, world_size = (_integer(name, environ[name]) for name in names[:2])
     if not 0 <= rank < world_size:
         raise ConfigError(f"{names[0]}={rank} must lie in [0, {names[1]}={world_size})")

@@ -14,6 +14,9 @@ for name in (
     "SLURM_PROCID",
     "SLURM_NTASKS",
     "SLURM_STEP_ID",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
 ):
     os.environ.pop(name, None)
 
