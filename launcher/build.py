@@ -41,7 +41,8 @@ from longctx.reporting.provenance import write_environment
 from longctx.sim import Cluster, RankFailed
 from longctx.train.batch_sharder import BatchSharder
 from longctx.train.canary.check import run_canary
-from longctx.train.optimizer import WarmupCosine, build_optimizer
+from longctx.train.learning_rate import LearningRate
+from longctx.train.optimizer import build_optimizer
 from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import TrainStep
 from longctx.train.step_parts import StepParts
@@ -224,7 +225,7 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     loader = build_loader(config, corpus, mesh.data_rank, mesh.data_size)
-    state = TrainState(model, optimizer, WarmupCosine(config.optim, config.train.steps), loader, step=0)
+    state = TrainState(model, optimizer, LearningRate(config.optim, config.train.steps), loader, step=0)
     step = TrainStep(engine_of(model, optimizer, config, mesh), mesh, device, config.optim.grad_clip)
     memory = StepMemory(decoders(model), optimizer, device, directory) if is_measured(config) else None
     prefetcher = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
@@ -306,7 +307,7 @@ def _require_fit(config: Config, corpus: Corpus) -> None:
     """Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data."""
     with torch.device("meta"):
         model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
-    optimizer, schedule = build_optimizer(model, config.optim), WarmupCosine(config.optim, config.train.steps)
+    optimizer, schedule = build_optimizer(model, config.optim), LearningRate(config.optim, config.train.steps)
     _checkpointer(config).check(TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0))
 
 

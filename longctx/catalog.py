@@ -130,3 +130,13 @@ OPTIMIZERS = Registry(
         "adamw": "longctx.train.optimizer:adamw",
     },
 )
+
+# What the learning rate does after warm-up: objects of longctx.train.schedules.schedule.Schedule.
+SCHEDULES = Registry(
+    "optim.schedule",
+    {
+        "cosine": "longctx.train.schedules.cosine:SCHEDULE",
+        "wsd": "longctx.train.schedules.wsd:SCHEDULE",
+        "constant": "longctx.train.schedules.constant:SCHEDULE",
+    },
+)

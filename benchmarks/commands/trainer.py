@@ -186,12 +186,13 @@ def _bare(config: Config) -> Callable[[int], float]:
     from benchmarks.bare_loop import BareBatch, BareLoop, PlainAttention
     from longctx.data import open_corpus
     from longctx.model import Decoder, initialize
-    from longctx.train.optimizer import WarmupCosine, build_optimizer
+    from longctx.train.learning_rate import LearningRate
+    from longctx.train.optimizer import build_optimizer
 
     model = Decoder(config.model, PlainAttention(), config.train.loss_chunk)
     initialize(model, config.train.seed)
     loop = BareLoop(model, build_optimizer(model, config.optim), config.optim.grad_clip)
-    schedule = WarmupCosine(config.optim, config.train.steps)
+    schedule = LearningRate(config.optim, config.train.steps)
     loader = build.build_loader(config, open_corpus(config.data, config.model.vocab_size), 0, 1)
     ready = [[BareBatch.of(batch) for batch in loader.step(number)] for number in range(config.train.steps)]
     return lambda number: loop.step(ready[number - 1], schedule.rate(number))

@@ -71,7 +71,15 @@ def translated(mapping: Mapping[str, Any]) -> dict[str, Any]:
         fields = sections.get(section)
         if isinstance(fields, dict) and name in fields:
             fields[name] = _new_value(fields[name], known)
+    _keep_end_of_cosine(sections)
     return sections
+
+
+def _keep_end_of_cosine(sections: Mapping[str, Any]) -> None:
+    """Records where the only schedule of earlier versions ended: more steps must not raise the rate again."""
+    optim, train = sections.get("optim"), sections.get("train")
+    if isinstance(optim, dict) and isinstance(train, dict) and "schedule" not in optim and "steps" in train:
+        optim.setdefault("decay_steps", train["steps"])
 
 
 def _read_by(attention: Mapping[str, Any], candidates: tuple[str, ...]) -> tuple[str, ...]:

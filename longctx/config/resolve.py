@@ -14,7 +14,10 @@ DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Returns ``config`` with ``dp_shard`` filled in, after every rule has passed for a world of this size."""
+    """Returns ``config`` after every rule has passed for a world of this size, with what is left open filled in.
+
+    That is ``dp_shard``, and the schedule's steps, which are recorded for a run that goes on to more of them.
+    """
     config.check()
     parallel = config.parallel
     if parallel.dp_shard == -1:
@@ -25,7 +28,7 @@ def resolve(config: Config, world_size: int) -> Config:
             f"{_degrees(parallel)} = {product}, but the world has {_processes(world_size)}; "
             f"nearest valid: {_nearest_degree(parallel, world_size)}"
         )
-    config = replace(config, parallel=parallel)
+    config = replace(config, parallel=parallel, optim=config.optim.settled(config.train.steps))
     _check_batch(config)
     return config
 

@@ -152,6 +152,19 @@ def toy_sgd(model, config):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=config.lr)
 '''
 
+SCHEDULE = '''"""A toy: half the rate in every second step."""
+
+from longctx.train.schedules.schedule import Schedule
+
+TOY = Schedule(
+    "toy_schedule",
+    lambda step, terms: 1.0 if step % 2 else 0.5,
+    falls=lambda terms: None,
+    settle=lambda decay, steps: (None, steps),
+    extends="it goes on as it is",
+)
+'''
+
 COMMAND = '''"""A toy: says its word."""
 
 
@@ -248,6 +261,14 @@ EXTENSIONS = {
     "optimizer": Extension(
         {"longctx/train/toy.py": OPTIMIZER},
         catalog('        "adamw": "longctx.train.optimizer:adamw",', "toy_sgd", "longctx.train.toy:toy_sgd"),
+    ),
+    "schedule": Extension(
+        {"longctx/train/schedules/toy.py": SCHEDULE},
+        catalog(
+            '        "constant": "longctx.train.schedules.constant:SCHEDULE",',
+            "toy_schedule",
+            "longctx.train.schedules.toy:TOY",
+        ),
     ),
     "model option": Extension(
         lines={

@@ -106,6 +106,7 @@ def test_all_of_them_train_together_as_one_rank_alone(found):
     assert toys["code"] == alone["code"] == 0, (toys["text"], alone["text"])
     assert toys["text"].count("the toy engine stepped") == 2 * 2
     assert toys["losses"] == pytest.approx(alone["losses"], rel=1e-5) and len(toys["losses"]) == 2
+    assert toys["rates"] == [3e-3, 1.5e-3]
 
 
 def test_an_engine_refuses_by_its_own_words(found):

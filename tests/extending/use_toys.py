@@ -31,11 +31,13 @@ def trained(folder: Path, *words: str) -> dict:
     code, text = said("train", "comm=sim", "parallel.sp=2", f"run.dir={folder}", *quiet, *small, *words)
     records = folder / "metrics.jsonl"
     losses = [json.loads(line)["loss"] for line in records.read_text().splitlines()] if records.exists() else []
-    return {"code": code, "losses": losses, "text": text}
+    rates = [json.loads(line)["lr"] for line in records.read_text().splitlines()] if records.exists() else []
+    return {"code": code, "losses": losses, "text": text, "rates": rates}
 
 
 def results(root: Path) -> dict:
     toys = ["recipe=toy", "attention.toy_heads=1", "attention.layout=backwards", "attention.kernel=toy_kernel"]
+    toys += ["optim.schedule=toy_schedule", "optim.warmup_steps=0"]
     hybrid = ["model.pattern=LS", "model.mixer=toy_mixer", "attention.linear=toy_linear"]
     return {
         "strategy": verified("--strategy", "toy", "--toy-heads", "1", "--world", "3"),

@@ -221,7 +221,8 @@ def test_the_shrunken_run_keeps_what_decides_correctness():
     assert 1 < tiny.attention.window < tiny.data.seq_len < 200
     assert (tiny.train.recompute, tiny.train.micro_batch, tiny.train.global_batch) == ("selective", 2, 8)
     assert tiny.train.loss_chunk < tiny.data.seq_len // 4 * tiny.train.micro_batch
-    assert replace(tiny.optim, warmup_steps=100, eps=config.optim.eps) == config.optim and tiny.optim.warmup_steps == 2
+    assert replace(tiny.optim, warmup_steps=100, decay_steps=1000, eps=config.optim.eps) == config.optim
+    assert (tiny.optim.warmup_steps, tiny.optim.decay_steps) == (2, 20)
 
 
 def test_the_table_has_a_row_for_each_mesh(capsys, monkeypatch, tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from longctx.catalog import OPTIMIZERS
+from longctx.catalog import OPTIMIZERS, SCHEDULES
+from longctx.config.readers import for_some, refuse_unread
 from longctx.errors import ConfigError
 from longctx.rules import above, at_least, one_of, within
 
 DTYPES = ("float32", "bfloat16", "float64")
 RECOMPUTE = ("none", "selective", "full")
+LONGEST_WARMUP = 2000  # steps, of one that is left out: Llama 2's
 KEEPABLE = ("attention", "attention_half", "products", "collectives")
 
 
@@ -72,12 +74,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Configures the optimizer, and a learning rate that warms up linearly and falls along a cosine."""
+    """Configures the optimizer, and a learning rate that warms up linearly and then follows a schedule."""
 
     name: str = "adamw"
     lr: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 20
+    schedule: str = "cosine"  # after warm-up: cosine, wsd (constant, then a decay at the run's end) or constant
+    warmup_steps: int | None = None  # null: a tenth of the run, or of its cosine, and at most 2,000
+    decay_steps: int | None = for_some(
+        None
+    )  # cosine: its end, null: train.steps; wsd: length of its decay, null: a tenth
+    min_lr_ratio: float = for_some(0.1)  # of lr, at the end of the decay
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -92,9 +98,21 @@ class OptimConfig:
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         within("optim.beta1", self.beta1, 0.0, 1.0, open_end=True)
         within("optim.beta2", self.beta2, 0.0, 1.0, open_end=True)
+        SCHEDULES.require(self.schedule)
+        at_least("optim.decay_steps", self.decay_steps, 1)
+        refuse_unread(self, "optim", SCHEDULES, self.schedule, "optim.schedule")
         above("optim.eps", self.eps, 0.0)
         at_least("optim.weight_decay", self.weight_decay, 0.0)
         above("optim.grad_clip", self.grad_clip, 0.0)
+
+    def settled(self, steps: int) -> OptimConfig:
+        """Returns the section with what null stands for in a run of ``steps`` steps.
+
+        It is recorded, so that a run of more steps keeps the schedule that it was begun with.
+        """
+        decay, whole = SCHEDULES.load(self.schedule).settle(self.decay_steps, steps)
+        warmup = min(LONGEST_WARMUP, whole // 10) if self.warmup_steps is None else self.warmup_steps
+        return replace(self, warmup_steps=warmup, decay_steps=decay)
 
 
 @dataclass(frozen=True)

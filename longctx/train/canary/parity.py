@@ -24,7 +24,8 @@ from longctx.train.canary.comparison import gradient_errors, relative, tolerance
 from longctx.train.canary.reference import dense_model, dense_step
 from longctx.train.canary.sample import make_batches, shrink
 from longctx.train.canary.tiny_run import TinyRun
-from longctx.train.optimizer import WarmupCosine, build_optimizer
+from longctx.train.learning_rate import LearningRate
+from longctx.train.optimizer import build_optimizer
 
 LAYERS = 2  # one that frees its gathered weights after the forward pass, and the last, which does not
 LARGEST_HEAD = 16  # channels
@@ -86,8 +87,8 @@ class TrainingRecord:
 def shrink_for_parity(config: Config, steps: int) -> Config:
     """Shrinks a resolved run as for the canary, but with its own micro-batches and for ``steps`` steps.
 
-    Warm-up and the chunks of the loss shrink in proportion, so that both still matter. AdamW's eps grows, and its
-    learning rate is bounded.
+    Warm-up, decay and the chunks of the loss shrink in proportion, so that all still matter. AdamW's eps grows, and
+    its learning rate is bounded.
     """
     tiny = shrink(config)
     train, parallel = config.train, config.parallel
@@ -96,7 +97,10 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     count = nearest_microbatches(parallel.pp_schedule, parallel.pp, count)
     rows = min(LARGEST_MICRO_BATCH, train.micro_batch)
     chunk = max(tiny.train.loss_chunk, train.loss_chunk * tiny.data.seq_len // config.data.seq_len)
-    warmup = -(-config.optim.warmup_steps * steps // train.steps)
+    optim = config.optim.settled(train.steps)
+    warmup, decay = (
+        None if whole is None else -(-whole * steps // train.steps) for whole in (optim.warmup_steps, optim.decay_steps)
+    )
     return replace(
         tiny,
         model=replace(
@@ -106,6 +110,7 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
             tiny.optim,
             lr=min(LARGEST_LR, tiny.optim.lr),
             warmup_steps=warmup,
+            decay_steps=decay,
             eps=max(SMALLEST_EPS, tiny.optim.eps),
         ),
         train=replace(tiny.train, steps=steps, micro_batch=rows, global_batch=groups * rows * count, loss_chunk=chunk),
@@ -129,7 +134,7 @@ def run_parity(config: Config, device: torch.device) -> tuple[bool, ParityReport
 def train_on_mesh(config: Config, mesh: Mesh, device: torch.device) -> TrainingRecord:
     """Trains the shrunken run on its mesh; every rank of the world calls it."""
     run = TinyRun.of(config, mesh, device)
-    schedule = WarmupCosine(config.optim, config.train.steps)
+    schedule = LearningRate(config.optim, config.train.steps)
     record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
         batches = [run.sharder(batch) for batch in _batches(config, step)[mesh.data_rank]]
@@ -150,7 +155,7 @@ def train_on_one_rank(config: Config, device: torch.device) -> TrainingRecord:
     """Trains the same run without a mesh: dense attention, fp64, torch's own clipping."""
     model = dense_model(config, device)
     optimizer = build_optimizer(model, config.optim)
-    schedule = WarmupCosine(config.optim, config.train.steps)
+    schedule = LearningRate(config.optim, config.train.steps)
     largest = float("inf") if config.optim.grad_clip is None else config.optim.grad_clip
     record = TrainingRecord([], [], {}, {})
     for step in range(1, config.train.steps + 1):
