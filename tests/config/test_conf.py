@@ -12,21 +12,55 @@ from longctx.launcher.compose import CONF, NAMED, compose, groups
 
 DEFAULTS = Config().to_dict()
 FILES = sorted(CONF.glob("*/*.yaml"))
+# Options that need another one beside them.
+COMPANIONS = {
+    "data=text": ["data.path=corpus"],
+    "data=tokens": ["data.path=corpus"],
+    "attention=lasp2h": ["model=hybrid_gdn"],
+    **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},
+    **{f"model={model}": ["attention=lasp2"] for model in ("linear_retnet", "linear_llama_1b")},
+}
 
 
 def plain(file):
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
+def said_by(file):
+    """What a file sets, by section; one that begins with ``# @package _global_`` may set others than its own."""
+    said = plain(file)
+    return said if file.read_text(encoding="utf-8").startswith("# @package _global_\n# ") else {file.parent.name: said}
+
+
 @pytest.mark.parametrize(
     "file", [f for f in FILES if f.parent.name != "recipe"], ids=lambda f: f"{f.parent.name}/{f.stem}"
 )
 def test_an_option_states_what_differs_from_the_schema_and_says_what_it_is(file):
-    section, said = DEFAULTS[file.parent.name], plain(file)
-    assert set(said) <= set(section)
-    # What names the option may be a default.
-    assert [key for key, value in said.items() if section[key] == value] == []
+    said = said_by(file)
+    assert file.parent.name in said
+    for section, values in said.items():
+        assert set(values) <= set(DEFAULTS[section])
+        # What names the option may be a default.
+        assert [key for key, value in values.items() if DEFAULTS[section][key] == value] == []
     assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("model/*.yaml")), ids=lambda f: f.stem)
+def test_a_model_is_trained_as_its_size_is(file):
+    """Models of a billion parameters and more say how; what a user sets wins, whatever the order of words."""
+    words = ["model=" + file.stem, *COMPANIONS.get(f"model={file.stem}", [])]
+    config = compose(words)
+    large = config.model.dim >= 2048
+    assert config.optim.lr <= 4e-4 if large else config.optim.lr == DEFAULTS["optim"]["lr"]
+    assert (config.train.recompute != "none") == large
+    own = ["optim.lr=1e-5", "train.recompute=none"]
+    for mixed in (own + words, words + own):
+        assert (compose(mixed).optim.lr, compose(mixed).train.recompute) == (1e-5, "none")
+
+
+def test_nccl_computes_in_16_bits_unless_told_otherwise():
+    assert compose(["comm=nccl"]).train.dtype == "bfloat16" and compose([]).train.dtype == "float32"
+    assert compose(["train.dtype=float32", "comm=nccl"]).train.dtype == "float32"
 
 
 def test_a_name_alone_has_no_file():
@@ -60,16 +94,6 @@ def test_groups_offer_what_the_catalog_knows():
     assert set(groups()["attention"]) == {*STRATEGIES, *LINEAR_STRATEGIES, "lasp2h"}
     assert set(groups()["engine"]) == set(ENGINES)
     assert set(groups()["optim"]) == set(OPTIMIZERS)
-
-
-# Options that need another one beside them.
-COMPANIONS = {
-    "data=text": ["data.path=corpus"],
-    "data=tokens": ["data.path=corpus"],
-    "attention=lasp2h": ["model=hybrid_gdn"],
-    **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},
-    **{f"model={model}": ["attention=lasp2"] for model in ("linear_retnet", "linear_llama_1b")},
-}
 
 
 @pytest.mark.parametrize(
