@@ -23,8 +23,10 @@ IDENTITY = {
     "seed": "train.seed",
     "seq_len": "data.seq_len",
     "packing": "how data.balance packs documents",
+    "chosen": "documents that data.validation.fraction leaves",
 }
-BEFORE = {"packing": STREAM}  # what checkpoints without it were taken with
+ALL = "all"
+BEFORE = {"packing": STREAM, "chosen": ALL}  # what checkpoints without it were taken with
 
 
 class Loader:
@@ -57,6 +59,7 @@ class Loader:
             "seed": packing.seed,
             "seq_len": packing.seq_len,
             "packing": packing.balance.packing if packing.balance else STREAM,
+            "chosen": ALL if packing.chosen is None else len(packing.chosen),
         }
 
     def __iter__(self) -> Iterator[list[Batch]]:

@@ -49,10 +49,17 @@ class Packing:
     With ``document_mask`` off a row is announced as one document, so attention and positions run across the boundaries.
     Labels are the same either way: the first token of a document drawn at random cannot be predicted from the one
     before. So the loss counts the same tokens. ``balance``: how attention work is evened out, None for not at all.
+    ``chosen``: numbers of the documents to pack, int64, ascending; None for all of them.
     """
 
     def __init__(
-        self, corpus: Corpus, seq_len: int, seed: int, document_mask: bool = True, balance: Balance | None = None
+        self,
+        corpus: Corpus,
+        seq_len: int,
+        seed: int,
+        document_mask: bool = True,
+        balance: Balance | None = None,
+        chosen: Int64 | None = None,
     ) -> None:
         if seq_len < 1:
             raise ConfigError(f"data.seq_len={seq_len}: a sequence has at least 1 token")
@@ -63,6 +70,8 @@ class Packing:
         self.seed = seed
         self.document_mask = document_mask
         self.balance = balance
+        self.chosen = chosen
+        self.epoch_tokens = corpus.total_tokens if chosen is None else int(corpus.lengths[chosen].sum())
         self._epochs: tuple[Epoch, ...] = ()
         self._packed: tuple[int, list[list[Piece]]] | None = None
         self._window: tuple[int, Int64] | None = None
@@ -98,7 +107,7 @@ class Packing:
 
     def row_of(self, index: int) -> int:
         """Returns which row of the stream is the sample of that number; a permutation within each window of rows."""
-        rows = max(1, self.corpus.total_tokens // self.seq_len)
+        rows = max(1, self.epoch_tokens // self.seq_len)
         window, place = divmod(index, rows)
         if self._window is None or self._window[0] != window:
             self._window = (window, _permutation(rows, self.seed, _ROWS, window))
@@ -128,13 +137,12 @@ class Packing:
 
     def _stream(self, first: int, rows: int) -> list[Piece]:
         """Returns the documents of so many rows of the stream; those that cross its two ends are cut there."""
-        epoch_tokens = self.corpus.total_tokens
         position, missing = first * self.seq_len, rows * self.seq_len
         pieces: list[Piece] = []
         while missing:
-            number, offset = divmod(position, epoch_tokens)
+            number, offset = divmod(position, self.epoch_tokens)
             epoch = self._epoch(number)
-            take = min(missing, epoch_tokens - offset)
+            take = min(missing, self.epoch_tokens - offset)
             first = int(np.searchsorted(epoch.starts, offset, side="right")) - 1
             last = int(np.searchsorted(epoch.starts, offset + take, side="left"))
             documents = epoch.order[first:last]
@@ -150,7 +158,9 @@ class Packing:
         for kept in self._epochs:
             if kept.number == number:
                 return kept
-        order = _permutation(len(self.corpus), self.seed, number)
+        documents = len(self.corpus) if self.chosen is None else len(self.chosen)
+        order = _permutation(documents, self.seed, number)
+        order = order if self.chosen is None else self.chosen[order]
         starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]).astype(np.int64, copy=False)
         epoch = Epoch(number, order, starts)
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)

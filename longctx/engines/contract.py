@@ -30,6 +30,10 @@ class Engine(Protocol):
         """
         ...
 
+    def evaluate(self, batches: Sequence[LocalBatch]) -> Tensor:
+        """Runs forward alone; returns this rank's own sum of the loss as ``accumulate`` does, and keeps nothing."""
+        ...
+
     def squared_norm(self) -> Tensor:
         """Returns this rank's share of the gradient's squared norm, fp64 scalar; shares add up over all ranks."""
         ...

@@ -38,11 +38,25 @@ class NativeEngine:
         once = self._once and len(batches) > 1
         for number, batch in enumerate(batches, start=1):
             self._expect(first=number == 1, last=number == len(batches), once=once)
-            loss = self.model(batch.tokens, batch.positions, batch.plan.handle, batch.labels)
+            loss = self.forward(batch)
             (loss * scale).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None, "a step has at least one micro-batch"
         return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[LocalBatch]) -> Tensor:
+        """Runs forward of one microbatch after another; see ``Engine``."""
+        losses = [self.forward(batch) for batch in batches]
+        # Without a backward pass nothing else frees what was gathered; a checkpoint must find the shards.
+        for shard in self._shards:
+            shard.reshard()
+        return torch.stack(losses).sum()
+
+    def forward(self, batch: LocalBatch) -> Tensor:
+        """Computes this rank's sum of the loss of one microbatch."""
+        loss: Tensor = self.model(batch.tokens, batch.positions, batch.plan.handle, batch.labels)
+        return loss
 
     def _expect(self, first: bool, last: bool, once: bool) -> None:
         """Tells FSDP2 which micro-batch comes; each call of its costs, so only what changes is told."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from longctx.engines.native import NativeEngine
 from longctx.mesh import Mesh
 from longctx.parallel.data import compute_dtype
-from longctx.parallel.pipeline import MicrobatchShape, Pipeline, make_schedule
+from longctx.parallel.pipeline import MicrobatchShape, Pipeline, make_schedule, pass_stages
 from longctx.sequence import LocalBatch
 
 
@@ -28,6 +28,7 @@ class PipelineEngine(NativeEngine):
     def __init__(self, model: Pipeline, optimizer: Optimizer, mesh: Mesh, schedule: str, dtype: str) -> None:
         super().__init__(model, optimizer)
         self.pipeline = model
+        self._mesh = mesh
         self._group = mesh.pipeline_group
         self._parts = mesh.tensor.size()
         self._name = schedule
@@ -52,6 +53,11 @@ class PipelineEngine(NativeEngine):
         schedule.step(*tokens, return_outputs=False, **inputs)
         self.pipeline.sum_tied_gradients(self._group)
         return torch.stack(self._sums).sum() if self._sums else torch.zeros((), dtype=self._dtype, device=first.device)
+
+    def forward(self, batch: LocalBatch) -> Tensor:
+        """Passes one microbatch through the stages, one after another; the sum of the loss is the last stage's."""
+        loss = pass_stages(self.pipeline, batch, self._mesh, self._dtype, batch.labels)
+        return torch.zeros((), dtype=self._dtype, device=batch.tokens.device) if loss is None else loss
 
     def counted(self) -> list[torch.nn.Parameter]:
         """Lists the parameters of this rank's stages of which it holds a share, each once."""

@@ -123,9 +123,24 @@ def run_forward(pipeline: Pipeline, batch: LocalBatch, mesh: Mesh, dtype: torch.
 
     It uses no schedule. ``dtype``: of hidden states. All ranks of the pipeline call it, without gradients.
     """
-    group, config = mesh.pipeline_group, pipeline.stages[0].config
-    ranks, rows, tokens = group_of(group), *batch.tokens.shape
-    device = batch.tokens.device
+    x = pass_stages(pipeline, batch, mesh, dtype)
+    if x is None:
+        vocab_size = pipeline.stages[0].config.vocab_size
+        x = torch.empty(*batch.tokens.shape, vocab_size, dtype=dtype, device=batch.tokens.device)
+    dist.broadcast(x, group=mesh.pipeline_group, group_src=pipeline.owners[-1])
+    return x
+
+
+def pass_stages(
+    pipeline: Pipeline, batch: LocalBatch, mesh: Mesh, dtype: torch.dtype, labels: Tensor | None = None
+) -> Tensor | None:
+    """Passes one batch through all stages, one after another; returns what the last one gives, None on other ranks.
+
+    That is logits ``[B, T/SP, V]``, or with ``labels`` the sum of the loss. ``dtype``: of hidden states. All ranks of
+    the pipeline call it, without gradients.
+    """
+    ranks, rows, tokens = group_of(mesh.pipeline_group), *batch.tokens.shape
+    device, width = batch.tokens.device, pipeline.stages[0].config.dim
     stages = dict(zip(pipeline.numbers, pipeline.stages, strict=True))
     x = batch.tokens
     if pipeline.servers is not None:
@@ -138,13 +153,10 @@ def run_forward(pipeline: Pipeline, batch: LocalBatch, mesh: Mesh, dtype: torch.
             if number not in stages:
                 continue
             if owner != before:
-                hidden = torch.empty(rows, tokens // mesh.tensor.size(), config.dim, dtype=dtype, device=device)
+                hidden = torch.empty(rows, tokens // mesh.tensor.size(), width, dtype=dtype, device=device)
                 (x,) = exchange(ranks, [], [(before, hidden)]).wait()
-            x = stages[number](x, batch.positions, batch.plan.handle)
-    if pipeline.last is None:
-        x = torch.empty(rows, tokens, config.vocab_size, dtype=dtype, device=device)
-    dist.broadcast(x, group=group, group_src=pipeline.owners[-1])
-    return x
+            x = stages[number](x, batch.positions, batch.plan.handle, labels)
+    return None if pipeline.last is None else x
 
 
 def _local_gradient(stage: Decoder) -> Tensor:

@@ -31,6 +31,8 @@ KEYS = (
     "bytes_between_nodes_by_rank",
     "straggler_tokens",
     "padding",
+    "validation_loss",
+    "validation_seconds",
 )
 ALWAYS_KNOWN = ("loss", "grad_norm")  # None in these means that the number was not finite
 METRICS = "metrics.jsonl"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from longctx.data.loader import Loader
 from longctx.sequence import Batch, LocalBatch, SequencePlan
@@ -22,6 +23,19 @@ Prepare = Callable[[list[SequencePlan]], None]
 _one_at_a_time = threading.Lock()
 
 
+class Readable(Protocol):
+    """Delivers microbatches by the number of a step's first sample, and knows which step comes next."""
+
+    next_sample: int
+
+    def advance(self) -> None:
+        """Notes that the next step's microbatches have been used."""
+
+    def batches(self, first_sample: int) -> list[Batch]:
+        """Reads this rank's microbatches of the step that starts at a sample."""
+        ...
+
+
 class Prefetcher:
     """Reads and plans the next step's micro-batches while the present step runs.
 
@@ -30,7 +44,7 @@ class Prefetcher:
     The loader's position stays that of the batches that were taken, so a checkpoint knows nothing of those read ahead.
     """
 
-    def __init__(self, loader: Loader, sharder: BatchSharder, prepare: Prepare) -> None:
+    def __init__(self, loader: Readable, sharder: BatchSharder, prepare: Prepare) -> None:
         self._loader, self._sharder, self._prepare = loader, sharder, prepare
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
         self._made: tuple[int, Future[Planned]] | None = None  # of the step that begins at this sample

@@ -17,6 +17,7 @@ from longctx.reporting.metrics import MetricsSink
 from longctx.sequence import LocalBatch
 from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import StepResult, TrainStep
+from longctx.train.validation import Validation
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Trainer:
     checkpointer: Checkpointer
     sink: MetricsSink
     memory: StepMemory | None = None
+    validation: Validation | None = None
 
     def __post_init__(self) -> None:
         # The second step of this process: the optimizer has its state by then, and FSDP2 has set itself up.
@@ -57,6 +59,8 @@ class Trainer:
             outcome, last = self._loop()
         finally:
             self.prefetcher.close()
+            if self.validation is not None:
+                self.validation.close()
             self.sink.close(
                 {
                     "outcome": outcome,
@@ -77,7 +81,7 @@ class Trainer:
         steps, every = self.config.train.steps, self.config.checkpoint.every
         while self.state.step < steps:
             record, stop = self._step()
-            self.sink.step(record)
+            self.sink.step(record | self._validated())
             done = self.state.step
             at_end = done == steps and self.config.checkpoint.at_end
             stop = stop and done < steps
@@ -86,6 +90,15 @@ class Trainer:
             if stop:
                 return "stopped", record
         return "finished", record
+
+    def _validated(self) -> dict[str, Any]:
+        """Measures the loss on held-out documents where it is due; what a step's record holds of it."""
+        due = self.validation is not None and self.validation.is_due(self.state.step, self.config.train.steps)
+        found = self.validation() if self.validation is not None and due else None
+        return {
+            "validation_loss": found and found.loss,
+            "validation_seconds": found and found.seconds,
+        }
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         started = time.perf_counter()

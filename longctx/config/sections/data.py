@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longctx.catalog import SOURCES
 from longctx.config.readers import for_some, refuse_unread
 from longctx.errors import ConfigError
-from longctx.rules import at_least, one_of
+from longctx.rules import as_word, at_least, one_of, within
 
 TOKEN_DTYPES = ("uint16", "uint32")
 BALANCES = ("none", "rows", "documents")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Says which documents are held out of training, and when the loss on them is measured."""
+
+    fraction: float = 0.0  # of the corpus's documents; 0: none
+    path: str | None = None  # documents of their own, which the run's source reads; null: none
+    every: int = 100  # steps between validations; 0: only at the end
+    sequences: int | None = 64  # how many a validation takes at most; null: all that there are
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run validates at all."""
+        return self.path is not None or self.fraction > 0
+
+    def check(self) -> None:
+        """Refuses two sets of documents, and settings of a validation that is not done."""
+        within("data.validation.fraction", self.fraction, 0.0, 1.0, open_end=True)
+        at_least("data.validation.every", self.every, 0)
+        at_least("data.validation.sequences", self.sequences, 1)
+        if self.path is not None and self.fraction:
+            raise ConfigError(
+                f"data.validation.fraction={self.fraction} holds out documents of the corpus, and "
+                f"data.validation.path={self.path} names others; set one of them"
+            )
+        for name in ("every", "sequences"):
+            value, default = getattr(self, name), getattr(ValidationConfig, name)
+            if value != default and not self.wanted:
+                raise ConfigError(
+                    f"data.validation.{name}={as_word(value)} is of a validation, and none is asked for; set "
+                    "data.validation.fraction=0.01, or data.validation.path"
+                )
 
 
 @dataclass(frozen=True)
@@ -24,6 +57,7 @@ class DataConfig:
     token_dtype: str = for_some("uint16")  # of a token file: uint16 or uint32
     max_documents: int | None = None  # take only the first so many documents
     balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def check(self) -> None:
         """Refuses sources without what they read, and options that the source would not read."""
@@ -32,6 +66,18 @@ class DataConfig:
         at_least("data.seq_len", self.seq_len, 1)
         at_least("data.max_documents", self.max_documents, 1)
         one_of("data.balance", self.balance, BALANCES)
+        self.validation.check()
         refuse_unread(self, "data", SOURCES, self.source, "data")
-        if self.path is None and "path" in SOURCES.load(self.source).reads:
+        reads = SOURCES.load(self.source).reads
+        if self.validation.path is not None and "path" not in reads:
+            raise ConfigError(
+                f"data.validation.path={self.validation.path} is read as data.path is, and data={self.source} reads no "
+                "path; hold out documents by data.validation.fraction=0.01"
+            )
+        if self.validation.path is not None and self.validation.path == self.path:
+            raise ConfigError(
+                f"data.validation.path={self.path} is what the run trains on; name other documents, or hold some out by "
+                "data.validation.fraction=0.01"
+            )
+        if self.path is None and "path" in reads:
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")

@@ -1,0 +1,86 @@
+"""Holds documents out of training, and delivers them for validation: each token once, in the same rows every time.
+
+Which documents are held out follows from their number alone, whatever seed, mesh or sequence length a run has. So runs
+with one corpus and one fraction validate on the same text. A document stays where it is when others are added behind.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from longctx.data.corpus import Corpus, Int64
+from longctx.data.packing import Packing
+from longctx.errors import ConfigError
+from longctx.sequence import IGNORE, Batch
+
+_SPLIT = 0x7A11DA7E  # of the draw that splits; no run's own seed reaches it
+_ORDER = 0  # seed of the order in which held-out documents are read: drawn, so that the first rows are a fair sample
+
+
+def split(corpus: Corpus, fraction: float) -> tuple[Int64, Int64]:
+    """Returns the numbers of the documents to train on and of those held out, int64, both ascending.
+
+    Each document is drawn with probability ``fraction``; where none was, the one nearest to it. Raises
+    ``ConfigError`` when there is but one document.
+    """
+    if len(corpus) < 2:
+        raise ConfigError(
+            f"data.validation.fraction={fraction} holds out whole documents, and the corpus has {len(corpus)}; name "
+            "a file of its own by data.validation.path"
+        )
+    words = np.random.Philox(np.random.SeedSequence(_SPLIT)).random_raw(len(corpus))
+    held = words < np.uint64(fraction * 2.0**64)
+    if not held.any():
+        held[np.argmin(words)] = True
+    if held.all():
+        held[np.argmax(words)] = False
+    return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
+
+
+class HeldOut:
+    """Yields the microbatches of one validation pass, as a ``Loader`` yields those of a step.
+
+    A pass takes the rows of one epoch of ``packing`` in their order, ``global_batch`` at a time; what fills up its last
+    batch has no labels. So it counts every label of the documents once. ``sequences``: rows that a pass takes at most,
+    None for all.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        global_batch: int,
+        dp_rank: int = 0,
+        dp_world: int = 1,
+        micro_batch: int = 1,
+        sequences: int | None = None,
+    ) -> None:
+        assert 0 <= dp_rank < dp_world, f"rank {dp_rank} of {dp_world}"
+        self.packing = packing
+        self.next_sample = 0
+        rows = -(-packing.epoch_tokens // packing.seq_len)
+        self.sequences = rows if sequences is None else min(rows, sequences)
+        self.steps = -(-self.sequences // global_batch)
+        self._global_batch = global_batch
+        self._own = np.arange(global_batch).reshape(dp_world, -1, micro_batch)[dp_rank]
+
+    def advance(self) -> None:
+        """Notes that one step's microbatches have been used; after the last of a pass comes the first again."""
+        self.next_sample = (self.next_sample + self._global_batch) % (self.steps * self._global_batch)
+
+    def batches(self, first_sample: int) -> list[Batch]:
+        """Reads this rank's microbatches of the step that starts at a row: ``[micro_batch, S]`` each."""
+        return [self._batch((first_sample + rows).tolist()) for rows in self._own]
+
+    def _batch(self, rows: list[int]) -> Batch:
+        tokens, labels, documents = zip(*(self.packing.row(row) for row in rows), strict=True)
+        counted = np.stack(labels)
+        for row, own in zip(rows, counted, strict=True):
+            left = self.packing.epoch_tokens - row * self.packing.seq_len if row < self.sequences else 0
+            own[max(left, 0) :] = IGNORE
+        return Batch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(counted), documents)
+
+
+def packing_of(corpus: Corpus, chosen: Int64 | None, seq_len: int, document_mask: bool) -> Packing:
+    """Packs held-out documents in the one order that all runs read them in; ``chosen``: their numbers, None for all."""
+    return Packing(corpus, seq_len, _ORDER, document_mask, chosen=chosen)
