@@ -22,6 +22,7 @@ from longctx.comm import Links, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
+from longctx.data.held_out import trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
 from longctx.engines import engine_of
@@ -47,6 +48,7 @@ from longctx.train.prefetcher import Prefetcher
 from longctx.train.step import TrainStep
 from longctx.train.step_parts import StepParts
 from longctx.train.trainer import Trainer
+from longctx.train.validation import open_validation
 
 _log = logging.getLogger(__name__)
 
@@ -216,8 +218,10 @@ def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) ->
     if resume:
         checkpointer.load(parts.state)
     sink = open_sink(config, directory, dist.get_rank(), parts.state.step if resume else None)
-    validation = build_validation(config, corpus, meter, parts.step.engine)
-    return Trainer(config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation)
+    validation = open_validation(config, corpus, meter.mesh, meter.device, parts.step.engine)
+    return Trainer(
+        config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation
+    )
 
 
 def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | None) -> StepParts:
@@ -231,16 +235,6 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
     memory = StepMemory(decoders(model), optimizer, device, directory) if is_measured(config) else None
     prefetcher = Prefetcher(loader, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
     return StepParts(state, step, prefetcher, memory)
-
-
-def build_validation(config: Config, corpus: Corpus, meter: Meter, engine: Engine) -> Validation | None:
-    """What measures the loss on held-out documents; None where the run holds none out."""
-    mesh, device, asked = meter.mesh, meter.device, config.data.validation
-    held_out = build_held_out(config, corpus, mesh.data_rank, mesh.data_size)
-    if held_out is None:
-        return None
-    prefetcher = Prefetcher(held_out, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
-    return Validation(engine, mesh, device, held_out, prefetcher, asked.every)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
@@ -295,31 +289,9 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
     balance = None
     if config.data.balance != "none":
         balance = Balance(config.data.balance == "documents", config.attention.window)
-    chosen = split(corpus, config.data.validation.fraction)[0] if config.data.validation.fraction else None
-    packing = Packing(corpus, config.data.seq_len, config.train.seed, config.attention.document_mask, balance, chosen)
+    masked, chosen = config.attention.document_mask, trained_on(config.data.validation, corpus)
+    packing = Packing(corpus, config.data.seq_len, config.train.seed, masked, balance, chosen)
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
-
-
-def build_held_out(config: Config, corpus: Corpus, rank: int, world: int) -> HeldOut | None:
-    """Builds what the ``rank``-th of ``world`` data-parallel groups validates on; None where nothing is held out.
-
-    ``corpus``: what the run trains on, of which it may hold out a part.
-    """
-    asked, train = config.data.validation, config.train
-    if not asked.wanted:
-        return None
-    chosen = None
-    if asked.path is None:
-        chosen = split(corpus, asked.fraction)[1]
-    else:
-        corpus = open_corpus(held_out_data(config), config.model.vocab_size, verify=False)
-    packing = packing_of(corpus, chosen, config.data.seq_len, config.attention.document_mask)
-    return HeldOut(packing, train.global_batch, rank, world, train.micro_batch, asked.sequences)
-
-
-def held_out_data(config: Config) -> DataConfig:
-    """Returns the section ``data`` of the documents that ``data.validation.path`` names."""
-    return replace(config.data, path=config.data.validation.path, max_documents=None)
 
 
 def _data_summary(corpus: Corpus) -> dict[str, int]:

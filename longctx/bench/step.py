@@ -179,6 +179,10 @@ class TimedEngine:
         loss: Tensor = self._timed("accumulate", lambda: self.engine.accumulate(batches, scale))
         return loss
 
+    def evaluate(self, batches: Sequence[LocalBatch]) -> Tensor:
+        """Returns the engine's loss; not timed."""
+        return self.engine.evaluate(batches)
+
     def squared_norm(self) -> Tensor:
         """Returns the engine's norm; not timed."""
         return self.engine.squared_norm()

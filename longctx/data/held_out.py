@@ -6,11 +6,16 @@ with one corpus and one fraction validate on the same text. A document stays whe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from longctx.config import DataConfig
+from longctx.config.sections.data import ValidationConfig
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.packing import Packing
+from longctx.data.source import open_corpus
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 
@@ -36,6 +41,26 @@ def split(corpus: Corpus, fraction: float) -> tuple[Int64, Int64]:
     if held.all():
         held[np.argmax(words)] = False
     return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
+
+
+def trained_on(asked: ValidationConfig, corpus: Corpus) -> Int64 | None:
+    """Returns the numbers of the documents that a run is trained on, None for all of them."""
+    return split(corpus, asked.fraction)[0] if asked.fraction else None
+
+
+def open_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> tuple[Corpus, Int64 | None]:
+    """Returns what a run validates on: a corpus, and the numbers of the documents in it, None for all of them.
+
+    ``corpus``: what the run is trained on, of which a part may be held out.
+    """
+    if config.validation.path is None:
+        return corpus, split(corpus, config.validation.fraction)[1]
+    return open_corpus(elsewhere(config), vocab_size, verify=False), None
+
+
+def elsewhere(config: DataConfig) -> DataConfig:
+    """Returns the section ``data`` of the documents that ``data.validation.path`` names."""
+    return replace(config, path=config.validation.path, max_documents=None)
 
 
 class HeldOut:

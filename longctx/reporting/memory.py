@@ -147,6 +147,9 @@ class _Watched:
     def accumulate(self, batches: Sequence[LocalBatch], scale: float) -> Tensor:
         return self._engine.accumulate(batches, scale)
 
+    def evaluate(self, batches: Sequence[LocalBatch]) -> Tensor:
+        return self._engine.evaluate(batches)
+
     def squared_norm(self) -> Tensor:
         for model in self._models:
             for parameter in model.parameters():

@@ -32,14 +32,16 @@ class ProgressText:
     lr: str
     speed: str
     left: str
+    validation: str = ""  # where the step was followed by one
 
     def line(self) -> str:
         """Writes step, loss, speed and time left as one line of a log."""
-        return "  ".join((self.step, self.loss, self.grad, self.lr, f"{self.speed} tokens/s", f"ETA {self.left}"))
+        words = (self.step, self.loss, self.validation, self.grad, self.lr)
+        return "  ".join((*filter(None, words), f"{self.speed} tokens/s", f"ETA {self.left}"))
 
     def before_bar(self, width: int) -> list[str]:
         """Chooses what stands left of the bar in a terminal of ``width`` columns: the step, then the loss."""
-        return _fitting([self.step, self.loss], width)
+        return _fitting([word for word in (self.step, self.loss, self.validation) if word], width)
 
     def after_bar(self, width: int) -> list[str]:
         """Chooses what stands right of the bar in ``width`` columns; the time left is dropped last."""
@@ -70,7 +72,7 @@ class Progress:
         """Shows a record, if its turn has come."""
         self._seconds.append(record["step_seconds"])
         step = record["step"]
-        due = self._first or step % self._every == 0 or step == self._steps
+        due = self._first or record["validation_loss"] is not None or step % self._every == 0 or step == self._steps
         self._first = False
         if self._live is not None:
             self._rewrite(self._live, self._progressed(record))
@@ -86,6 +88,7 @@ class Progress:
 
     def _progressed(self, record: dict[str, Any]) -> ProgressText:
         step, width = record["step"], len(str(self._steps))
+        validated = record["validation_loss"]
         return ProgressText(
             share=step / self._steps,
             step=f"step {step:>{width}}/{self._steps}",
@@ -93,6 +96,7 @@ class Progress:
             grad=f"grad {number(record['grad_norm'], '.3f')}",
             lr=f"lr {number(record['lr'], '.2e')}",
             speed=quantity(record["tokens_per_second"]),
+            validation="" if validated is None else f"validation {validated:.4f}",
             left=duration((self._steps - step) * statistics.median(self._seconds)),
         )
 

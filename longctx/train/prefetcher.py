@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from longctx.data.loader import Loader
 from longctx.sequence import Batch, LocalBatch, SequencePlan
 from longctx.train.batch_sharder import BatchSharder
 

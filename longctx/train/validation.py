@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from longctx.comm.rank_numbers import gather_numbers
-from longctx.data.held_out import HeldOut
+from longctx.config import Config
+from longctx.data import Corpus
+from longctx.data.held_out import HeldOut, open_held_out, packing_of
 from longctx.engines import Engine
 from longctx.mesh import Mesh
+from longctx.parallel.core import prepare_of
+from longctx.train.batch_sharder import BatchSharder
 from longctx.train.prefetcher import Prefetcher
 
 
@@ -61,3 +65,20 @@ class Validation:
     def close(self) -> None:
         """Waits for what is being read and throws it away."""
         self.prefetcher.close()
+
+
+def open_validation(
+    config: Config, corpus: Corpus, mesh: Mesh, device: torch.device, engine: Engine
+) -> Validation | None:
+    """Opens what measures the loss on held-out documents; None where the run holds none out.
+
+    ``corpus``: what the run is trained on, of which a part may be held out.
+    """
+    asked, train = config.data.validation, config.train
+    if not asked.wanted:
+        return None
+    held, chosen = open_held_out(config.data, corpus, config.model.vocab_size)
+    packing = packing_of(held, chosen, config.data.seq_len, config.attention.document_mask)
+    held_out = HeldOut(packing, train.global_batch, mesh.data_rank, mesh.data_size, train.micro_batch, asked.sequences)
+    prefetcher = Prefetcher(held_out, BatchSharder.of(config, mesh, device), prepare_of(config, mesh))
+    return Validation(engine, mesh, device, held_out, prefetcher, asked.every)

@@ -21,6 +21,7 @@ KEYS = [
     "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu_causal", "mfu_full",
     "memory_peak_bytes", "comm_bytes", "comm_bytes_between_nodes", "balance",
     "work_by_rank", "bytes_by_rank", "bytes_between_nodes_by_rank", "straggler_tokens", "padding",
+    "validation_loss", "validation_seconds",
 ]  # fmt: skip
 
 

@@ -76,8 +76,8 @@ class DataConfig:
             )
         if self.validation.path is not None and self.validation.path == self.path:
             raise ConfigError(
-                f"data.validation.path={self.path} is what the run trains on; name other documents, or hold some out by "
-                "data.validation.fraction=0.01"
+                f"data.validation.path={self.path} is what the run trains on; name other documents, or hold some "
+                "out by data.validation.fraction=0.01"
             )
         if self.path is None and "path" in reads:
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")

@@ -61,7 +61,8 @@ def figures(run: RunFiles) -> list[Figure]:
     mesh = MeshFacts.of(run)
     peak = max(run.known("memory_peak_bytes"), default=None)
     shown = [
-        _loss(run),
+        _loss(run, "loss", "final loss"),
+        *([_loss(run, "validation_loss", "validation loss")] if run.known("validation_loss") else []),
         Figure("tokens/s", run.median("tokens_per_second", quantity), "median of all steps"),
         Figure("steps", f"{_steps_done(run)}", f"{run.median('step_seconds', _seconds)} each, median"),
         Figure("tokens", quantity(sum(run.known("tokens"))), f"{run.median('tokens', quantity)} a step"),
@@ -81,12 +82,12 @@ def _steps_done(run: RunFiles) -> int:
     return run.records[-1]["step"] if run.records else 0
 
 
-def _loss(run: RunFiles) -> Figure:
-    by_step = [(value, record["step"]) for value, record in zip(run.column("loss"), run.records) if value is not None]
+def _loss(run: RunFiles, key: str, label: str) -> Figure:
+    by_step = [(value, record["step"]) for value, record in zip(run.column(key), run.records) if value is not None]
     if not by_step:
-        return Figure("final loss", UNKNOWN)
+        return Figure(label, UNKNOWN)
     best, step = min(by_step)
-    return Figure("final loss", f"{by_step[-1][0]:.4f}", f"lowest {best:.4f}, in step {step}")
+    return Figure(label, f"{by_step[-1][0]:.4f}", f"lowest {best:.4f}, in step {step}")
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,27 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Curve:
-    """Says what one chart shows: a key of ``metrics.jsonl``, its title, and how its values are written."""
+    """Says what one chart shows: a key of ``metrics.jsonl``, its title, and how its values are written.
+
+    ``sparse``: only some steps have a value, and the line goes from one to the next.
+    """
 
     key: str
     title: str
     form: Form
     smooth: bool = True
+    sparse: bool = False
 
 
 CURVES = (
     Curve("loss", "loss, nats per token", lambda value: f"{value:.4g}"),
+    Curve(
+        "validation_loss",
+        "loss on held-out documents, nats per token",
+        lambda value: f"{value:.4g}",
+        smooth=False,
+        sparse=True,
+    ),
     Curve("tokens_per_second", "tokens per second", quantity),
     Curve("grad_norm", "gradient norm", lambda value: f"{value:.3g}"),
     Curve("lr", "learning rate", lambda value: f"{value:.2g}", smooth=False),
@@ -71,7 +82,7 @@ def render(run_dir: Path) -> str:
         name=run.name,
         outcome=outcome(run),
         figures=figures(run),
-        charts=[(curve, _chart(run, curve)) for curve in CURVES] if run.records else [],
+        charts=[(curve, _chart(run, curve)) for curve in CURVES if _is_shown(run, curve)],
         balance=balance_section(run.records),
         memory=memory_section(run.memory),
         cards=cards(run),
@@ -82,5 +93,13 @@ def render(run_dir: Path) -> str:
 
 
 def _chart(run: RunFiles, curve: Curve) -> Markup | str:
-    steps = [record["step"] for record in run.records]
-    return line_chart(curve.title, steps, run.column(curve.key), curve.form, curve.smooth)
+    steps, values = [record["step"] for record in run.records], run.column(curve.key)
+    if curve.sparse:
+        measured = [(step, value) for step, value in zip(steps, values) if value is not None]
+        steps, values = [step for step, _ in measured], [value for _, value in measured]
+    return line_chart(curve.title, steps, values, curve.form, curve.smooth)
+
+
+def _is_shown(run: RunFiles, curve: Curve) -> bool:
+    """A curve of every step is shown without values as well; one of a few steps only where there are some."""
+    return bool(run.known(curve.key) if curve.sparse else run.records)
