@@ -22,7 +22,7 @@ from longctx.comm import Links, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
-from longctx.data.held_out import trained_on
+from longctx.data.held_out import check_held_out, trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
 from longctx.engines import engine_of
@@ -66,6 +66,7 @@ def preflight(config: Config, resume: bool) -> None:
     if resume:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
+    check_held_out(config.data, corpus, config.model.vocab_size)
     if resume:
         _require_fit(config, corpus)
 

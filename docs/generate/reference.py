@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from longctx.config import Config
@@ -42,8 +42,13 @@ def _section(name: str, values: Any) -> list[str]:
     source = "".join(inspect.getsource(one) for one in type(values).__mro__ if one is not object)
     remarks = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     lines = [f"{type(values).__doc__}", "", "| key | type | default | |", "|---|---|---|---|"]
+    inner: list[str] = []
     for field in fields(values):
+        if is_dataclass(getattr(values, field.name)):
+            path = f"{name}.{field.name}"
+            inner += ["", f"### {path}", "", *_section(path, getattr(values, field.name))]
+            continue
         default = json.dumps(getattr(values, field.name)).strip('"')
         cells = (f"`{name}.{field.name}`", str(field.type), default, remarks.get(field.name, ""))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return lines
+    return lines + inner

@@ -13,6 +13,7 @@ import torch
 
 from longctx.config import DataConfig
 from longctx.config.sections.data import ValidationConfig
+from longctx.data.checked import check_corpus
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.packing import Packing
 from longctx.data.source import open_corpus
@@ -56,6 +57,14 @@ def open_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> tuple[
     if config.validation.path is None:
         return corpus, split(corpus, config.validation.fraction)[1]
     return open_corpus(elsewhere(config), vocab_size, verify=False), None
+
+
+def check_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> None:
+    """Refuses what a run cannot be validated on; all that is held out is read. ``corpus``: what the run trains on."""
+    if config.validation.path is not None:
+        check_corpus(elsewhere(config), vocab_size)
+    elif config.validation.fraction:
+        split(corpus, config.validation.fraction)
 
 
 def elsewhere(config: DataConfig) -> DataConfig:
