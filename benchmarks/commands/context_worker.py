@@ -51,6 +51,7 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from longctx.comm import leave_world
     from longctx.launcher.processes import join
 
     torch.set_num_threads(1)
@@ -72,7 +73,7 @@ def _run(job: Job, group: MemoryGroup | None) -> dict[str, Any]:
         "peak": group.peak() if group else 0,
         "bytes": system.bytes() if system.bytes else None,
     }
-    dist.destroy_process_group()
+    leave_world()
     return answer
 
 

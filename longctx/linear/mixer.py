@@ -111,11 +111,6 @@ def get_mixer(name: str, **sizes: int | None) -> Mixer:
     return mixer.sized(**given) if given else mixer
 
 
-def transition_numbers(transition: str, keys: int) -> int:
-    """Counts the numbers of a segment's transition, for each head, that ranks must tell each other."""
-    return {"none": 0, "constant": 0, "scalar": 1, "diagonal": keys, "dense": keys * keys}[transition]
-
-
 def plain_tokens(widths: HeadDims) -> dict[str, int]:
     """Returns the inputs of most mixers, with their channels a head: queries, keys and values."""
     return {"q": widths.key, "k": widths.key, "v": widths.value}

@@ -103,12 +103,6 @@ def _home(dxs: Sequence[Tensor], own: int, halo: Halo, ranks: Group, plan: Seque
     return homes
 
 
-def halo_rows_sent(plan: SequencePlan, rank: int, reach: int) -> tuple[int, int]:
-    """Counts rows that ``rank`` sends forward, and of gradients backward, where it sends those of forward once more."""
-    forward = sum(len(halo_of(plan, reader, reach, CPU).rows[rank]) for reader in range(plan.world))
-    return forward, halo_of(plan, rank, reach, CPU).length
-
-
 def _shapes(xs: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in xs]
 

@@ -9,14 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.comm import group_of
-from longctx.linear.short_convolution import convolve, halo_rows_sent
-from longctx.sequence import Documents, Mask, SequencePlan, make_layout, unshard
+from longctx.linear.short_convolution import convolve
+from longctx.sequence import Documents, Mask, SequencePlan, halo_of, make_layout, unshard
 from longctx.sim import Cluster
 from longctx.verify import VerifyCase
 from longctx.verify.run import cut, local_inputs
 
+CPU = torch.device("cpu")
 HEADS, CHANNELS, WIDTH = 2, 3, 4
 WIDTHS = (1, 2)  # of what shares a halo
+
+
+def halo_rows_sent(plan, rank, reach):
+    """Rows that ``rank`` sends forward, and of gradients backward, where it sends those of forward once more."""
+    forward = sum(len(halo_of(plan, reader, reach, CPU).rows[rank]) for reader in range(plan.world))
+    return forward, halo_of(plan, rank, reach, CPU).length
 
 
 def definition(x, weight, documents):

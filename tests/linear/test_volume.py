@@ -10,13 +10,14 @@ from longctx.attention import StrategyAttention
 from longctx.attention.costs.estimate import Volume
 from longctx.comm import group_of
 from longctx.linear import LinearAttention, get_linear, get_mixer
-from longctx.linear.mixer import transition_numbers
 from longctx.linear.registry import LinearSizes
 from longctx.sequence import Contiguous, Documents, Layout, Mask, SequencePlan, Striped, Zigzag
 from longctx.sim import Cluster
 
 LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped(8)}
 KEYS, VALUES = 5, 4
+# Numbers of a segment's transition, for each head, that ranks must tell each other.
+TOLD = {"none": 0, "constant": 0, "scalar": 1, "diagonal": KEYS, "dense": KEYS * KEYS}
 WIDE = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 4}
 TRANSITIONS = {
     "none": "basic",
@@ -64,8 +65,7 @@ def measured(strategy: str, transition: str, plan: SequencePlan, heads: int, dty
 
 
 def closed(strategy: str, transition: str, plan: SequencePlan, heads: int, dtype=torch.float64) -> list[Volume]:
-    numbers = transition_numbers(transition, KEYS)
-    sizes = LinearSizes(len(plan.documents), heads, KEYS, VALUES, numbers, WIDE[dtype])
+    sizes = LinearSizes(len(plan.documents), heads, KEYS, VALUES, TOLD[transition], WIDE[dtype])
     return [get_linear(strategy).volume(plan, rank, sizes) for rank in range(plan.world)]
 
 
