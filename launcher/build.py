@@ -28,6 +28,7 @@ from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
+from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
@@ -57,18 +58,21 @@ Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
 
 
-def preflight(config: Config, resume: bool) -> None:
-    """Refuses, before any process starts, all that can be refused without one."""
+def preflight(config: Config, resume: Resume | None) -> int | None:
+    """Refuses, before any process starts, all that can be refused without one.
+
+    Returns the step of the checkpoint from which the run goes on; None for a start.
+    """
     preflight_attention(config)
     preflight_kernel(config)
     if config.train.offload and device_type(config) == "cpu":
         _log.warning("train.offload=true copies from host memory to host memory on comm=%s", config.comm.backend)
-    if resume:
+    going_on = resume is not None and goes_on(config, resume)
+    if going_on:
         _require_checkpoint(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_held_out(config.data, corpus, config.model.vocab_size)
-    if resume:
-        _require_fit(config, corpus)
+    return _fitting_step(config, resume, corpus) if resume is not None and going_on else None
 
 
 def preflight_attention(config: Config) -> None:
@@ -96,7 +100,7 @@ def device_type(config: Config) -> str:
     return "cuda" if config.comm.backend == "nccl" else "cpu"
 
 
-def run_rank(config: Config, resume: bool) -> None:
+def run_rank(config: Config, resume: Resume | None) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
     with init_distributed(config) as device, stop_on_signal() as stop, deterministic(config):
         rank_main(config, resume, open_checked(config), device, peak_memory(device), stop)
@@ -124,7 +128,7 @@ def init_distributed(config: Config) -> Iterator[torch.device]:
         leave_world()
 
 
-def run_sim(config: Config, resume: bool) -> None:
+def run_sim(config: Config, resume: Resume | None) -> None:
     """Trains with all ranks in this process, on the simulated cluster."""
     corpus = open_checked(config)
     with stop_on_signal() as stop:
@@ -184,7 +188,7 @@ def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:
 
 def rank_main(
     config: Config,
-    resume: bool,
+    resume: Resume | None,
     corpus: Corpus,
     device: torch.device,
     memory: Callable[[], int | None],
@@ -212,13 +216,14 @@ def meter_of(
     return Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
 
 
-def build_trainer(config: Config, resume: bool, corpus: Corpus, meter: Meter) -> Trainer:
-    """Builds a trainer at the run's first step, or at its newest checkpoint."""
+def build_trainer(config: Config, resume: Resume | None, corpus: Corpus, meter: Meter) -> Trainer:
+    """Builds a trainer at the run's first step, or at the checkpoint from which it is to go on."""
     directory = directory_of(config)
     parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
-    if resume:
-        checkpointer.load(parts.state)
-    sink = open_sink(config, directory, dist.get_rank(), parts.state.step if resume else None)
+    going_on = resume is not None and (resume.required or checkpointer.any_committed())
+    if resume is not None and going_on:
+        checkpointer.load(parts.state, resume.step)
+    sink = open_sink(config, directory, dist.get_rank(), parts.state.step if going_on else None)
     validation = open_validation(config, corpus, meter.mesh, meter.device, parts.step.engine)
     return Trainer(
         config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation
@@ -303,19 +308,23 @@ def _data_summary(corpus: Corpus) -> dict[str, int]:
 
 
 def _require_checkpoint(config: Config) -> None:
-    if _checkpointer(config).newest() is None:
+    if not _checkpointer(config).any_committed():
         raise StorageError(
-            f"--resume: {directory_of(config)} holds no committed checkpoint; start without --resume, or "
-            "name the run.dir that has one"
+            f"--resume: {directory_of(config)} holds no committed checkpoint; start without --resume, or with "
+            "--auto-resume, or name the run.dir that has one"
         )
 
 
-def _require_fit(config: Config, corpus: Corpus) -> None:
-    """Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data."""
+def _fitting_step(config: Config, resume: Resume, corpus: Corpus) -> int | None:
+    """Returns the step from which the run goes on.
+
+    Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data.
+    """
     with torch.device("meta"):
         model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     optimizer, schedule = build_optimizer(model, config.optim), LearningRate(config.optim, config.train.steps)
-    _checkpointer(config).check(TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0))
+    state = TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0)
+    return _checkpointer(config).check(state, resume.step)
 
 
 def peak_memory(device: torch.device) -> Callable[[], int | None]:

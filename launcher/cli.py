@@ -157,10 +157,13 @@ def _dispatch(words: list[str]) -> int:
     command = commands[name]
     # Before a module of it imports torch, which reads both settings then.
     env.share_cores(processes=1)
+    # Only a command needs what it imports; the help of longctx itself comes at once.
+    from longctx.launcher.resuming import spelled_out
+
     module = importlib.import_module(command.module)
     parser = parser_of(command)
     module.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(words[len(name.split()) :])
+    arguments = parser.parse_intermixed_args(spelled_out(words[len(name.split()) :]))
     status: int = module.run(arguments)
     if command.product and not status:
         streams.require_written()

@@ -73,6 +73,11 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
     return schedulers.step_name(environ) or (None if elastic in ("", "none") else elastic)
 
 
+def job_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
+    """Returns the Slurm job that this process belongs to, if any; it stays the same after a requeue."""
+    return environ.get(schedulers.SLURM_JOB_ID)
+
+
 def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes torch's ``env://`` rendezvous work for ``rank``, however it was started.
 

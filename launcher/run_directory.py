@@ -1,47 +1,79 @@
-"""Manages a run's directory: its name, its ``config.yaml``, and the rule that one directory holds one run."""
+"""Manages a run's directory: its name, its ``config.yaml``, and the rule that one directory holds one run.
+
+What an earlier run or an earlier attempt has left there is never overwritten: it gets another name.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import re
-from collections.abc import Hashable
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.config import Config
 from longctx.errors import ConfigError, StorageError
+from longctx.launcher import run_lock
 
 CONFIG_FILE = "config.yaml"
+FAILURES = "failures"
+# What an attempt leaves beside its checkpoints. All of it is told apart by name from that of a later attempt.
+RECORDS = (CONFIG_FILE, "environment.json", "metrics.jsonl", "memory.json", "report.html", "trace.json", FAILURES)
 _LARGEST_CONFIG = 1 << 20
-_STEP = re.compile(r"step-\d+")
+
+Lock = Callable[[Path], AbstractContextManager[None]]
 
 
-def with_directory(config: Config, run_id: str | None = None) -> Config:
-    """Returns ``config`` with ``run.dir`` chosen, if the user left it: by the launch's id, or by the clock."""
-    if config.run.dir is not None:
-        return config
-    if run_id is not None:
-        chosen = Path("runs") / f"job-{run_id}"
-    else:
-        stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        chosen = Path("runs") / stamp
-        number = 2
-        while chosen.exists():
-            chosen = Path("runs") / f"{stamp}-{number}"
-            number += 1
-    return replace(config, run=replace(config.run, dir=str(chosen)))
+def with_directory(config: Config, run_id: str) -> Config:
+    """Returns ``config`` with ``run.dir`` chosen, if the user left it: by an id on which all processes agree."""
+    return config if config.run.dir is not None else in_directory(config, Path("runs") / f"job-{run_id}")
 
 
-def open_directory(config: Config, resume: bool) -> Path:
-    """Creates ``run.dir`` and writes ``config.yaml`` into it; refuses to mix a new run into an old one."""
+def directory_by_the_clock() -> Path:
+    """Names a directory by the clock, and by chance where another run of this second has that name."""
+    named = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    return named.with_name(f"{named.name}-{secrets.token_hex(2)}") if os.path.lexists(named) else named
+
+
+@contextlib.contextmanager
+def claimed(config: Config, lock: Lock = run_lock.writing) -> Iterator[Config]:
+    """Makes ``run.dir`` if need be, and lets no other process into it; yields ``config`` with the directory's name.
+
+    Where the user left the name it is chosen by making the directory, which of several machines one can. A directory
+    that was made here and got nothing into it is removed. Raises ``StorageError`` while another process is at work.
+    """
+    config, made = _made(config)
     directory = directory_of(config)
-    refuse_occupied(config, resume)
+    with lock(directory):
+        try:
+            yield config
+        except BaseException:
+            if made:
+                _remove_unused(directory)
+            raise
+
+
+def open_directory(config: Config, step: int | None) -> Path:
+    """Writes ``config.yaml`` into ``run.dir``, and keeps what lies there of an earlier attempt under other names.
+
+    ``step``: that of the checkpoint from which the run goes on; None for a start.
+    """
+    directory = directory_of(config)
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        if step is None:
+            keep_attempt(directory)
+        else:
+            _keep_before(directory, step, text)
         unfinished = directory / f".{CONFIG_FILE}.new"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(directory / CONFIG_FILE)
@@ -50,28 +82,40 @@ def open_directory(config: Config, resume: bool) -> Path:
     return directory
 
 
-def refuse_occupied(config: Config, resume: bool) -> None:
-    """Refuses a fresh run where checkpoints of another one lie."""
+def keep_attempt(directory: Path, besides: str | None = None) -> None:
+    """Gives other names to the records of an attempt that left no checkpoint: ``metrics.attempt-1.jsonl``.
+
+    ``besides``: a name that stays, such as that of the configuration which the next attempt reads.
+    """
+    left = [directory / name for name in RECORDS if name != besides and _holds(directory / name)]
+    number = 1
+    while any(directory.glob(f"*.attempt-{number}*")):
+        number += 1
+    for path in left:
+        path.rename(path.with_name(f"{path.stem}.attempt-{number}{path.suffix}"))
+
+
+def refuse_occupied(config: Config) -> None:
+    """Refuses to start a run where anything lies of an earlier one."""
     directory = directory_of(config)
-    if resume:
-        return
-    try:
-        steps = [p.name for p in (directory / "checkpoints").iterdir() if _STEP.fullmatch(p.name)]
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"run.dir={directory} cannot be read: {error.strerror or error}") from None
-    if steps:
-        newest = max(steps, key=lambda name: int(name.removeprefix("step-")))
+    steps = committed_steps(directory)
+    left = [f"checkpoint step-{steps[-1]}"] if steps else []
+    left += [name for name in RECORDS if _holds(directory / name)]
+    if left:
         raise ConfigError(
-            f"run.dir={directory} already holds a run with checkpoint {newest}; "
-            "go on with --resume, or choose another run.dir"
+            f"run.dir={directory} already holds a run ({', '.join(left)}); go on from its newest checkpoint with "
+            "--resume, start over beside what it left if it has none with --auto-resume, or choose another run.dir"
         )
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Lists the steps of a run's committed checkpoints, ascending."""
+    return CheckpointDirectory(directory / "checkpoints").steps()
 
 
 def directory_of(config: Config) -> Path:
     """Returns ``run.dir`` as a path; it must have been chosen before."""
-    assert config.run.dir is not None, "with_directory() comes first"
+    assert config.run.dir is not None, "claimed() or with_directory() comes first"
     return Path(config.run.dir)
 
 
@@ -87,7 +131,69 @@ def read_config(path: Path) -> Config:
         mapping = _DataLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
-    return Config.from_run(mapping)
+    try:
+        return Config.from_run(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def in_directory(config: Config, directory: Path) -> Config:
+    """Returns ``config`` with another ``run.dir``."""
+    return replace(config, run=replace(config.run, dir=str(directory)))
+
+
+def _made(config: Config) -> tuple[Config, bool]:
+    """Returns the configuration with its directory's name, and whether the directory was made here."""
+    named = config.run.dir is not None
+    while True:
+        directory = directory_of(config) if named else directory_by_the_clock()
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir()
+                return in_directory(config, directory), True
+        except OSError as error:
+            raise StorageError(f"run.dir={directory} cannot be written: {error.strerror or error}") from None
+        if named and not directory.is_dir():
+            raise StorageError(f"run.dir={directory} is no directory; name another run.dir")
+        if named:
+            return config, False
+
+
+def _remove_unused(directory: Path) -> None:
+    """Removes a directory in which there is nothing but locks."""
+    locks = {run_lock.LAUNCHER, run_lock.WRITER}
+    with contextlib.suppress(OSError):
+        if {path.name for path in directory.iterdir()} <= locks:
+            for name in locks:
+                (directory / name).unlink(missing_ok=True)
+            directory.rmdir()
+
+
+def _keep_before(directory: Path, step: int, text: str) -> None:
+    """Keeps what a resume will write anew: ``config.before-step-4.yaml``, if it is to change, and the environment."""
+    config = directory / CONFIG_FILE
+    changes = config.is_file() and config.read_bytes() != text.encode()
+    for path in (*([config] if changes else []), directory / "environment.json"):
+        if path.is_file():
+            # A copy, not a rename: at no time is the run without its configuration.
+            shutil.copyfile(path, _free_name(path, f"before-step-{step}"))
+    if _holds(directory / FAILURES):
+        (directory / FAILURES).rename(_free_name(directory / FAILURES, f"before-step-{step}"))
+
+
+def _free_name(path: Path, label: str) -> Path:
+    """Returns ``config.before-step-4.yaml`` for ``config.yaml``, or with a number behind it where that is taken."""
+    number, chosen = 1, path.with_name(f"{path.stem}.{label}{path.suffix}")
+    while os.path.lexists(chosen):
+        number += 1
+        chosen = path.with_name(f"{path.stem}.{label}-{number}{path.suffix}")
+    return chosen
+
+
+def _holds(path: Path) -> bool:
+    """Tells whether something lies at ``path``: an empty folder holds nothing."""
+    return any(path.iterdir()) if path.is_dir() and not path.is_symlink() else os.path.lexists(path)
 
 
 class _DataLoader(yaml.SafeLoader):

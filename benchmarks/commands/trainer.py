@@ -178,7 +178,7 @@ def _trainer(config: Config) -> Any:
     device = torch.device("cpu")
     corpus = open_corpus(config.data, config.model.vocab_size)
     meter = Meter(build_mesh(config.parallel, "cpu"), device, build.peak_memory(device))
-    return build.build_trainer(config, False, corpus, meter)
+    return build.build_trainer(config, None, corpus, meter)
 
 
 def _bare(config: Config) -> Callable[[int], float]:

@@ -17,7 +17,10 @@ from longctx.config import Config, resolve
 from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
 from longctx.launcher.compose import compose
-from longctx.launcher.run_directory import CONFIG_FILE, open_directory, refuse_occupied, with_directory
+from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
+from longctx.launcher.resuming import add_arguments as add_resuming
+from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed, open_directory
+from longctx.launcher.run_lock import launching
 
 # Slurm announces the end of a job's time with USR1, which would kill an agent that does not handle it.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -28,18 +31,28 @@ SHUTDOWN_SECONDS = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``longctx launch``."""
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes to start")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
+    add_resuming(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks everything, starts the processes, and returns the first failing rank's exit code."""
-    config = prepare(compose(arguments.overrides), arguments.nproc, arguments.resume)
-    directory = open_directory(config, arguments.resume)
-    env.share_cores(arguments.nproc)
-    reasons = directory / "failures"
+    resume = resume_of(arguments)
+    config = prepare(compose(arguments.overrides), arguments.nproc)
+    with claimed(config, launching) as config:
+        return _launched(config, arguments.nproc, resume)
+
+
+def _launched(config: Config, processes: int, resume: Resume | None) -> int:
+    """Runs the ranks of a run whose directory this command holds; returns the exit code."""
+    refuse_mixing(config, resume)
+    from longctx.launcher import build
+
+    directory = open_directory(config, build.preflight(config, resume))
+    env.share_cores(processes)
+    reasons = directory / FAILURES
     failures.clear_failures(reasons)
-    worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
-    ended = _torchrun(arguments.nproc, [*worker, *(["--resume"] if arguments.resume else [])])
+    worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons), "--launched"]
+    ended = _torchrun(processes, [*worker, *(resume.words if resume else [])])
     failure = None if ended.status == failures.INTERRUPTED else failures.first_failure(reasons)
     # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
     if failure is not None and not (ended.killed and failure.traceback is not None):
@@ -50,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     return ended.status
 
 
-def prepare(config: Config, processes: int, resume: bool) -> Config:
-    """Refuses all that can be refused before a process starts, and returns the resolved configuration."""
+def prepare(config: Config, processes: int) -> Config:
+    """Returns the resolved configuration; refuses what asks for other processes or another machine."""
     if processes < 1:
         raise ConfigError(f"--nproc {processes} must be at least 1")
     if config.comm.backend == "sim":
@@ -60,12 +73,8 @@ def prepare(config: Config, processes: int, resume: bool) -> Config:
             "or launch with comm=gloo or comm=nccl"
         )
     machine.require_nodes(config)
-    config = with_directory(resolve(config, processes))
+    config = resolve(config, processes)
     machine.require(config, processes)
-    refuse_occupied(config, resume)
-    from longctx.launcher import build
-
-    build.preflight(config, resume=resume)
     return config
 
 

@@ -12,7 +12,6 @@ import shutil
 import string
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import longctx
@@ -20,7 +19,17 @@ from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NotAvailableError, StorageError
 from longctx.launcher import streams
 from longctx.launcher.compose import compose
-from longctx.launcher.run_directory import directory_of, open_directory, with_directory
+from longctx.launcher.resuming import add_arguments as add_resuming
+from longctx.launcher.resuming import refuse_mixing, resume_of
+from longctx.launcher.run_directory import (
+    claimed,
+    committed_steps,
+    directory_by_the_clock,
+    directory_of,
+    in_directory,
+    open_directory,
+)
+from longctx.launcher.run_lock import launching
 
 SLURM = Path(longctx.__file__).parent / "slurm"
 
@@ -33,6 +42,7 @@ class _Template(string.Template):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``longctx submit``."""
+    add_resuming(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     parser.add_argument(
         "--cpus-per-task", type=int, default=8, metavar="N", help="cores of each rank (default: %(default)s)"
@@ -41,37 +51,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Renders the job, and submits it unless ``--dry-run`` was given."""
+    resume = resume_of(arguments)
     config = prepare(compose(arguments.overrides))
     if arguments.cpus_per_task < 1:
         raise ConfigError(f"--cpus-per-task {arguments.cpus_per_task} must be at least 1")
-    script = render(config, arguments.cpus_per_task)
     if arguments.dry_run:
-        streams.write_text(script)
+        named = config if config.run.dir else in_directory(config, directory_by_the_clock())
+        streams.write_text(render(named, arguments.cpus_per_task))
         streams.require_written()
         return 0
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise NotAvailableError("sbatch is not on this machine's PATH; `longctx submit --dry-run` prints the script")
-    # A job that Slurm restarts finds its own checkpoints, so a directory in use may be submitted to again.
-    directory = open_directory(config, resume=True)
-    return _submit(sbatch, directory, script)
+    with claimed(config, launching) as config:
+        config = in_directory(config, directory_of(config).absolute())
+        refuse_mixing(config, resume)
+        # The job goes on from what it finds when it starts; until then this is what it is to go on from.
+        steps = committed_steps(directory_of(config)) if resume else []
+        directory = open_directory(config, steps[-1] if steps else None)
+        return _submit(sbatch, directory, render(config, arguments.cpus_per_task))
 
 
 def prepare(config: Config) -> Config:
-    """Resolves ``config`` for the cluster's world, with an absolute run directory."""
+    """Resolves ``config`` for the cluster's world."""
     if config.comm.backend == "sim":
         raise ConfigError("comm=sim needs one process, not a Slurm job: use `longctx train comm=sim ...`")
-    config = with_directory(resolve(config, config.cluster.nodes * config.cluster.devices))
+    config = resolve(config, config.cluster.nodes * config.cluster.devices)
     from longctx.launcher import build
 
     # Kernel and data are the job's machines' to check; the strategy needs no machine, and every rank would refuse it.
     build.preflight_attention(config)
-    return replace(config, run=replace(config.run, dir=str(directory_of(config).absolute())))
+    return config
 
 
 def render(config: Config, cpus_per_task: int = 8) -> str:
     """Renders the sbatch script of a resolved configuration."""
-    cluster, directory = config.cluster, directory_of(config)
+    cluster, directory = config.cluster, directory_of(config).absolute()
     site = [("partition", cluster.partition), ("account", cluster.account)]
     environment = [SLURM / "common.env", SLURM / f"{config.comm.backend}.env"]
     template = (SLURM / "train.sbatch").read_text(encoding="utf-8")

@@ -4,52 +4,67 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import env, machine, streams
 from longctx.launcher.compose import compose
-from longctx.launcher.run_directory import open_directory, refuse_occupied, with_directory
+from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
+from longctx.launcher.resuming import add_arguments as add_resuming
+from longctx.launcher.run_directory import claimed, open_directory, with_directory
 from longctx.launcher.worker import run as run_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``longctx train``."""
-    parser.add_argument("--resume", action="store_true", help="go on from the newest committed checkpoint of run.dir")
+    add_resuming(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains as the rank that torchrun or srun named, or alone, or as a simulated world."""
+    resume = resume_of(arguments)
     config = compose(arguments.overrides)
     if config.comm.backend == "sim":
-        _simulate(config, arguments.resume)
+        _simulate(config, resume)
         return 0
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     try:
-        config = _prepare(config, rank, arguments.resume)
+        config = _prepare(config, rank)
     except LongctxError as error:
         if rank.rank == 0:
             raise
         # Every rank refuses a wrong configuration for the same reason; one message is enough.
         return error.exit_code
-    run_rank(config, arguments.resume)
+    with _opened(config, resume) if rank.rank == 0 else nullcontext(config) as config:
+        run_rank(config, resume)
     return 0
 
 
-def _simulate(config: Config, resume: bool) -> None:
+def _simulate(config: Config, resume: Resume | None) -> None:
     machine.require_nodes(config)
-    config = with_directory(resolve(config, simulated_world_size(config)))
+    config = resolve(config, simulated_world_size(config))
     machine.require(config, processes=1)
-    refuse_occupied(config, resume)
-    from longctx.launcher import build
+    with _opened(config, resume) as config:
+        from longctx.launcher import build
 
-    build.preflight(config, resume=resume)
-    open_directory(config, resume)
-    build.run_sim(config, resume=resume)
+        build.run_sim(config, resume)
 
 
-def _prepare(config: Config, rank: env.RankEnvironment, resume: bool) -> Config:
-    """Refuses all that can be refused before this rank meets the others, and returns the resolved configuration."""
+@contextmanager
+def _opened(config: Config, resume: Resume | None) -> Iterator[Config]:
+    """Holds the run's directory, with the configuration in it, after all that can be refused before ranks meet."""
+    with claimed(config) as config:
+        refuse_mixing(config, resume)
+        from longctx.launcher import build
+
+        open_directory(config, build.preflight(config, resume))
+        yield config
+
+
+def _prepare(config: Config, rank: env.RankEnvironment) -> Config:
+    """Returns the resolved configuration; refuses what each rank can refuse by itself."""
     # Only a rank that torchrun or srun named can have others on further nodes.
     machine.require_nodes(config, rank.world_size)
     config = _resolve(config, rank.world_size)
@@ -58,16 +73,10 @@ def _prepare(config: Config, rank: env.RankEnvironment, resume: bool) -> Config:
             f"run.dir=null: {rank.world_size} processes must agree on one directory and their launcher gave "
             "no id; set run.dir, or start with `longctx launch` or `torchrun --standalone`"
         )
-    config = with_directory(config, env.run_id() if rank.world_size > 1 else None)
+    run_id = env.run_id()
     env.export_rank(rank)
     machine.require(config, processes=rank.local_rank + 1)
-    if rank.rank == 0:
-        refuse_occupied(config, resume)
-        from longctx.launcher import build
-
-        build.preflight(config, resume=resume)
-        open_directory(config, resume)
-    return config
+    return config if run_id is None or rank.world_size == 1 else with_directory(config, run_id)
 
 
 def _resolve(config: Config, world_size: int) -> Config:

@@ -81,12 +81,17 @@ class Checkpointer:
         found = self._intact.newest()
         return None if found is None else found.step
 
-    def check(self, state: TrainState) -> int | None:
+    def any_committed(self) -> bool:
+        """Tells whether any rank sees a committed step, intact or not; all ranks return the same."""
+        return any(run_on_all_ranks(self._directory.steps))
+
+    def check(self, state: TrainState, step: int | None = None) -> int | None:
         """Finds the step that ``load`` would restore into ``state``, after all its refusals of another run's.
 
-        Reads no weights, so ``state`` may hold tensors on the meta device; its loader and schedule are moved.
+        Reads no weights, so ``state`` may hold tensors on the meta device; its loader and schedule are moved. Of files
+        of weights it compares only the sizes: their hashes are for ``load`` to check, which reads them.
         """
-        commit = self._intact.newest()
+        commit = self._intact.newest(hashed=False) if step is None else self._intact.exactly(step, hashed=False)
         if commit is None:
             return None
         described = describe_together(state.model, state.optimizer)

@@ -101,12 +101,17 @@ def read_small(path: Path, limit: int) -> bytes:
         return bytes(read_range(handle, 0, size, path))
 
 
+def check_size(path: Path, size: int, expected: FileRecord) -> None:
+    """Raises ``StorageError`` unless ``size`` is that of what was written."""
+    if size != expected.bytes:
+        raise StorageError(f"{path} is damaged: {size} bytes, {expected.bytes} were written")
+
+
 def check_file(path: Path, expected: FileRecord) -> None:
     """Raises ``StorageError`` unless the file is byte for byte what was written."""
     with opened(path) as handle:
         size = os.fstat(handle).st_size
-        if size != expected.bytes:
-            raise StorageError(f"{path} is damaged: {size} bytes, {expected.bytes} were written")
+        check_size(path, size, expected)
         digest = hashlib.sha256()
         for start in range(0, size, _BLOCK):
             digest.update(read_range(handle, start, min(_BLOCK, size - start), path))

@@ -93,7 +93,7 @@ def test_the_steps_are_those_of_the_run(monkeypatch):
 
     def one_rank(config: Config):
         meter = build.meter_of(config, build_mesh(config.parallel, "cpu"), CPU, lambda: None)
-        trainer = build.build_trainer(config, False, open_corpus(config.data, config.model.vocab_size), meter)
+        trainer = build.build_trainer(config, None, open_corpus(config.data, config.model.vocab_size), meter)
         trainer.sink = Sink()
         for _ in range(3):
             record, _ = trainer._step()

@@ -11,6 +11,7 @@ from longctx.checkpoint.checkpointer import Checkpointer
 from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.errors import ConfigError, StorageError
 from longctx.launcher import build
+from longctx.launcher.resuming import Resume
 from longctx.mesh import build_mesh
 from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
@@ -29,13 +30,13 @@ def data(monkeypatch):
 
 
 def options_after_resume(config):
-    trainer = build.build_trainer(config, True, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer = build.build_trainer(config, Resume(), corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
     trainer.sink.close({})
     return [(g["betas"], g["eps"], g["weight_decay"]) for g in trainer.state.optimizer.param_groups]
 
 
 def test_the_optimizer_follows_the_configuration_of_now_and_changes_are_named(tmp_path, data, caplog):
-    build.run_sim(configured(tmp_path), False)
+    build.run_sim(configured(tmp_path), None)
     optim = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.3}
     other = configured(
         tmp_path, optim=optim, attention={"window": 7, "document_mask": False}, model={"rope_theta": 5e5}
@@ -50,7 +51,7 @@ def test_the_optimizer_follows_the_configuration_of_now_and_changes_are_named(tm
 
 
 def test_an_unchanged_configuration_is_not_spoken_of(tmp_path, data, caplog):
-    build.run_sim(configured(tmp_path), False)
+    build.run_sim(configured(tmp_path), None)
     with caplog.at_level(logging.WARNING):
         Cluster(1).run(options_after_resume, configured(tmp_path, logger={"project": "other"}))
     assert "another configuration" not in caplog.text
@@ -67,10 +68,10 @@ def test_an_unchanged_configuration_is_not_spoken_of(tmp_path, data, caplog):
     ],
 )
 def test_preflight_refuses_a_checkpoint_of_another_model_or_other_data(tmp_path, data, sections, words):
-    build.run_sim(configured(tmp_path), False)
-    build.preflight(configured(tmp_path), resume=True)
+    build.run_sim(configured(tmp_path), None)
+    build.preflight(configured(tmp_path), resume=Resume())
     with pytest.raises(ConfigError, match=words):
-        build.preflight(configured(tmp_path, **sections), resume=True)
+        build.preflight(configured(tmp_path, **sections), resume=Resume())
 
 
 def test_a_refused_resume_leaves_config_yaml_as_it_was(tmp_path, capfd):
@@ -109,25 +110,25 @@ def test_a_step_written_anew_is_no_longer_damaged(tmp_path):
 
 def test_each_damaged_step_is_told_once_by_preflight_and_load_together(tmp_path, data, caplog):
     config = configured(tmp_path, checkpoint={"every": 1, "at_end": True})
-    build.run_sim(config, False)
+    build.run_sim(config, None)
     (tmp_path / "checkpoints/step-2/state.json").unlink()
     with caplog.at_level(logging.WARNING):
-        build.preflight(config, resume=True)
-        build.run_sim(config, True)
+        build.preflight(config, resume=Resume())
+        build.run_sim(config, Resume())
         assert caplog.text.count("step 2 is left out") == 1
         caplog.clear()
         for step in (1, 2):
             (tmp_path / f"checkpoints/step-{step}/state.json").unlink()
         with pytest.raises(StorageError, match="none of 2 checkpoints"):
-            build.preflight(config, resume=True)
+            build.preflight(config, resume=Resume())
         assert not caplog.records
 
 
 def test_a_finished_run_says_what_to_raise(tmp_path, data, caplog):
     config = configured(tmp_path)
-    build.run_sim(config, False)
+    build.run_sim(config, None)
     with caplog.at_level(logging.WARNING):
-        build.run_sim(config, True)
+        build.run_sim(config, Resume())
     assert "step 2 of 2 is done already; raise train.steps to go on" in caplog.text
 
 
@@ -137,7 +138,7 @@ def test_empty_documents_are_told_and_recorded(tmp_path, monkeypatch, caplog, sk
     monkeypatch.setattr(build, "open_corpus", lambda *args, **kwargs: source)
     config = configured(tmp_path, parallel={"sp": 2})
     with caplog.at_level(logging.WARNING):
-        build.run_sim(config, False)
+        build.run_sim(config, None)
     assert caplog.text.count("3 empty documents are left out") == (1 if skipped else 0)
     environment = json.loads((Path(config.run.dir) / "environment.json").read_text())
     counts = {"documents": len(source), "tokens": source.total_tokens, "skipped_empty": skipped}

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from longctx.config import Config, simulated_world_size
 from longctx.launcher import build
+from longctx.launcher.resuming import Resume
 from longctx.mesh import build_mesh
 from longctx.reporting.meter import Meter
 from longctx.sim import Cluster
@@ -46,7 +47,7 @@ def config_of(directory, mesh: str) -> Config:
     )
 
 
-def train(config: Config, resume: bool) -> tuple[list[tuple[float, float]], list[set[str]]]:
+def train(config: Config, resume: Resume | None) -> tuple[list[tuple[float, float]], list[set[str]]]:
     """Loss and gradient norm of each step, and the sequences that this rank took part in."""
     meter = Meter(build_mesh(config.parallel, "cpu"), CPU)
     trainer = build.build_trainer(config, resume, corpus(), meter)
@@ -64,7 +65,7 @@ def train(config: Config, resume: bool) -> tuple[list[tuple[float, float]], list
     return [(record["loss"], record["grad_norm"]) for record in recorder.records], samples
 
 
-def run(directory, mesh: str, resume: bool = False) -> tuple[list[tuple[float, float]], list[set[str]]]:
+def run(directory, mesh: str, resume: Resume | None = None) -> tuple[list[tuple[float, float]], list[set[str]]]:
     config = config_of(directory, mesh)
     ranks = Cluster(simulated_world_size(config), trace=False).run(train, config, resume)
     return ranks[0][0], [set().union(*step) for step in zip(*(samples for _, samples in ranks), strict=True)]
@@ -89,7 +90,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_goes_on_where_another_mesh_left_it(uninterrupted, tmp_path, source, target):
     directory, expected, samples = uninterrupted(source)
     shutil.copytree(directory / "checkpoints", tmp_path / "checkpoints")
-    found, taken = run(tmp_path, target, resume=True)
+    found, taken = run(tmp_path, target, resume=Resume())
     assert taken[DONE:] == samples[DONE:]
     assert len(samples[DONE]) == 4
     for step, right in zip(found, expected[DONE:], strict=True):

@@ -89,7 +89,7 @@ def test_twenty_steps_of_every_mix_agree_with_one_rank(single, tmp_path, schedul
 
 def train_and_look(config: Config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The embedding of the first and of the last stage after a few steps, where this rank has them."""
-    trainer = build.build_trainer(config, False, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer = build.build_trainer(config, None, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
     trainer.sink.close({})
     trainer.sink = Recorder()
     trainer.run()

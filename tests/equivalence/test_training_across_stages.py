@@ -104,7 +104,7 @@ def told(config):
     """What a rank's run tells of its first step, and the plans of that step's microbatches."""
     mesh = build_mesh(config.parallel, "cpu")
     meter = Meter(mesh, CPU, work=work_of(config, mesh), every_stage=True)
-    trainer = build.build_trainer(config, False, corpus(), meter)
+    trainer = build.build_trainer(config, None, corpus(), meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
     border, batches = BatchSharder.of(config, mesh, CPU), trainer.state.loader.step(0)

@@ -34,7 +34,7 @@ def test_metrics_tell_what_crossed_between_nodes(tmp_path, monkeypatch, strategy
     monkeypatch.setattr(build, "Cluster", lambda *args, **more: clusters.append(Cluster(*args, **more)) or clusters[0])
     monkeypatch.setattr(build, "open_corpus", lambda *args, **kwargs: corpus())
     config = config_of(tmp_path, parallel, 2, strategy, train={"steps": 1}, logger={"report": True})
-    build.run_sim(config, resume=False)
+    build.run_sim(config, resume=None)
     edges = clusters[0].ledger.by_edge("send")  # nothing but attention sends from rank to rank here
     across = [sum(n for (a, b), n in edges.items() if a == rank and a // 2 != b // 2) for rank in range(4)]
     [record] = map(json.loads, (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines())

@@ -14,6 +14,7 @@ from longctx.errors import DataError, NumericsError, RequeueError, StorageError
 from longctx.launcher import cli, env
 from longctx.launcher.compose import compose
 from longctx.launcher.failures import Failure, clear_failures, first_failure, run_recorded
+from longctx.launcher.resuming import Resume
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_a_bug_shows_its_traceback_and_ends_with_70(capsys, build):
 def test_train_alone_is_a_world_of_one(build):
     assert cli.main(["train", "run.dir=run", "train.steps=3", "--resume"]) == 0
     (checked, config, _), (ran, same, resume) = build.calls
-    assert (checked, ran, resume) == ("preflight", "run_rank", True)
+    assert (checked, ran, resume) == ("preflight", "run_rank", Resume())
     assert same is config
     assert config.parallel.dp_shard == 1
     assert Path("run/config.yaml").is_file()

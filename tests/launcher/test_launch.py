@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import longctx
 from longctx.launcher.commands import launch as torchrun
 
 FAKE = Path(__file__).parent / "fake_build"
@@ -19,7 +20,7 @@ FAKE = Path(__file__).parent / "fake_build"
 
 def start(folder, name, *extra):
     command = [sys.executable, "-m", "longctx.launcher.cli", "launch", "--nproc", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(FAKE)}
+    environment = {**os.environ, "PYTHONPATH": f"{FAKE}{os.pathsep}{Path(longctx.__file__).parents[1]}"}
     environment.pop("OMP_NUM_THREADS", None)
     return subprocess.Popen(
         [*command, f"run.dir={folder}/run", f"run.name={name}", "parallel.sp=2", *extra],

@@ -71,7 +71,7 @@ def test_the_job_asks_for_the_cluster_of_the_configuration(stubs):
     mapping = {
         "cluster": {"nodes": 4, "devices_per_node": 2, "partition": "gpu", "time_limit": "2-00:00:00"},
         "parallel": {"sp": 8},
-        "run": {"name": "long"},
+        "run": {"name": "long", "dir": "runs/long"},
     }
     script = job(**mapping)
     for line in (
@@ -89,10 +89,8 @@ def test_the_job_asks_for_the_cluster_of_the_configuration(stubs):
 
 def test_a_job_resumes_where_checkpoints_are_and_requeues_itself_on_75(stubs):
     script = job(run={"dir": "runs/a"})
-    assert "--resume" not in run_script(script).stdout.split()
-    (stubs / "runs/a/checkpoints/step-5").mkdir(parents=True)
     done = run_script(script, SRUN_STATUS="75")
-    assert "--resume" in done.stdout.split()
+    assert "--auto-resume" in done.stdout.split()
     assert done.returncode == 75
     assert "scontrol requeue 17" in done.stderr
     assert "requeue" not in run_script(script, SRUN_STATUS="65").stderr

@@ -85,7 +85,7 @@ class Recorder:
 
 def ran(config: Config, source: Corpus, meter: Meter) -> tuple[Trainer, list[dict[str, Any]]]:
     """One rank's trainer at the end of its run, and what it told of each step."""
-    trainer = build.build_trainer(config, False, source, meter)
+    trainer = build.build_trainer(config, None, source, meter)
     trainer.sink.close({})
     trainer.sink = recorder = Recorder()
     trainer.run()

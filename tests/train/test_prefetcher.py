@@ -117,7 +117,7 @@ def test_numbers_do_not_depend_on_when_it_was_planned(tmp_path, monkeypatch):
 
 
 def failing(config):
-    trainer = build.build_trainer(config, False, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer = build.build_trainer(config, None, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
     trainer.sink = recorder = Recorder()
     calls = iter(range(9))
 

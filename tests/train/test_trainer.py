@@ -12,6 +12,7 @@ import pytest
 
 from longctx.errors import ConfigError, DataError, LongctxError, NumericsError, RequeueError, StorageError
 from longctx.launcher import build
+from longctx.launcher.resuming import Resume
 from longctx.mesh import build_mesh
 from longctx.reporting.meter import Meter, training_flops
 from longctx.sim import Cluster
@@ -30,7 +31,7 @@ def config_on_sim(directory, **sections):
     return small_config(directory, **sections)
 
 
-def simulate(config, resume=False):
+def simulate(config, resume=None):
     """``run_sim`` on the tests' corpus."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "open_corpus", lambda *args, **kwargs: corpus())
@@ -67,7 +68,7 @@ def test_a_resumed_run_is_the_run_it_resumes(tmp_path, monkeypatch):
         with pytest.raises(RequeueError, match="saved step 1 of 5") as stop:
             simulate(stopped)
     assert stop.value.exit_code == 75
-    simulate(stopped, resume=True)
+    simulate(stopped, resume=Resume())
     same = [(r["loss"], r["grad_norm"], r["lr"]) for r in records_of(stopped)]
     assert same == [(r["loss"], r["grad_norm"], r["lr"]) for r in records_of(whole)]
 
@@ -102,7 +103,7 @@ def test_signals_set_a_flag_only_while_a_run_goes_on():
 def one_rank_is_asked_to_stop(config):
     mesh = build_mesh(config.parallel, "cpu")
     meter = Meter(mesh, CPU, stop=lambda: mesh.sequence_rank == 1)
-    trainer = build.build_trainer(config, False, corpus(), meter)
+    trainer = build.build_trainer(config, None, corpus(), meter)
     trainer.sink = recorder = Recorder()
     with pytest.raises(RequeueError):
         trainer.run()
@@ -118,7 +119,7 @@ def test_all_ranks_stop_when_one_is_asked(tmp_path):
 
 
 def diverging(config):
-    trainer = build.build_trainer(config, False, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
+    trainer = build.build_trainer(config, None, corpus(), Meter(build_mesh(config.parallel, "cpu"), CPU))
     trainer.sink = recorder = Recorder()
     with pytest.raises(NumericsError, match="step 3"):
         trainer.run()
@@ -139,7 +140,7 @@ def test_a_diverging_run_ends_and_says_so(tmp_path, monkeypatch):
 def test_errors_of_ranks_reach_the_command_as_they_are(tmp_path):
     config = config_on_sim(tmp_path)
     with pytest.raises(StorageError) as error:
-        simulate(config, resume=True)
+        simulate(config, resume=Resume())
     assert error.value.exit_code == 74
 
 
@@ -156,13 +157,13 @@ def test_preflight_refuses_before_any_process_starts(tmp_path, sections, error, 
     for name, fields in sections.items():
         config = replace(config, **{name: replace(getattr(config, name), **fields)})
     with pytest.raises(LongctxError, match=message) as refused:
-        build.preflight(config, resume=False)
+        build.preflight(config, resume=None)
     assert isinstance(refused.value, error)
 
 
 def test_preflight_wants_a_checkpoint_to_resume_from(tmp_path):
     with pytest.raises(StorageError, match="without --resume"):
-        build.preflight(config_on_sim(tmp_path), resume=True)
+        build.preflight(config_on_sim(tmp_path), resume=Resume())
 
 
 def test_flops_of_a_dense_step_are_six_per_weight_and_token():

@@ -82,7 +82,7 @@ def _prepared(config: Config, world: int, local: int, data: bool = True) -> Conf
     config = resolve(replace(config, run=replace(config.run, dir=None)), world)
     machine.require_devices(config, local)
     if data:
-        build.preflight(config, resume=False)
+        build.preflight(config, resume=None)
     return config
 
 

@@ -20,7 +20,9 @@ def run_rank(config, resume):
     from longctx.errors import DataError, RequeueError
 
     rank, folder = int(os.environ["RANK"]), Path(config.run.dir)
-    (folder / f"started-{rank}").write_text(f"{os.environ['WORLD_SIZE']} {resume} {os.environ['OMP_NUM_THREADS']}")
+    (folder / f"started-{rank}").write_text(
+        f"{os.environ['WORLD_SIZE']} {resume is not None} {os.environ['OMP_NUM_THREADS']}"
+    )
     name = config.run.name
     if name == "data-on-rank-1":
         print("step 1/1", flush=True)
