@@ -42,7 +42,7 @@ def trained(directory: Path, name: str, **sections: dict[str, Any]) -> list[dict
     config = small_config(directory, train={"steps": STEPS}, **{**mesh, **sections})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "open_corpus", lambda *args, **kwargs: corpus())
-        build.run_sim(config, resume=False)
+        build.run_sim(config, resume=None)
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
