@@ -11,7 +11,7 @@ from pathlib import Path
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.data.files import printable
-from longctx.data.source import Report, open_corpus, unreported
+from longctx.data.source import Check, Report, open_corpus, unreported
 from longctx.errors import DataError
 
 
@@ -23,7 +23,7 @@ def check_corpus(
     ``progress``: told how far the check is, in MiB. ``cache``: folder of earlier checks that hold while a file is
     unchanged; None: everything is read. Raises as ``open_corpus`` does, and ``DataError`` when no token has a label.
     """
-    corpus = open_corpus(config, vocab_size)
+    corpus = open_corpus(config, vocab_size, check=Check(progress, cache))
     require_labels(corpus)
     corpus.fingerprint  # noqa: B018 - cached with the corpus: hashing takes long for one that is no token file
     return corpus

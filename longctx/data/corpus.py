@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import add
 from typing import Any
@@ -30,6 +30,7 @@ class Corpus:
     ``tokens[bounds[i]:bounds[i + 1]]``. ``origin(i)``: where document i came from, for messages.
     ``vocab_size``: every token is below it. ``skipped_empty``: documents left out because they held nothing.
     ``content_digest``: hexadecimal SHA-256 of the tokens where the source has verified one already.
+    ``facts``: what a run tells of where they came from, as JSON values.
 
     Raises ``DataError`` when there is no token at all.
     """
@@ -41,6 +42,7 @@ class Corpus:
     source: str
     skipped_empty: int = 0
     content_digest: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.tokens):

@@ -1,15 +1,15 @@
-"""Finds and reads files; whatever goes wrong is one typed error that names the file."""
+"""Opens and reads files; whatever goes wrong is one typed error that names the file."""
 
 from __future__ import annotations
 
-import os
+import io
 import stat
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from longctx.errors import ConfigError, DataError
+from longctx.errors import ConfigError, DataError, NotAvailableError
 
 EXCERPT = 60  # characters of bad input that a message shows
 
@@ -65,26 +65,48 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def read_bytes(path: Path) -> bytes:
-    """Reads the whole content of a regular file."""
-    with open_regular(path) as file:
-        return file.read()
+@contextmanager
+def open_unpacked(path: Path, packing: str = "") -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """Opens a regular file that ``packing`` (".gz", ".bz2", ".xz") compressed, or that nothing did.
 
-
-def find_files(root: Path, excluded: Set[str] = frozenset(), follow: bool = False) -> list[Path]:
-    """Finds every file below ``root`` in a fixed order; hidden ones and folders named in ``excluded`` are left out.
-
-    Links to folders are never entered. Links to files are left out too unless ``follow``: they could lead out of the
-    folder. One that stays inside would deliver its document twice.
+    Yields the bytes as they were before, and how many of the file have been read. A file that is cut or damaged
+    raises ``DataError`` where that is noticed.
     """
+    with open_regular(path) as file:
+        if not packing:
+            yield file, file.tell
+            return
+        unpacked, failures = _unpacker(packing, file)
+        try:
+            with io.BufferedReader(cast(Any, unpacked), 1 << 20) as buffered:
+                yield cast(BinaryIO, buffered), file.tell
+        except failures as error:
+            raise DataError(
+                f"{printable(path)}: the compressed content is damaged or cut: {error}; copy the file again, or test "
+                f"it with `{TESTERS[packing]}`"
+            ) from error
 
-    def refuse(error: OSError) -> None:
-        with reading(error.filename or root):
-            raise error
 
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in excluded]
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if follow or not path.is_symlink()]
-    return sorted(found, key=lambda path: path.parts)
+TESTERS = {".gz": "gzip -t", ".bz2": "bzip2 -t", ".xz": "xz -t", ".lzma": "xz -t"}
+
+
+def _unpacker(packing: str, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Returns the reader of a compressed file, and what it raises for damage."""
+    # Imported here: a Python can be built without one of them, and most corpora need none.
+    try:
+        if packing == ".gz":
+            import gzip
+            import zlib
+
+            return gzip.GzipFile(fileobj=file, mode="rb"), (EOFError, gzip.BadGzipFile, zlib.error)
+        if packing == ".bz2":
+            import bz2
+
+            return bz2.BZ2File(file), (EOFError, OSError)
+        import lzma
+
+        return lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+    except ImportError as error:
+        raise NotAvailableError(
+            f"this Python cannot read {packing}: {error}; unpack the file, or take a Python that has the module"
+        ) from error

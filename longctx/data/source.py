@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from longctx.catalog import SOURCES
 from longctx.config import DataConfig
@@ -21,16 +22,28 @@ def unreported(done: int, total: int, what: str) -> None:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Asks for a pass over all that a corpus holds.
+
+    ``progress``: told how far it is. ``cache``: folder of earlier verdicts that hold while a file is unchanged, None
+    for none.
+    """
+
+    progress: Report = unreported
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Declares a data source.
 
-    ``open(config, vocab_size, verify)``: its corpus; ``verify=False`` leaves out what only a first look has to check.
+    ``open(config, vocab_size, check)``: its corpus; without ``check`` it leaves out what only a first look has to see.
     ``reads``: fields of the section ``data`` that it reads among those that not every source does. ``ids``: its tokens
     are ids below this, where that is known before it is opened.
     """
 
     name: str
-    open: Callable[[DataConfig, int, bool], Corpus]
+    open: Callable[[DataConfig, int, Check | None], Corpus]
     reads: frozenset[str] = frozenset()
     ids: int = 0
 
@@ -43,10 +56,10 @@ class Source:
             )
 
 
-def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Corpus:
+def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True, check: Check | None = None) -> Corpus:
     """Opens the corpus that ``config`` names for a model with ids 0 to ``vocab_size - 1``.
 
-    ``verify=False`` leaves out the pass over a whole token file, for runs that passed ``preflight``.
+    ``verify=False`` leaves out the pass over a whole token file. ``check``: how that pass is made.
 
     Raises ``ConfigError`` for impossible settings, ``DataError`` naming the file for bad or missing data.
     """
@@ -55,7 +68,7 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True) -> Cor
         raise ConfigError(f"data.max_documents={limit}: take at least 1 document, or null for all of them")
     source: Source = SOURCES.load(config.source)
     source.require_vocabulary(vocab_size)
-    return source.open(config, vocab_size, verify)
+    return source.open(config, vocab_size, (check or Check()) if verify else None)
 
 
 def preflight(config: DataConfig, vocab_size: int) -> None:

@@ -1,173 +1,249 @@
-"""Reads text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download."""
+"""Reads text as bytes: a token is a byte, 0 to 255, so any text trains without a tokenizer or a download.
+
+What a file of ``data=text`` holds is decided by the rule in ``longctx.data.kinds``.
+"""
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import numpy as np
 
 from longctx.data.corpus import Corpus
-from longctx.data.files import data_path, excerpt, find_files, open_regular, printable, read_bytes
-from longctx.data.source import Source
+from longctx.data.files import data_path, open_regular, open_unpacked, printable
+from longctx.data.folders import Found, find_files
+from longctx.data.json_lines import Texts, read_json, read_lines
+from longctx.data.kinds import JSON, LINES, MEDIA, UTF8_MARK, Kind, foreign, kind_of, looks_like_json
+from longctx.data.source import Check, Report, Source, unreported
 from longctx.errors import DataError
 
 BYTES = 256  # size of the byte vocabulary
-JSONL = (".jsonl", ".ndjson")
-LINE_LIMIT = 1 << 28  # bytes of one JSONL line; a file without line ends would be read into memory whole
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+SAMPLE = 80  # characters of the first document that a run shows
+_MIB = 1 << 20
 
-
-class Document(NamedTuple):
-    """One document that was read; ``line`` is its line in a JSONL file, from 1, or 0 for a whole file."""
-
-    path: Path
-    line: int
-    content: bytes
+NOT_UTF8 = "texts that are not UTF-8"
 
 
 def open_stdlib(max_documents: int | None = None) -> Corpus:
     """Reads the standard library of the running interpreter, one document per ``.py`` file, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    # Some installations are farms of links, and nobody hides foreign files in the standard library: follow.
-    paths = [path for path in find_files(root, NOT_STDLIB, follow=True) if path.suffix == ".py"]
-    return _collect((Document(path, 0, read_bytes(path)) for path in paths), root, max_documents)
+    # Some installations are farms of links, and nobody hides foreign files in the standard library.
+    found = find_files(root, NOT_STDLIB, once=False)
+    collected = _Collected(max_documents)
+    for path in found.paths:
+        if path.suffix == ".py" and collected.wants_more:
+            with open_regular(path) as file:
+                collected.add(_whole(path, file.read()))
+    return collected.corpus(root, {})
 
 
-def open_text(path: str | None, text_key: str, max_documents: int | None = None) -> Corpus:
-    """Reads a file or folder of text: a JSONL file holds one document per line, any other file is one document.
+def open_text(
+    path: str | None,
+    text_key: str,
+    max_documents: int | None = None,
+    files: str | None = None,
+    progress: Report = unreported,
+) -> Corpus:
+    """Reads a file or folder of text, by the rule of ``longctx.data.kinds``.
 
-    Reading is strict: bad JSON, a missing or non-string ``text_key``, bad UTF-8 in JSONL, or a NUL raises
-    ``DataError`` with ``file:line``. Hidden files and links inside a folder are left out. With
-    ``max_documents``, nothing past the last document taken is read.
+    Reading is strict: what is no text, bad JSON, a missing or non-string ``text_key``, bad UTF-8 in JSON or a NUL
+    raises ``DataError`` with file and line. With ``max_documents``, nothing past the last document taken is read.
+    ``files``: patterns with spaces between them; only files of a folder that fit one of them are read.
     """
     root = data_path(path, "text")
-    paths = find_files(root) if root.is_dir() else [root]
-    if not paths:
+    found = find_files(root) if root.is_dir() else Found([root])
+    kinds = _chosen(found, root, files)
+    if not found.paths:
+        told = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         raise DataError(
-            f"the folder {printable(root)} holds no file to read (hidden files and links in it are left out); "
-            "set data.path to one that holds text or JSONL"
+            f"the folder {printable(root)} holds no file to read{f' (left out: {told})' if told else ''}; "
+            "set data.path to one that holds text or JSON Lines"
         )
-    return _collect(_documents(paths, text_key), root, max_documents)
+    collected, read = _Collected(max_documents), Counter[str]()
+    reader = _Reader(text_key, found, progress)
+    for place, kind in zip(found.paths, kinds, strict=True):
+        if not collected.wants_more:
+            break
+        read[kind.form + (f" in {kind.packing}" if kind.packing else "")] += 1
+        for texts in reader.texts(place, kind):
+            collected.add(texts)
+            if not collected.wants_more:
+                break
+    facts: dict[str, Any] = {"files": dict(read)}
+    if found.left_out:
+        facts["left_out"] = dict(found.left_out)
+    if reader.notes:
+        facts["noted"] = dict(reader.notes)
+    return collected.corpus(root, facts)
 
 
-def _documents(paths: list[Path], text_key: str) -> Iterator[Document]:
-    for path in paths:
-        if path.suffix.lower() in JSONL:
-            yield from _read_jsonl(path, text_key)
+def _chosen(found: Found, root: Path, patterns: str | None) -> list[Kind]:
+    """Returns the kinds of the files to read, and takes from ``found`` what is not read."""
+    single = found.paths == [root]
+    paths, kinds = [], []
+    for path in found.paths:
+        kind = kind_of(path.name)
+        if patterns and not _fits(path.name if single else path.relative_to(root).as_posix(), patterns):
+            found.left_out[f"not in data.files={patterns}"] += 1
+        elif kind.refused:
+            raise DataError(
+                f"{printable(path)}: {kind.end} is not text and data=text does not read it; {kind.refused}"
+                + (
+                    ""
+                    if single
+                    else ", or take it out of data.path, or name what is meant with data.files='*.jsonl *.txt'"
+                )
+            )
+        elif kind.form == MEDIA and not single:
+            found.left_out["pictures, sound, programs"] += 1
+        elif kind.form == MEDIA:
+            raise DataError(f"{printable(path)}: {kind.end} is not text; set data.path to text or JSON Lines")
         else:
-            content = read_bytes(path)
-            if b"\0" in content:
-                raise DataError(
-                    f"{printable(path)}: NUL at byte {content.index(0)}: text holds none, is this a binary file? "
-                    "Take it out of data.path, or turn it into tokens for data=tokens"
-                )
-            yield Document(path, 0, content)
+            paths.append(path)
+            kinds.append(kind)
+    found.paths = paths
+    return kinds
 
 
-def _collect(documents: Iterator[Document], root: Path, max_documents: int | None) -> Corpus:
+def _fits(name: str, patterns: str) -> bool:
+    """Tells whether a path below the folder, or its last part, fits one of the patterns."""
+    last = name.rpartition("/")[2]
+    return any(fnmatchcase(name, one) or fnmatchcase(last, one) for one in patterns.split())
+
+
+class _Reader:
+    """Reads files by their kind, and tells how far it is."""
+
+    def __init__(self, text_key: str, found: Found, progress: Report) -> None:
+        self.notes: Counter[str] = Counter()
+        self._text_key = text_key
+        self._progress = progress
+        self._read = 0
+        self._total = sum(path.stat().st_size for path in found.paths if path.exists())
+
+    def texts(self, path: Path, kind: Kind) -> Iterator[Texts]:
+        """Yields the documents of a file; an empty one, where it holds nothing."""
+
+        def at(position: int) -> None:
+            done = self._read + position
+            self._progress(done // _MIB, -(-self._total // _MIB), f"MiB of text read, {printable(path.name)}")
+
+        at(0)
+        if kind.form in (LINES, JSON):
+            read = read_lines if kind.form == LINES else read_json
+            empty = True
+            for texts in read(path, kind.packing, self._text_key, self.notes, at):
+                empty = empty and not texts.contents
+                yield texts
+            if empty:
+                yield _whole(path, b"")
+        else:
+            yield _whole(path, self._raw(path, kind.packing))
+        self._read += path.stat().st_size
+
+    def _raw(self, path: Path, packing: str) -> bytes:
+        with open_unpacked(path, packing) as (file, _):
+            content = file.read()
+        where = printable(path)
+        kind = foreign(content)
+        if kind is not None:
+            raise DataError(
+                f"{where}: begins as {kind}, not as text in UTF-8; take it out of data.path, or save it as UTF-8 text"
+                + (f" (`iconv -f {kind} -t UTF-8`)" if kind.startswith("UTF") else "")
+            )
+        if b"\0" in content:
+            raise DataError(
+                f"{where}: NUL at byte {content.index(0)}: text holds none, is this a binary file, or UTF-16? Take it "
+                "out of data.path, or turn it into tokens for data=tokens"
+            )
+        content = content.removeprefix(UTF8_MARK)
+        if looks_like_json(content):
+            raise DataError(
+                f"{where}: holds JSON, which would be learnt as markup; JSON Lines end in .jsonl (or .ndjson, "
+                ".jsonlines, .jl, .json, also with .gz .bz2 .xz): rename or link it, or leave it out with data.files"
+            )
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            self.notes[NOT_UTF8] += 1
+        return content
+
+
+def _whole(path: Path, content: bytes) -> Texts:
+    return Texts(path, array("q", [0]), [content])
+
+
+class _Collected:
     """Joins the first ``max_documents`` documents that hold anything."""
-    flat, lengths = bytearray(), array("q")
-    files: list[Path] = []
-    file_of, line_of = array("q"), array("q")
-    skipped = 0
 
-    def non_empty() -> Iterator[Document]:
-        nonlocal skipped
-        for document in documents:
-            if document.content:
-                yield document
+    def __init__(self, max_documents: int | None) -> None:
+        self.skipped = 0
+        self._max_documents = max_documents
+        self._flat, self._lengths = bytearray(), array("q")
+        self._files: list[tuple[Path, bool]] = []
+        self._file_of, self._places = array("q"), array("q")
+
+    @property
+    def wants_more(self) -> bool:
+        return self._max_documents is None or len(self._lengths) < self._max_documents
+
+    def add(self, texts: Texts) -> None:
+        """Takes documents of a file; empty ones are counted and left out."""
+        file = (texts.path, texts.in_array)
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+        places, contents = texts.places, texts.contents
+        if not all(contents) or self._max_documents is not None:
+            places, contents = self._first(texts)
+        self._flat += b"".join(contents)
+        self._lengths.extend(map(len, contents))
+        self._places.extend(places)
+        self._file_of.extend([len(self._files) - 1] * len(contents))
+
+    def _first(self, texts: Texts) -> tuple[array[int], list[bytes]]:
+        """Returns those that hold anything, up to the last one that is wanted."""
+        places, contents = array("q"), list[bytes]()
+        for place, content in zip(texts.places, texts.contents, strict=True):
+            if self._max_documents is not None and len(self._lengths) + len(contents) >= self._max_documents:
+                break
+            if content:
+                places.append(place)
+                contents.append(content)
             else:
-                skipped += 1
+                self.skipped += 1
+        return places, contents
 
-    for path, line, content in islice(non_empty(), max_documents):
-        if not files or files[-1] != path:
-            files.append(path)
-        flat += content
-        lengths.append(len(content))
-        file_of.append(len(files) - 1)
-        line_of.append(line)
+    def corpus(self, root: Path, facts: dict[str, Any]) -> Corpus:
+        """Returns the corpus of what was taken; ``facts``: what else a run tells about it."""
+        files, file_of, places = self._files, self._file_of, self._places
 
-    def origin(document: int) -> str:
-        line = line_of[document]
-        return printable(files[file_of[document]]) + (f":{line}" if line else "")
+        def origin(document: int) -> str:
+            path, in_array = files[file_of[document]]
+            place = places[document]
+            return printable(path) + (f", element {place}" if in_array else f":{place}" if place else "")
 
-    tokens = np.frombuffer(flat, dtype=np.uint8)
-    tokens.flags.writeable = False
-    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    return Corpus(tokens, bounds, origin, BYTES, str(root), skipped)
-
-
-def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
-    with open_regular(path) as file:
-        for number in range(1, 1 << 62):
-            line = file.readline(LINE_LIMIT + 1)
-            if not line:
-                return
-            where = f"{printable(path)}:{number}"
-            if len(line) > LINE_LIMIT:
-                raise DataError(
-                    f"{where}: the line is longer than {LINE_LIMIT} bytes; a JSONL file holds one document "
-                    "per line, larger ones belong in files of their own"
-                )
-            yield Document(path, number, _parse_line(line, text_key, where))
+        tokens = np.frombuffer(self._flat, dtype=np.uint8)
+        tokens.flags.writeable = False
+        bounds = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
+        if len(tokens):
+            first = bytes(tokens[: min(4 * SAMPLE, int(bounds[1]))]).decode("utf-8", "replace")
+            facts["first_document"] = {"from": origin(0), "begins": first[:SAMPLE]}
+        return Corpus(tokens, bounds, origin, BYTES, str(root), self.skipped, facts=facts)
 
 
-def _parse_line(line: bytes, text_key: str, where: str) -> bytes:
-    """Returns the text of one JSONL line as UTF-8; ``where`` names the line in messages."""
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        found = excerpt(line[error.start : error.start + 8])
-        raise DataError(f"{where}: bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: bad JSON: {printable(str(error))}, found {excerpt(line.strip())}; "
-            "every line must be one JSON object"
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found {excerpt(record)}; every line must be one JSON object")
-    if text_key not in record:
-        raise DataError(
-            f"{where}: no field {text_key!a} (data.text_key); the line has {excerpt(sorted(record))}; set "
-            "data.text_key to the one that holds the text"
-        )
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_key!a} is {excerpt(text)}; it must be a string")
-    if "\0" in text:
-        raise DataError(f"{where}: {text_key!a} has a NUL at character {text.index(chr(0))}; remove it")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field {text_key!a} has the lone surrogate {excerpt(text[error.start])} at character "
-            f"{error.start}, which UTF-8 cannot hold; escape the full pair"
-        ) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; a repeated key is refused, since one of its values would be lost in silence."""
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!a} appears twice")
-    return record
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-PYTHON_STDLIB = Source("python_stdlib", lambda config, vocab_size, verify: open_stdlib(config.max_documents), ids=BYTES)
+PYTHON_STDLIB = Source("python_stdlib", lambda config, vocab_size, check: open_stdlib(config.max_documents), ids=BYTES)
 TEXT = Source(
     "text",
-    lambda config, vocab_size, verify: open_text(config.path, config.text_key, config.max_documents),
-    reads=frozenset({"path", "text_key"}),
+    lambda config, vocab_size, check: open_text(
+        config.path, config.text_key, config.max_documents, config.files, (check or Check()).progress
+    ),
+    reads=frozenset({"path", "text_key", "files"}),
     ids=BYTES,
 )

@@ -235,8 +235,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 TOKENS = Source(
     "tokens",
-    lambda config, vocab_size, verify: open_tokens(
-        config.path, config.token_dtype, vocab_size, config.max_documents, verify
+    lambda config, vocab_size, check: open_tokens(
+        config.path, config.token_dtype, vocab_size, config.max_documents, check is not None
     ),
     reads=frozenset({"path", "token_dtype"}),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from longctx.config import DataConfig
 from longctx.data import Corpus, open_corpus, preflight, text
+from longctx.data.folders import Found
 from longctx.errors import ConfigError, DataError
 
 
@@ -41,7 +39,7 @@ def test_the_standard_library_is_a_corpus() -> None:
 
 
 def test_a_vanished_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(text, "find_files", lambda *_, **__: [tmp_path / "gone.py"])
+    monkeypatch.setattr(text, "find_files", lambda *_, **__: Found([tmp_path / "gone.py"]))
     with pytest.raises(DataError, match=r"cannot read .*gone\.py: No such file or directory"):
         open_corpus(DataConfig(), 256)
 
@@ -63,22 +61,6 @@ def test_a_folder_holds_one_document_per_file_in_order(tmp_path: Path) -> None:
     assert corpus.locate(7) == f"{tmp_path / 'b' / 'z.md'}, token 2 of it"
 
 
-def test_links_inside_a_folder_are_not_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret.txt").write_bytes(b"secret")
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (inside / "file.txt").symlink_to(outside / "secret.txt")
-    (inside / "folder").symlink_to(outside)
-    with pytest.raises(DataError, match=r"holds no file to read.*links in it are left out"):
-        open_text(inside)
-    (inside / "a.txt").write_bytes(b"mine")
-    assert contents(open_text(inside)) == [b"mine"]
-    (tmp_path / "door").symlink_to(inside)  # what the user names may be a link
-    assert contents(open_text(tmp_path / "door")) == [b"mine"]
-
-
 def test_max_documents_takes_the_first_that_hold_anything(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": ""}\nnever read')
@@ -91,64 +73,6 @@ def test_max_documents_takes_the_first_that_hold_anything(tmp_path: Path) -> Non
 def test_max_documents_below_one_is_refused(limit: int) -> None:
     with pytest.raises(ConfigError, match=f"data.max_documents={limit}.*at least 1"):
         preflight(DataConfig(max_documents=limit), 256)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"not json", r"bad JSON.*found b'not json'.*one JSON object"),
-        (b'{"text": "cut', r"bad JSON"),
-        (b"", r"bad JSON"),
-        (b'"text"', r"found 'text'.*one JSON object"),
-        (b"[1, 2]", r"found \[1, 2\]"),
-        (b'{"body": "x"}', r"no field 'text' \(data.text_key\); the line has \['body'\]"),
-        (b'{"text": 3}', r"field 'text' is 3; it must be a string"),
-        (b'{"text": null}', r"field 'text' is None"),
-        (b'{"text": "a\xff\xfe"}', r"bad UTF-8 at byte 11: b'\\xff\\xfe"),
-        (b'{"text": "a\\u0000"}', r"'text' has a NUL at character 1"),
-        (b'{"text": "a\x00"}', r"bad JSON"),
-        (b'{"text": "\\ud800"}', r"lone surrogate '\\ud800' at character 0"),
-        (b'{"text": "a", "text": "b"}', r"key 'text' appears twice"),
-        (b'{"text": "a", "x": NaN}', r"NaN is not JSON"),
-        (b"[" * 100_000, r"bad JSON.*recursion"),
-        (b'{"x": ' + b"9" * 5000 + b"}", r"bad JSON"),
-        (b"\xef\xbb\xbf{}", r"bad JSON.*BOM"),
-        (b'{"text": "\x1b[31m"}', r"found b'.*\\x1b\[31m"),
-    ],
-)
-def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
-    with pytest.raises(DataError, match=message) as refusal:
-        open_text(path)
-    said = str(refusal.value)
-    assert said.startswith(f"{path}:2: ")
-    assert said.isprintable()
-    assert len(said) < 400 + len(str(path))
-
-
-def test_an_overlong_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "LINE_LIMIT", 30)
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "short"}\n{"text": "much longer than that"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than 30 bytes"):
-        open_text(path)
-
-
-@settings(max_examples=200, deadline=None)
-@given(line=st.binary(max_size=60) | st.text(max_size=30).map(lambda s: json.dumps({"text": s}).encode()))
-def test_any_line_gives_its_text_or_a_typed_error(line: bytes) -> None:
-    try:
-        found: bytes | str = text._parse_line(line, "text", "f:1")
-    except DataError as error:
-        found = str(error)
-    assert found.startswith("f:1: ") if isinstance(found, str) else found == json.loads(line)["text"].encode()
-
-
-def test_binary_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"PNG\0\1")
-    with pytest.raises(DataError, match=r"a\.png: NUL at byte 3.*binary"):
-        open_text(tmp_path)
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
