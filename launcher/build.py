@@ -22,12 +22,14 @@ from longctx.comm import Links, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
+from longctx.data.checked import check_corpus
 from longctx.data.held_out import check_held_out, trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
+from longctx.launcher.progress import progress
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh, build_mesh
@@ -70,8 +72,7 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     going_on = resume is not None and goes_on(config, resume)
     if going_on:
         _require_checkpoint(config)
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_held_out(config.data, corpus, config.model.vocab_size)
+    corpus = check_data(config)
     return _fitting_step(config, resume, corpus) if resume is not None and going_on else None
 
 
@@ -276,8 +277,16 @@ def deterministic(config: Config) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def check_data(config: Config) -> Corpus:
+    """Checks all that the run's documents hold, and shows how far that is; to be done where no timeout runs."""
+    with progress("longctx: data") as report:
+        corpus = check_corpus(config.data, config.model.vocab_size, report, env.cache_directory())
+        check_held_out(config.data, corpus, config.model.vocab_size, report, env.cache_directory())
+        return corpus
+
+
 def open_checked(config: Config) -> Corpus:
-    """The run's documents, which ``preflight`` has verified."""
+    """The run's documents, which ``check_data`` has verified."""
     return open_corpus(config.data, config.model.vocab_size, verify=False)
 
 
@@ -300,11 +309,16 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
 
-def _data_summary(corpus: Corpus) -> dict[str, int]:
-    """Returns what the run is trained on, in numbers, and warns of what was left out."""
+def _data_summary(corpus: Corpus) -> dict[str, Any]:
+    """Returns what the run is trained on, and warns of what was left out."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
-    return {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
+    for key, words in (("left_out", "left out"), ("noted", "noted")):
+        counted = ", ".join(f"{count} {what}" for what, count in corpus.facts.get(key, {}).items())
+        if counted:
+            _log.warning("data: %s: %s", words, counted)
+    counts = {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
+    return {**counts, "sha256": corpus.fingerprint, **corpus.facts}
 
 
 def _require_checkpoint(config: Config) -> None:

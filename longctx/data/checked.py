@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longctx.config import DataConfig
-from longctx.data.corpus import Corpus
+from longctx.data.corpus import Corpus, Int64
 from longctx.data.files import printable
 from longctx.data.source import Check, Report, open_corpus, unreported
 from longctx.errors import DataError
@@ -29,10 +29,14 @@ def check_corpus(
     return corpus
 
 
-def require_labels(corpus: Corpus) -> None:
-    """Refuses documents that all have one token: a label is the token that follows in the same document."""
-    if len(corpus) == corpus.total_tokens:
+def require_labels(corpus: Corpus, chosen: Int64 | None = None, use: str = "learn") -> None:
+    """Refuses documents that all have one token: a label is the token that follows in the same document.
+
+    ``chosen``: numbers of the documents that are looked at, None for all. ``use``: what they are for, in the message.
+    """
+    lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
+    if lengths.max(initial=0) <= 1:
         raise DataError(
-            f"nothing to learn from {printable(corpus.source)}: each of its {len(corpus)} documents has one token, "
-            "and a label is the token that follows in the same document; give it documents of two tokens or more"
+            f"nothing to {use} in {printable(corpus.source)}: each of the {len(lengths)} documents has one token, and "
+            "a label is the token that follows in the same document; give it documents of two tokens or more"
         )

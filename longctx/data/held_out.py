@@ -7,16 +7,17 @@ with one corpus and one fraction validate on the same text. A document stays whe
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from longctx.config import DataConfig
 from longctx.config.sections.data import ValidationConfig
-from longctx.data.checked import check_corpus
+from longctx.data.checked import check_corpus, require_labels
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.packing import Packing
-from longctx.data.source import open_corpus
+from longctx.data.source import Report, open_corpus, unreported
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 
@@ -59,12 +60,23 @@ def open_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> tuple[
     return open_corpus(elsewhere(config), vocab_size, verify=False), None
 
 
-def check_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> None:
-    """Refuses what a run cannot be validated on; all that is held out is read. ``corpus``: what the run trains on."""
+def check_held_out(
+    config: DataConfig,
+    corpus: Corpus,
+    vocab_size: int,
+    progress: Report = unreported,
+    cache: Path | None = None,
+) -> None:
+    """Refuses what a run cannot be validated on; all that is held out is read. ``corpus``: what the run trains on.
+
+    ``progress``, ``cache``: as of ``check_corpus``. Raises ``DataError`` when one of the two parts has no label.
+    """
     if config.validation.path is not None:
-        check_corpus(elsewhere(config), vocab_size)
+        check_corpus(elsewhere(config), vocab_size, progress, cache)
     elif config.validation.fraction:
-        split(corpus, config.validation.fraction)
+        trained, held = split(corpus, config.validation.fraction)
+        require_labels(corpus, trained)
+        require_labels(corpus, held, use="validate on")
 
 
 def elsewhere(config: DataConfig) -> DataConfig:

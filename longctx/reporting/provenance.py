@@ -18,8 +18,8 @@ from longctx.errors import StorageError
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "flash-attn")
 
 
-def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict[str, int]) -> None:
-    """Writes ``environment.json``; ``canary``: its verdict, None when it was switched off; ``data``: counts.
+def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict[str, Any]) -> None:
+    """Writes ``environment.json``; ``canary``: its verdict, None when it was switched off; ``data``: what it is trained on.
 
     No environment variables: they may hold secrets.
     """

@@ -29,7 +29,7 @@ def test_documents_of_one_token_teach_nothing(tmp_path: Path, source: str) -> No
         write_tokens(path, [[1], [2], [3]])
     else:
         path.write_text('{"text": "x"}\n' * 3)
-    with pytest.raises(DataError, match=r"nothing to learn from .*: each of its 3 documents has one"):
+    with pytest.raises(DataError, match=r"nothing to learn in .*: each of the 3 documents has one"):
         check_corpus(DataConfig(source=source, path=str(path)), 256)
 
 

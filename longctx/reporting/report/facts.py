@@ -192,7 +192,9 @@ def _environment(run: RunFiles) -> Card:
         ("processor", _processor(told)),
         ("host memory", _bytes(memory) if type(memory) is int else None),
         ("devices", ", ".join(sorted({f"{devices.count(name)} × {name}" for name in devices}))),
-        *((f"{name} in the corpus".replace("_", " "), value) for name, value in data.items()),
+        *((f"{name} in the corpus".replace("_", " "), value) for name, value in data.items() if type(value) is int),
+        *((f"{kind} files of the corpus", count) for kind, count in _mapping(data.get("files")).items()),
+        *((f"left out of the corpus: {what}", count) for what, count in _mapping(data.get("left_out")).items()),
     ]
     return Card("Environment", [Fact(str(name), str(value)) for name, value in lines if value not in (None, "", {})])
 
