@@ -19,7 +19,7 @@ PACKAGES = ("torch", "numpy", "safetensors", "triton", "flash-attn")
 
 
 def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict[str, Any]) -> None:
-    """Writes ``environment.json``; ``canary``: its verdict, None when it was switched off; ``data``: what it is trained on.
+    """Writes ``environment.json``; ``canary``: its verdict, None when off; ``data``: what the run is trained on.
 
     No environment variables: they may hold secrets.
     """
