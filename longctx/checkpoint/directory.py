@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _STEP = r"step-(0|[1-9][0-9]{0,17})"
 _COMMITTED = re.compile(_STEP)
 _REPLACED = re.compile(rf"\.replaced-{_STEP}")
-_SECONDS = ".save-seconds"
+_SECONDS = ".save-seconds"  # beside the checkpoints' folder, which holds nothing else
 _LEFTOVER = re.compile(rf"\.partial-{_STEP}|\.trash-[0-9a-f]{{16}}")
 
 
@@ -80,7 +80,7 @@ class CheckpointDirectory:
     def save_seconds(self) -> float | None:
         """Returns how long the longest save of the run's latest process took; None where that is not known."""
         try:
-            seconds = float((self.root / _SECONDS).read_text(encoding="utf-8")[:32])
+            seconds = float(self.root.with_name(_SECONDS).read_text(encoding="utf-8")[:32])
         except (OSError, ValueError):
             return None
         return seconds if 0 <= seconds < math.inf else None
@@ -89,7 +89,7 @@ class CheckpointDirectory:
         """Writes how long saves take, which a job that is submitted again goes by; only a measure, so it may fail."""
         self._longest = max(self._longest, time.monotonic() - self._began)
         with contextlib.suppress(OSError):
-            (self.root / _SECONDS).write_text(f"{self._longest:.3f}\n", encoding="utf-8")
+            self.root.with_name(_SECONDS).write_text(f"{self._longest:.3f}\n", encoding="utf-8")
 
     def abandon(self, step: int) -> None:
         """Frees the space of a save that failed, as far as the disk allows."""

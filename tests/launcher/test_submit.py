@@ -251,11 +251,11 @@ def test_the_signal_s_lead_follows_from_what_the_run_has_measured(tmp_path):
     saves.begin(1)
     saves.commit(1)
     assert 0 <= saves.save_seconds() < 10
-    (tmp_path / "checkpoints/.save-seconds").write_text("130.0\n")
+    (tmp_path / ".save-seconds").write_text("130.0\n")
     assert lead() == 60 + 100 + 2 * 130 + 30
     assert lead(time_limit="00:10:00") == 300
     for damaged in ("", "nan", "inf", "-1", "x"):
-        (tmp_path / "checkpoints/.save-seconds").write_text(damaged)
+        (tmp_path / ".save-seconds").write_text(damaged)
         assert lead() == 600
 
 
