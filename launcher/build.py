@@ -6,8 +6,7 @@ import contextlib
 import datetime
 import logging
 import resource
-import signal
-import threading
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.comm import Links, leave_world, register_nodes
+from longctx.comm import Links, default_store, leave_world, register_nodes
 from longctx.comm.rank_numbers import gather_numbers
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
@@ -32,6 +31,7 @@ from longctx.launcher import env
 from longctx.launcher.progress import progress
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of
+from longctx.launcher.stopping import Requests, listening
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
@@ -45,6 +45,7 @@ from longctx.reporting.provenance import write_environment
 from longctx.sim import Cluster, RankFailed
 from longctx.train.batch_sharder import BatchSharder
 from longctx.train.canary.check import run_canary
+from longctx.train.inside_step import Stopping
 from longctx.train.learning_rate import LearningRate
 from longctx.train.optimizer import build_optimizer
 from longctx.train.prefetcher import Prefetcher
@@ -56,8 +57,6 @@ from longctx.train.validation import open_validation
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's end of time, torchrun's and the user's
 
 
 def preflight(config: Config, resume: Resume | None) -> int | None:
@@ -103,7 +102,8 @@ def device_type(config: Config) -> str:
 
 def run_rank(config: Config, resume: Resume | None) -> None:
     """Trains as the rank that the environment names, over Gloo or NCCL."""
-    with init_distributed(config) as device, stop_on_signal() as stop, deterministic(config):
+    with init_distributed(config) as device, requests() as asked, deterministic(config):
+        stop = stopping_by(asked, default_store())
         rank_main(config, resume, open_checked(config), device, peak_memory(device), stop)
 
 
@@ -132,7 +132,8 @@ def init_distributed(config: Config) -> Iterator[torch.device]:
 def run_sim(config: Config, resume: Resume | None) -> None:
     """Trains with all ranks in this process, on the simulated cluster."""
     corpus = open_checked(config)
-    with stop_on_signal() as stop:
+    with requests() as asked:
+        stop = stopping_by(asked, dist.HashStore())
         # The ranks share one process: what memory each of them takes cannot be told apart.
         simulate(config, rank_main, config, resume, corpus, torch.device("cpu"), lambda: None, stop)
 
@@ -193,7 +194,7 @@ def rank_main(
     corpus: Corpus,
     device: torch.device,
     memory: Callable[[], int | None],
-    stop: Callable[[], bool],
+    stop: Stopping,
 ) -> None:
     """Runs one rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
     torch.manual_seed(config.train.seed)
@@ -202,7 +203,7 @@ def rank_main(
     directory = directory_of(config)
     if dist.get_rank() == 0:
         write_environment(directory, verdict, _data_summary(corpus))
-    build_trainer(config, resume, corpus, meter_of(config, mesh, device, memory, stop)).run()
+    build_trainer(config, resume, corpus, meter_of(config, mesh, device, memory, stop.asked), stop).run()
 
 
 def meter_of(
@@ -217,7 +218,9 @@ def meter_of(
     return Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
 
 
-def build_trainer(config: Config, resume: Resume | None, corpus: Corpus, meter: Meter) -> Trainer:
+def build_trainer(
+    config: Config, resume: Resume | None, corpus: Corpus, meter: Meter, stop: Stopping | None = None
+) -> Trainer:
     """Builds a trainer at the run's first step, or at the checkpoint from which it is to go on."""
     directory = directory_of(config)
     parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
@@ -227,7 +230,7 @@ def build_trainer(config: Config, resume: Resume | None, corpus: Corpus, meter: 
     sink = open_sink(config, directory, dist.get_rank(), parts.state.step if going_on else None)
     validation = open_validation(config, corpus, meter.mesh, meter.device, parts.step.engine)
     return Trainer(
-        config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation
+        config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation, stop
     )
 
 
@@ -251,19 +254,14 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | P
     return parallelize(model.to(device), config, mesh)
 
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether a stop signal has arrived; the trainer asks once a step."""
-    stop_requested = threading.Event()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before: dict[signal.Signals, Any] = {}
-    for number in STOP_SIGNALS if in_main_thread else ():
-        before[number] = signal.signal(number, lambda *_: stop_requested.set())
-    try:
-        yield stop_requested.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def requests() -> contextlib.AbstractContextManager[Requests]:
+    """Takes requests to stop; where the command does so already, it goes on."""
+    return listening(lambda error: print(f"longctx: {error}", file=sys.stderr))
+
+
+def stopping_by(asked: Requests, store: dist.Store) -> Stopping:
+    """Says how a run is stopped: by requests to this process, which ``store`` carries to all ranks."""
+    return Stopping(asked.asked, asked.working, asked.end_with, dist.PrefixStore("longctx/stop", store))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import longctx
 from longctx.errors import LongctxError
 from longctx.launcher import env, streams
 from longctx.launcher.failures import CRASH, INTERRUPTED
+from longctx.launcher.stopping import listening
 from longctx.rules import redacted, suggestion
 
 
@@ -31,6 +32,7 @@ class Command:
     module: str
     overrides: bool = True  # takes Hydra overrides after its own options
     product: bool = True  # what it prints is what it is for; otherwise it only tells of what it does
+    requeues: bool = False  # ends with 75 when it is asked to stop: it can be started again
 
 
 COMMANDS = (
@@ -46,6 +48,7 @@ COMMANDS = (
         ),
         "longctx.launcher.commands.train",
         product=False,
+        requeues=True,
     ),
     Command(
         "launch",
@@ -58,6 +61,7 @@ COMMANDS = (
         ),
         "longctx.launcher.commands.launch",
         product=False,
+        requeues=True,
     ),
     Command(
         "submit",
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         streams.protect()
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code_of(lambda: _dispatch(words))
+    return exit_code_of(lambda: _dispatch(words, whole_process=argv is None))
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
@@ -125,7 +129,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
     try:
         return _with_help(command)
     except LongctxError as error:
-        print(f"longctx: {redacted(str(error))}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -143,7 +147,12 @@ def _with_help(command: Callable[[], int]) -> int:
         return leave.code if isinstance(leave.code, int) else 2
 
 
-def _dispatch(words: list[str]) -> int:
+def tell(error: LongctxError) -> None:
+    """Reports an error of ours in one message."""
+    print(f"longctx: {redacted(str(error))}", file=sys.stderr)
+
+
+def _dispatch(words: list[str], whole_process: bool) -> int:
     commands = {command.name: command for command in COMMANDS}
     top = top_parser()
     if not words or words[0].startswith("-"):
@@ -157,13 +166,20 @@ def _dispatch(words: list[str]) -> int:
     command = commands[name]
     # Before a module of it imports torch, which reads both settings then.
     env.share_cores(processes=1)
+    if not command.requeues:
+        return _run(command, words)
+    with listening(tell, for_good=whole_process):
+        return _run(command, words)
+
+
+def _run(command: Command, words: list[str]) -> int:
     # Only a command needs what it imports; the help of longctx itself comes at once.
     from longctx.launcher.resuming import spelled_out
 
     module = importlib.import_module(command.module)
     parser = parser_of(command)
     module.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(spelled_out(words[len(name.split()) :]))
+    arguments = parser.parse_intermixed_args(spelled_out(words[len(command.name.split()) :]))
     status: int = module.run(arguments)
     if command.product and not status:
         streams.require_written()

@@ -40,20 +40,20 @@ class Failure:
 
 def run_recorded(rank: int, folder: Path | None, work: Callable[[], None]) -> int:
     """Does ``work`` as ``rank`` and returns the exit code; a failure goes to ``folder``, without one to stderr."""
-    where = f"process {os.getpid()} on {platform.node()}"
     try:
         work()
         return 0
     except LongctxError as error:
-        failure = Failure(rank, time.time(), error.exit_code, redacted(str(error)), None, where)
+        return record(rank, folder, error)
     except Exception as error:
-        message = redacted(f"{type(error).__name__}: {error}")
-        failure = Failure(rank, time.time(), CRASH, message, redacted(traceback.format_exc()), where)
-    if folder is None:
-        report(failure)
-    else:
-        _write(failure, folder)
-    return failure.exit_code
+        return _leave(
+            Failure(rank, time.time(), CRASH, _crash(error), redacted(traceback.format_exc()), _where()), folder
+        )
+
+
+def record(rank: int, folder: Path | None, error: LongctxError) -> int:
+    """Leaves an error as the reason why ``rank`` ends, in ``folder`` or on stderr; returns its exit code."""
+    return _leave(Failure(rank, time.time(), error.exit_code, redacted(str(error)), None, _where()), folder)
 
 
 def report(failure: Failure) -> None:
@@ -86,6 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failure is None:
         return 0
     report(failure)
+    return failure.exit_code
+
+
+def _where() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _crash(error: Exception) -> str:
+    return redacted(f"{type(error).__name__}: {error}")
+
+
+def _leave(failure: Failure, folder: Path | None) -> int:
+    if folder is None:
+        report(failure)
+    else:
+        _write(failure, folder)
     return failure.exit_code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,10 +12,11 @@ from pathlib import Path
 from longctx.config import Config, resolve
 from longctx.errors import UsageError
 from longctx.launcher import env, streams
-from longctx.launcher.failures import run_recorded
+from longctx.launcher.failures import record, run_recorded
 from longctx.launcher.resuming import Resume, add_arguments, goes_on, resume_of
 from longctx.launcher.run_directory import CONFIG_FILE, claimed, directory_of, keep_attempt, read_config
 from longctx.launcher.run_lock import writing
+from longctx.launcher.stopping import listening
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(config, resume)
 
     rank = env.read_rank()
-    return run_recorded(rank.rank if rank else 0, arguments.failures, work)
+    number = rank.rank if rank else 0
+    with listening(partial(record, number, arguments.failures), for_good=argv is None):
+        return run_recorded(number, arguments.failures, work)
 
 
 def run(config: Config, resume: Resume | None) -> None:
@@ -54,6 +56,4 @@ def run(config: Config, resume: Resume | None) -> None:
 if __name__ == "__main__":
     streams.protect()
     env.share_cores(processes=1)
-    # The command that was interrupted answers Ctrl-C; tracebacks of its ranks would say nothing more.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

@@ -21,6 +21,7 @@ from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed, open_directory
 from longctx.launcher.run_lock import launching
+from longctx.launcher.stopping import answered_by_ranks
 
 # Slurm announces the end of a job's time with USR1, which would kill an agent that does not handle it.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -52,8 +53,9 @@ def _launched(config: Config, processes: int, resume: Resume | None) -> int:
     reasons = directory / FAILURES
     failures.clear_failures(reasons)
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons), "--launched"]
-    ended = _torchrun(processes, [*worker, *(resume.words if resume else [])])
-    failure = None if ended.status == failures.INTERRUPTED else failures.first_failure(reasons)
+    with answered_by_ranks():
+        ended = _torchrun(processes, [*worker, *(resume.words if resume else [])])
+    failure = failures.first_failure(reasons)
     # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
     if failure is not None and not (ended.killed and failure.traceback is not None):
         failures.report(failure)

@@ -14,6 +14,7 @@ from longctx.launcher.compose import compose
 from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import claimed, open_directory, with_directory
+from longctx.launcher.stopping import listening
 from longctx.launcher.worker import run as run_rank
 
 
@@ -91,7 +92,8 @@ def _resolve(config: Config, world_size: int) -> Config:
 
 def main() -> None:
     """Runs ``python -m longctx.train``, which is the same as ``longctx train``."""
-    from longctx.launcher.cli import main as command_line
+    from longctx.launcher import cli
 
     streams.protect()
-    sys.exit(command_line(["train", *sys.argv[1:]]))
+    with listening(cli.tell, for_good=True):
+        sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -5,29 +5,54 @@ torch's object collectives pickle; here JSON bytes travel in ``uint8`` tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from longctx import errors
+from longctx.checkpoint.store_channel import StoreChannel
 from longctx.errors import LongctxError, StorageError
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def through(channel: StoreChannel) -> Iterator[None]:
+    """Lets this thread agree with those of the other ranks through ``channel``, while collectives are not its own."""
+    _thread.channel = channel
+    try:
+        yield
+    finally:
+        _thread.channel = None
+
+
+def _channel() -> StoreChannel | None:
+    return getattr(_thread, "channel", None)
 
 
 def this_rank() -> int:
     """Returns the rank in the world; 0 in a lone process without process group."""
+    if channel := _channel():
+        return channel.rank
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Counts the ranks in the world; 1 in a lone process without process group."""
+    if channel := _channel():
+        return channel.world
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def exchange(payload: bytes) -> list[bytes]:
     """Gathers every rank's payload, by rank."""
+    if channel := _channel():
+        return channel.exchange(payload)
     if not dist.is_initialized():
         return [payload]
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -21,9 +21,10 @@ from longctx.checkpoint.intact import IntactSteps
 from longctx.checkpoint.manifest import Commit
 from longctx.checkpoint.restoring import plan_load, restore
 from longctx.checkpoint.saving import write_commit, write_rank
-from longctx.checkpoint.state import describe_together
-from longctx.checkpoint.train_state import RunRecord, TrainState
-from longctx.errors import StorageError
+from longctx.checkpoint.state import describe, describe_together, join
+from longctx.checkpoint.train_state import RunRecord, StateAtRest, TrainState
+from longctx.checkpoint.trust import Trust
+from longctx.errors import NumericsError, StorageError
 
 __all__ = ["Checkpointer", "TrainState"]
 
@@ -51,26 +52,59 @@ class Checkpointer:
         self._intact = IntactSteps(self._directory)
         self._keep = keep
         self._run = RunRecord.of(layout, config)
+        self._trust = Trust()
 
-    def save(self, step: int, state: TrainState) -> Path:
+    def save(self, step: int, state: TrainState | StateAtRest, *, doubtful: bool = False) -> Path:
         """Writes and commits ``step``, then deletes what ``keep`` leaves over.
 
-        Raises ``StorageError`` on every rank when any rank's disk refuses; earlier checkpoints stay intact.
+        ``doubtful``: the latest step on these weights was not finite; nothing is deleted for them. Raises
+        ``StorageError`` on every rank when any rank's disk refuses, ``NumericsError`` when any rank's tensors are not
+        finite; earlier checkpoints stay intact.
         """
+        rest = StateAtRest.of(state) if isinstance(state, TrainState) else state
         partial = self._directory.partial(step)
         try:
             run_on_all_ranks(lambda: self._directory.begin(step) if this_rank() == 0 else None)
-            described = describe_together(state.model, state.optimizer)
-            written = run_on_all_ranks(lambda: write_rank(partial, step, state, described, self._run))
+            described = join(run_on_all_ranks(lambda: describe(rest.optimizer, rest.live)))
+            written = run_on_all_ranks(lambda: write_rank(partial, step, rest, described, self._run))
             run_on_all_ranks(lambda: self._commit(step, written) if this_rank() == 0 else None)
-        except StorageError as error:
+        except (StorageError, NumericsError) as error:
             if this_rank() == 0:
                 self._directory.abandon(step)
+            if isinstance(error, NumericsError):
+                raise
             raise StorageError(f"step {step} was not saved, earlier ones are intact: {error}") from error
         self._intact.damaged.discard(step)
-        if this_rank() == 0:
-            self._directory.prune(self._keep, step, self._intact.damaged)
+        self._trust.saved(step)
+        if not doubtful:
+            self._prune(step)
         return self._directory.path(step)
+
+    @property
+    def latest(self) -> int | None:
+        """Returns the step that this process saved or loaded last."""
+        return self._trust.latest
+
+    def confirm(self) -> None:
+        """Notes that a step on the latest checkpoint's weights, or on later ones, came out finite."""
+        if self._trust.confirm() and self._keep == 1:
+            self._prune(self._trust.confirmed)
+
+    def distrust(self) -> str:
+        """Sets aside what this process saved and no finite step confirmed; returns which step to go on from, in words.
+
+        A run that has diverged calls it: its newest weights may be ruined although their numbers are finite.
+        """
+        aside = self._trust.doubtful()
+        if this_rank() == 0:
+            for step in aside:
+                self._directory.set_aside(step)
+        left = [step for step in self._directory.steps() if step not in aside]
+        return self._trust.advice(left, aside)
+
+    def _prune(self, step: int | None) -> None:
+        if this_rank() == 0 and step is not None:
+            self._directory.prune(self._keep, step, self._intact.damaged, self._trust.confirmed)
 
     def newest(self) -> int | None:
         """Finds the newest committed step that is intact, by reading it; None where there is none at all.
@@ -113,6 +147,7 @@ class Checkpointer:
         directory = self._directory.path(commit.step)
         run_on_all_ranks(lambda: restore(plan_load(directory, commit, state, described), state, self._run))
         state.step = commit.step
+        self._trust.loaded(commit.step)
         return commit.step
 
     def _commit(self, step: int, written: list[dict[str, list[Any]]]) -> None:

@@ -1,19 +1,18 @@
 """Names, commits and deletes the checkpoints of a run in their directory, and clears what a crash may leave behind.
 
 Only ``step-N`` counts in it. Everything else of ours begins with a dot. ``.partial-step-N`` is being written,
-``.replaced-step-N`` was committed until a rewound run reached step N again, ``.trash-X`` is being deleted. Symbolic
-links are never followed.
+``.replaced-step-N`` was committed until a rewound run reached step N again, ``.trash-X`` is being deleted.
+``.diverged-step-N`` was written by a run that diverged on it, and goes with the next save. Symbolic links are never
+followed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import secrets
-import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,8 +24,7 @@ _log = logging.getLogger(__name__)
 _STEP = r"step-(0|[1-9][0-9]{0,17})"
 _COMMITTED = re.compile(_STEP)
 _REPLACED = re.compile(rf"\.replaced-{_STEP}")
-_SECONDS = ".save-seconds"  # beside the checkpoints' folder, which holds nothing else
-_LEFTOVER = re.compile(rf"\.partial-{_STEP}|\.trash-[0-9a-f]{{16}}")
+_LEFTOVER = re.compile(rf"\.partial-{_STEP}|\.diverged-{_STEP}|\.trash-[0-9a-f]{{16}}")
 
 
 class CheckpointDirectory:
@@ -34,8 +32,6 @@ class CheckpointDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._began = 0.0
-        self._longest = 0.0
 
     def steps(self) -> list[int]:
         """Lists the committed steps, ascending; other names, links and files are ignored."""
@@ -54,7 +50,6 @@ class CheckpointDirectory:
 
     def begin(self, step: int) -> None:
         """Clears what crashes have left and makes an empty directory for ``step``."""
-        self._began = time.monotonic()
         with storage_errors("cannot prepare a checkpoint in", self.root):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in self._directories():
@@ -75,36 +70,34 @@ class CheckpointDirectory:
         sync_directory(self.root)
         if os.path.lexists(aside):
             self._discard(aside)
-        self._note_seconds()
-
-    def save_seconds(self) -> float | None:
-        """Returns how long the longest save of the run's latest process took; None where that is not known."""
-        try:
-            seconds = float(self.root.with_name(_SECONDS).read_text(encoding="utf-8")[:32])
-        except (OSError, ValueError):
-            return None
-        return seconds if 0 <= seconds < math.inf else None
-
-    def _note_seconds(self) -> None:
-        """Writes how long saves take, which a job that is submitted again goes by; only a measure, so it may fail."""
-        self._longest = max(self._longest, time.monotonic() - self._began)
-        with contextlib.suppress(OSError):
-            self.root.with_name(_SECONDS).write_text(f"{self._longest:.3f}\n", encoding="utf-8")
 
     def abandon(self, step: int) -> None:
         """Frees the space of a save that failed, as far as the disk allows."""
         with contextlib.suppress(OSError):
             _remove(self.partial(step))
 
-    def prune(self, keep: int, newest: int, damaged: Collection[int] = ()) -> None:
+    def set_aside(self, step: int) -> None:
+        """Takes a committed step out of the list, since nobody should go on from it; the next save deletes it."""
+        aside = self.root / f".diverged-step-{step}"
+        try:
+            if aside.is_dir():
+                _remove(aside)
+            self.path(step).rename(aside)
+            sync_directory(self.root)
+        except OSError as error:
+            _log.warning("cannot set step %d aside: %s; do not resume from it", step, error)
+
+    def prune(self, keep: int, newest: int, damaged: Collection[int] = (), confirmed: int | None = None) -> None:
         """Deletes all but the ``keep`` newest steps up to ``newest`` (0: none); failures are only reported.
 
-        ``damaged`` ones do not count as kept, and go with those below the oldest that does. Later steps belong
-        to a future that this run was rewound from; they are the user's to delete.
+        ``confirmed`` stays as well, with all after it. ``damaged`` ones do not count as kept, and go with those below
+        the oldest that does. Later steps belong to a future that this run was rewound from; they are the user's to
+        delete.
         """
         committed = self.steps()
         usable = [step for step in committed if step <= newest and step not in damaged]
         oldest = usable[-keep] if 0 < keep <= len(usable) else 0
+        oldest = oldest if confirmed is None else min(oldest, confirmed)
         for step in [step for step in committed if step < oldest]:
             self._discard(self.path(step))
         later = [f"step-{step}" for step in committed if step > newest and step not in damaged]

@@ -6,6 +6,7 @@ from longctx.comm.group import ExchangeEvent, Group, Traffic, channel_of, grid_o
 from longctx.comm.leaving import leave_world
 from longctx.comm.nodes import Links, links_of, node_of, per_node, register_nodes
 from longctx.comm.relay import Relay
+from longctx.comm.store import default_store
 
 __all__ = [
     "MAX",
@@ -21,6 +22,7 @@ __all__ = [
     "all_reduce",
     "broadcast",
     "channel_of",
+    "default_store",
     "exchange",
     "grid_of",
     "group_named",

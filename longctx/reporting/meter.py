@@ -73,9 +73,10 @@ def _unknown() -> None:
 class Meter:
     """Counts what each step costs this rank, and puts it together with the others' counts.
 
-    ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end? ``peak``: FLOP/s
-    of one device. ``work``: cells that a rank computes of a step's batches, by its stage and its place in the sequence
-    group. ``every_stage``: ranks of all stages tell of theirs; otherwise the first stage stands for all.
+    ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end? ``save``: is it
+    time for a checkpoint, which the first rank decides? ``peak``: FLOP/s of one device. ``work``: cells that a rank
+    computes of a step's batches, by its stage and its place in the sequence group. ``every_stage``: ranks of all stages
+    tell of theirs; otherwise the first stage stands for all.
     """
 
     mesh: Mesh
@@ -85,6 +86,7 @@ class Meter:
     peak: float | None = None
     work: Callable[[Sequence[SequencePlan], int, int], float] = work_of_queries
     every_stage: bool = False
+    save: Callable[[], bool] = _never
 
     def __post_init__(self) -> None:
         self._group = group_of(self.mesh.sequence_group)
@@ -114,6 +116,7 @@ class Meter:
             bytes_between_nodes=self._sent.between_nodes - before.between_nodes,
             memory_peak_bytes=self.memory(),
             stop=self.stop(),
+            save=self.save(),
         )
 
     def _all_sent(self) -> SentBytes:

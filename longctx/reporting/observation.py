@@ -21,7 +21,7 @@ class RankCounts:
     which it holds some. ``valid_tokens``, ``physical_tokens``: what it holds, without and with padding. ``tokens``,
     ``full_cells``: of whole sequences, 0 on all but the first rank of a sequence group. ``sent_bytes``,
     ``bytes_between_nodes``: what its attention sent, and what of that went to other nodes. ``memory_peak_bytes``: None
-    where it is unknown. ``stop``: it was asked to end.
+    where it is unknown. ``stop``: it was asked to end. ``save``: by its clock it is time for a checkpoint.
     """
 
     reports_work: bool
@@ -36,6 +36,7 @@ class RankCounts:
     bytes_between_nodes: int
     memory_peak_bytes: int | None
     stop: bool
+    save: bool
 
     def gathered(self, group: dist.ProcessGroup, device: torch.device) -> list[RankCounts]:
         """Gathers the counts of every rank, by rank, in one collective; integers are exact below 2^53."""
@@ -51,7 +52,7 @@ class RankCounts:
         exact: dict[str, Any] = {
             name: value if name in ("cells", "work") else int(value) for name, value in numbers.items()
         }
-        exact |= {name: bool(exact[name]) for name in ("reports_work", "stop")}
+        exact |= {name: bool(exact[name]) for name in ("reports_work", "stop", "save")}
         return cls(**exact, memory_peak_bytes=None if memory < 0 else int(memory))
 
 
@@ -62,7 +63,7 @@ class Observation:
     ``tokens``: of the global batch, those without a label included. ``balance``: most attention work of a rank over the
     mean. ``straggler``: tokens of the longest document of the busiest rank. ``padding``: share of the physical tokens
     that are none. ``comm_bytes``, ``comm_bytes_between_nodes``: what attention sent, all ranks together. ``stop``:
-    somebody was asked to stop.
+    somebody was asked to stop. ``save``: by the first rank's clock it is time for a checkpoint.
 
     These are of each rank that reports its work. ``work``: cells that it computes. ``bytes``: what its attention sent.
     ``bytes_between_nodes``: what of that went to other nodes.
@@ -81,6 +82,7 @@ class Observation:
     comm_bytes_between_nodes: int
     memory_peak_bytes: int | None
     stop: bool
+    save: bool
 
     @classmethod
     def of(cls, ranks: Sequence[RankCounts]) -> Observation:
@@ -103,4 +105,5 @@ class Observation:
             comm_bytes_between_nodes=sum(rank.bytes_between_nodes for rank in ranks),
             memory_peak_bytes=max(known) if len(known) == len(memories) else None,
             stop=any(rank.stop for rank in ranks),
+            save=ranks[0].save,
         )

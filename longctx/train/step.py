@@ -11,7 +11,7 @@ A rank without valid tokens takes part in all of it and adds zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,8 @@ class StepResult:
 class TrainStep:
     """Takes optimizer steps that all ranks decide alike.
 
-    ``mesh``: who holds which tokens. ``grad_clip``: largest global norm, None for any.
+    ``mesh``: who holds which tokens. ``grad_clip``: largest global norm, None for any. ``before_update``: is called
+    when gradients are known and nothing is changed yet. ``skipped_in_a_row``: steps until now that were not finite.
     """
 
     def __init__(self, engine: Engine, mesh: Mesh, device: torch.device, grad_clip: float | None = None) -> None:
@@ -53,23 +54,24 @@ class TrainStep:
         self._mesh = mesh
         self._device = device
         self._grad_clip = grad_clip
-        self._in_a_row = 0
+        self.skipped_in_a_row = 0
+        self.before_update: Callable[[], None] = _nothing
 
     def __call__(self, batches: Sequence[LocalBatch], lr: float, step: int = 0) -> StepResult:
         """Takes one step on this rank's micro-batches; ``step`` is its name in messages."""
         result = self.gradients(batches)
         finite = math.isfinite(result.grad_norm) and (result.loss is None or math.isfinite(result.loss))
+        self.before_update()
         if result.skipped:
             self.engine.discard()
         else:
             self.engine.update(lr, self._coefficient(result.grad_norm))
         self.skipped += not finite
-        self._in_a_row = 0 if finite else self._in_a_row + 1
-        if self._in_a_row == SKIPPED_IN_A_ROW:
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == SKIPPED_IN_A_ROW:
             raise NumericsError(
                 f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} must be finite, and "
-                f"were not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, raise optim.warmup_steps, or "
-                "go on from an earlier checkpoint"
+                f"were not in {SKIPPED_IN_A_ROW} steps in a row; lower optim.lr, or raise optim.warmup_steps"
             )
         return result
 
@@ -91,3 +93,7 @@ class TrainStep:
         if self._grad_clip is None:
             return 1.0
         return min(1.0, self._grad_clip / (norm + _NORM_EPSILON))
+
+
+def _nothing() -> None:
+    pass

@@ -103,19 +103,11 @@ def test_the_exits_of_ranks_tell_who_was_killed(exits, told):
 
 
 @pytest.mark.gloo
-def test_ctrl_c_is_quiet(tmp_path):
-    process = start(tmp_path, "wait")
-    wait_for_ranks(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    assert finish(process) == (130, "", "")
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_reach_the_ranks_and_requeue_is_the_answer(tmp_path, number):
     process = start(tmp_path, "wait")
     wait_for_ranks(tmp_path)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does with Ctrl-C, and Slurm with a step
     status, _, err = finish(process)
     assert status == 75
     assert err == "longctx: stopped at step 7; checkpoint step-7 is committed\n"

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +61,9 @@ def test_a_resumed_run_is_the_run_it_resumes(tmp_path, monkeypatch):
     whole = config_on_sim(tmp_path / "whole", train={"steps": 5})
     simulate(whole)
     stopped = config_on_sim(tmp_path / "parts", train={"steps": 5}, checkpoint={"every": 2})
-    real = build.stop_on_signal
+    real = build.requests
     with monkeypatch.context() as patch:
-        patch.setattr(build, "stop_on_signal", lambda: signalled(real))
+        patch.setattr(build, "requests", lambda: signalled(real))
         with pytest.raises(RequeueError, match="saved step 1 of 5") as stop:
             simulate(stopped)
     assert stop.value.exit_code == 75
@@ -75,29 +74,11 @@ def test_a_resumed_run_is_the_run_it_resumes(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def signalled(real):
-    """``stop_on_signal`` after the signal has come."""
+    """``requests`` after the signal has come, and the run has begun to work."""
     with real() as asked:
+        asked._phase = "working"
         os.kill(os.getpid(), signal.SIGTERM)
         yield asked
-
-
-def test_signals_set_a_flag_only_while_a_run_goes_on():
-    before = signal.getsignal(signal.SIGUSR1)
-    with build.stop_on_signal() as asked:
-        assert not asked()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked()
-    assert signal.getsignal(signal.SIGUSR1) == before
-    results = []
-
-    def elsewhere():
-        with build.stop_on_signal() as asked:
-            results.append(asked())
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert results == [False]
 
 
 def one_rank_is_asked_to_stop(config):

@@ -119,11 +119,13 @@ class OptimConfig:
 class CheckpointConfig:
     """Says when state is written and how much of it is kept."""
 
-    every: int = 0  # steps between checkpoints; 0: only at the end
+    every: int = 0  # steps between checkpoints; 0: not by steps
+    every_minutes: float | None = 10.0  # minutes after which the next step is followed by a checkpoint; 0, null: never
     at_end: bool = True
     keep: int = 3  # newest committed checkpoints to keep; 0: all
 
     def check(self) -> None:
         """Refuses negative counts."""
         at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.every_minutes", self.every_minutes, 0)
         at_least("checkpoint.keep", self.keep, 0)

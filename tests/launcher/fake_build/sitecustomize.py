@@ -42,12 +42,12 @@ def run_rank(config, resume):
         connection.read_text()  # returns once the peer is gone; torchrun may then see both ends at one look
         raise ConnectionError("the peer is gone")
     if name == "wait":
-        stopped = []
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: stopped.append(True))
-        (folder / f"ready-{rank}").touch()
-        while not stopped:
-            time.sleep(0.02)
+        from longctx.launcher.stopping import listening
+
+        with listening(print) as requests, requests.working():
+            (folder / f"ready-{rank}").touch()
+            while not requests.asked():
+                time.sleep(0.02)
         raise RequeueError("stopped at step 7; checkpoint step-7 is committed")
 
 
