@@ -15,7 +15,7 @@ from typing import Any
 import longctx
 from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STRATEGIES, Registry
 from longctx.config import Config
-from longctx.config.parsing import dotted_paths, unknown_key
+from longctx.config.parsing import dotted_paths, holds_any_key, unknown_key
 from longctx.config.renamed import refuse_old_key
 from longctx.errors import ConfigError, UsageError
 from longctx.rules import suggestion
@@ -43,7 +43,7 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     _register()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONF.resolve()), version_base="1.3"):
-            composed = hydra.compose("train", overrides=list(overrides))
+            composed = hydra.compose("train", overrides=[_for_hydra(override) for override in overrides])
         mapping = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_lines(error)) from None
@@ -93,6 +93,8 @@ def _check_override(text: str) -> None:
     options = groups().get(key)
     if options is not None:
         _check_option(key, value, options)
+    elif _is_free(key):
+        _check_grammar(text)
     else:
         known = dotted_paths(Config)
         if key not in known:
@@ -102,6 +104,17 @@ def _check_override(text: str) -> None:
         if fields:
             raise ConfigError(f"{text!r}: {key} is a section; set its fields, for example {fields[0]}=...")
         _check_grammar(text)
+
+
+def _is_free(key: str) -> bool:
+    """Returns whether ``key`` is one of the user's own in a mapping, such as cluster.sbatch.mem."""
+    parent, _, name = key.rpartition(".")
+    return bool(name) and holds_any_key(Config, parent)
+
+
+def _for_hydra(text: str) -> str:
+    """Lets a key of the user's own be added, which Hydra otherwise wants a plus for."""
+    return f"++{text.lstrip('+')}" if _is_free(text.partition("=")[0].lstrip("+")) else text
 
 
 def _check_option(group: str, option: str, options: list[str]) -> None:

@@ -106,6 +106,20 @@ def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.en
 _shared: dict[str, str] = {}
 
 
+def outside_of_jobs(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the environment for a job that is submitted from here, without what tells of a job that this is in.
+
+    sbatch hands all of it on, and srun would take counts and limits of the other job for its own.
+    """
+    inside = schedulers.SLURM_JOB_ID in environ
+    told = {RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in told and not (inside and name.startswith("SLURM_") and name not in schedulers.OF_THE_SITE)
+    }
+
+
 def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) -> None:
     """Gives each of ``processes`` on this machine its share of the cores, unless the user has chosen.
 

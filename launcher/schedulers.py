@@ -26,6 +26,8 @@ SLURM_PTY_WIN_COL = "SLURM_PTY_WIN_COL"
 # The nodes of the step and of the job; rank 0 is on the first, unless tasks are distributed in the user's own order.
 _NODES = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 SLURM_DISTRIBUTION = "SLURM_DISTRIBUTION"
+# Which Slurm it is, inside of a job and outside.
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")
 # World size, rank and local rank by Open MPI, MVAPICH and jsrun; by Intel MPI and MPICH, and by srun too.
 _MPI = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),

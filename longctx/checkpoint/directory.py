@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 _STEP = r"step-(0|[1-9][0-9]{0,17})"
 _COMMITTED = re.compile(_STEP)
 _REPLACED = re.compile(rf"\.replaced-{_STEP}")
+_SECONDS = ".save-seconds"  # beside the checkpoints' folder, which holds nothing else
 _LEFTOVER = re.compile(rf"\.partial-{_STEP}|\.diverged-{_STEP}|\.trash-[0-9a-f]{{16}}")
 
 
@@ -32,6 +35,8 @@ class CheckpointDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._began = 0.0
+        self._longest = 0.0
 
     def steps(self) -> list[int]:
         """Lists the committed steps, ascending; other names, links and files are ignored."""
@@ -50,6 +55,7 @@ class CheckpointDirectory:
 
     def begin(self, step: int) -> None:
         """Clears what crashes have left and makes an empty directory for ``step``."""
+        self._began = time.monotonic()
         with storage_errors("cannot prepare a checkpoint in", self.root):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in self._directories():
@@ -70,6 +76,21 @@ class CheckpointDirectory:
         sync_directory(self.root)
         if os.path.lexists(aside):
             self._discard(aside)
+        self._note_seconds()
+
+    def save_seconds(self) -> float | None:
+        """Returns how long the longest save of the run's latest process took; None where that is not known."""
+        try:
+            seconds = float(self.root.with_name(_SECONDS).read_text(encoding="utf-8")[:32])
+        except (OSError, ValueError):
+            return None
+        return seconds if 0 <= seconds < math.inf else None
+
+    def _note_seconds(self) -> None:
+        """Writes how long saves take, which a job that is submitted again goes by; only a measure, so it may fail."""
+        self._longest = max(self._longest, time.monotonic() - self._began)
+        with contextlib.suppress(OSError):
+            self.root.with_name(_SECONDS).write_text(f"{self._longest:.3f}\n", encoding="utf-8")
 
     def abandon(self, step: int) -> None:
         """Frees the space of a save that failed, as far as the disk allows."""

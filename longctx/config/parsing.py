@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from longctx.config.renamed import refuse_old_key, refuse_old_value
 from longctx.errors import ConfigError
-from longctx.rules import as_word
+from longctx.rules import as_word, redacted
 
 T = TypeVar("T")
 
@@ -50,10 +50,16 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
 def as_dict(tree: Any) -> dict[str, Any]:
     """Returns the plain nested mapping of a dataclass tree, in the order of its fields."""
     return {
-        field.name: as_dict(value) if is_dataclass(value) else list(value) if type(value) is tuple else value
+        field.name: as_dict(value) if is_dataclass(value) else _plain(value)
         for field in fields(tree)
         for value in [getattr(tree, field.name)]
     }
+
+
+def _plain(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if type(value) is tuple else value
 
 
 def unknown_key(path: str, known: list[str]) -> ConfigError:
@@ -83,6 +89,15 @@ def dotted_paths(cls: type, prefix: str = "") -> list[str]:
     return paths
 
 
+def holds_any_key(cls: type, path: str) -> bool:
+    """Returns whether the field at the dotted ``path`` is a mapping whose keys are the user's own."""
+    section, _, rest = path.partition(".")
+    hint = _hints(cls).get(section)
+    if is_dataclass(hint):
+        return holds_any_key(cast(type, hint), rest)
+    return not rest and typing.get_origin(hint) is dict
+
+
 def _alike(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
@@ -109,6 +124,9 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
     if value is None and type(None) in options:
         return None
     for option in options:
+        if typing.get_origin(option) is dict and isinstance(value, Mapping):
+            (_, item) = typing.get_args(option)
+            return {_key(path, key): _leaf(f"{path}.{key}", item, entry) for key, entry in value.items()}
         if typing.get_origin(option) is tuple and type(value) in (list, tuple):
             (item, _) = typing.get_args(option)
             return tuple(_leaf(f"{path}[{place}]", item, entry) for place, entry in enumerate(value))
@@ -119,6 +137,12 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
             return _sound(path, value)
     got = f"{path} is null" if value is None else f"{path}={_written(value)} is {_kind(value)}"
     raise ConfigError(f"{got}, expected {_expected(options)}{_hint(options, value)}")
+
+
+def _key(path: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise ConfigError(f"{path}: the key {key!r} is {_kind(key)}, expected a string")
+    return str(_sound(path, key))
 
 
 def _finite(path: str, value: float) -> float:
@@ -133,12 +157,18 @@ def _sound(path: str, value: Any) -> Any:
         raise ConfigError(f"{path}={value!r} must not hold control characters")
     if isinstance(value, str) and not value:
         raise ConfigError(f"{path}='' must not be empty")
+    if isinstance(value, str) and redacted(value) != value:
+        # It would stand in config.yaml, in the checkpoints' record and in the job's script.
+        raise ConfigError(f"{path}={redacted(value)!r} holds a login; keep it in the environment or in a file")
     if type(value) is int and abs(value) > _LARGEST_INT:
         raise ConfigError(f"{path}={value} must fit 64 bits; nearest valid value: {_LARGEST_INT}")
     return value
 
 
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+
+
+_CONTAINERS = {dict: "a mapping", tuple: "a list"}
 
 
 def _written(value: Any) -> str:
@@ -150,7 +180,7 @@ def _kind(value: Any) -> str:
 
 
 def _expected(options: tuple[Any, ...]) -> str:
-    return " or ".join(_KINDS.get(option, "a list") for option in options)
+    return " or ".join(_KINDS.get(option, _CONTAINERS.get(typing.get_origin(option), "a list")) for option in options)
 
 
 def _hint(options: tuple[Any, ...], value: Any) -> str:

@@ -4,10 +4,11 @@ A field means what the user set. Every rule names the value, itself and a valid 
 """
 
 from longctx.config.sections.attention import AttentionConfig
+from longctx.config.sections.cluster import ClusterConfig
 from longctx.config.sections.data import DataConfig
 from longctx.config.sections.model import ModelConfig
 from longctx.config.sections.parallel import CommConfig, ParallelConfig
-from longctx.config.sections.run import ClusterConfig, EngineConfig, LoggerConfig, RunConfig
+from longctx.config.sections.run import EngineConfig, LoggerConfig, RunConfig
 from longctx.config.sections.train import CheckpointConfig, OptimConfig, TrainConfig
 
 __all__ = [
