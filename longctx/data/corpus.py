@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from operator import add
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ class Corpus:
     ``tokens[bounds[i]:bounds[i + 1]]``. ``origin(i)``: where document i came from, for messages.
     ``vocab_size``: every token is below it. ``skipped_empty``: documents left out because they held nothing.
     ``content_digest``: hexadecimal SHA-256 of the tokens where the source has verified one already.
+    ``reader(start, stop)``: those of ``tokens``, without the crash of a memory map whose file was cut meanwhile.
     ``facts``: what a run tells of where they came from, as JSON values.
 
     Raises ``DataError`` when there is no token at all.
@@ -43,6 +43,7 @@ class Corpus:
     skipped_empty: int = 0
     content_digest: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    reader: Callable[[int, int], Tokens] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.tokens):
@@ -65,6 +66,10 @@ class Corpus:
     def lengths(self) -> Int64:
         """Tokens of each document, int64 ``[D]``, each at least 1."""
         return np.diff(self.bounds)
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Returns ``tokens[start:stop]``. Raises ``DataError`` where a file that is open no longer holds them."""
+        return self.tokens[start:stop] if self.reader is None else self.reader(start, stop)
 
     def locate(self, position: int) -> str:
         """Names the place of the token at ``position`` of the flat array, for messages."""
@@ -95,11 +100,6 @@ class Corpus:
                 f"{self.vocab_size} (valid: 0 to {self.vocab_size - 1}); set model.vocab_size to at least "
                 f"{int(tokens[first]) + 1} or tokenize the file again"
             )
-
-    def check_all_ids(self) -> None:
-        """Checks the ids of the whole corpus, a chunk at a time, and refuses as ``check_ids`` does."""
-        for start in range(0, len(self.tokens), CHUNK):
-            self.check_ids(self.tokens[start : start + CHUNK], partial(add, start))
 
 
 def hash_tokens(digest: hashlib._Hash, tokens: Tokens) -> None:

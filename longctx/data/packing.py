@@ -124,8 +124,9 @@ class Packing:
         filled = 0
         for start, stop, end in pieces:
             into = slice(filled, filled + stop - start)
-            tokens[into] = self.corpus.tokens[start:stop]
-            following = self.corpus.tokens[start + 1 : min(stop + 1, end)]
+            read = self.corpus.read(start, min(stop + 1, end))
+            tokens[into] = read[: stop - start]
+            following = read[1:]
             labels[filled : filled + len(following)] = following
             filled += stop - start
             if stop == end:

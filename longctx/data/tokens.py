@@ -25,18 +25,28 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import add
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from longctx.data.corpus import Corpus, Int64, Tokens, hash_tokens
+from longctx.config import DataConfig
+from longctx.data.corpus import CHUNK, Corpus, Int64
 from longctx.data.files import data_path, excerpt, open_regular, printable
-from longctx.data.source import Source
+from longctx.data.source import Check, Report, Source
+from longctx.data.token_file import TokenFile
+from longctx.data.verdicts import Stamp, remembered
 from longctx.errors import ConfigError, DataError, StorageError
 
 MAGIC = b"LCTXIDX1"
+CHECK = "tokens 1"  # names what a check finds; a new number makes all verdicts of before worthless
+MIB = 1 << 20
+SAMPLE = 16  # ids of the first document that a run shows
+NO_MEMORY = Check()
 HEADER = struct.Struct("<8sIIQ32s")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -49,13 +59,18 @@ def token_dtype(name: str) -> np.dtype[Any]:
 
 
 def open_tokens(
-    path: str | None, dtype: str, vocab_size: int, max_documents: int | None = None, verify: bool = True
+    path: str | None,
+    dtype: str,
+    vocab_size: int,
+    max_documents: int | None = None,
+    verify: bool = True,
+    check: Check = NO_MEMORY,
 ) -> Corpus:
-    """Maps a token file into memory.
+    """Opens a token file.
 
     Sizes and boundaries are always checked; ``verify`` also reads all tokens: each id must be inside the
-    vocabulary, and the SHA-256 must be the recorded one. Ranks that open what ``preflight`` has just verified
-    leave it out, and ``Packing`` still checks the ids of each sample.
+    vocabulary, and the SHA-256 must be the recorded one. ``check``: how that is shown, and where it is remembered.
+    Ranks that open what has just been verified leave it out, and ``Packing`` still checks the ids of each sample.
 
     Raises ``ConfigError`` for the settings, ``DataError`` naming the file for everything in it.
     """
@@ -63,11 +78,11 @@ def open_tokens(
     bin_path = data_path(path, "tokens")
     if bin_path.suffix != ".bin":
         raise ConfigError(f"data.path={printable(bin_path)}: a token file ends in .bin, its boundaries in .idx")
-    offsets, recorded = _read_index(bin_path.with_suffix(".idx"), dtype)
-    tokens = _map_tokens(bin_path, kind)
-    if int(offsets[-1]) != len(tokens):
+    index = _read_index(bin_path.with_suffix(".idx"), dtype)
+    offsets, file = index.offsets, TokenFile(bin_path, kind)
+    if int(offsets[-1]) != len(file):
         raise DataError(
-            f"{printable(bin_path)} holds {len(tokens)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
+            f"{printable(bin_path)} holds {len(file)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
             "the two must agree: write both again with longctx.data.write_tokens"
         )
     full = np.flatnonzero(offsets[1:] > offsets[:-1])  # numbers of the documents that hold anything
@@ -81,20 +96,65 @@ def open_tokens(
         return f"{printable(bin_path)}, document {int(full[document])}"
 
     def corpus(bounds: Int64) -> Corpus:
-        part = tokens[: int(bounds[-1])]
-        return Corpus(part, bounds, origin, vocab_size, str(bin_path), skipped, recorded.hex())
+        part = file.tokens[: int(bounds[-1])]
+        facts: dict[str, Any] = {"files": {f"tokens {dtype}": 1}}
+        if len(bounds) > 1:
+            begins = file.read(0, min(SAMPLE, int(bounds[1]))).tolist()
+            facts["first_document"] = {"from": origin(0), "begins": begins}
+        digest = index.digest.hex()
+        return Corpus(part, bounds, origin, vocab_size, str(bin_path), skipped, digest, facts, file.read)
 
     if verify:
-        corpus(np.append(offsets[full], offsets[-1])).check_all_ids()
-        _check_digest(bin_path, tokens, offsets, recorded)
+        _verify(file, index, corpus(np.append(offsets[full], offsets[-1])), check)
     return corpus(bounds)
 
 
-def _read_index(path: Path, dtype: str) -> tuple[Int64, bytes]:
-    """Reads offsets int64 ``[D + 1]`` and the recorded SHA-256 from an ``.idx`` file."""
+def _verify(file: TokenFile, index: Index, whole: Corpus, check: Check) -> None:
+    """Checks the SHA-256 and all ids, or finds that done since the files were last changed."""
+
+    def find(progress: Report) -> dict[str, Any]:
+        return {"largest": _read_through(file, index, whole, progress), "sha256": index.digest.hex()}
+
+    stamps = [file.stamp, index.stamp]
+    found = remembered(check.cache, CHECK, stamps, find, check.progress)
+    largest, digest = found.get("largest"), found.get("sha256")
+    if type(largest) is not int or digest != index.digest.hex() or largest >= whole.vocab_size:
+        find(check.progress)  # which names the first id that is too large
+
+
+def _read_through(file: TokenFile, index: Index, whole: Corpus, progress: Report) -> int:
+    """Reads all tokens once and returns the largest id. Raises ``DataError`` for ids and for the SHA-256."""
+    digest, largest = hashlib.sha256(), -1
+    total = -(-file.stamp.size // MIB)
+    for start in range(0, len(file), CHUNK):
+        progress(start * file.kind.itemsize // MIB, total, f"MiB of {printable(file.path.name)} checked")
+        tokens = file.read(start, min(start + CHUNK, len(file)))
+        whole.check_ids(tokens, partial(add, start))
+        digest.update(tokens.data)
+        largest = max(largest, int(tokens.max()))
+    digest.update(index.offsets.astype("<i8", copy=False).data)
+    if digest.digest() != index.digest:
+        raise DataError(
+            f"{printable(file.path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
+            f"{index.digest.hex()[:12]}...; one of the two was changed or damaged: write both again"
+        )
+    return largest
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an ``.idx`` file holds: ``offsets`` int64 ``[D + 1]`` and the recorded SHA-256."""
+
+    offsets: Int64
+    digest: bytes
+    stamp: Stamp
+
+
+def _read_index(path: Path, dtype: str) -> Index:
     where = printable(path)
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = Stamp.of(path, file.fileno())
+        size = stamp.size
         header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(
@@ -108,7 +168,7 @@ def _read_index(path: Path, dtype: str) -> tuple[Int64, bytes]:
             raise DataError(f"{where}: {size} bytes, but {count} documents make {expected}; write it again")
         offsets = np.frombuffer(file.read(), dtype="<i8").astype(np.int64, copy=False)
     _check_offsets(where, offsets)
-    return offsets, digest
+    return Index(offsets, digest, stamp)
 
 
 def _check_itemsize(where: str, itemsize: int, reserved: int, dtype: str) -> None:
@@ -131,31 +191,6 @@ def _check_offsets(where: str, offsets: Int64) -> None:
         raise DataError(
             f"{where}: document {first} runs from {int(offsets[first])} to {int(offsets[first + 1])} (byte "
             f"{HEADER.size + 8 * first}); offsets must not decrease"
-        )
-
-
-def _map_tokens(path: Path, kind: np.dtype[Any]) -> Tokens:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size % kind.itemsize:
-            raise DataError(
-                f"{printable(path)}: {size} bytes is not a multiple of the {kind.itemsize} bytes of a token; "
-                "the file is truncated, or data.token_dtype is wrong"
-            )
-        if not size:  # nothing to map; the corpus is refused as empty
-            return np.empty(0, dtype=kind)
-        # A plain view of the map: slices of np.memmap itself cost a Python call each.
-        return np.asarray(np.memmap(file, dtype=kind, mode="r"))
-
-
-def _check_digest(path: Path, tokens: Tokens, offsets: Int64, recorded: bytes) -> None:
-    digest = hashlib.sha256()
-    hash_tokens(digest, tokens)
-    digest.update(offsets.astype("<i8", copy=False).data)
-    if digest.digest() != recorded:
-        raise DataError(
-            f"{printable(path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
-            f"{recorded.hex()[:12]}...; one of the two was changed or damaged: write both again"
         )
 
 
@@ -233,10 +268,15 @@ def _writing(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
+def _asked(config: DataConfig, check: Check | None) -> Check:
+    asked = check or NO_MEMORY
+    return replace(asked, cache=None) if config.recheck else asked
+
+
 TOKENS = Source(
     "tokens",
     lambda config, vocab_size, check: open_tokens(
-        config.path, config.token_dtype, vocab_size, config.max_documents, check is not None
+        config.path, config.token_dtype, vocab_size, config.max_documents, check is not None, _asked(config, check)
     ),
-    reads=frozenset({"path", "token_dtype"}),
+    reads=frozenset({"path", "token_dtype", "recheck"}),
 )

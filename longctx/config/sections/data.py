@@ -56,6 +56,7 @@ class DataConfig:
     text_key: str = for_some("text")  # field of a JSONL line that holds the text
     files: str | None = for_some(None)  # patterns of a folder's files to read, such as "*.md *.txt"; null: all
     token_dtype: str = for_some("uint16")  # of a token file: uint16 or uint32
+    recheck: bool = for_some(False)  # check a token file whole at every start, even if it is unchanged
     max_documents: int | None = None  # take only the first so many documents
     balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
     validation: ValidationConfig = field(default_factory=ValidationConfig)
