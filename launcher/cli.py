@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import longctx
 from longctx.errors import LongctxError
-from longctx.launcher import env, streams
+from longctx.launcher import env, hydra_flags, streams
 from longctx.launcher.failures import CRASH, INTERRUPTED
 from longctx.launcher.stopping import listening
 from longctx.rules import redacted, suggestion
@@ -179,11 +179,27 @@ def _run(command: Command, words: list[str]) -> int:
     module = importlib.import_module(command.module)
     parser = parser_of(command)
     module.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(spelled_out(words[len(command.name.split()) :]))
+    arguments = _parsed(command, parser, spelled_out(words[len(command.name.split()) :]))
+    if getattr(arguments, "cfg", None) is not None:
+        print(hydra_flags.shown(arguments), end="")
+        streams.require_written()
+        return 0
     status: int = module.run(arguments)
     if command.product and not status:
         streams.require_written()
     return status
+
+
+def _parsed(command: Command, parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Reads the options and overrides of one command."""
+    if command.overrides:
+        hydra_flags.refuse_others(command.name, words)
+        if any(word.partition("=")[0] in ("-c", "--cfg") for word in words):
+            hydra_flags.require_nothing(parser)
+    arguments = parser.parse_intermixed_args(words)
+    if command.overrides:
+        arguments.overrides = hydra_flags.with_own_folder(arguments)
+    return arguments
 
 
 def _name_of(words: list[str], commands: list[str], top: argparse.ArgumentParser) -> str | None:
@@ -231,6 +247,7 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
         parser.add_argument(
             "overrides", nargs="*", metavar="key=value", help="what differs from conf/train.yaml, as in Hydra"
         )
+        hydra_flags.add_arguments(parser)
     return parser
 
 

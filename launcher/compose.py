@@ -1,26 +1,20 @@
-"""Asks Hydra for the configuration: overrides in, a checked ``Config`` out. Nothing behind it knows Hydra.
-
-Values are data: an interpolation such as ``${oc.env:HOME}`` is refused wherever it stands, so no override can
-read the environment or run code. Words that Hydra would refuse in its own terms are refused here first, with
-the nearest valid choice.
-"""
+"""Asks Hydra for the configuration: overrides in, a checked ``Config`` out. Nothing behind it knows Hydra."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import longctx
-from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STRATEGIES, Registry
-from longctx.config import Config
-from longctx.config.parsing import dotted_paths, holds_any_key, unknown_key
-from longctx.config.renamed import refuse_old_key
-from longctx.errors import ConfigError, UsageError
-from longctx.rules import suggestion
+import yaml
 
-CONF = Path(longctx.__file__).parent / "conf"
+from longctx.config import Config
+from longctx.errors import ConfigError, UsageError
+from longctx.launcher.groups import CONF, NAMED
+from longctx.launcher.overrides import SEARCH_PATH, Reading, first_lines, quoted, read
+
+_FILE = "file-of-ones-own"  # the option under which Hydra knows it
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -30,8 +24,7 @@ def compose(overrides: Sequence[str]) -> Config:
 
 def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     """Returns the plain nested mapping behind ``compose``, not yet checked against the schema."""
-    for override in overrides:
-        _check_override(override)
+    reading = read(overrides)
     # Hydra costs a third of a second to import; commands that compose nothing start without it.
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -40,36 +33,51 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
-    _register()
+    _register(reading)
     try:
         with hydra.initialize_config_dir(config_dir=str(CONF.resolve()), version_base="1.3"):
-            composed = hydra.compose("train", overrides=[_for_hydra(override) for override in overrides])
+            composed = hydra.compose("train", overrides=_words(reading))
         mapping = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_lines(error)) from None
+        raise ConfigError(first_lines(error)) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a file of --config-dir cannot be read: {' '.join(str(error).split())}") from None
     assert isinstance(mapping, dict)
+    _refuse_unread(mapping)
     return {str(key): value for key, value in mapping.items() if key != "recipe"}
 
 
-# Groups whose options are names of the catalog -> the field that holds the name.
-NAMED: dict[str, tuple[str, tuple[Registry, ...]]] = {
-    "attention": ("strategy", (STRATEGIES, LINEAR_STRATEGIES)),
-    "data": ("source", (SOURCES,)),
-    "engine": ("name", (ENGINES,)),
-    "optim": ("name", (OPTIMIZERS,)),
-}
+def _words(reading: Reading) -> list[str]:
+    """Returns what Hydra is asked for."""
+    words = list(reading.words)
+    if reading.folders:
+        words.append(f"{SEARCH_PATH}=[{','.join(quoted(f'file://{folder}') for folder in reading.folders)}]")
+    if reading.recipe is not None:
+        words.append(f"recipe={_FILE}")
+    return words
 
 
-def groups() -> dict[str, list[str]]:
-    """Lists every configuration group with its options: those that have a file, and names of the catalog."""
-    found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONF.iterdir() if folder.is_dir()}
-    for group, (_, registries) in NAMED.items():
-        found.setdefault(group, set()).update(*registries)
-    return {group: sorted(options) for group, options in sorted(found.items())}
+def _refuse_unread(mapping: Mapping[Any, Any]) -> None:
+    """Refuses what a file of one's own says that would not be read, or would read something else."""
+    if isinstance(mapping.get("recipe"), dict):
+        raise ConfigError(
+            "a recipe begins with the line `# @package _global_`; without it nothing that it sets would count"
+        )
+    for key, value in _leaves(mapping):
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{key}={value!r} holds an interpolation; values are data: write the value itself")
 
 
-def _register() -> None:
-    """Registers the schema with its defaults at Hydra, and an option for each name that has no file."""
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _register(reading: Reading) -> None:
+    """Registers at Hydra the schema with its defaults, an option for each name that has no file, and one's own file."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -79,66 +87,21 @@ def _register() -> None:
             if (CONF / group / f"{name}.yaml").exists():
                 continue
             store.store(group=group, name=name, node={field: name})
+    if reading.recipe is not None:
+        store.store(group="recipe", name=_FILE, node=_recipe(reading.recipe), package="_global_")
 
 
-def _check_override(text: str) -> None:
-    if "${" in text:
-        raise ConfigError(f"{text!r} holds an interpolation; values are data: write the value itself")
-    key, equals, value = text.partition("=")
-    key = key.removeprefix("++").removeprefix("+")
-    if key.startswith("~") or "@" in key:
-        raise ConfigError(f"{text!r}: keys can only be set, not removed or moved; write key=value")
-    if not equals or not key:
-        raise UsageError(f"{text!r} is not an override; write key=value, for example data.seq_len=4096")
-    options = groups().get(key)
-    if options is not None:
-        _check_option(key, value, options)
-    elif _is_free(key):
-        _check_grammar(text)
-    else:
-        known = dotted_paths(Config)
-        if key not in known:
-            refuse_old_key(key)
-            raise unknown_key(key, known + list(groups()))
-        fields = [path for path in known if path.startswith(f"{key}.")]
-        if fields:
-            raise ConfigError(f"{text!r}: {key} is a section; set its fields, for example {fields[0]}=...")
-        _check_grammar(text)
-
-
-def _is_free(key: str) -> bool:
-    """Returns whether ``key`` is one of the user's own in a mapping, such as cluster.sbatch.mem."""
-    parent, _, name = key.rpartition(".")
-    return bool(name) and holds_any_key(Config, parent)
-
-
-def _for_hydra(text: str) -> str:
-    """Lets a key of the user's own be added, which Hydra otherwise wants a plus for."""
-    return f"++{text.lstrip('+')}" if _is_free(text.partition("=")[0].lstrip("+")) else text
-
-
-def _check_option(group: str, option: str, options: list[str]) -> None:
-    if option in options or (group == "recipe" and option == "null"):
-        return
-    raise ConfigError(f"{group}={option} is not known; {suggestion(option, options)}")
-
-
-def _check_grammar(text: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
+def _recipe(path: Path) -> dict[str, Any]:
+    """Reads a recipe as plain data: a mapping of sections, with Hydra's ``defaults`` if it has them."""
     try:
-        (override,) = OverridesParser.create().parse_overrides([text])
-    except HydraException as error:
-        raise UsageError(f"{text!r} cannot be read: {_first_lines(error)}") from None
-    if override.is_sweep_override():
-        raise ConfigError(f"{text!r} is a sweep; one run takes one value, and a list stands in [brackets]")
-
-
-def _first_lines(error: Exception) -> str:
-    """Returns Hydra's own words without its pages of advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:2])
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe={path} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe={path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict) or not mapping:
+        raise ConfigError(f"recipe={path} must hold sections, such as data: {{seq_len: 4096}}")
+    return mapping
 
 
 def refuse_overrides(words: Sequence[str], fixed: Sequence[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 from longctx.errors import ConfigError
+from longctx.other_names import meaning_of_value, plain
 
 # Who logs in where: in a URL of the web whatever stands before the host, elsewhere a name with a password.
 _LOGIN_IN_URL = re.compile(r"(?i)(https?://)[^/\s]*@|(\w+://)[^/\s:]*:[^/\s]*@")
@@ -17,24 +17,56 @@ def redacted(text: str) -> str:
     return _LOGIN_IN_URL.sub(lambda found: f"{found[1] or found[2]}***@", text)
 
 
+def distance(one: str, other: str) -> int:
+    """Counts the letters to add, drop, change or swap with their neighbour to make one word of the other."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = row, before, [i]
+        for j, wanted in enumerate(other, 1):
+            cost = min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+def nearness(word: str, choice: str) -> float | None:
+    """Returns how far two names are apart, or None when nobody would write one for the other.
+
+    Case, ``-`` and ``_`` do not count. One letter in four or so may be wrong; the beginning of a name stands for it.
+    """
+    one, other = plain(word), plain(choice)
+    far = distance(one, other)
+    if far <= (max(len(one), len(other)) + 1) // 4:
+        return far
+    short, long = sorted((one, other), key=len)
+    return 0.5 + far if len(short) >= 3 and long.startswith(short) else None
+
+
 def closest(word: str, choices: Iterable[str]) -> str | None:
     """Returns the choice that ``word`` most likely stands for, or None when nothing is near."""
-    scored = [(difflib.SequenceMatcher(None, word, choice).ratio(), choice) for choice in choices]
-    score, choice = max(scored, default=(0.0, ""))
-    return choice if score >= 0.5 else None
+    near = [(found, choice) for choice in choices if (found := nearness(word, choice)) is not None]
+    return min(near)[1] if near else None
 
 
-def suggestion(word: str, choices: Sequence[str]) -> str:
-    """Returns the end of a message about an unknown ``word``: what it may mean, and all that is valid."""
-    near = closest(word, choices)
+def suggestion(word: str, choices: Sequence[str], key: str = "") -> str:
+    """Returns the end of a message about an unknown ``word``: what it may mean, and all that is valid.
+
+    ``key``: whose value it should be, for names that other trainers have.
+    """
     valid = f"valid: {', '.join(choices)}"
+    meant = meaning_of_value(key, word)
+    if meant:
+        return f"{meant} ({valid})"
+    near = closest(word, choices)
     return f"did you mean {near}? ({valid})" if near else valid
 
 
 def one_of(key: str, value: str, choices: Sequence[str]) -> None:
     """Refuses a name outside ``choices``."""
     if value not in choices:
-        raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices)}")
+        raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices, key)}")
 
 
 def as_word(value: object) -> str:

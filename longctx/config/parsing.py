@@ -6,7 +6,6 @@ dotted path. An integer for a real number is the one conversion.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import types
@@ -18,7 +17,8 @@ from typing import Any, TypeVar, cast
 
 from longctx.config.renamed import refuse_old_key, refuse_old_value
 from longctx.errors import ConfigError
-from longctx.rules import as_word, redacted
+from longctx.other_names import meaning_of_key
+from longctx.rules import as_word, nearness, redacted
 
 T = TypeVar("T")
 
@@ -64,19 +64,25 @@ def _plain(value: Any) -> Any:
 
 def unknown_key(path: str, known: list[str]) -> ConfigError:
     """Returns the error for a key that nothing reads, with the key it may stand for."""
-    near = closest_path(path, known)
+    near = closest_path(path, known) or meaning_of_key(path)
     return ConfigError(f"unknown configuration key {path}" + (f"; did you mean {near}?" if near else ""))
 
 
 def closest_path(path: str, known: list[str]) -> str | None:
-    """Returns the known dotted path that ``path`` most likely stands for."""
-    if "." not in path:
-        # A bare word may be a section misspelt or a field whose section was forgotten.
-        scored = [(max(_alike(path, k), _alike(path, k.rpartition(".")[2]) - 0.01), k) for k in known]
-    else:
-        scored = [(_alike_path(path, k), k) for k in known if "." in k] or [(0.0, "")]
-    score, best = max(scored, default=(0.0, ""))
-    return best if score >= 0.5 else None
+    """Returns the known dotted path that ``path`` most likely stands for, or None.
+
+    Section and name must both be near. A name that is right may stand in another section, or in none.
+    """
+    section, _, name = path.rpartition(".")
+    scored = []
+    for candidate in known:
+        known_section, _, known_name = candidate.rpartition(".")
+        far = nearness(name, known_name)
+        if far is not None and (not section or far == 0):
+            scored.append((far + (0.1 if known_section else 0.0), candidate))
+        if far is not None and section and known_section and (apart := nearness(section, known_section)) is not None:
+            scored.append((far + apart - 0.1, candidate))
+    return min(scored)[1] if scored else None
 
 
 def dotted_paths(cls: type, prefix: str = "") -> list[str]:
@@ -98,15 +104,13 @@ def holds_any_key(cls: type, path: str) -> bool:
     return not rest and typing.get_origin(hint) is dict
 
 
-def _alike(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
-
-
-def _alike_path(path: str, known: str) -> float:
-    section, _, name = path.rpartition(".")
-    known_section, _, known_name = known.rpartition(".")
-    # A right section counts for more than letters that happen to agree across sections.
-    return (_alike(section, known_section) + _alike(name, known_name)) / 2
+def holds_text(cls: type, path: str) -> bool:
+    """Tells whether the field of a dotted path below ``cls`` holds text, or nothing."""
+    hint: Any = cls
+    for name in path.split("."):
+        hint = _hints(cast(Any, hint)).get(name) if is_dataclass(hint) else None
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return str in options and set(options) <= {str, type(None)}
 
 
 @functools.cache
@@ -184,6 +188,32 @@ def _expected(options: tuple[Any, ...]) -> str:
 
 
 def _hint(options: tuple[Any, ...], value: Any) -> str:
+    """Says how a value of the wrong kind would be written, where that is plain."""
     if str in options and isinstance(value, int | float):
         return f"""; quote it: "'{as_word(value)}'\""""
+    if bool in options and str(value).lower() in _SWITCHES:
+        return f"; write {_SWITCHES[str(value).lower()]}"
+    if int in options and type(value) is float and value.is_integer():
+        return f"; write {int(value)}"
+    if isinstance(value, str) and {int, float} & set(options):
+        return _number_hint(value.strip(), int in options)
+    if isinstance(value, str) and any(typing.get_origin(option) is tuple for option in options):
+        return f"; write [{value}]"
     return ""
+
+
+_SWITCHES = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+_SWITCHES |= {"true": "true without quotes", "false": "false without quotes"}
+_THOUSANDS = {"k": 1, "m": 2, "g": 3}
+
+
+def _number_hint(text: str, whole: bool) -> str:
+    factor = _THOUSANDS.get(text[-1:].lower())
+    if factor and text[:-1].isdecimal():
+        count = int(text[:-1])
+        return f"; write {count * 1024**factor} or {count * 1000**factor}"
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        return ""
+    return f"; write {number} without quotes"

@@ -10,10 +10,11 @@ from tests.architecture.source_tree import imports, modules, names, with_benchma
 ARROWS = {
     "": set(),
     "errors": set(),
-    "rules": set(),
+    "other_names": set(),
+    "rules": {"other_names"},
     "catalog": {"rules"},
     "options": {"rules"},
-    "config": {"catalog", "options", "rules"},
+    "config": {"catalog", "options", "rules", "other_names"},
     "sim": set(),
     "sequence": {"catalog"},
     "operators": set(),

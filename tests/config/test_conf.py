@@ -8,7 +8,8 @@ import yaml
 from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STRATEGIES
 from longctx.config import Config
 from longctx.config.sections.parallel import BACKENDS
-from longctx.launcher.compose import CONF, NAMED, compose, groups
+from longctx.launcher.compose import compose
+from longctx.launcher.groups import CONF, NAMED, groups
 
 DEFAULTS = Config().to_dict()
 FILES = sorted(CONF.glob("*/*.yaml"))

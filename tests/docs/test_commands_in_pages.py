@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import benchmarks.__main__ as benchmarks
-from longctx.config import resolve, simulated_world_size
+from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError
-from longctx.launcher import build
+from longctx.launcher import build, hydra_flags
 from longctx.launcher.cli import COMMANDS, parser_of
 from longctx.launcher.commands import submit, verify
 from longctx.launcher.compose import compose
@@ -65,11 +66,30 @@ def parsed(words: list[str]) -> argparse.Namespace:
     [command] = [one for one in COMMANDS if words[1 : 1 + len(one.name.split())] == one.name.split()]
     parser = parser_of(command)
     importlib.import_module(command.module).add_arguments(parser)
-    return parser.parse_intermixed_args(words[1 + len(command.name.split()) :])
+    arguments = parser.parse_intermixed_args(words[1 + len(command.name.split()) :])
+    if command.overrides:
+        arguments.overrides = hydra_flags.with_own_folder(arguments)
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory) -> Path:
+    """A folder with the files of the reader's own that pages name."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name, text in {
+        "own/model/mine.yaml": "dim: 64\n",
+        "own/recipe/long.yaml": "# @package _global_\ndata:\n  seq_len: 4096\n",
+        "try.yaml": "train:\n  seed: 1\n",
+        "runs/mine/config.yaml": yaml.safe_dump(Config().to_dict()),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("words", commands("longctx "))
-def test_a_command_of_longctx_parses_and_composes(words):
+def test_a_command_of_longctx_parses_and_composes(words, readers_folder, monkeypatch):
+    monkeypatch.chdir(readers_folder)
     arguments = parsed(words)
     if words[1] == "submit":
         submit.prepare(compose(arguments.overrides))
