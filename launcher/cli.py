@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import longctx
 from longctx.errors import LongctxError
-from longctx.launcher import env, hydra_flags, streams
+from longctx.launcher import env, streams
 from longctx.launcher.failures import CRASH, INTERRUPTED
+from longctx.launcher.hydra import flags
 from longctx.launcher.stopping import listening
 from longctx.rules import redacted, suggestion
 
@@ -181,7 +182,7 @@ def _run(command: Command, words: list[str]) -> int:
     module.add_arguments(parser)
     arguments = _parsed(command, parser, spelled_out(words[len(command.name.split()) :]))
     if getattr(arguments, "cfg", None) is not None:
-        print(hydra_flags.shown(arguments), end="")
+        print(flags.shown(arguments), end="")
         streams.require_written()
         return 0
     status: int = module.run(arguments)
@@ -193,12 +194,12 @@ def _run(command: Command, words: list[str]) -> int:
 def _parsed(command: Command, parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Reads the options and overrides of one command."""
     if command.overrides:
-        hydra_flags.refuse_others(command.name, words)
+        flags.refuse_others(command.name, words)
         if any(word.partition("=")[0] in ("-c", "--cfg") for word in words):
-            hydra_flags.require_nothing(parser)
+            flags.require_nothing(parser)
     arguments = parser.parse_intermixed_args(words)
     if command.overrides:
-        arguments.overrides = hydra_flags.with_own_folder(arguments)
+        arguments.overrides = flags.with_own_folder(arguments)
     return arguments
 
 
@@ -247,7 +248,7 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
         parser.add_argument(
             "overrides", nargs="*", metavar="key=value", help="what differs from conf/train.yaml, as in Hydra"
         )
-        hydra_flags.add_arguments(parser)
+        flags.add_arguments(parser)
     return parser
 
 

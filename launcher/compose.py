@@ -11,8 +11,8 @@ import yaml
 
 from longctx.config import Config
 from longctx.errors import ConfigError, UsageError
-from longctx.launcher.groups import CONF, NAMED
-from longctx.launcher.overrides import SEARCH_PATH, Reading, first_lines, quoted, read
+from longctx.launcher.hydra.groups import CONF, NAMED
+from longctx.launcher.hydra.overrides import SEARCH_PATH, Reading, first_lines, quoted, read
 
 _FILE = "file-of-ones-own"  # the option under which Hydra knows it
 

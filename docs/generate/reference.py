@@ -12,7 +12,7 @@ from typing import Any
 
 from longctx.config import Config
 from longctx.launcher.cli import COMMANDS, parser_of
-from longctx.launcher.groups import groups
+from longctx.launcher.hydra.groups import groups
 
 
 def commands() -> str:

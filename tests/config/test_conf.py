@@ -9,7 +9,7 @@ from longctx.catalog import ENGINES, LINEAR_STRATEGIES, OPTIMIZERS, SOURCES, STR
 from longctx.config import Config
 from longctx.config.sections.parallel import BACKENDS
 from longctx.launcher.compose import compose
-from longctx.launcher.groups import CONF, NAMED, groups
+from longctx.launcher.hydra.groups import CONF, NAMED, groups
 
 DEFAULTS = Config().to_dict()
 FILES = sorted(CONF.glob("*/*.yaml"))

@@ -15,10 +15,11 @@ import yaml
 import benchmarks.__main__ as benchmarks
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError
-from longctx.launcher import build, hydra_flags
+from longctx.launcher import build
 from longctx.launcher.cli import COMMANDS, parser_of
 from longctx.launcher.commands import submit, verify
 from longctx.launcher.compose import compose
+from longctx.launcher.hydra import flags
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -68,7 +69,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     importlib.import_module(command.module).add_arguments(parser)
     arguments = parser.parse_intermixed_args(words[1 + len(command.name.split()) :])
     if command.overrides:
-        arguments.overrides = hydra_flags.with_own_folder(arguments)
+        arguments.overrides = flags.with_own_folder(arguments)
     return arguments
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from longctx.attention.runtime.registry import costs_of, get_strategy
 from longctx.config import Config
 from longctx.launcher.cli import main
-from longctx.launcher.groups import groups
+from longctx.launcher.hydra.groups import groups
 
 
 def said(*words: str) -> tuple[int, str]:

@@ -17,8 +17,8 @@ from longctx.config import Config
 from longctx.config.parsing import dotted_paths
 from longctx.errors import ConfigError, LongctxError, UsageError
 from longctx.launcher.compose import compose
-from longctx.launcher.groups import CONF
-from longctx.launcher.overrides import quoted, read
+from longctx.launcher.hydra.groups import CONF
+from longctx.launcher.hydra.overrides import quoted, read
 
 
 @pytest.mark.parametrize(

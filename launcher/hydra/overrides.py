@@ -18,7 +18,7 @@ from longctx.config import Config
 from longctx.config.parsing import dotted_paths, holds_any_key, holds_text, unknown_key
 from longctx.config.renamed import refuse_old_key
 from longctx.errors import ConfigError, UsageError
-from longctx.launcher.groups import groups, own_folder
+from longctx.launcher.hydra.groups import groups, own_folder
 from longctx.rules import suggestion
 
 if TYPE_CHECKING:
@@ -183,13 +183,12 @@ def _is_spelled_out(word: str, value: str) -> bool:
 
 
 def _of_ones_own(key: str, value: str) -> str:
-    """Writes a key of the user's own in a mapping, such as cluster.sbatch.mem, which Hydra otherwise wants a plus for."""
+    """Writes a key of the user's own in a mapping, such as cluster.sbatch.mem; Hydra wants a plus for it."""
     try:
-        override = _override(f"{key}={value}")
-        is_scalar = not override.is_sweep_override() and not isinstance(override.value(), list | dict)
+        is_read = not _override(f"{key}={value}").is_sweep_override()
     except UsageError:
-        is_scalar = False
-    return f"++{key}={value if is_scalar else quoted(value)}"
+        is_read = False
+    return f"++{key}={value if is_read else quoted(value)}"
 
 
 def _plain(key: str, value: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import UsageError
 from longctx.launcher.compose import compose
-from longctx.launcher.overrides import SEARCH_PATH, quoted
+from longctx.launcher.hydra.overrides import SEARCH_PATH, quoted
 
 _MULTIRUN = ("-m", "--multirun")
 _FILES = "own options go into a folder, --config-dir DIR, and a whole experiment into a file, recipe=FILE.yaml"
