@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import longctx
 from longctx.errors import LongctxError
@@ -220,10 +221,17 @@ def _name_of(words: list[str], commands: list[str], top: argparse.ArgumentParser
     return f"{first} {second}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats words of the command line without what they hold of logins."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))
+
+
 def top_parser() -> argparse.ArgumentParser:
     """Makes the parser of ``longctx`` itself, which knows the commands' names, not their options."""
     table = "\n".join(f"  {command.name:16}{command.purpose}" for command in COMMANDS)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="longctx",
         description=f"{longctx.__doc__}\n\ncommands:\n{table}",
         epilog=f"`longctx COMMAND --help` shows options and examples.\n{EXIT_CODES}",
@@ -237,7 +245,7 @@ def top_parser() -> argparse.ArgumentParser:
 def parser_of(command: Command) -> argparse.ArgumentParser:
     """Makes the parser of one command, before its module adds options."""
     examples = "\n".join(f"  {example}" for example in command.examples)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"longctx {command.name}",
         description=command.purpose[0].upper() + command.purpose[1:] + ".",
         epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",

@@ -49,16 +49,27 @@ def claimed(config: Config, lock: Lock = run_lock.writing) -> Iterator[Config]:
 
     Where the user left the name it is chosen by making the directory, which of several machines one can. A directory
     that was made here and got nothing into it is removed. Raises ``StorageError`` while another process is at work.
+
+    Until the end this process, and those that it starts, make files that only their user can read.
     """
     config, made = _made(config)
     directory = directory_of(config)
-    with lock(directory):
+    with _private(), lock(directory):
         try:
             yield config
         except BaseException:
             if made:
                 _remove_unused(directory)
             raise
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[None]:
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def open_directory(config: Config, step: int | None) -> Path:
@@ -150,7 +161,7 @@ def _made(config: Config) -> tuple[Config, bool]:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                directory.mkdir()
+                directory.mkdir(mode=0o700)
                 return in_directory(config, directory), True
         except OSError as error:
             raise StorageError(f"run.dir={directory} cannot be written: {error.strerror or error}") from None

@@ -215,3 +215,23 @@ def test_the_installed_script_runs_from_anywhere(tmp_path):
     script = Path(sys.executable).parent / "longctx"
     done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("longctx ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "data=text", "data.path='https://me:s3cret@host/x'"],
+        ["train", "run.name='ftp://me:s3cret@host'"],
+        ["train", "https://me:s3cret@host"],
+        ["train", "data.paht=https://me:s3cret@host/x"],
+        ["train", "--no-such=https://me:s3cret@host/x"],
+        ["https://me:s3cret@host"],
+        ["submit", "--dry-run", "cluster.prologue=['export http_proxy=http://me:s3cret@proxy:80']"],
+    ],
+)
+def test_a_login_in_a_url_is_repeated_nowhere(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) in (2, 78)
+    captured = capsys.readouterr()
+    assert captured.err and "s3cret" not in captured.out + captured.err
+    assert list(tmp_path.rglob("*")) == []

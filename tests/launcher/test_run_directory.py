@@ -1,5 +1,8 @@
 """A directory holds one run: its name and its record; config.yaml is data, written whole and read strictly."""
 
+import os
+import stat
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -142,3 +145,20 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "large").write_bytes(b"# " + b"x" * (1 << 20))
     with pytest.raises(ConfigError, match="at most 1 MiB"):
         read_config(tmp_path / "large")
+
+
+def test_what_a_run_writes_is_its_user_s_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with claimed(Config.from_dict({"run": {"dir": str(tmp_path / "shared/run")}})) as config:
+            directory = open_directory(config, None)
+            (directory / "wandb").mkdir()
+            subprocess.run(["touch", directory / "of-another-process"], check=True)
+        (tmp_path / "later").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (directory, *directory.iterdir())}
+    assert modes.keys() >= {"run", "config.yaml", "wandb", "of-another-process"}
+    assert all(mode & 0o077 == 0 for mode in modes.values()), modes
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "later").stat().st_mode) == 0o644
