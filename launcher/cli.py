@@ -71,6 +71,9 @@ COMMANDS = (
         (
             "longctx submit --dry-run cluster=slurm cluster.nodes=4 comm=nccl parallel.sp=8",
             "longctx submit cluster=slurm cluster.partition=gpu cluster.time_limit=12:00:00 comm=nccl parallel.sp=2",
+            "longctx submit cluster=slurm comm=nccl parallel.sp=8 cluster.sbatch.qos=long cluster.sbatch.mem=0",
+            "longctx submit --auto-resume cluster=slurm comm=nccl parallel.sp=8 run.dir=runs/long "
+            "'cluster.prologue=[module load cuda/12.4,source env/bin/activate]'",
         ),
         "longctx.launcher.commands.submit",
         product=False,

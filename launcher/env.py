@@ -107,12 +107,13 @@ _shared: dict[str, str] = {}
 
 
 def outside_of_jobs(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Returns the environment for a job that is submitted from here, without what tells of a job that this is in.
+    """Returns the environment for a job that is submitted from here, without what tells of this process or its job.
 
-    sbatch hands all of it on, and srun would take counts and limits of the other job for its own.
+    sbatch hands all of it on: ranks would take this machine's threads, and srun the counts and limits of the other job.
     """
     inside = schedulers.SLURM_JOB_ID in environ
     told = {RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT}
+    told |= {name for name, value in _shared.items() if environ.get(name) == value}
     return {
         name: value
         for name, value in environ.items()

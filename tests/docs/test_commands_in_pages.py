@@ -123,6 +123,12 @@ def test_a_target_of_make_exists(words):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_every_example_of_the_help_is_among_them():
+    tested = {" ".join(parameter.values[0]) for parameter in commands("longctx ")}
+    examples = [example for command in COMMANDS for example in command.examples]
+    assert [one for one in examples if " ".join(started_by_hand(shlex.split(one))) not in tested] == []
+
+
 def test_commands_are_found_and_a_wrong_one_would_be_seen():
     assert len(commands("longctx ")) > 30 and commands("make ") and commands("python -m benchmarks")
     with pytest.raises(ConfigError, match="did you mean"):

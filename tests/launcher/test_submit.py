@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.config import Config
 from longctx.errors import ConfigError, NotAvailableError
-from longctx.launcher import cli
+from longctx.launcher import cli, env
 from longctx.launcher.commands.submit import prepare
 from longctx.launcher.signal_lead import signal_lead
 from longctx.launcher.slurm_script import render
@@ -268,6 +268,9 @@ def test_dry_run_prints_and_writes_nothing(stubs, capsys):
 
 def test_submit_writes_the_run_and_calls_sbatch_as_from_outside_of_any_job(stubs, capsys, monkeypatch):
     inside = {"SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "9", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    monkeypatch.setattr(env, "_shared", {})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for name, value in {**inside, "SLURM_CONF": "site", "SBATCH_QOS": "mine"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["submit", "run.dir=runs/a"]) == 0
@@ -275,7 +278,8 @@ def test_submit_writes_the_run_and_calls_sbatch_as_from_outside_of_any_job(stubs
     assert Path("sbatch-arguments").read_text().strip() == str(stubs / "runs/a/train.sbatch")
     assert (stubs / "runs/a/config.yaml").is_file()
     told = dict(line.split("=", 1) for line in Path("sbatch-environment").read_text().splitlines() if "=" in line)
-    assert not inside.keys() & told.keys()
+    # The threads are those that this command has chosen for itself.
+    assert not {*inside, "OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & told.keys()
     assert (told["SLURM_CONF"], told["SBATCH_QOS"]) == ("site", "mine")
 
 
