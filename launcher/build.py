@@ -28,6 +28,7 @@ from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
+from longctx.launcher.opening import Opening
 from longctx.launcher.progress import progress
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of
@@ -41,10 +42,8 @@ from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.reporting.memory import StepMemory, is_measured
 from longctx.reporting.meter import Meter, peak_flops
 from longctx.reporting.metrics import open_sink
-from longctx.reporting.provenance import write_environment
 from longctx.sim import Cluster, RankFailed
 from longctx.train.batch_sharder import BatchSharder
-from longctx.train.canary.check import run_canary
 from longctx.train.inside_step import Stopping
 from longctx.train.learning_rate import LearningRate
 from longctx.train.optimizer import build_optimizer
@@ -199,11 +198,10 @@ def rank_main(
     """Runs one rank of the world that ``torch.distributed`` has been initialised with, whatever carries it."""
     torch.manual_seed(config.train.seed)
     mesh = build_mesh(config.parallel, device.type)
-    verdict = run_canary(config, mesh, device) if config.train.canary else None
-    directory = directory_of(config)
-    if dist.get_rank() == 0:
-        write_environment(directory, verdict, _data_summary(corpus))
-    build_trainer(config, resume, corpus, meter_of(config, mesh, device, memory, stop.asked), stop).run()
+    opening = Opening(config)
+    opening.run_canary(mesh, device)
+    meter = meter_of(config, mesh, device, memory, stop.asked)
+    build_trainer(config, resume, corpus, meter, stop, opening).run()
 
 
 def meter_of(
@@ -219,15 +217,26 @@ def meter_of(
 
 
 def build_trainer(
-    config: Config, resume: Resume | None, corpus: Corpus, meter: Meter, stop: Stopping | None = None
+    config: Config,
+    resume: Resume | None,
+    corpus: Corpus,
+    meter: Meter,
+    stop: Stopping | None = None,
+    opening: Opening | None = None,
 ) -> Trainer:
-    """Builds a trainer at the run's first step, or at the checkpoint from which it is to go on."""
-    directory = directory_of(config)
-    parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
+    """Builds a trainer at the run's first step, or at the checkpoint from which it goes on.
+
+    ``opening``: tells what the run will do.
+    """
+    directory, stage = directory_of(config), opening.stage if opening else contextlib.nullcontext
+    with stage("building the model"):
+        parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
     going_on = resume is not None and (resume.required or checkpointer.any_committed())
     if resume is not None and going_on:
-        checkpointer.load(parts.state, resume.step)
-    sink = open_sink(config, directory, dist.get_rank(), parts.state.step if going_on else None)
+        with stage("reading the checkpoint"):
+            checkpointer.load(parts.state, resume.step)
+    facts = opening.tell(corpus, parts.state, meter) if opening else {}
+    sink = open_sink(config, directory, dist.get_rank(), parts.state.step if going_on else None, facts=facts)
     validation = open_validation(config, corpus, meter.mesh, meter.device, parts.step.engine)
     return Trainer(
         config, parts.state, parts.step, parts.prefetcher, meter, checkpointer, sink, parts.memory, validation, stop
@@ -305,18 +314,6 @@ def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loade
     masked, chosen = config.attention.document_mask, trained_on(config.data.validation, corpus)
     packing = Packing(corpus, config.data.seq_len, config.train.seed, masked, balance, chosen)
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
-
-
-def _data_summary(corpus: Corpus) -> dict[str, Any]:
-    """Returns what the run is trained on, and warns of what was left out."""
-    if corpus.skipped_empty:
-        _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
-    for key, words in (("left_out", "left out"), ("noted", "noted")):
-        counted = ", ".join(f"{count} {what}" for what, count in corpus.facts.get(key, {}).items())
-        if counted:
-            _log.warning("data: %s: %s", words, counted)
-    counts = {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
-    return {**counts, "sha256": corpus.fingerprint, **corpus.facts}
 
 
 def _require_checkpoint(config: Config) -> None:

@@ -122,9 +122,13 @@ class Meter:
     def _all_sent(self) -> SentBytes:
         return SentBytes(self._group.traffic.bytes, self._group.bytes_between_nodes)
 
+    def flops(self, config: Config, tokens: int, cells: int) -> float:
+        """Counts the FLOP of the model's arithmetic in a step of so many tokens and attention cells, all ranks."""
+        return training_flops(config.model, config.attention.chunk, tokens, cells)
+
     def utilization(self, config: Config, tokens: int, cells: int, seconds: float) -> float | None:
         """Computes the share of the devices' peak that the model's arithmetic took; None without a known peak."""
         if self.peak is None:
             return None
         ranks = dist.get_world_size(self.mesh.world_group)
-        return training_flops(config.model, config.attention.chunk, tokens, cells) / (seconds * ranks * self.peak)
+        return self.flops(config, tokens, cells) / (seconds * ranks * self.peak)

@@ -18,13 +18,17 @@ from longctx.errors import StorageError
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "flash-attn")
 
 
-def write_environment(directory: Path, canary: dict[str, Any] | None, data: dict[str, Any]) -> None:
-    """Writes ``environment.json``; ``canary``: its verdict, None when off; ``data``: what the run is trained on.
+def write_environment(
+    directory: Path, canary: dict[str, Any] | None, data: dict[str, Any], run: dict[str, Any]
+) -> None:
+    """Writes ``environment.json``.
+
+    ``canary``: its verdict, None when off. ``data``: what the run is trained on. ``run``: what it says of itself.
 
     No environment variables: they may hold secrets.
     """
     unfinished = directory / ".environment.json.new"
-    text = json.dumps({**describe(), "data": data, "canary": canary}, indent=2)
+    text = json.dumps({**describe(), "data": data, "canary": canary, "run": run}, indent=2)
     try:
         unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(directory / "environment.json")

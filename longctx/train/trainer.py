@@ -210,6 +210,7 @@ class Trainer:
             "tokens": observed.tokens,
             "tokens_per_second": observed.tokens / seconds,
             "step_seconds": seconds,
+            "flops": self.meter.flops(self.config, observed.tokens, observed.cells),
             "mfu_causal": self.meter.utilization(self.config, observed.tokens, observed.cells, seconds),
             "mfu_full": self.meter.utilization(self.config, observed.tokens, observed.full_cells, seconds),
             "memory_peak_bytes": observed.memory_peak_bytes,

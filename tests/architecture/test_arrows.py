@@ -36,6 +36,7 @@ ARROWS = {
     "checkpoint": {"mesh", "parallel", "data", "config"},
     "reporting": {
         "sequence", "attention", "operators", "comm", "mesh", "model", "parallel", "engines", "checkpoint", "config",
+        "rules",
     },
     "train": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "checkpoint",

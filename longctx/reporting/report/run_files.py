@@ -15,7 +15,7 @@ from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.config.renamed import translated
 from longctx.reporting.memory import MEMORY
 from longctx.reporting.metrics_file import METRICS, read_records
-from longctx.reporting.tracker import redacted
+from longctx.rules import redacted
 
 UNKNOWN = "unknown"
 _LARGEST_FILE = 1 << 20  # of config.yaml, environment.json and memory.json

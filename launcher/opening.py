@@ -1,0 +1,72 @@
+"""Tells how a run begins: what it checks, what it will do. The same facts stand in ``environment.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.checkpoint.checkpointer import TrainState
+from longctx.config import Config
+from longctx.data import Corpus
+from longctx.launcher.run_directory import directory_of
+from longctx.mesh import Mesh
+from longctx.reporting.meter import Meter
+from longctx.reporting.provenance import write_environment
+from longctx.reporting.run_facts import RunFacts, Work
+from longctx.reporting.teller import Teller
+from longctx.train.canary.check import run_canary
+
+_log = logging.getLogger(__name__)
+
+
+class Opening:
+    """Tells how a run begins, on rank 0 of a run that tells anything; every rank calls all of it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._first = dist.get_rank() == 0
+        self._teller = Teller(silent=not (self._first and config.logger.progress))
+        self._verdict: dict[str, Any] | None = None
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """Says what begins, and how long it took."""
+        with self._teller.stage(what):
+            yield
+
+    def run_canary(self, mesh: Mesh, device: torch.device) -> None:
+        """Runs the canary, unless it is switched off."""
+        if not self._config.train.canary:
+            self._teller.say("canary: left out, train.canary=false")
+            return
+        with self.stage("canary: comparing one tiny step with the dense single-device step"):
+            self._verdict = run_canary(self._config, mesh, device)
+
+    def tell(self, corpus: Corpus, state: TrainState, meter: Meter) -> dict[str, Any]:
+        """Tells what the run will do, writes it into ``environment.json``, and returns it as plain JSON values."""
+        config = self._config
+        left = max(0, config.train.steps - state.step) * config.train.global_batch
+        work = Work(len(corpus), corpus.total_tokens, state.step, state.loader.next_sample + left)
+        facts = RunFacts.of(config, meter.mesh, meter.device, state.model, work)
+        if self._first:
+            write_environment(directory_of(config), self._verdict, _data_summary(corpus), facts.to_dict())
+        for line in facts.lines():
+            self._teller.say(line)
+        return facts.to_dict()
+
+
+def _data_summary(corpus: Corpus) -> dict[str, Any]:
+    """Returns what the run is trained on, and warns of what was left out."""
+    if corpus.skipped_empty:
+        _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
+    for key, words in (("left_out", "left out"), ("noted", "noted")):
+        counted = ", ".join(f"{count} {what}" for what, count in corpus.facts.get(key, {}).items())
+        if counted:
+            _log.warning("data: %s: %s", words, counted)
+    counts = {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
+    return {**counts, "sha256": corpus.fingerprint, **corpus.facts}
