@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.checkpoint.checkpointer import TrainState
-from longctx.config import Config
+from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh
@@ -51,13 +51,30 @@ class Opening:
         """Tells what the run will do, writes it into ``environment.json``, and returns it as plain JSON values."""
         config = self._config
         left = max(0, config.train.steps - state.step) * config.train.global_batch
-        work = Work(len(corpus), corpus.total_tokens, state.step, state.loader.next_sample + left)
+        packing = state.loader.packing
+        documents = len(corpus) if packing.chosen is None else len(packing.chosen)
+        work = Work(
+            documents=documents,
+            held_out=len(corpus) - documents,
+            tokens=packing.epoch_tokens,
+            done=state.step,
+            samples=state.loader.next_sample + left,
+            command=command_of(config),
+        )
         facts = RunFacts.of(config, meter.mesh, meter.device, state.model, work)
         if self._first:
             write_environment(directory_of(config), self._verdict, _data_summary(corpus), facts.to_dict())
         for line in facts.lines():
             self._teller.say(line)
         return facts.to_dict()
+
+
+def command_of(config: Config) -> str:
+    """Returns the command, with its own options, that starts such a run."""
+    ranks = simulated_world_size(config)
+    if config.comm.backend == "sim" or ranks == 1:
+        return "longctx train"
+    return f"longctx launch --nproc {ranks}" if config.cluster.nodes == 1 else "longctx submit"
 
 
 def _data_summary(corpus: Corpus) -> dict[str, Any]:

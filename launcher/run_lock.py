@@ -26,7 +26,7 @@ from pathlib import Path
 
 from longctx.errors import StorageError
 from longctx.launcher import env
-from longctx.reporting.tracker import redacted
+from longctx.rules import redacted
 
 _log = logging.getLogger(__name__)
 

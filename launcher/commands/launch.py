@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
+from longctx.launcher.checking import open_checked_directory
 from longctx.launcher.compose import compose
-from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
+from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
-from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed, open_directory
+from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed
 from longctx.launcher.run_lock import launching
 from longctx.launcher.stopping import answered_by_ranks
+from longctx.reporting.teller import Teller
 
 # Slurm announces the end of a job's time with USR1, which would kill an agent that does not handle it.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -45,13 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _launched(config: Config, processes: int, resume: Resume | None) -> int:
     """Runs the ranks of a run whose directory this command holds; returns the exit code."""
-    refuse_mixing(config, resume)
-    from longctx.launcher import build
-
-    directory = open_directory(config, build.preflight(config, resume))
+    directory = open_checked_directory(config, resume, processes)
     env.share_cores(processes)
     reasons = directory / FAILURES
     failures.clear_failures(reasons)
+    if config.logger.progress:
+        Teller().say(f"starting {processes} processes")
     worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons), "--launched"]
     with answered_by_ranks():
         ended = _torchrun(processes, [*worker, *(resume.words if resume else [])])
@@ -75,9 +76,7 @@ def prepare(config: Config, processes: int) -> Config:
             "or launch with comm=gloo or comm=nccl"
         )
     machine.require_nodes(config)
-    config = resolve(config, processes)
-    machine.require(config, processes)
-    return config
+    return resolve(config, processes)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from contextlib import contextmanager, nullcontext
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import env, machine, streams
+from longctx.launcher.checking import open_checked_directory
 from longctx.launcher.compose import compose
-from longctx.launcher.resuming import Resume, refuse_mixing, resume_of
+from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
-from longctx.launcher.run_directory import claimed, open_directory, with_directory
+from longctx.launcher.run_directory import claimed, with_directory
 from longctx.launcher.stopping import listening
 from longctx.launcher.worker import run as run_rank
 
@@ -46,7 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _simulate(config: Config, resume: Resume | None) -> None:
     machine.require_nodes(config)
     config = resolve(config, simulated_world_size(config))
-    machine.require(config, processes=1)
     with _opened(config, resume) as config:
         from longctx.launcher import build
 
@@ -57,10 +57,7 @@ def _simulate(config: Config, resume: Resume | None) -> None:
 def _opened(config: Config, resume: Resume | None) -> Iterator[Config]:
     """Holds the run's directory, with the configuration in it, after all that can be refused before ranks meet."""
     with claimed(config) as config:
-        refuse_mixing(config, resume)
-        from longctx.launcher import build
-
-        open_directory(config, build.preflight(config, resume))
+        open_checked_directory(config, resume, processes=1)
         yield config
 
 
@@ -76,7 +73,8 @@ def _prepare(config: Config, rank: env.RankEnvironment) -> Config:
         )
     run_id = env.run_id()
     env.export_rank(rank)
-    machine.require(config, processes=rank.local_rank + 1)
+    if rank.rank:
+        machine.require(config, processes=rank.local_rank + 1)
     return config if run_id is None or rank.world_size == 1 else with_directory(config, run_id)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from longctx.config import Config
 from longctx.reporting.best_loss import BestLoss
 from longctx.reporting.ending import ending
-from longctx.reporting.metrics_file import KEYS, METRICS, NOW_AND_THEN, JsonLines, read_records
+from longctx.reporting.metrics_file import KEYS, METRICS, JsonLines, read_records
 from longctx.reporting.progress import Progress
 from longctx.reporting.report.page import REPORT, write_report
 from longctx.reporting.teller import Teller
@@ -47,7 +47,8 @@ def open_sink(
     """Opens the sinks that ``config.logger`` asks for on rank 0, nothing on other ranks.
 
     ``resume_step``: steps up to it are kept in ``metrics.jsonl``, later ones will be done again; None starts
-    afresh. ``console=False`` leaves out what a person reads. ``facts``: what wandb notes beside the configuration.
+    afresh. ``console=False`` leaves out what a person reads. ``facts``: what wandb notes beside the configuration;
+    ``command`` of them starts such a run.
 
     Raises ``NotAvailableError`` on every rank when wandb is asked for and not installed, ``StorageError``
     when ``metrics.jsonl`` cannot be written.
@@ -64,7 +65,8 @@ def open_sink(
         tracker = open_tracker(config, run_dir, resume_step, facts or {})
         if tracker is not None:
             followers["wandb"] = tracker
-    ended = Ended(config, run_dir, Teller(silent=not (console and config.logger.progress)))
+    teller = Teller(silent=not (console and config.logger.progress))
+    ended = Ended(config, run_dir, teller, (facts or {}).get("command", "longctx train"))
     return Fanout(record, followers, ended)
 
 
@@ -81,8 +83,8 @@ class NullSink:
 class Ended:
     """Does what is left when all is recorded: writes the report, and tells how the run ended."""
 
-    def __init__(self, config: Config, run_dir: Path, teller: Teller) -> None:
-        self._config, self._run_dir, self._teller = config, run_dir, teller
+    def __init__(self, config: Config, run_dir: Path, teller: Teller, command: str) -> None:
+        self._config, self._run_dir, self._teller, self._command = config, run_dir, teller, command
 
     def __call__(self, summary: dict[str, Any], tracker: MetricsSink | None) -> None:
         """``tracker``: None where wandb is not used, or has failed."""
@@ -97,7 +99,7 @@ class Ended:
         losses = BestLoss()
         for record in read_records(self._run_dir / METRICS):
             losses.take(record)
-        self._teller.say(ending(self._config, self._run_dir, summary, losses, views))
+        self._teller.say(ending(self._run_dir, self._config.train.steps, summary, losses, views, self._command))
 
 
 class Fanout:
@@ -115,8 +117,7 @@ class Fanout:
 
     def step(self, record: dict[str, Any]) -> None:
         """Records a step, then tells the others."""
-        wrong = set(KEYS) ^ (set(record) - set(NOW_AND_THEN))
-        assert not wrong, f"keys {sorted(wrong)}"
+        assert set(record) == set(KEYS), f"keys {sorted(set(record) ^ set(KEYS))}"
         self._record.step(record)
         self._each(lambda follower: follower.step(record))
 

@@ -44,7 +44,6 @@ KEYS = (
     "validation_loss",
     "validation_seconds",
 )
-NOW_AND_THEN = ("validation_loss",)  # keys of the steps alone after which they were measured
 ALWAYS_KNOWN = ("loss", "grad_norm")  # None in these means that the number was not finite
 METRICS = "metrics.jsonl"
 DAMAGED, REDONE = "metrics.damaged.jsonl", "metrics.redone.jsonl"
@@ -78,7 +77,7 @@ class JsonLines:
 
     def step(self, record: dict[str, Any]) -> None:
         """Appends a record as one line. JSON has no NaN: such a number is null, and ``nonfinite`` names it."""
-        line = {key: _plain(record[key]) for key in (*KEYS, *(key for key in NOW_AND_THEN if key in record))}
+        line = {key: _plain(record[key]) for key in KEYS}
         nonfinite = [k for k in KEYS if line[k] is None and (record[k] is not None or k in ALWAYS_KNOWN)]
         if nonfinite:
             line["nonfinite"] = nonfinite
@@ -135,7 +134,7 @@ class JsonLines:
 
 
 @dataclass(frozen=True)
-class Line:
+class MetricsLine:
     """Holds one line of the file: its number from 1, its bytes, and its record; None for one that cannot be read."""
 
     number: int
@@ -202,7 +201,7 @@ class _Beside:
         self._files[name].write(line)
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _lines(path: Path) -> Iterator[MetricsLine]:
     """Reads the lines of a file, none if there is no file; one that is longer than any of ours comes in parts."""
     if not path.exists():
         return
@@ -210,7 +209,7 @@ def _lines(path: Path) -> Iterator[Line]:
         for number, text in enumerate(iter(lambda: file.readline(_LARGEST_LINE), b""), 1):
             record = _parsed(text)
             # A kill may leave the last line without its end alone.
-            yield Line(number, text.removesuffix(b"\n") + b"\n" if record else text, record)
+            yield MetricsLine(number, text.removesuffix(b"\n") + b"\n" if record else text, record)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

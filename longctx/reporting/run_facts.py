@@ -24,15 +24,18 @@ AXES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 
 @dataclass(frozen=True)
 class Work:
-    """Says what a run has to do: documents and tokens of its corpus, steps that are done, and all of them.
+    """Says what a run has to do: documents and tokens that it is trained on, and steps that are done.
 
-    ``samples``: sequences that the run has read at its end.
+    ``held_out``: documents that it is not trained on. ``samples``: sequences that it has read at its end. ``command``:
+    starts such a run.
     """
 
     documents: int
+    held_out: int
     tokens: int
     done: int
     samples: int
+    command: str
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ class RunFacts:
     backend: str
     device: str
     documents: int
+    held_out: int
     tokens: int
     epochs: float
     first_step: int
     steps: int
     tokens_per_step: int
     checkpoints: str
+    command: str
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, device: torch.device, model: nn.Module, work: Work) -> RunFacts:
@@ -83,12 +88,14 @@ class RunFacts:
             backend=config.comm.backend,
             device=device.type,
             documents=work.documents,
+            held_out=work.held_out,
             tokens=work.tokens,
             epochs=work.samples * config.data.seq_len / work.tokens,
             first_step=work.done + 1,
             steps=config.train.steps,
             tokens_per_step=tokens_per_step,
             checkpoints=_checkpoints(config),
+            command=work.command,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,13 +108,14 @@ class RunFacts:
         each = f", at most {quantity(self.parameters_per_rank)} on a rank" if many else ""
         kernel = f", kernel {self.kernel}" if self.kernel else ""
         at_least = f"{quantity(self.state_bytes_per_rank)}B{' on a rank' if many else ''}"
+        held_out = f", {self.held_out:,} more are held out" if self.held_out else ""
         facts = {
             "parameters": f"{quantity(self.parameters)}{each}",
             "mesh": f"{self.ranks} ranks: {self.mesh}" if many else "one rank",
             "attention": f"{self.attention}, layout {self.layout}{kernel}",
             "arithmetic": f"{self.dtype} on {self.device} over {self.backend}",
             "memory": f"at least {at_least}, for parameters and gradients",
-            "data": f"{self.documents:,} documents, {quantity(self.tokens)} tokens",
+            "data": f"{self.documents:,} documents, {quantity(self.tokens)} tokens{held_out}",
             "steps": f"{self.first_step} to {self.steps} of {self.tokens_per_step:,} tokens, "
             f"{self.epochs:.3g} epochs in all",
             "checkpoints": self.checkpoints,
@@ -143,7 +151,8 @@ def _kernel(config: Config, device: torch.device) -> str | None:
 def _checkpoints(config: Config) -> str:
     checkpoint = config.checkpoint
     when = [f"every {checkpoint.every} steps"] if checkpoint.every else []
+    when += [f"every {checkpoint.every_minutes:g} minutes"] if checkpoint.every_minutes else []
     when += ["at the end"] if checkpoint.at_end else []
     if not when:
         return "none"
-    return f"{' and '.join(when)}; {f'the newest {checkpoint.keep} are kept' if checkpoint.keep else 'all are kept'}"
+    return f"{', '.join(when)}; {f'the newest {checkpoint.keep} are kept' if checkpoint.keep else 'all are kept'}"

@@ -39,3 +39,10 @@ class Teller:
             self.say("")  # what went wrong is told by whoever catches it
             raise
         self.say(f" ok in {time.monotonic() - started:.1f} s")
+
+    @contextlib.contextmanager
+    def after(self, what: str) -> Iterator[None]:
+        """Says what has been done, and how long it took; work that shows its own progress leaves no line open."""
+        started = time.monotonic()
+        yield
+        self.say(f"{what}: {time.monotonic() - started:.1f} s")

@@ -100,7 +100,7 @@ def test_the_steps_are_those_of_the_run(monkeypatch):
             trainer.sink.step(record)
         trainer.prefetcher.close()
 
-    monkeypatch.setattr(build, "open_sink", lambda *given: None)
+    monkeypatch.setattr(build, "open_sink", lambda *given, **named: None)
     resolved = resolve(config, 2)
     build.simulate(config, one_rank, replace(resolved, run=replace(resolved.run, dir="unused")))
     assert losses[4] == losses[5] == first.loss

@@ -48,7 +48,10 @@ def wait_for_ranks(folder):
 @pytest.mark.gloo
 def test_ranks_read_one_resolved_configuration(tmp_path):
     status, out, err = finish(start(tmp_path, "fine", "--resume"))
-    assert (status, out, err) == (0, "", "")
+    assert (status, err) == (0, "")
+    first, *told, last = out.splitlines()
+    assert first == f"run directory: {tmp_path}/run" and last == "starting 2 processes"
+    assert [line.split(" ")[0] for line in told] == ["loading", "configuration"]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for rank in range(2):
         assert (tmp_path / f"run/started-{rank}").read_text() == f"2 True {threads}"

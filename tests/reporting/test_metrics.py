@@ -191,14 +191,6 @@ def test_lines_of_very_many_ranks_outlive_a_resume(tmp_path):
     assert lines(tmp_path) == [wide]
 
 
-def test_a_validation_loss_stands_in_its_steps_alone(tmp_path):
-    sink = open_sink(config_of(tmp_path), tmp_path, 0, None)
-    sink.step(record(1))
-    sink.step(record(2) | {"validation_loss": 3.5})
-    sink.close(SUMMARY)
-    assert [line.get("validation_loss", "absent") for line in lines(tmp_path)] == ["absent", 3.5]
-
-
 class Failing:
     def step(self, record):
         raise RuntimeError("no network")

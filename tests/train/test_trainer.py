@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from longctx.sim import Cluster
 from tests.train.small_run import CPU, MODEL, Recorder, corpus, small_config
 
 KEYS = [
-    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu_causal", "mfu_full",
-    "memory_peak_bytes", "comm_bytes", "comm_bytes_between_nodes", "balance",
+    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "flops", "mfu_causal",
+    "mfu_full", "memory_peak_bytes", "comm_bytes", "comm_bytes_between_nodes", "balance",
     "work_by_rank", "bytes_by_rank", "bytes_between_nodes_by_rank", "straggler_tokens", "padding",
     "validation_loss", "validation_seconds",
 ]  # fmt: skip
@@ -42,8 +43,9 @@ def records_of(config):
     return [json.loads(line) for line in lines]
 
 
-def test_a_run_leaves_the_files_of_the_contract(tmp_path):
-    config = config_on_sim(tmp_path, train={"steps": 3, "canary": True}, checkpoint={"every": 2, "at_end": True})
+def test_a_run_leaves_the_files_of_the_contract_and_tells_what_it_is(tmp_path, capsys):
+    sections = {"checkpoint": {"every": 2, "at_end": True}, "logger": {"progress": True}}
+    config = config_on_sim(tmp_path, train={"steps": 3, "canary": True}, **sections)
     simulate(config)
     records = records_of(config)
     assert [r["step"] for r in records] == [1, 2, 3]
@@ -55,6 +57,23 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["canary"]["passed"] and environment["packages"]["torch"].startswith("2.13.0")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    facts, told = environment["run"], capsys.readouterr().out
+    assert first["flops"] > 0 and facts["ranks"] == 2 and facts["steps"] == 3
+    assert 0 < facts["parameters_per_rank"] < facts["parameters"]
+    for words in (
+        r"canary: comparing one tiny step with the dense single-device step \.\.\. ok in \d+\.\d s\n",
+        rf"  parameters  {facts['parameters']}|[\d.]+k, at most [\d.]+k? on a rank\n",
+        r"  mesh        2 ranks: sp 2\n",
+        r"  attention   ring, layout zigzag, kernel \w+\n",
+        r"  arithmetic  float64 on cpu over sim\n",
+        r"  steps       1 to 3 of 122 tokens, [\d.]+ epochs in all\n",
+        r"  checkpoints every 2 steps and at the end; the newest 3 are kept\n",
+        r"step 1/3  loss [^$]*step 3/3  loss [^$]*finished: step 3 of 3, \d:\d\d\n",
+        rf"  loss            {records[-1]['loss']:.4f} in step 3, lowest ",
+        rf"  checkpoint      {tmp_path}/checkpoints/step-3\n",
+        rf"  to extend       longctx train --resume={tmp_path} train\.steps=6\n",
+    ):
+        assert re.search(words, told), words
 
 
 def test_a_resumed_run_is_the_run_it_resumes(tmp_path, monkeypatch):
