@@ -7,6 +7,7 @@ import logging
 import struct
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,16 @@ def record(step, **changes):
 
 
 def config_of(run_dir, wandb="offline", steps=60, **logger):
-    return Config.from_dict(
-        {
-            "run": {"dir": str(run_dir)},
-            "train": {"steps": steps},
-            "data": {"source": "text", "path": "https://me:canary-url@host.example/corpus"},
-            "logger": {"wandb": wandb, "report": False, "progress": False, **logger},
-        }
-    )
+    sections = {
+        "run": {"dir": str(run_dir)},
+        "train": {"steps": steps},
+        "data": {"source": "text", "path": "corpus"},
+        "logger": {"wandb": wandb, "report": False, "progress": False},
+    }
+    config = Config.from_dict(sections)
+    # Not as a configuration is read, which refuses such a path: whatever comes this way is looked at again.
+    path = "https://me:canary-url@host.example/corpus"
+    return replace(config, data=replace(config.data, path=path), logger=replace(config.logger, **logger))
 
 
 def wandb_records(path: Path):
@@ -81,7 +84,7 @@ def test_the_newest_folder_of_a_killed_run_is_the_whole_run_without_secrets(tmp_
     monkeypatch.setattr(sys, "argv", ["train", "--token", "canary-argument"])
     run_dir = tmp_path / "warm-up"
     run_dir.mkdir()
-    names = {"group": "rates", "tags": ["first", "s3://a:canary-url@b"], "notes": "a note", "entity": "team"}
+    names = {"group": "rates", "tags": ("first", "s3://a:canary-url@b"), "notes": "a note", "entity": "team"}
     first = open_sink(config_of(run_dir), run_dir, 0, None)
     for step in range(1, 31):
         first.step(record(step, loss=None if step == 7 else 1.0 / step))

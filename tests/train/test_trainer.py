@@ -67,7 +67,7 @@ def test_a_run_leaves_the_files_of_the_contract_and_tells_what_it_is(tmp_path, c
         r"  attention   ring, layout zigzag, kernel \w+\n",
         r"  arithmetic  float64 on cpu over sim\n",
         r"  steps       1 to 3 of 122 tokens, [\d.]+ epochs in all\n",
-        r"  checkpoints every 2 steps and at the end; the newest 3 are kept\n",
+        r"  checkpoints every 2 steps, every 10 minutes, at the end; the newest 3 are kept\n",
         r"step 1/3  loss [^$]*step 3/3  loss [^$]*finished: step 3 of 3, \d:\d\d\n",
         rf"  loss            {records[-1]['loss']:.4f} in step 3, lowest ",
         rf"  checkpoint      {tmp_path}/checkpoints/step-3\n",
