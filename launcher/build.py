@@ -28,10 +28,10 @@ from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
-from longctx.launcher.opening import Opening
 from longctx.launcher.progress import progress
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of
+from longctx.launcher.start.opening import Opening
 from longctx.launcher.stopping import Requests, listening
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize

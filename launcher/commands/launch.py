@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
-from longctx.launcher.checking import open_checked_directory
 from longctx.launcher.compose import compose
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed
 from longctx.launcher.run_lock import launching
+from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import answered_by_ranks
 from longctx.reporting.teller import Teller
 

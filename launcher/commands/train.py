@@ -10,11 +10,11 @@ from contextlib import contextmanager, nullcontext
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import env, machine, streams
-from longctx.launcher.checking import open_checked_directory
 from longctx.launcher.compose import compose
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import claimed, with_directory
+from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import listening
 from longctx.launcher.worker import run as run_rank
 
