@@ -6,13 +6,14 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from longctx.config import DataConfig
-from longctx.data import Corpus, open_corpus
-from longctx.data.kinds import JSON_LINES, looks_like_json
+from longctx.data import Corpus, kinds, open_corpus
+from longctx.data.kinds import JSON_LINES, UNPACKED, Kind, kind_of, looks_like_json
 from longctx.errors import ConfigError, DataError
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -191,3 +192,16 @@ def test_a_link_to_nothing_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "itself.txt").symlink_to(target)
     with pytest.raises(DataError, match=r"itself\.txt"):
         open_text(tmp_path)
+
+
+@pytest.mark.parametrize("place", [Path(kinds.__file__), Path(__file__).parents[2] / "docs" / "data.md"])
+def test_the_rule_is_told_as_it_is(place: Path) -> None:
+    told = place.read_text(encoding="utf-8").replace("``", "`")
+    rules = {int(number): text for number, text in re.findall(r"^(\d)\. ((?:.|\n(?! *\n|\d\.))+)", told, re.MULTILINE)}
+    assert len(rules) == 6
+    assert set(re.findall(r"`(\.\w+)`", rules[1])) == set(UNPACKED)
+    assert set(re.findall(r"`(\.\w+)`", rules[2])) == set(JSON_LINES)
+    for end in re.findall(r"`(\.\w+)`", rules[5]):
+        assert kind_of(f"a{end}").refused, end
+    for end in re.findall(r"`(\.\w+)`", rules[6]):
+        assert kind_of(f"a{end}") == Kind(kinds.TEXT, end)

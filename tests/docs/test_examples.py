@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from longctx.attention import dense_attention
 from longctx.catalog import LAYOUTS, STRATEGIES
+from longctx.config import DataConfig
+from longctx.data import open_corpus
 from longctx.launcher import cli
 from longctx.sequence import Documents, Mask, SequencePlan, unshard
 from longctx.sim import Cluster
@@ -49,6 +51,13 @@ def test_a_plan():
     names: dict[str, object] = {}
     exec(blocks("docs/concepts/plan.md")[0], names)
     assert names["plan"].balance() >= 1
+
+
+def test_a_token_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("docs/data.md")[0], {})
+    corpus = open_corpus(DataConfig(source="tokens", path="corpus.bin"), 256)
+    assert [bytes(corpus.tokens[:5].tolist()), len(corpus)] == [b"Hello", 2]
 
 
 def test_planned_attention():
