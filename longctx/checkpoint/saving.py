@@ -28,7 +28,7 @@ def write_rank(
     rank = this_rank()
     tensors, own = optimizer_tensors(state.optimizer, state.live)
     tensors |= model_tensors(originals(state.live))
-    require_finite(tensors, step)
+    require_finite(tensors | own, step)
     own |= {f"rng.{rank}.{device}": generator for device, generator in state.rng.items()}
     record, chunks = write_shards(directory / manifest.shard_file(rank), tensors, own)
     listing = manifest.encode_manifest(rank, chunks)
