@@ -28,9 +28,10 @@ from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import ConfigError, LongctxError, StorageError
 from longctx.launcher import env
+from longctx.launcher.preflight import Facts, device_here, look, look_at_rate
 from longctx.launcher.progress import progress
 from longctx.launcher.resuming import Resume, goes_on
-from longctx.launcher.run_directory import directory_of
+from longctx.launcher.run_directory import CONFIG_FILE, directory_of, read_config
 from longctx.launcher.start.opening import Opening
 from longctx.launcher.stopping import Requests, listening
 from longctx.mesh import Mesh, build_mesh
@@ -71,7 +72,13 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     if going_on:
         _require_checkpoint(config)
     corpus = check_data(config)
-    return _fitting_step(config, resume, corpus) if resume is not None and going_on else None
+    look(Facts(config, corpus, device_here(config), going_on))
+    if resume is None or not going_on:
+        return None
+    step = _fitting_step(config, resume, corpus)
+    if step is not None and (directory_of(config) / CONFIG_FILE).is_file():
+        look_at_rate(read_config(directory_of(config) / CONFIG_FILE), config, step)
+    return step
 
 
 def preflight_attention(config: Config) -> None:

@@ -73,9 +73,11 @@ def prepare(config: Config) -> Config:
         )
     config = resolve(config, config.cluster.nodes * config.cluster.devices)
     from longctx.launcher import build
+    from longctx.launcher.preflight import Facts, device_of_job, look
 
     # Kernel and data are the job's machines' to check; the strategy needs no machine, and every rank would refuse it.
     build.preflight_attention(config)
+    look(Facts(config, device=device_of_job(config)))
     return config
 
 

@@ -59,6 +59,7 @@ class ClusterConfig:
     name: str = "local"
     nodes: int = 1
     devices_per_node: int | None = None  # null: as many as the launcher started; of simulated ranks, all
+    device_memory: float | None = None  # GiB of one device; null: asked of CUDA here, 80 for a job on comm=nccl
     nics: int = 1  # of a node; above 1, served attention is routed over them as docs/planner.md says
     nic_bandwidth: float = 50e9  # bytes/s of one of them
     link_bandwidth: float = 450e9  # bytes/s from one device of a node to the others
@@ -99,6 +100,7 @@ class ClusterConfig:
         """Refuses an empty cluster, and what Slurm would not read or what would break the job."""
         at_least("cluster.nodes", self.nodes, 1)
         at_least("cluster.devices_per_node", self.devices_per_node, 1)
+        above("cluster.device_memory", self.device_memory, 0.0)
         at_least("cluster.nics", self.nics, 1)
         for name in ("nic_bandwidth", "link_bandwidth"):
             value, default = getattr(self, name), getattr(ClusterConfig, name)
