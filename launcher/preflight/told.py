@@ -15,6 +15,7 @@ from longctx.errors import ConfigError
 from longctx.launcher.hydra.groups import CONF
 from longctx.launcher.preflight.facts import Facts
 from longctx.launcher.preflight.rules import RULES
+from longctx.reporting.teller import Teller
 from longctx.rules import as_word
 from longctx.train.learning_rate import LearningRate, told
 
@@ -29,8 +30,10 @@ def look(facts: Facts) -> None:
         raise ConfigError("; and ".join(refused))
     for finding in findings:
         _log.warning("warning: %s", finding.words)
+    # On standard error: standard output may be a job's script.
+    teller = Teller(silent=not facts.config.logger.progress, stream=sys.stderr)
     for line in (*brought(facts.config), told(facts.config.optim, facts.config.train.steps)):
-        print(line, file=sys.stderr)
+        teller.say(line)
 
 
 def brought(config: Config) -> Iterator[str]:
