@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +16,7 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
-from longctx.comm import Links, default_store, leave_world, register_nodes
-from longctx.comm.rank_numbers import gather_numbers
+from longctx.comm import default_store, register_nodes
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
 from longctx.data.checked import check_corpus
@@ -26,10 +24,13 @@ from longctx.data.held_out import check_held_out, trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
 from longctx.engines import engine_of
-from longctx.errors import ConfigError, LongctxError, StorageError
+from longctx.errors import LongctxError, StorageError
 from longctx.launcher import env
 from longctx.launcher.preflight import Facts, device_here, look, look_at_rate
 from longctx.launcher.progress import progress
+from longctx.launcher.ranks.alike import agree_on_data
+from longctx.launcher.ranks.meeting import Meeting
+from longctx.launcher.ranks.world import device_type, joined, links_of, meet, nodes_of, this_rank
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import CONFIG_FILE, directory_of, read_config
 from longctx.launcher.start.opening import Opening
@@ -101,38 +102,25 @@ def kernel_problem(config: Config) -> KernelProblem:
     return KernelProblem(device_type(config), dtype, heads, kv_heads, config.model.head_dim)
 
 
-def device_type(config: Config) -> str:
-    """Returns the type of device that the run's backend works on, "cuda" or "cpu"."""
-    return "cuda" if config.comm.backend == "nccl" else "cpu"
+def run_rank(config: Config, resume: Resume | None, store: int | None = None) -> None:
+    """Trains as the rank that the environment names. ``store``: from a launcher that has checked the data."""
+    with meet(config, {"resume": resume.words if resume else []}, store) as meeting:
+        train_with(meeting, config, resume, checked=store is not None)
 
 
-def run_rank(config: Config, resume: Resume | None) -> None:
-    """Trains as the rank that the environment names, over Gloo or NCCL."""
-    with init_distributed(config) as device, requests() as asked, deterministic(config):
-        stop = stopping_by(asked, default_store())
-        rank_main(config, resume, open_checked(config), device, peak_memory(device), stop)
+def train_with(meeting: Meeting, config: Config, resume: Resume | None, checked: bool) -> None:
+    """Trains with the ranks of ``meeting``, over Gloo or NCCL. ``checked``: this rank's data have been."""
+    with requests() as asked, deterministic(config):
+        corpus = _open_data(config, checked)
+        agree_on_data(meeting, corpus)
+        with joined(config, meeting) as device:
+            stop = stopping_by(asked, default_store())
+            rank_main(config, resume, corpus, device, peak_memory(device), stop)
 
 
-@contextlib.contextmanager
-def init_distributed(config: Config) -> Iterator[torch.device]:
-    """Joins the other ranks as the one that the environment names; yields this rank's device."""
-    rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
-    device = torch.device(device_type(config))
-    if device.type == "cuda":
-        device = torch.device("cuda", rank.local_rank)
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        config.comm.backend,
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=datetime.timedelta(seconds=config.comm.timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
-        register_nodes(nodes_of(config, _local_ranks(rank, device)), links_of(config))
-        yield device
-    finally:
-        leave_world()
+def _open_data(config: Config, checked: bool) -> Corpus:
+    """The run's documents; the first rank of each machine checks them unless that was done already."""
+    return open_checked(config) if checked or this_rank().local_rank else check_data(config)
 
 
 def run_sim(config: Config, resume: Resume | None) -> None:
@@ -160,38 +148,6 @@ def run_with_nodes(config: Config, function: Callable[..., Result], *arguments: 
     """Calls ``function`` on a rank of a world that is all on this machine, after registering its nodes."""
     register_nodes(nodes_of(config, range(dist.get_world_size())), links_of(config))
     return function(*arguments)
-
-
-def nodes_of(config: Config, local_ranks: Sequence[int]) -> list[int]:
-    """Returns the node of every rank.
-
-    There are as many ranks on each as the cluster has devices, or as the launcher numbered there.
-    """
-    devices = config.cluster.devices_per_node
-    if devices is not None:
-        return [rank // devices for rank in range(len(local_ranks))]
-    nodes: list[int] = []
-    for rank, local in enumerate(local_ranks):
-        before = local_ranks[rank - 1] if rank else None
-        if local and local - 1 != before:
-            raise ConfigError(
-                f"rank {rank} is number {local} of its node and rank {rank - 1} is number {before} of its own; ranks "
-                "must follow one another node by node (srun --distribution=block), or set cluster.devices_per_node"
-            )
-        nodes.append((nodes[-1] if nodes else -1) + (local == 0))
-    return nodes
-
-
-def links_of(config: Config) -> Links:
-    """Returns the links that the configuration states for the cluster."""
-    return Links(config.cluster.nics, config.cluster.nic_bandwidth, config.cluster.link_bandwidth)
-
-
-def _local_ranks(rank: env.RankEnvironment, device: torch.device) -> list[int]:
-    """Returns the local rank of every rank."""
-    world = dist.group.WORLD
-    assert world is not None, "inside a world"
-    return [int(local) for (local,) in gather_numbers([rank.local_rank], world, device)]
 
 
 def rank_main(

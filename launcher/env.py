@@ -21,11 +21,16 @@ _log = logging.getLogger(__name__)
 RANK = "RANK"
 WORLD_SIZE = "WORLD_SIZE"
 LOCAL_RANK = "LOCAL_RANK"
+# How many processes it has started on this machine.
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 # Where rank 0 listens for the others; torch.distributed's env:// rendezvous reads both.
 MASTER_ADDR = "MASTER_ADDR"
 MASTER_PORT = "MASTER_PORT"
 # The same for all processes of one torchrun; "none" when torchrun was given no id.
 TORCHELASTIC_RUN_ID = "TORCHELASTIC_RUN_ID"
+# "True" when torchrun's agent listens at that address, and no rank; its store outlives a restart of the ranks.
+TORCHELASTIC_USE_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+TORCHELASTIC_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 
 # Threads per process of torch's CPU kernels; the default, every core for every process, thrashes.
 OMP_NUM_THREADS = "OMP_NUM_THREADS"
@@ -35,6 +40,9 @@ OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 
 # The interface whose address Gloo gives to other ranks; without it Gloo asks what the host's name resolves to.
 GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+# The interface on which NCCL's processes first meet; "=" asks for exactly this name instead of a prefix.
+NCCL_SOCKET_IFNAME = "NCCL_SOCKET_IFNAME"
+LOOPBACK = {GLOO_SOCKET_IFNAME: "lo", NCCL_SOCKET_IFNAME: "=lo"}
 
 # Where a user's caches lie (XDG); without it, .cache in the home folder.
 XDG_CACHE_HOME = "XDG_CACHE_HOME"
@@ -76,6 +84,45 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
 def job_id(environ: MutableMapping[str, str] = os.environ) -> str | None:
     """Returns the Slurm job that this process belongs to, if any; it stays the same after a requeue."""
     return environ.get(schedulers.SLURM_JOB_ID)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Says where ranks that share no file meet, and who listens there."""
+
+    host: str
+    port: int
+    agent: bool  # torchrun's agent listens, instead of rank 0
+    attempt: str  # the agent's store outlives the ranks: those of each attempt keep to themselves
+    one_machine: bool  # no rank runs elsewhere
+
+
+def read_address(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> Address:
+    """Returns where the ranks meet; those of one machine keep to its loopback interface unless the user has chosen."""
+    host, port = environ[MASTER_ADDR], _integer(MASTER_PORT, environ[MASTER_PORT])
+    agent = environ.get(TORCHELASTIC_USE_AGENT_STORE) == "True"
+    tasks_of_one_node = _is_task(environ) and schedulers.on_one_node(environ)
+    one_machine = (
+        environ.get(LOCAL_WORLD_SIZE) == str(rank.world_size)
+        or tasks_of_one_node
+        or host in ("localhost", "127.0.0.1", "::1")
+    )
+    if one_machine:
+        keep_to_loopback(environ)
+    if tasks_of_one_node:
+        host = "127.0.0.1"
+    return Address(host, port, agent, environ.get(TORCHELASTIC_RESTART_COUNT, "0"), one_machine)
+
+
+def keep_to_loopback(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Makes Gloo and NCCL listen on this machine's loopback interface alone, unless the user has chosen another."""
+    for name, interface in LOOPBACK.items():
+        environ.setdefault(name, interface)
+
+
+def has_parent_to_follow(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether torchrun or srun started this process, whose end is then the end of the run."""
+    return TORCHELASTIC_RUN_ID in environ or _is_task(environ)
 
 
 def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -142,6 +189,19 @@ def cache_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
     return home / ".cache" / "longctx" if home.is_absolute() else None
 
 
+def launched_environment(rank: RankEnvironment, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the environment of a rank that ``longctx launch`` starts: one machine, nobody else is talked to."""
+    # A shell on a cluster names the interface between machines; ranks of one machine do not listen there.
+    return {
+        **environ,
+        RANK: str(rank.rank),
+        WORLD_SIZE: str(rank.world_size),
+        LOCAL_RANK: str(rank.local_rank),
+        LOCAL_WORLD_SIZE: str(rank.world_size),
+        **LOOPBACK,
+    }
+
+
 def set_deepspeed_device(environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes DeepSpeed use the CPU in processes started from here, unless the user has chosen."""
     environ.setdefault(DS_ACCELERATOR, "cpu")
@@ -183,6 +243,12 @@ def _rank_environment(names: tuple[str, str, str], environ: Mapping[str, str]) -
     if not 0 <= rank < world_size:
         raise ConfigError(f"{names[0]}={rank} must lie in [0, {names[1]}={world_size})")
     return RankEnvironment(rank, world_size, _integer(names[2], environ.get(names[2], str(rank))))
+
+
+def _is_task(environ: Mapping[str, str]) -> bool:
+    """Tells whether srun started this process as the rank that it is, and nobody else made it one."""
+    task = schedulers.task_number(environ)
+    return task is not None and environ.get(RANK, task) == task
 
 
 def _integer(name: str, text: str) -> int:

@@ -20,6 +20,8 @@ SLURM_NTASKS = "SLURM_NTASKS"
 # The step. Numbers from 2^32 - 16 on are Slurm's own: the batch script, the shell that salloc opens, what ssh adopts.
 SLURM_STEP_ID = "SLURM_STEP_ID"
 _OWN_STEPS = 2**32 - 16
+# On how many nodes the tasks of this step are.
+SLURM_STEP_NUM_NODES = "SLURM_STEP_NUM_NODES"
 # Set by srun --pty, which gives one task a terminal.
 SLURM_PTY_PORT = "SLURM_PTY_PORT"
 SLURM_PTY_WIN_COL = "SLURM_PTY_WIN_COL"
@@ -76,6 +78,17 @@ def alone_by_mpi(environ: Mapping[str, str]) -> bool:
                 f"WORLD_SIZE=${size} LOCAL_RANK=${local} and rank 0's MASTER_ADDR and MASTER_PORT"
             )
     return False
+
+
+def task_number(environ: Mapping[str, str]) -> str | None:
+    """Returns the number of the task that srun made of this process, as Slurm writes it; None where it made none."""
+    step = _number(environ.get(SLURM_STEP_ID))
+    return None if step is None or step >= _OWN_STEPS else environ.get(SLURM_PROCID)
+
+
+def on_one_node(environ: Mapping[str, str]) -> bool:
+    """Tells whether all tasks of this step run on this machine."""
+    return environ.get(SLURM_STEP_NUM_NODES) == "1"
 
 
 def step_name(environ: Mapping[str, str]) -> str | None:

@@ -13,6 +13,7 @@ from longctx.config import Config, resolve
 from longctx.errors import UsageError
 from longctx.launcher import env, streams
 from longctx.launcher.failures import record, run_recorded
+from longctx.launcher.ranks.lifeline import end_with_launcher, end_with_parent
 from longctx.launcher.resuming import Resume, add_arguments, goes_on, resume_of
 from longctx.launcher.run_directory import CONFIG_FILE, claimed, directory_of, keep_attempt, read_config
 from longctx.launcher.run_lock import writing
@@ -24,21 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longctx.launcher.worker", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the run's config.yaml")
     add_arguments(parser)
-    parser.add_argument("--launched", action="store_true", help="`longctx launch` holds run.dir for its ranks")
     parser.add_argument("--failures", type=Path, help="folder to leave the reason of a failure in")
+    parser.add_argument("--store", type=int, help="from `longctx launch`: open file in which its ranks meet")
+    parser.add_argument("--lifeline", type=int, help="from `longctx launch`: pipe that it holds while it lives")
     arguments = parser.parse_args(argv)
+    follow(arguments.lifeline)
 
     def work() -> None:
         rank = env.read_rank()
         if rank is None:
             raise UsageError("a worker is started by torchrun or srun; start it with `longctx launch`")
-        env.export_rank(rank)
+        launched = arguments.store is not None  # by a command that holds run.dir for its ranks
+        if not launched:
+            env.export_rank(rank)
         config, resume = resolve(read_config(arguments.config), rank.world_size), resume_of(arguments)
-        lock = partial(writing, launched=arguments.launched)
+        lock = partial(writing, launched=launched)
         with claimed(config, lock) if rank.rank == 0 else nullcontext():
-            if rank.rank == 0 and not arguments.launched and not goes_on(config, resume):
+            if rank.rank == 0 and not launched and not goes_on(config, resume):
                 keep_attempt(directory_of(config), besides=CONFIG_FILE)
-            run(config, resume)
+            run(config, resume, arguments.store)
 
     rank = env.read_rank()
     number = rank.rank if rank else 0
@@ -46,11 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_recorded(number, arguments.failures, work)
 
 
-def run(config: Config, resume: Resume | None) -> None:
-    """Trains as the rank that the environment names."""
+def follow(lifeline: int | None = None) -> None:
+    """Ends this process with whoever started it as a rank, if that is known to outlive its ranks."""
+    if lifeline is not None:
+        end_with_launcher(lifeline)
+    elif env.has_parent_to_follow():
+        end_with_parent()
+
+
+def run(config: Config, resume: Resume | None, store: int | None) -> None:
+    """Trains as the rank that the environment names. ``store``: from `longctx launch`, which has checked the data."""
     from longctx.launcher import build
 
-    build.run_rank(config, resume)
+    build.run_rank(config, resume, store)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,12 @@ class NumericsError(LongctxError, RuntimeError):
     exit_code = 70
 
 
+class RankLostError(LongctxError, RuntimeError):
+    """Another rank has ended or does not answer, and this one cannot go on without it."""
+
+    exit_code = 70
+
+
 class StorageError(LongctxError, OSError):
     """Reading or writing files failed: missing or truncated checkpoint, full disk."""
 

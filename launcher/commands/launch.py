@@ -1,22 +1,19 @@
-"""Runs ``longctx launch``: torchrun on this machine, composed once and checked before a process starts.
-
-torchrun runs inside this process, as its own command does. Its exception says which rank failed how; its exit status
-says only that one did.
-"""
+"""Runs ``longctx launch``: ranks on this machine, composed once and checked before a process starts."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
+import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
 from longctx.launcher.compose import compose
+from longctx.launcher.ranks.store import nameless_file
+from longctx.launcher.ranks.supervisor import Ended, RankJob, run_ranks
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed
@@ -24,11 +21,6 @@ from longctx.launcher.run_lock import launching
 from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import answered_by_ranks
 from longctx.reporting.teller import Teller
-
-# Slurm announces the end of a job's time with USR1, which would kill an agent that does not handle it.
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# How long ranks may take to write a checkpoint after a signal before they are killed.
-SHUTDOWN_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +45,24 @@ def _launched(config: Config, processes: int, resume: Resume | None) -> int:
     failures.clear_failures(reasons)
     if config.logger.progress:
         Teller().say(f"starting {processes} processes")
-    worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons), "--launched"]
+    worker = ["--config", str(directory / CONFIG_FILE), "--failures", str(reasons)]
     with answered_by_ranks():
-        ended = _torchrun(processes, [*worker, *(resume.words if resume else [])])
+        ended = _start(processes, directory, [*worker, *(resume.words if resume else [])])
     failure = failures.first_failure(reasons)
     # A rank whose peer was killed crashes on the broken connection; that traceback would blame the wrong one.
     if failure is not None and not (ended.killed and failure.traceback is not None):
         failures.report(failure)
+        _tell_stopped(ended)
         return failure.exit_code
     if ended.message is not None:
         print(f"longctx: {ended.message}", file=sys.stderr)
+    _tell_stopped(ended)
     return ended.status
+
+
+def _tell_stopped(ended: Ended) -> None:
+    for rank in ended.stopped:
+        print(f"longctx: rank {rank} was stopped, as by SIGSTOP: the others waited for it", file=sys.stderr)
 
 
 def prepare(config: Config, processes: int) -> Config:
@@ -79,69 +78,25 @@ def prepare(config: Config, processes: int) -> Config:
     return resolve(config, processes)
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """What torchrun knows of the end: a shell's status, and a message where a rank may have left none."""
-
-    status: int
-    message: str | None = None
-    killed: bool = False  # a signal from outside ended a rank, which explains the crashes of the others
-
-
-@dataclass(frozen=True)
-class _Exit:
-    """How one rank's process failed, negative for a signal as ``subprocess`` has it, and when torchrun saw it."""
-
-    rank: int
-    status: int
-    seconds: int
+def _start(processes: int, directory: Path, words: Sequence[str]) -> Ended:
+    """Runs the ranks, which meet by a file that only they have."""
+    with nameless_file(directory) as store:
+        command = [sys.executable, "-u", "-m", "longctx.launcher.worker", *words, "--store", str(store.fileno())]
+        return run_ranks(
+            RankJob(
+                processes,
+                command=lambda lifeline: [*command, "--lifeline", str(lifeline)],
+                environment=lambda rank: env.launched_environment(env.RankEnvironment(rank, processes, rank)),
+                handed=[store.fileno()],
+                saving=lambda: _bytes_in(directory / "checkpoints"),
+            )
+        )
 
 
-def _torchrun(processes: int, worker: Sequence[str]) -> _Ended:
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    options = [
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        f"--signals-to-handle={SIGNALS}",
-        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
-        "--max-restarts=0",
-        "--module",
-        "longctx.launcher.worker",
-    ]
-    # Its log says less than the ranks' own failures, at greater length; this process logs nothing else.
-    logging.disable(logging.ERROR)
-    try:
-        torchrun.run(torchrun.parse_args([*options, *worker]))
-    except ChildFailedError as error:
-        # In the order in which torchrun saw them end; the last ones may be those that it ended itself.
-        return _why([_Exit(rank, end.exitcode, end.timestamp) for rank, end in error.failures.items()])
-    except SignalException as stopped:
-        return _Ended(128 + stopped.sigval)
-    finally:
-        logging.disable(logging.NOTSET)
-    return _Ended(0)
-
-
-def _why(failed: Sequence[_Exit]) -> _Ended:
-    """Returns the end that the exits of failed ranks tell, the first one first."""
-    if any(end.status == -signal.SIGINT for end in failed):
-        return _Ended(failures.INTERRUPTED)
-    cause = next((end for end in failed if _killed_from_outside(end, failed[0])), failed[0])
-    if cause.status >= 0:
-        return _Ended(cause.status, f"rank {cause.rank} ended with status {cause.status} and left no message")
-    number = signal.Signals(-cause.status)
-    memory = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
-    message = f"rank {cause.rank} was killed by {number.name}{memory}; --resume goes on from the newest checkpoint"
-    # NCCL's watchdog aborts a rank that has lost its peer, whose own words then say more.
-    return _Ended(failures.CRASH, message, killed=number != signal.SIGABRT)
-
-
-def _killed_from_outside(end: _Exit, first: _Exit) -> bool:
-    """Returns whether ``end`` is a kill that torchrun did not send.
-
-    torchrun ends the other ranks with TERM, and late with KILL.
-    """
-    return end.status == -signal.SIGKILL and end.seconds - first.seconds < SHUTDOWN_SECONDS / 2
+def _bytes_in(folder: Path) -> int:
+    """Counts the bytes of unfinished checkpoints: they grow while one is written."""
+    total = 0
+    for file in folder.glob(".partial-*/**/*"):
+        with contextlib.suppress(OSError):  # it has just been committed
+            total += file.stat().st_size
+    return total

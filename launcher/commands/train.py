@@ -11,12 +11,13 @@ from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import env, machine, streams
 from longctx.launcher.compose import compose
+from longctx.launcher.ranks.meeting import RelayedError
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import claimed, with_directory
 from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import listening
-from longctx.launcher.worker import run as run_rank
+from longctx.launcher.worker import follow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,21 +28,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains as the rank that torchrun or srun named, or alone, or as a simulated world."""
     resume = resume_of(arguments)
-    config = compose(arguments.overrides)
-    if config.comm.backend == "sim":
-        _simulate(config, resume)
-        return 0
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     try:
+        config = compose(arguments.overrides)
+        if config.comm.backend == "sim":
+            _require_alone(rank)
+            _simulate(config, resume)
+            return 0
         config = _prepare(config, rank)
     except LongctxError as error:
         if rank.rank == 0:
             raise
-        # Every rank refuses a wrong configuration for the same reason; one message is enough.
+        # Where all ranks refuse for the same reason, one message is enough; where this one alone does, rank 0 tells.
+        _leave_word(error)
         return error.exit_code
-    with _opened(config, resume) if rank.rank == 0 else nullcontext(config) as config:
-        run_rank(config, resume)
+    follow()
+    try:
+        _train(config, rank, resume)
+    except RelayedError as error:
+        if rank.rank == 0:
+            raise
+        return error.exit_code
     return 0
+
+
+def _train(config: Config, rank: env.RankEnvironment, resume: Resume | None) -> None:
+    from longctx.launcher import build
+    from longctx.launcher.ranks.world import meet
+
+    options = {"resume": resume.words if resume else []}
+    with (
+        meet(config, options) as meeting,
+        _opened(config, resume) if rank.rank == 0 else nullcontext(config) as config,
+    ):
+        build.train_with(meeting, config, resume, checked=rank.rank == 0)
+
+
+def _leave_word(error: LongctxError) -> None:
+    from longctx.launcher.ranks.world import leave_word
+
+    leave_word(error)
+
+
+def _require_alone(rank: env.RankEnvironment) -> None:
+    """Refuses to simulate the whole world once more in each of several processes."""
+    if rank.world_size > 1:
+        raise ConfigError(
+            f"comm=sim holds all ranks in one process, and this is one of {rank.world_size}: use comm=gloo or "
+            "comm=nccl, or `longctx train comm=sim ...` without a launcher"
+        )
 
 
 def _simulate(config: Config, resume: Resume | None) -> None:

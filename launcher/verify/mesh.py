@@ -22,6 +22,7 @@ from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose
 from longctx.launcher.processes import join, run_gloo
 from longctx.launcher.progress import progress
+from longctx.launcher.ranks.world import init_distributed
 from longctx.train.canary.parity import ParityReport, StepParity, run_parity, shrink_for_parity
 
 PASSED, FAILED = 0, 70
@@ -123,7 +124,7 @@ def _as_rank(config: Config, steps: int, rank: env.RankEnvironment, json_wanted:
             raise
         # Every rank refuses a wrong configuration for the same reason; one message is enough.
         return error.exit_code
-    with build.init_distributed(tiny) as device, build.deterministic(tiny):
+    with init_distributed(tiny) as device, build.deterministic(tiny):
         passed, report = run_parity(tiny, device)
     if report is not None:
         _show(report, json_wanted)

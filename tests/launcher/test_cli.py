@@ -1,5 +1,6 @@
 """The command line: help with examples, one message per error, and the contract's exit codes."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -12,8 +13,10 @@ import pytest
 
 from longctx.errors import DataError, NumericsError, RequeueError, StorageError
 from longctx.launcher import cli, env
+from longctx.launcher.commands import train
 from longctx.launcher.compose import compose
 from longctx.launcher.failures import Failure, clear_failures, first_failure, run_recorded
+from longctx.launcher.ranks import world
 from longctx.launcher.resuming import Resume
 
 
@@ -22,11 +25,14 @@ def build(monkeypatch, tmp_path):
     """A composition root that records its calls, in an empty working directory."""
     calls = []
     fake = types.ModuleType("longctx.launcher.build")
-    for name in ("preflight", "run_rank", "run_sim"):
+    for name in ("preflight", "run_sim"):
         setattr(fake, name, lambda config, resume, name=name: calls.append((name, config, resume)))
+    fake.train_with = lambda meeting, config, resume, checked: calls.append(("train_with", config, resume))
     fake.calls = calls
     import longctx.launcher
 
+    monkeypatch.setattr(world, "meet", lambda config, options: contextlib.nullcontext())
+    monkeypatch.setattr(train, "follow", lambda: None)
     monkeypatch.setitem(sys.modules, "longctx.launcher.build", fake)
     monkeypatch.setattr(longctx.launcher, "build", fake, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -117,19 +123,19 @@ def test_one_process_too_few_is_told_how_to_launch(capsys, build):
     ("error", "code"), [(DataError, 65), (NumericsError, 70), (StorageError, 74), (RequeueError, 75)]
 )
 def test_errors_of_the_run_end_with_their_code(error, code, capsys, build):
-    def fail(config, resume):
+    def fail(*_, checked):
         raise error("why")
 
-    build.run_rank = fail
+    build.train_with = fail
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == "longctx: why\n"
 
 
 def test_a_bug_shows_its_traceback_and_ends_with_70(capsys, build):
-    def fail(config, resume):
+    def fail(*_, checked):
         raise ZeroDivisionError("a bug")
 
-    build.run_rank = fail
+    build.train_with = fail
     assert cli.main(["train"]) == 70
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
 
@@ -137,7 +143,7 @@ def test_a_bug_shows_its_traceback_and_ends_with_70(capsys, build):
 def test_train_alone_is_a_world_of_one(build):
     assert cli.main(["train", "run.dir=run", "train.steps=3", "--resume"]) == 0
     (checked, config, _), (ran, same, resume) = build.calls
-    assert (checked, ran, resume) == ("preflight", "run_rank", Resume())
+    assert (checked, ran, resume) == ("preflight", "train_with", Resume())
     assert same is config
     assert config.parallel.dp_shard == 1
     assert Path("run/config.yaml").is_file()
@@ -158,7 +164,7 @@ def test_a_rank_under_torchrun_prepares_only_on_rank_0(build, monkeypatch):
     monkeypatch.setenv(env.TORCHELASTIC_RUN_ID, "abc")
     assert cli.main(["train", "parallel.sp=2"]) == 0
     ((name, config, _),) = build.calls
-    assert (name, config.run.dir) == ("run_rank", "runs/job-abc")
+    assert (name, config.run.dir) == ("train_with", "runs/job-abc")
     assert not Path("runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""``longctx launch`` with real torchrun and ranks that do not train: who is told what, and the exit code."""
+"""``longctx launch`` with real processes as ranks that do not train: who is told what, and the exit code."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import longctx
-from longctx.launcher.commands import launch as torchrun
+from longctx.launcher.ranks.supervisor import Ended, Exit, cause_of
 
 FAKE = Path(__file__).parent / "fake_build"
 
@@ -91,18 +91,18 @@ def test_a_killed_rank_is_named_and_not_the_one_that_lost_its_peer(tmp_path):
 @pytest.mark.parametrize(
     ("exits", "told"),
     [
-        ([(1, -signal.SIGSEGV, 5), (0, 70, 5)], (70, "rank 1 was killed by SIGSEGV" + RESUME.strip(), True)),
-        ([(0, 70, 5), (1, -signal.SIGKILL, 5)], (70, "rank 1 was killed by SIGKILL" + MEMORY + RESUME.strip(), True)),
-        # What torchrun does to the others after one has failed is no cause.
-        ([(0, 70, 5), (1, -signal.SIGTERM, 5)], (70, "rank 0 ended with status 70 and left no message", False)),
-        ([(0, 70, 5), (1, -signal.SIGKILL, 65)], (70, "rank 0 ended with status 70 and left no message", False)),
+        ([(0, 0), (1, 0)], (0, None, False)),
+        ([(1, -signal.SIGSEGV), (0, 70)], (70, "rank 1 was killed by SIGSEGV" + RESUME.strip(), True)),
+        # Whoever lost its peer may be seen first.
+        ([(0, 70), (1, -signal.SIGKILL)], (70, "rank 1 was killed by SIGKILL" + MEMORY + RESUME.strip(), True)),
+        ([(2, 0), (0, 65), (1, 70)], (65, "rank 0 ended with status 65 and left no message", False)),
         # NCCL aborts a rank after it lost its peer: what the peer left comes first.
-        ([(1, -signal.SIGABRT, 5)], (70, "rank 1 was killed by SIGABRT" + RESUME.strip(), False)),
-        ([(0, 70, 5), (1, -signal.SIGINT, 5)], (130, None, False)),
+        ([(1, -signal.SIGABRT)], (70, "rank 1 was killed by SIGABRT" + RESUME.strip(), False)),
+        ([(0, 70), (1, -signal.SIGINT)], (130, None, False)),
     ],
 )
 def test_the_exits_of_ranks_tell_who_was_killed(exits, told):
-    assert torchrun._why([torchrun._Exit(*each) for each in exits]) == torchrun._Ended(*told)
+    assert cause_of([Exit(*each) for each in exits]) == Ended(*told)
 
 
 @pytest.mark.gloo

@@ -4,7 +4,7 @@ import pytest
 
 from longctx.config import ClusterConfig, Config
 from longctx.errors import ConfigError
-from longctx.launcher.build import nodes_of
+from longctx.launcher.ranks.world import nodes_of
 
 
 def config_of(devices):

@@ -19,6 +19,7 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import build, env
 from longctx.launcher.processes import Workers, join, run_gloo
 from longctx.launcher.progress import progress, to_file
+from longctx.launcher.ranks.world import init_distributed
 
 PATIENCE = 3600.0  # seconds for the processes that are started here
 
@@ -57,7 +58,7 @@ def run_as_rank(
             raise
         # Every rank refuses a wrong configuration for the same reason; one message is enough.
         return error.exit_code
-    with build.init_distributed(config) as device, build.deterministic(config):
+    with init_distributed(config) as device, build.deterministic(config):
         if rank.rank:
             measure(config, job, device, silent)
             return 0

@@ -16,7 +16,7 @@ def preflight(config, resume):
         raise DataError("corpus.bin: document 3, offset 17: id 999 is outside the vocabulary of 256")
 
 
-def run_rank(config, resume):
+def run_rank(config, resume, store):
     from longctx.errors import DataError, RequeueError
 
     rank, folder = int(os.environ["RANK"]), Path(config.run.dir)
