@@ -144,7 +144,7 @@ def export_rank(rank: RankEnvironment, environ: MutableMapping[str, str] = os.en
         if rank.rank == 0:
             where = f"{environ[MASTER_ADDR]}:{environ[MASTER_PORT]}"
             _log.warning("rank 0 of %d, as Slurm's variables say; the others meet it at %s", rank.world_size, where)
-    for name in (MASTER_ADDR, MASTER_PORT):
+    for name in (MASTER_ADDR, MASTER_PORT) if rank.world_size > 1 else ():
         if name not in environ:
             raise ConfigError(_unknown_place(name, rank, srun))
 
