@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
@@ -53,14 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: Config, rank: env.RankEnvironment, resume: Resume | None) -> None:
-    from longctx.launcher import build
-    from longctx.launcher.ranks.world import meet
+    """Trains as ``rank``. The first one checks the data and writes the directory while the others wait for it."""
+    with ExitStack() as held:
+        if rank.world_size == 1:  # nobody waits: the directory is told before PyTorch is loaded
+            config = held.enter_context(_opened(config, resume))
+        from longctx.launcher import build
+        from longctx.launcher.ranks.world import meet
 
-    options = {"resume": resume.words if resume else []}
-    with (
-        meet(config, options) as meeting,
-        _opened(config, resume) if rank.rank == 0 else nullcontext(config) as config,
-    ):
+        meeting = held.enter_context(meet(config, {"resume": resume.words if resume else []}))
+        if rank.rank == 0 and rank.world_size > 1:
+            config = held.enter_context(_opened(config, resume))
         build.train_with(meeting, config, resume, checked=rank.rank == 0)
 
 
