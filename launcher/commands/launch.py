@@ -13,7 +13,7 @@ from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
 from longctx.launcher.compose import compose
 from longctx.launcher.ranks.store import nameless_file
-from longctx.launcher.ranks.supervisor import Ended, RankJob, run_ranks
+from longctx.launcher.ranks.supervisor import RankJob, RanksEnd, run_ranks
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed
@@ -60,7 +60,7 @@ def _launched(config: Config, processes: int, resume: Resume | None) -> int:
     return ended.status
 
 
-def _tell_stopped(ended: Ended) -> None:
+def _tell_stopped(ended: RanksEnd) -> None:
     for rank in ended.stopped:
         print(f"longctx: rank {rank} was stopped, as by SIGSTOP: the others waited for it", file=sys.stderr)
 
@@ -78,7 +78,7 @@ def prepare(config: Config, processes: int) -> Config:
     return resolve(config, processes)
 
 
-def _start(processes: int, directory: Path, words: Sequence[str]) -> Ended:
+def _start(processes: int, directory: Path, words: Sequence[str]) -> RanksEnd:
     """Runs the ranks, which meet by a file that only they have."""
     with nameless_file(directory) as store:
         command = [sys.executable, "-u", "-m", "longctx.launcher.worker", *words, "--store", str(store.fileno())]

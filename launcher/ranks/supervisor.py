@@ -27,7 +27,7 @@ GRACE = 3.0  # seconds that ranks have to put away their files after another has
 
 
 @dataclass(frozen=True)
-class Ended:
+class RanksEnd:
     """How the ranks ended: a shell's status, and a message where a rank may have left none."""
 
     status: int
@@ -58,7 +58,7 @@ class RankJob:
     saving: Callable[[], object] = lambda: None
 
 
-def run_ranks(job: RankJob) -> Ended:
+def run_ranks(job: RankJob) -> RanksEnd:
     """Runs the ranks of ``job`` to their end; none of them outlives this."""
     with _received() as signals:
         ranks = _Ranks(job)
@@ -69,20 +69,20 @@ def run_ranks(job: RankJob) -> Ended:
             ranks.kill()
 
 
-def cause_of(exits: Sequence[Exit]) -> Ended:
+def cause_of(exits: Sequence[Exit]) -> RanksEnd:
     """Returns the end that the exits of ranks tell, the first one first; none of them was ended by their launcher."""
     failed = [end for end in exits if end.status]
     if not failed:
-        return Ended(0)
+        return RanksEnd(0)
     # Whoever was killed explains those that lost their peer. NCCL's watchdog aborts a rank that has lost one.
     killed = [end for end in failed if end.status < 0 and end.status != -signal.SIGABRT]
     cause = (killed or failed)[0]
     if cause.status >= 0:
-        return Ended(cause.status, f"rank {cause.rank} ended with status {cause.status} and left no message")
+        return RanksEnd(cause.status, f"rank {cause.rank} ended with status {cause.status} and left no message")
     number = signal.Signals(-cause.status)
     memory = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
     message = f"rank {cause.rank} was killed by {number.name}{memory}; --resume goes on from the newest checkpoint"
-    return Ended(CRASH, message, killed=bool(killed))
+    return RanksEnd(CRASH, message, killed=bool(killed))
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ class _Ranks:
             finally:
                 os.close(end)
 
-    def watch(self, signals: list[int]) -> Ended:
+    def watch(self, signals: list[int]) -> RanksEnd:
         """Waits for all, or for the first that fails; passes on the first signal to stop."""
         while len(self._exits) < len(self._started):
             time.sleep(LOOK)
@@ -158,7 +158,7 @@ class _Ranks:
             os.close(lifeline)
         self._lifelines.clear()
 
-    def _stop(self, signals: list[int]) -> Ended:
+    def _stop(self, signals: list[int]) -> RanksEnd:
         """Passes on the first of ``signals`` and gives the ranks time to save."""
         number = signal.Signals(signals.pop(0))
         self._send(number)
@@ -166,15 +166,15 @@ class _Ranks:
         while len(self._exits) < len(self._started):
             if patience.is_over():
                 message = f"ranks {self._left()} had not ended {SHUTDOWN_SECONDS:g} s after {number.name}: killed"
-                return Ended(128 + number, f"{message}; --resume goes on from the newest checkpoint")
+                return RanksEnd(128 + number, f"{message}; --resume goes on from the newest checkpoint")
             time.sleep(LOOK)
             self._look()
         # A rank that cannot take the signal yet, since its interpreter is just starting, dies of it.
         if any(end.status == -number for end in self._exits.values()):
-            return Ended(RequeueError.exit_code, BEFORE_STEPS)
+            return RanksEnd(RequeueError.exit_code, BEFORE_STEPS)
         return cause_of(list(self._exits.values()))
 
-    def _end_others(self) -> Ended:
+    def _end_others(self) -> RanksEnd:
         """Lets the cause of a failure show, and the others put away their files; whoever is left then is killed."""
         time.sleep(SETTLE)
         self._look()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import longctx
-from longctx.launcher.ranks.supervisor import Ended, Exit, cause_of
+from longctx.launcher.ranks.supervisor import Exit, RanksEnd, cause_of
 
 FAKE = Path(__file__).parent / "fake_build"
 
@@ -101,7 +101,7 @@ def test_a_killed_rank_is_named_and_not_the_one_that_lost_its_peer(tmp_path):
     ],
 )
 def test_the_exits_of_ranks_tell_who_was_killed(exits, told):
-    assert cause_of([Exit(*each) for each in exits]) == Ended(*told)
+    assert cause_of([Exit(*each) for each in exits]) == RanksEnd(*told)
 
 
 @pytest.mark.gloo
