@@ -83,6 +83,8 @@ def killed(directory, log, kind, moment):
     began = time.monotonic()
     process.send_signal(kind)
     status = process.wait(120)
+    if done(directory) == STEPS:
+        return None  # it came in the last step, and found the run done
     seconds, steps, saved = time.monotonic() - began, done(directory), max(committed(directory), default=0)
     return steps - saved, seconds, status
 
