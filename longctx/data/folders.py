@@ -11,6 +11,9 @@ from pathlib import Path
 from longctx.data.files import printable, reading
 from longctx.errors import DataError
 
+# A run may lie in the folder that it reads: what it writes there is no data, and grows while ranks read.
+RUN_CONFIG, RUN_FILES = "config.yaml", frozenset({"metrics.jsonl", ".lock", ".lock-launcher"})
+RUNS = "folders of runs"
 HIDDEN, TWICE, LOOPS = "hidden", "other names of a file that is read", "links to a folder that is read"
 
 Identity = tuple[int, int]  # device and inode
@@ -29,7 +32,7 @@ def find_files(root: Path, excluded: Set[str] = frozenset(), once: bool = True) 
 
     Links are followed: what a folder names is meant. A file with several names, by links of either kind, is found
     once, under the first name that is no link. A link to a folder that is read anyway, or that lies above it, is left
-    out. ``once=False``: files are not compared, only folders.
+    out, and so are the folders of runs. ``once=False``: files are not compared, only folders.
 
     Raises ``DataError`` naming a link to nothing, or a folder that cannot be read.
     """
@@ -47,7 +50,12 @@ def find_files(root: Path, excluded: Set[str] = frozenset(), once: bool = True) 
             found.left_out[LOOPS] += 1
             continue
         entered.add(identity)
-        for entry in _entries(folder):
+        entries = _entries(folder)
+        names = {entry.name for entry in entries}
+        if folder != root and RUN_CONFIG in names and names & RUN_FILES:
+            found.left_out[RUNS] += 1
+            continue
+        for entry in entries:
             if entry.name.startswith("."):
                 found.left_out[HIDDEN] += 1
             elif not _is_folder(entry):

@@ -161,8 +161,12 @@ class LineParser:
             return self.text_of(self._parse(line))
         except UnicodeDecodeError as error:
             kind = foreign(line)
-            found = f"{kind}, not UTF-8" if kind else f"byte {error.start}: {excerpt(line[error.start :][:8])}"
-            raise DataError(f"bad UTF-8 at {found}; save the file as UTF-8") from error
+            if kind is not None:
+                raise DataError(
+                    f"begins as {kind}, not as text in UTF-8; save it as UTF-8, or name it for what it is"
+                ) from error
+            found = excerpt(line[error.start :][:8])
+            raise DataError(f"bad UTF-8 at byte {error.start}: {found}; save the file as UTF-8") from error
         except DataError:
             raise
         except (ValueError, RecursionError) as error:

@@ -88,7 +88,7 @@ def test_other_json_is_refused(tmp_path: Path, content: bytes, message: str) -> 
 
 
 def test_lines_in_utf16_are_named_as_such(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: bad UTF-8 at UTF-16, not UTF-8; save"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: begins as UTF-16, not as text in UTF-8; save"):
         read(written(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode("utf-16")))
 
 

@@ -186,6 +186,21 @@ def test_every_file_is_read_once_whatever_its_names(tmp_path: Path) -> None:
     assert contents(open_text(tmp_path / "door")) == contents(found)
 
 
+def test_what_a_run_writes_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"words")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "config.yaml").write_bytes(b"a: 1")
+    before = open_text(tmp_path).fingerprint
+    for name in ("1/.lock", "1/config.yaml", "1/wandb/x.log", "0/config.yaml", "0/metrics.jsonl"):
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'{"step": 1}\n')
+    found = open_text(tmp_path)
+    assert contents(found) == [b"words", b"a: 1"]
+    assert found.fingerprint == before
+    assert found.facts["left_out"] == {"folders of runs": 2}
+
+
 @pytest.mark.parametrize("target", ["nowhere", "itself.txt"])
 def test_a_link_to_nothing_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "a.txt").write_bytes(b"words")
