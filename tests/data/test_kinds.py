@@ -49,7 +49,7 @@ def test_json_lines_by_every_name(tmp_path: Path, end: str, packing: str) -> Non
 )
 def test_json_under_another_name_is_not_learnt_as_markup(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     for place in (path, tmp_path):
         with pytest.raises(DataError, match=r"holds JSON, which would be learnt as markup; JSON Lines end in \.jsonl"):
             open_text(place)
@@ -102,7 +102,7 @@ def test_what_may_be_the_corpus_but_is_no_text_is_refused_by_name(tmp_path: Path
         ("words".encode("utf-16"), r"begins as UTF-16, not as text in UTF-8.*iconv -f UTF-16 -t UTF-8"),
         ("words".encode("utf-32"), r"begins as UTF-32"),
         ("words".encode("utf-16-le"), r"NUL at byte 1.*binary file, or UTF-16"),
-        (gzip.compress(b"words"), r"begins as gzip"),
+        (gzip.compress(b"words", mtime=0), r"begins as gzip"),
         (b"PK\3\4", r"begins as a zip archive"),
         (b"PAR1", r"begins as Parquet"),
         (b"%PDF-1.4\nwords", r"begins as PDF"),
@@ -136,7 +136,7 @@ def test_what_is_left_out_of_a_folder_is_counted(tmp_path: Path) -> None:
         "b/d.jsonl.gz",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(gzip.compress(b'\n{"text": "d"}\n') if name.endswith("gz") else name.encode())
+        (tmp_path / name).write_bytes(gzip.compress(b'\n{"text": "d"}\n', mtime=0) if name.endswith("gz") else name.encode())
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     found = open_text(tmp_path)
     assert contents(found) == [b"a.txt", b"b/c.txt", b"d", b"f\xfcr"]
