@@ -54,7 +54,7 @@ COMMANDS = (
     ),
     Command(
         "launch",
-        "start torchrun on this machine",
+        "start the ranks of this machine",
         (
             "longctx launch --nproc 2 recipe=demo",
             "longctx launch --nproc 4 parallel.sp=2 data.seq_len=8192",

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from longctx.bench.timing import Report
 from longctx.comm import leave_world
 from longctx.errors import NumericsError
-from longctx.launcher.env import share_cores
+from longctx.launcher.env import keep_to_loopback, share_cores
 from longctx.launcher.progress import from_file
 
 TIMEOUT = 600.0  # seconds that a whole job may take
@@ -62,6 +62,8 @@ def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers =
 
 def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> None:
     share_cores(world)
+    if not workers.prefixes:
+        keep_to_loopback()
     command = [workers.python, "-m", module, job, str(folder)]
     before = workers.prefixes or [()] * world
     with ExitStack() as files:
