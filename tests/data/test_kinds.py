@@ -136,7 +136,8 @@ def test_what_is_left_out_of_a_folder_is_counted(tmp_path: Path) -> None:
         "b/d.jsonl.gz",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(gzip.compress(b'\n{"text": "d"}\n', mtime=0) if name.endswith("gz") else name.encode())
+        content = gzip.compress(b'\n{"text": "d"}\n') if name.endswith("gz") else name.encode()
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     found = open_text(tmp_path)
     assert contents(found) == [b"a.txt", b"b/c.txt", b"d", b"f\xfcr"]
