@@ -159,4 +159,4 @@ def test_a_dead_machine_s_lock_is_told_with_the_way_out(tmp_path, holder):
 
 def test_passwords_stay_out_of_the_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/longctx", "train", "data.path=https://me:secret@host/a b"])
-    assert Holder.this_process().command == "longctx train 'data.path=https://host/a b'"
+    assert Holder.this_process().command == "longctx train 'data.path=https://***@host/a b'"
