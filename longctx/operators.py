@@ -18,6 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from longctx.ambient import apart
+from longctx.errors import ConfigError
 
 NAMESPACE = "longctx"
 HANDLES = ("plan", "run")  # an argument of such a name begins the context, which both passes are given alike
@@ -116,11 +120,35 @@ def _unseen(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _unseen(run), "CompositeExplicitAutograd")
+    run = _unseen(apart(_unseen(run)))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _unseen(_refuses_batching(name)), "FuncTorchBatched")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[operator] = operator.python_body = run  # by which ``sim`` finds it, which knows nothing of ours
     return operator
+
+
+def _refuses_batching(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConfigError(f"longctx::{name} {TRANSFORMED}")
+
+    return refuse
+
+
+TRANSFORMED = (
+    "exchanges tensors between ranks as they are, and torch.func's vmap, grad and jvp would take it apart; nearest "
+    "valid: loss.backward() or torch.autograd.grad, with sequences in the batch dim"
+)
+
+
+def _transformed(tensors: Iterable[Any]) -> bool:
+    """Whether a transform of torch.func is at work, or a tensor carries a tangent of forward-mode derivatives."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(one).tangent is not None for one in _flat(tensors) if isinstance(one, Tensor))
 
 
 def _like(saved: Sequence[Value], of: Sequence[Value]) -> Callable[..., Any]:
@@ -162,7 +190,7 @@ class Differentiation:
     def gradients(self, dout: Any, kept: Sequence[Any], context: Sequence[Any]) -> list[Any]:
         """Returns the gradients of the inputs, None for those that have none."""
         if self.backward is None:
-            raise RuntimeError(f"{self.operator} has no gradient")
+            raise ConfigError(f"{self.operator} has no gradient: second derivatives of it are not there")
         if dout is None:
             return [None] * len(self.inputs)
         found = self.backward(dout, *kept, *context)
@@ -177,6 +205,8 @@ def _join(known: Differentiation) -> None:
     node = (_list_node if lists else _node)(known)
 
     def run(keyset: Any, *arguments: Any) -> Any:
+        if _transformed(arguments):
+            raise ConfigError(f"{operator} {TRANSFORMED}")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return node(keyset, arguments)
         with below():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from longctx.rules import as_word, at_least, one_of
+from longctx.rules import as_word, at_least, one_of, whole
 
 
 def word(default: str, *others: str) -> Any:
@@ -47,7 +47,8 @@ class StrategyOptions:
             value, words = getattr(self, one.name), one.metadata["words"]
             if words:
                 one_of(f"attention.{one.name}", value, words)
-            else:
+            elif value is not None:
+                whole(f"attention.{one.name}", value)
                 at_least(f"attention.{one.name}", value, 1, "null")
 
     def chosen(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 
@@ -65,8 +66,30 @@ def suggestion(word: str, choices: Sequence[str], key: str = "") -> str:
 
 def one_of(key: str, value: str, choices: Sequence[str]) -> None:
     """Refuses a name outside ``choices``."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{key}={value!r} is {kind_of(value)}, not a name; {suggestion(str(value), choices)}")
     if value not in choices:
         raise ConfigError(f"{key}={value} is not known; {suggestion(value, choices, key)}")
+
+
+def kind_of(value: object) -> str:
+    """Names the kind of a value that is not of the right one."""
+    return f"of type {type(value).__name__}"
+
+
+def whole(key: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """Returns a whole number of [low, high] as Python's own; refuses true, 2.7, "2" and numbers outside."""
+    valid = f"a whole number{'' if low is None else f' of at least {low}'}{'' if high is None else f', at most {high}'}"
+    try:
+        found = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} is {kind_of(value)}; it must be {valid}")
+    if (low is not None and found < low) or (high is not None and found > high):
+        nearest = low if low is not None and found < low else high
+        raise ConfigError(f"{key}={found} must be {valid}; nearest valid value: {nearest}")
+    return found
 
 
 def as_word(value: object) -> str:

@@ -8,11 +8,14 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.attention.runtime.borders import HANDLE, process_group_of, require_plain, require_scale
 from longctx.attention.runtime.operator import encoded
 from longctx.attention.runtime.registry import Strategy, chosen_row, get_strategy, option_refused
+from longctx.catalog import KERNELS
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
 from longctx.options import DEFAULT, StrategyOptions
+from longctx.rules import one_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class CoreAttention(Protocol):
 class StrategyAttention:
     """Runs a registered strategy on the ranks of one sequence group.
 
-    ``group``: the process group whose ranks share the sequence; None for a sequence that is whole on this rank.
+    ``group``: the process group whose ranks share the sequence, or a device mesh of one axis; None for a sequence that
+    is whole on this rank.
     ``kernel``: name of a local kernel, or "auto". ``scale``: softmax scale, None for 1/sqrt(D). ``options``: what the
     strategy lets users choose.
 
@@ -54,11 +58,15 @@ class StrategyAttention:
         options: StrategyOptions = DEFAULT,
     ) -> None:
         found = get_strategy(strategy)
+        if not isinstance(options, StrategyOptions):
+            raise ConfigError(f"options {options!r} must be StrategyOptions(...); leave them out for the defaults")
         reason = option_refused(found, options)
         if reason:
             raise ConfigError(f"attention.strategy={strategy} refuses: {reason}")
         self._operator = found.operator
-        self._group = _ranks(found, group, options).name
+        one_of(KERNELS.key, kernel, ("auto", *KERNELS))
+        require_scale(scale)
+        self._group = _ranks(found, process_group_of(group), options).name
         self._kernel = kernel
         self._scale = scale
         self._options = encoded(options)
@@ -68,6 +76,7 @@ class StrategyAttention:
 
         q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``. ``plan``: the handle of the batch's plan.
         """
+        require_plain((("q", q), ("k", k), ("v", v), (HANDLE, plan)))
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
         out, _ = self._operator(q, k, v, plan, self._group, self._kernel, scale, self._options)
         return Started(out)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from longctx.attention.runtime.borders import require_numbers
 from longctx.catalog import MIXERS
 from longctx.errors import ConfigError
+from longctx.rules import whole
 from longctx.sequence import Documents
 
 
@@ -24,6 +27,10 @@ class HeadDims:
 
     key: int
     value: int
+
+    def __post_init__(self) -> None:
+        for name, channels in vars(self).items():
+            whole(f"channels of a head's {name}", channels, 1)
 
 
 class LinearCore(Protocol):
@@ -91,10 +98,33 @@ class Mixer:
     reads: frozenset[str] = frozenset()
     sized: Callable[..., Mixer] = unsized
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mix", _bordered(self.mix))
+
     @property
     def has_states(self) -> bool:
         """Tells whether the mixer carries states, which a strategy moves."""
         return self.transition is not None
+
+
+def _bordered(mix: Callable[[Inputs, LinearCore, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Makes a mixer refuse tokens that are not alike, and compute as it says where autocast is on, as its core does."""
+
+    @wraps(mix)
+    def of(x: Inputs, core: LinearCore, plan: Tensor) -> Tensor:
+        by_token = {name: value for name, value in x.items() if isinstance(value, Tensor) and value.ndim == 4}
+        if len(by_token) > 1:
+            require_numbers(by_token)
+            if len({value.shape[:3] for value in by_token.values()}) > 1:
+                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in by_token.items())
+                raise ConfigError(f"{shapes}: inputs of a mixer must have the same tokens and heads, [B, T, H, c]")
+        device = next(iter(x.values())).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return mix(x, core, plan)
+        with torch.autocast(device, enabled=False):
+            return mix(x, core, plan)
+
+    return of
 
 
 def get_mixer(name: str, **sizes: int | None) -> Mixer:
@@ -103,7 +133,7 @@ def get_mixer(name: str, **sizes: int | None) -> Mixer:
     Raises ``ConfigError`` for an unknown name, and for a size that the mixer does not read.
     """
     mixer: Mixer = MIXERS.load(name)
-    given = {size: value for size, value in sizes.items() if value is not None}
+    given = {size: whole(f"model.{size}", value) for size, value in sizes.items() if value is not None}
     for size, value in given.items():
         if size not in mixer.reads:
             readers = ", ".join(other for other in MIXERS if size in MIXERS.load(other).reads)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import require_gradient
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import group_named
 from longctx.errors import ConfigError
@@ -165,6 +166,7 @@ def define_core(name: str, core: Core) -> Any:
     def run_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], entered: Tensor, *names: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        require_gradient(dout, v)
         tensors, (context, strategy), chunk = (q, k, v, *gates), _resolve(q, gates, *names), names[-1]
         if context.plan.mask.causal:
             pieces = pieces_of(context.plan, context.group.rank, chunk, q.device)

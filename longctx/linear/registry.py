@@ -14,6 +14,7 @@ from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES
 from longctx.errors import ConfigError
 from longctx.linear.mixer import get_mixer
 from longctx.linear.states import Arriving, LinearContext, Summary
+from longctx.rules import whole
 from longctx.sequence import SequencePlan
 
 
@@ -81,6 +82,9 @@ def get_linear(name: str) -> LinearStrategy:
 
 def refusal(strategy: LinearStrategy, case: LinearCase) -> str | None:
     """Returns why the strategy does not execute this case exactly; None if it does."""
+    for what in ("world", "heads", "layout_block"):
+        whole(what, getattr(case, what), 1)
+    whole("chunk", case.chunk)
     if case.chunk < 1:
         return f"attention.chunk={case.chunk} must be at least 1 token; 64 is the default"
     if case.layout not in (*LAYOUTS, "explicit"):

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import require_numbers
+from longctx.attention.runtime.operator import require_fit
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, exchange, group_named
+from longctx.errors import ConfigError
 from longctx.operators import Gradient, define_operator
 from longctx.sequence import Halo, SequencePlan, halo_of, plan_of
 from longctx.sequence.halo import CPU
@@ -37,9 +40,27 @@ def convolve(xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor, grou
 def run_forward(xs: list[Tensor], weights: list[Tensor], plan: Tensor, group: str) -> list[Tensor]:
     """Runs the operator ``convolve`` of this rank: fetches the halo, then convolves each x with it."""
     ranks, sequence = group_named(group), plan_of(plan)
+    _require(xs, weights)
+    require_fit(xs[0], sequence, ranks)
     halo = halo_of(sequence, ranks.rank, weights[0].shape[-1] - 1, xs[0].device)
     fetched = _fetch(xs, halo, ranks, sequence)
     return [_forward(x, rows, weight, halo) for x, rows, weight in zip(xs, fetched, weights, strict=True)]
+
+
+def _require(xs: list[Tensor], weights: list[Tensor]) -> None:
+    """Refuses anything but as many filters ``[H, C, W]`` as there are x ``[B, T/SP, H, C]``, all of one B, T, H, W."""
+    if len(xs) != len(weights) or not xs:
+        raise ConfigError(f"{len(xs)} inputs of a convolution and {len(weights)} filters must be as many, at least one")
+    require_numbers({f"x {number}": x for number, x in enumerate(xs)})
+    tokens, taps = xs[0].shape[:3], weights[0].shape[-1:]
+    for x, weight in zip(xs, weights, strict=True):
+        require_numbers({"weight": weight})
+        fits = x.ndim == 4 and x.shape[:3] == tokens and weight.shape == (*x.shape[2:], *taps) and weight.shape[-1] > 0
+        if not fits or weight.device != x.device:
+            raise ConfigError(
+                f"x {tuple(x.shape)} and its filter {tuple(weight.shape)} on {weight.device} must be [B, T, H, C] and "
+                f"[H, C, W] on {x.device}, with the B, T and H {tuple(tokens)} and the W {tuple(taps)} of the first"
+            )
 
 
 def _forward(x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longctx.errors import DataError
+from longctx.rules import whole
 
 Int64 = NDArray[np.int64]
 
@@ -23,7 +24,10 @@ class Documents:
     __slots__ = ("_key", "cu_seqlens")
 
     def __init__(self, cu_seqlens: Int64) -> None:
-        bounds = np.ascontiguousarray(cu_seqlens, dtype=np.int64)
+        given = np.asarray(cu_seqlens)
+        if given.dtype.kind not in "iu":
+            raise DataError(f"cu_seqlens of dtype {given.dtype} must be whole numbers, such as int64")
+        bounds = np.array(given, dtype=np.int64)  # a copy, which nobody else writes into
         if bounds.ndim != 1 or len(bounds) < 1 or bounds[0] != 0 or np.any(np.diff(bounds) <= 0):
             raise DataError(
                 f"cu_seqlens {bounds.tolist()[:8]} must start at 0 and increase strictly; leave out empty documents"
@@ -35,12 +39,14 @@ class Documents:
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
         """Packs documents of these lengths in tokens, each at least 1."""
-        return cls(np.concatenate([[0], np.cumsum(np.fromiter(lengths, dtype=np.int64))]))
+        known = isinstance(lengths, np.ndarray) and lengths.dtype.kind in "iu"
+        counted = lengths if known else [whole("length of a document", one, 1) for one in _listed(lengths)]
+        return cls(np.concatenate([[0], np.cumsum(np.asarray(counted, dtype=np.int64))]))
 
     @classmethod
     def single(cls, length: int) -> Documents:
         """Makes one document of ``length`` tokens; none when it is 0."""
-        return cls.from_lengths([length] if length else [])
+        return cls.from_lengths([length] if whole("length of a document", length, 0) else [])
 
     @property
     def length(self) -> int:
@@ -70,3 +76,15 @@ class Documents:
 
     def __repr__(self) -> str:
         return f"Documents({len(self)} documents, {self.length} tokens)"
+
+    def __reduce__(self) -> tuple[type[Documents], tuple[Int64]]:
+        return Documents, (self.cu_seqlens,)
+
+
+def _listed(lengths: Iterable[int]) -> list[int]:
+    """The lengths of documents; a single number or a word is none."""
+    if isinstance(lengths, str | bytes) or not isinstance(lengths, Iterable):
+        raise DataError(
+            f"lengths of documents are {lengths!r}; they must be a list of whole numbers, such as [700, 324]"
+        )
+    return list(lengths)

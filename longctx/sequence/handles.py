@@ -2,11 +2,14 @@
 
 An operator's arguments are tensors and plain values. A handle is an int64 scalar on the CPU: reading it waits for no
 device. Pipeline stages can receive it, autograd keeps it, and ``torch.compile`` does not specialize on its value.
+
+Numbers are drawn from all of int64 rather than counted. So a handle that another process has made, a worker of a data
+loader, say, names nothing here. Counted ones would name some plan of this process.
 """
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -16,7 +19,6 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_numbers = itertools.count()
 _named: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # each lives as long as its owner
 _in_flight: dict[int, Any] = {}  # each lives from ``begin`` to ``end``
 _shared: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
@@ -24,7 +26,8 @@ _shared: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionar
 
 def new_handle() -> Tensor:
     """Returns a handle that names nothing yet."""
-    return torch.tensor(next(_numbers), dtype=torch.int64, device="cpu")
+    with torch.inference_mode(False):  # or autograd could not keep it for a backward pass
+        return torch.tensor(secrets.randbits(63), dtype=torch.int64, device="cpu")
 
 
 def name(thing: object) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 
 from longctx.catalog import LAYOUTS
 from longctx.errors import ConfigError
+from longctx.rules import whole
 from longctx.sequence.documents import Int64
 
 
@@ -74,7 +75,7 @@ class Striped:
     name = "striped"
 
     def __post_init__(self) -> None:
-        if self.block < 1:
+        if whole("attention.layout_block", self.block) < 1:
             raise ConfigError(f"attention.layout_block {self.block} must be at least 1 token; 1 is the paper's form")
 
     def positions(self, length: int, world: int, rank: int) -> Int64:
@@ -95,6 +96,8 @@ class Explicit:
 
     def __post_init__(self) -> None:
         end = 0
+        for bound in (bound for rank in self.spans for span in rank for bound in span):
+            whole("bound of a span", bound, 0)
         for start, stop in sorted(span for rank in self.spans for span in rank):
             if start != end or stop <= start:
                 raise ConfigError(
@@ -155,6 +158,8 @@ def positions_by_rank(layout: Layout, length: int, world: int) -> tuple[Int64, .
     Kept, as all batches of a run ask for the same. Raises ``ConfigError``, for an attention over shards that overlap or
     have holes is wrong without a sign.
     """
+    whole("world", world, 1)
+    whole("length of the sequence", length, 0)
     shards = tuple(layout.positions(length, world, rank) for rank in range(world))
     where = f"layout {layout.name} of {length} tokens on {world} ranks"
     for rank, shard in enumerate(shards):
@@ -181,4 +186,5 @@ def shard_length(layout: Layout, length: int, world: int, multiple: int = 1) -> 
     It is a constant of the run; only the valid lengths inside it vary by rank.
     """
     longest = max(map(len, positions_by_rank(layout, length, world)))
+    whole("multiple of the shard's length", multiple, 1)
     return max(1, -(-longest // multiple)) * multiple

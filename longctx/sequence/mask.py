@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.errors import ConfigError
+from longctx.rules import whole
 from longctx.sequence.documents import Documents, Int64
 
 
@@ -22,7 +23,11 @@ class Mask:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
+        if not isinstance(self.causal, bool):
+            raise ConfigError(f"causal={self.causal!r} of a mask must be True or False")
+        if self.window is None:
+            return
+        if whole("attention window", self.window) < 1:
             raise ConfigError(
                 f"attention window {self.window} must be at least 1 (a query sees itself); use null for no window"
             )

@@ -86,8 +86,8 @@ def gathered_keys(plan: SequencePlan, reader: int) -> Gathered:
     """Returns all keys that ``reader`` sees, of whatever rank, in one buffer in order of position."""
     rows = tuple(plan.reads(reader, owner) for owner in range(plan.world))
     places = Places([_taken(plan.positions(owner), seen) for owner, seen in enumerate(rows)])
-    ranges = [plan.key_ranges(reader, row) for row in range(len(plan.documents))]
-    tiles = group_rows([tiles_of(start, stop, places.positions) for start, stop in ranges])
+    ranges = [(*plan.key_ranges(reader, row), plan.documents_of(reader, row)) for row in range(len(plan.documents))]
+    tiles = group_rows([tiles_of(start, stop, places.positions, document) for start, stop, document in ranges])
     return Gathered(rows, places, tiles)
 
 

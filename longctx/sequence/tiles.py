@@ -4,6 +4,9 @@ Every query sees one interval of global positions (its document, cut by the mask
 that interval is one interval of *local* key indices as well, under any layout. Runs of queries whose interval ends
 stand still or advance by one key per query are one tile. So a striped shard's causal mask, a sliding window, or a
 document edge in the middle of a shard are all one case.
+
+A tile is of one document. Kernels multiply what its diagonals hide by 0, and 0 times a number that is none is none: so
+a document that has gone to infinity would otherwise reach its neighbours.
 """
 
 from __future__ import annotations
@@ -71,22 +74,23 @@ class TileSet:
         return (self.batch_stop - self.batch_start) * sum(tile.cells for tile in self.tiles)
 
 
-def tiles_of(start: Int64, stop: Int64, keys: Int64) -> tuple[Tile, ...]:
+def tiles_of(start: Int64, stop: Int64, keys: Int64, document: Int64) -> tuple[Tile, ...]:
     """Returns the tiles of queries that see global key positions ``[start, stop)``, over a rank's keys.
 
     ``start``, ``stop``: int64 ``[n_queries]``, one interval per local query. ``keys``: int64 ``[n_keys]``,
-    the ascending global positions of the key shard. Empty intervals produce nothing.
+    the ascending global positions of the key shard. ``document``: which one each query belongs to, by any number. Empty
+    intervals produce nothing.
     """
     first = np.searchsorted(keys, start)
     last = np.searchsorted(keys, stop)
     rows = np.flatnonzero(last > first)
-    return tiles_of_rows(rows, first[rows], last[rows])
+    return tiles_of_rows(rows, first[rows], last[rows], document[rows])
 
 
-def tiles_of_rows(rows: Int64, first: Int64, last: Int64) -> tuple[Tile, ...]:
+def tiles_of_rows(rows: Int64, first: Int64, last: Int64, document: Int64) -> tuple[Tile, ...]:
     """Returns the tiles of query ``rows[i]`` against the keys ``[first[i], last[i])`` of a buffer, never an empty one.
 
-    A row may come more than once, for keys of different stretches.
+    A row may come more than once, for keys of different stretches. ``document``: which one each of them belongs to.
     """
     return tuple(
         Tile(
@@ -97,14 +101,16 @@ def tiles_of_rows(rows: Int64, first: Int64, last: Int64) -> tuple[Tile, ...]:
             bool(j - i > 1 and first[i + 1] > first[i]),
             bool(j - i > 1 and last[i + 1] > last[i]),
         )
-        for i, j in _runs(rows, first, last)
+        for i, j in _runs(rows, first, last, document)
     )
 
 
-def _runs(rows: Int64, first: Int64, last: Int64) -> Iterator[tuple[int, int]]:
-    """Maximal half-open runs of rows whose interval ends both move with one slope, 0 or 1, per row."""
+def _runs(rows: Int64, first: Int64, last: Int64, document: Int64) -> Iterator[tuple[int, int]]:
+    """Maximal half-open runs of one document's rows whose interval ends both move with one slope, 0 or 1, per row."""
     d_first, d_last = np.diff(first), np.diff(last)
-    broken = (np.diff(rows) != 1) | (d_first < 0) | (d_first > 1) | (d_last < 0) | (d_last > 1)
+    broken = (
+        (np.diff(rows) != 1) | (np.diff(document) != 0) | (d_first < 0) | (d_first > 1) | (d_last < 0) | (d_last > 1)
+    )
     slope = np.where(broken, -1, 2 * d_first + d_last)  # of the step from row i to row i + 1
     ends = np.append(np.flatnonzero(np.diff(slope)) + 1, len(slope))  # of each stretch of equal steps
     begin = 0

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from longctx.sim.baton import Baton
 from longctx.sim.compute import ComputeRecorder
-from longctx.sim.errors import RankFailed, Stopped
+from longctx.sim.errors import RankFailed, Stopped, whole
 from longctx.sim.fake import FakeFloats
 from longctx.sim.faults import Fault, FaultInjector, FaultPlan
 from longctx.sim.ledger import Ledger
@@ -64,6 +64,9 @@ class Cluster:
         trace_compute: bool = False,
         fake: bool = False,
     ) -> None:
+        world_size = whole("world_size", world_size)
+        if seed is not None:
+            whole("seed", seed)
         if world_size < 1:
             raise ValueError(f"world_size is {world_size}, must be positive; the nearest is 1")
         self.world_size = world_size

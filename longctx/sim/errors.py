@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 class DeadlockError(RuntimeError):
     """Every rank waits and nothing is on its way.
@@ -39,3 +41,13 @@ class RankKilled(BaseException):
 
 class Stopped(BaseException):
     """Ends a rank because another one failed, or because all of them are deadlocked."""
+
+
+def whole(name: str, value: object) -> int:
+    """Returns a whole number; raises ValueError for true, 2.7 or "2"."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, must be a whole number such as 2") from None

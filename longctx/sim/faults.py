@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longctx.sim.errors import whole
+
 KINDS = ("kill", "hang", "drop", "delay", "corrupt")
 OPERATIONS = (
     "all_gather",
@@ -63,6 +65,8 @@ class Fault:
                 f"{self.kind!r} at {self.operation!r}: that operation sends no data; name the sender's operation, "
                 f"for a lost or corrupted message 'send' on the sending rank"
             )
+        for name in ("rank", "step", "occurrence", "turns", "element", "bit"):
+            whole(f"{name} of a fault", getattr(self, name))
         for name in ("rank", "step", "occurrence", "turns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} of a fault is {getattr(self, name)}, must not be negative; at least 0")

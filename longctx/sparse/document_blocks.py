@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import require_operands
+from longctx.errors import ConfigError
 from longctx.sequence import Documents, SequencePlan
 from longctx.sequence.documents import Int64
 
@@ -43,6 +45,16 @@ class Blocks:
         lengths = stops - self.starts[blocks]
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(self.starts[blocks], lengths) + within
+
+
+def require_alike(q: Tensor, *others: Tensor) -> None:
+    """Refuses anything but tensors ``[B, T/SP, H, D]`` that are alike: there is a key head for each query head."""
+    for other in others:
+        require_operands(q, other, other)
+        if other.shape != q.shape:
+            raise ConfigError(
+                f"q {tuple(q.shape)} and {tuple(other.shape)} must have as many heads: sparse layers share no keys"
+            )
 
 
 @lru_cache(maxsize=16)

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longctx.attention.runtime.borders import HANDLE, require_gradient, require_plain
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
@@ -33,16 +34,18 @@ from longctx.comm import Group, exchange, group_named
 from longctx.errors import ConfigError
 from longctx.linear.mixer import HeadDims, LinearCore, Mixer, no_constants, no_parameters, nothing_to_fill
 from longctx.operators import Gradient, define_operator
+from longctx.rules import whole
 from longctx.sequence import Documents, Rows, SequencePlan, TileSet, plan_of
 from longctx.sequence.documents import Int64
 from longctx.sequence.tiles import group_rows, tiles_of
-from longctx.sparse.document_blocks import Blocks, Shard, blocks_of, shard_of
+from longctx.sparse.document_blocks import Blocks, Shard, blocks_of, require_alike, shard_of
 from longctx.sparse.grouped_queries import MAX_SCORES, NONE, grouped
 from longctx.sparse.row_exchange import RowExchange
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, group: str, block: int, top_k: int) -> Tensor:
     """Computes MoBA of the local tokens. q, k, v and the result are ``[B, T/SP, H/TP, D]``; padding is 0."""
+    require_plain((("q", q), ("k", k), ("v", v), (HANDLE, plan)))
     out: Tensor = _attend(q, k, v, plan, group, block, top_k)[0]
     return out
 
@@ -78,6 +81,7 @@ def run_forward(
     The latter two are for the backward pass.
     """
     sequence, ranks = plan_of(plan), group_named(group)
+    require_alike(q, k, v)
     require_fit(q, sequence, ranks)
     context = _block_context(q, sequence, ranks, block)
     queries, keys = context.shard.pack(q), context.shard.pack(k)
@@ -110,7 +114,8 @@ def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     *saved, plan, group, block, _ = given
     sequence, ranks = plan_of(plan), group_named(group)
-    q, k, v = saved[:3]
+    q, k, v, out = saved[:4]
+    require_gradient(dout, out)
     context = _block_context(q, sequence, ranks, block)
     dout, queries, out, lse, chosen = (context.shard.pack(one) for one in (dout, q, *saved[3:]))
     row_exchange = fetch_blocks(chosen[0], context)
@@ -255,7 +260,8 @@ def _tell_all(mine: Tensor, lengths: Sequence[int], ranks: Group) -> list[Tensor
 def own_tiles(row_exchange: RowExchange, context: BlockContext) -> tuple[TileSet, ...]:
     """Returns the tiles of queries against the keys of their own blocks, among those that were fetched."""
     places = context.held[context.ranks.rank]
-    return group_rows([tiles_of(context.blocks.starts[context.own], places + 1, row_exchange.places)])
+    starts = context.blocks.starts[context.own]
+    return group_rows([tiles_of(starts, places + 1, row_exchange.places, context.blocks.first[context.own])])
 
 
 def first_keys(row_exchange: RowExchange, context: BlockContext) -> Tensor:
@@ -299,7 +305,7 @@ def moba(block: int = 512, top_k: int = 3) -> Mixer:
 
     Defaults are the paper's sizes.
     """
-    if block < 1 or top_k < 1:
+    if whole("block of moba", block) < 1 or whole("top_k of moba", top_k) < 1:
         raise ConfigError(
             f"block {block} and top_k {top_k} of moba must be at least 1: a query sees itself; "
             f"the nearest are block {max(block, 1)} and top_k {max(top_k, 1)}"

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import HANDLE, require_gradient, require_plain
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import QKV, out_and_lse, require_fit
 from longctx.attention.runtime.partial import Partial, accumulation_dtype
@@ -32,9 +33,10 @@ from longctx.comm import group_named
 from longctx.errors import ConfigError
 from longctx.linear.mixer import HeadDims, LinearCore, Mixer, no_constants, no_parameters, nothing_to_fill
 from longctx.operators import Gradient, define_operator
+from longctx.rules import whole
 from longctx.sequence import Documents, SequencePlan, TileSet, plan_of, view
 from longctx.sequence.tiles import group_rows, tiles_of
-from longctx.sparse.document_blocks import Shard, blocks_of, shard_of
+from longctx.sparse.document_blocks import Shard, blocks_of, require_alike, shard_of
 from longctx.sparse.row_exchange import RowExchange
 
 
@@ -43,6 +45,7 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, plan: Tensor, g
 
     q, k, v and gate (in (0, 1)) and the result are ``[B, T/SP, H/TP, D]``.
     """
+    require_plain((("q", q), ("k", k), ("v", v), ("gate", gate), (HANDLE, plan)))
     out: Tensor = _attend(q, k, v, gate, plan, group, chunk)[0]
     return out
 
@@ -84,7 +87,7 @@ def chunks_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
     count = np.diff(np.append(first, len(near[rank])))
     grid = first[:, None] + np.minimum(np.arange(chunk), count[:, None] - 1)
     own = cell * chunk + held[rank] - blocks.starts[mine]
-    tiles = tiles_of(blocks.starts[blocks.first[mine]], blocks.starts[mine], far[rank])
+    tiles = tiles_of(blocks.starts[blocks.first[mine]], blocks.starts[mine], far[rank], blocks.first[mine])
     return RatChunks(
         shard_of(plan, rank, device),
         RowExchange(held, near, rank, device),
@@ -100,6 +103,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out, lse, and the rank's own states ``[B, T/SP, H, 2 D]``, the latter two for the backward pass."""
     sequence, ranks = plan_of(plan), group_named(group)
+    require_alike(q, k, v, gate)
     require_fit(q, sequence, ranks)
     chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
     x, queries = chunks.shard.pack(torch.cat((k, v, gate), -1)), chunks.shard.pack(q)
@@ -124,7 +128,8 @@ def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     """
     *saved, plan, group, chunk = given
     sequence, ranks = plan_of(plan), group_named(group)
-    q, k, v, gate = saved[:4]
+    q, k, v, gate, out = saved[:5]
+    require_gradient(dout, out)
     chunks = chunks_of(sequence, ranks.rank, chunk, q.device)
     pack, wide = chunks.shard.pack, accumulation_dtype(q.dtype)
     dout, queries, out, lse, states = (pack(one) for one in (dout, q, *saved[4:]))
@@ -242,7 +247,7 @@ def rat(chunk: int = 16) -> Mixer:
 
     With 1 it is attention to single gated tokens.
     """
-    if chunk < 1:
+    if whole("chunk of rat", chunk) < 1:
         raise ConfigError(f"chunk {chunk} of rat must be at least 1 token; 16 is the paper's")
 
     def tokens(widths: HeadDims) -> dict[str, int]:

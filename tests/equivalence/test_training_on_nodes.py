@@ -12,7 +12,7 @@ from longctx.attention.strategies.disaggregated import lockstep as ticks
 from longctx.attention.strategies.disaggregated import prepared as disaggregated
 from longctx.launcher import build, cli
 from longctx.reporting.report.page import render
-from longctx.sequence import make_plan
+from longctx.sequence.plan import known_plan
 from longctx.sim import Cluster
 from tests.equivalence.test_training_parity import largest_difference
 from tests.train.small_run import corpus, small_config, train_on_sim
@@ -59,7 +59,7 @@ def test_metrics_tell_what_crossed_between_nodes(tmp_path, monkeypatch, strategy
 )
 def test_plans_follow_the_nodes_of_the_sequence_group(tmp_path, monkeypatch, parallel, devices, per_node):
     """And each is made once, for the thread that plans ahead and the operator ask for the same."""
-    make_plan.cache_clear()
+    known_plan.cache_clear()
     asked, plan = [], disaggregated.planned
     monkeypatch.setattr(disaggregated, "planned", lambda *args: asked.append(args) or plan(*args))
     found, _ = train_on_sim(config_of(tmp_path / "shared", parallel, devices))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, DataError
 from longctx.sequence import (
     IGNORE,
     Batch,
@@ -110,6 +110,6 @@ def test_equal_arguments_give_one_plan_and_others_another():
     assert make_plan(*arguments) is not make_plan(*arguments, 2)
 
 
-def test_documents_longer_than_the_sequence_are_a_broken_invariant():
-    with pytest.raises(AssertionError, match="documents exceed the sequence"):
+def test_documents_longer_than_the_sequence_are_refused():
+    with pytest.raises(DataError, match="row 0 have 9 tokens and must fit in its 8"):
         make_plan((Documents.single(9),), Mask(), Contiguous(), 8, 2)

@@ -134,16 +134,16 @@ MISTAKES = [averaged_gradients, dropped_tiles, wrong_scale, window_off_by_one, f
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_caught(tmp_path, monkeypatch, mistake, dtype):
-    from longctx.sequence.plan import make_plan
+    from longctx.sequence.plan import known_plan
 
     mistake(monkeypatch)
-    make_plan.cache_clear()
+    known_plan.cache_clear()
     config = small_config(tmp_path, parallel={"sp": 2}, attention={"window": 12}, train={"dtype": dtype})
     try:
         with pytest.raises(RankFailed) as failure:
             run(config)
     finally:
-        make_plan.cache_clear()
+        known_plan.cache_clear()
     error = failure.value.__cause__
     assert isinstance(error, NumericsError) and error.exit_code == 70
     assert "canary: " in str(error) and "tolerance" in str(error)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from longctx.comm import Group
+from longctx.errors import ConfigError
+from longctx.rules import whole
 from longctx.sequence import Documents, Mask, SequencePlan, TileSet
 from longctx.sequence.tiles import group_rows, tiles_of
 
@@ -32,7 +34,12 @@ class KeyValueShard:
 
         k and v ``[B, n, Hkv/TP, D]``, of tokens after all those that are here; n may be 0.
         """
-        length = self._length + k.shape[1]
+        length, buffer = self._length + k.shape[1], self._buffer
+        if buffer is not None and (buffer.shape[1], buffer.shape[3:], buffer.dtype) != (len(k), k.shape[2:], k.dtype):
+            raise ConfigError(
+                f"keys {tuple(k.shape)} of {k.dtype} do not go on those that are kept, {tuple(buffer.shape[1:])} of "
+                f"{buffer.dtype}; a cache is of one batch, one layer and one dtype"
+            )
         if self._buffer is None or self._buffer.shape[2] < length:
             capacity = length if self._buffer is None else max(length, 2 * self._buffer.shape[2])
             grown = k.new_empty(2, k.shape[0], capacity, *k.shape[2:])
@@ -69,6 +76,14 @@ class Arrivals:
     positions: range
     kept: Tensor
     tiles: tuple[TileSet, ...]
+    batch: int
+
+    def require(self, q: Tensor) -> None:
+        """Refuses queries ``[B, n, H, D]`` of other sequences, or of more or fewer new tokens, than were expected."""
+        if q.shape[:2] != (self.batch, len(self.positions)):
+            raise ConfigError(
+                f"q {tuple(q.shape)} of new tokens must be [{self.batch}, {len(self.positions)}, H, D], as expected"
+            )
 
 
 class SequenceCache:
@@ -100,6 +115,8 @@ class SequenceCache:
 
     def expect(self, batch: int, tokens: int) -> Arrivals:
         """Places new tokens of each sequence, each on the rank that holds the fewest, the first of several."""
+        whole("sequences", batch, 1)
+        whole("new tokens", tokens, 1)
         positions = range(self.length, self.length + tokens)
         kept = []
         for place in range(tokens):
@@ -110,6 +127,6 @@ class SequenceCache:
         self._held = np.append(self._held, positions.start + np.array(kept, dtype=np.int64))
         queries = np.arange(positions.start, positions.stop, dtype=np.int64)
         start, stop = self.mask.key_range(queries, Documents.single(positions.stop))
-        tiles = group_rows([tiles_of(start, stop, self._held)] * batch)
-        self.arrivals = Arrivals(positions, torch.tensor(kept, dtype=torch.int64), tiles)
+        tiles = group_rows([tiles_of(start, stop, self._held, np.zeros_like(start))] * batch)
+        self.arrivals = Arrivals(positions, torch.tensor(kept, dtype=torch.int64), tiles, batch)
         return self.arrivals

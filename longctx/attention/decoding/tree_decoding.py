@@ -17,8 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longctx.ambient import apart
 from longctx.attention.core import CoreAttention, Started
-from longctx.attention.decoding.cache import SequenceCache
+from longctx.attention.decoding.cache import Arrivals, SequenceCache
+from longctx.attention.runtime.borders import dense, require_operands, require_plain
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.partial import Partial
 from longctx.attention.runtime.sizes import Sizes
@@ -46,17 +48,24 @@ class CachedAttention:
         is not read.
         """
         cache = self._cache
+        require_plain((("q", q), ("k", k), ("v", v)))
+        require_operands(q, k, v)
         if cache.arrivals is None:
             mine = slice(0, len(plan_of(plan).positions(cache.group.rank)))
             self._shard.append(k[:, mine], v[:, mine])
             return self._whole.start(q, k, v, plan)
-        kept = cache.arrivals.kept.to(k.device, non_blocking=True)
+        cache.arrivals.require(q)
+        return Started(self._decoded(q, k, v, cache.arrivals))
+
+    @apart
+    def _decoded(self, q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
+        """Attention of new tokens ``[B, n, ...]``, whose keys and values are kept where they belong."""
+        kept = arrivals.kept.to(k.device, non_blocking=True)
         self._shard.append(k[:, kept], v[:, kept])
-        partial = Partial(q)
-        keys, values = self._shard.keys, self._shard.values
-        kernel_for(self._kernel, q, k).forward(q, keys, values, cache.arrivals.tiles, q.shape[-1] ** -0.5, partial)
-        out, _ = reduce(partial.out, partial.lse, cache.group)
-        return Started(out.to(q.dtype))
+        partial, kernel = Partial(q), kernel_for(self._kernel, q, k)
+        kernel.forward(dense(q), self._shard.keys, self._shard.values, arrivals.tiles, q.shape[-1] ** -0.5, partial)
+        out, _ = reduce(partial.out, partial.lse, self._cache.group)
+        return out.to(q.dtype)
 
     def finish(self, started: Started) -> Tensor:
         return self._whole.finish(started) if self._cache.arrivals is None else started.out

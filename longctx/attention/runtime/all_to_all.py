@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import dense, require_numbers
 from longctx.attention.runtime.head_sharding import HeadGroups
 from longctx.attention.runtime.operator import (
     QKV,
@@ -32,6 +33,7 @@ from longctx.attention.runtime.operator import (
     Backward,
     Forward,
     Saved,
+    admitted,
     context_of,
     require_fit,
 )
@@ -282,8 +284,7 @@ def define_ulysses(name: str, attend: Forward, attend_backward: Backward) -> Att
     """
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *names: Any) -> tuple[Tensor, list[Tensor]]:
-        context = context_of(q, k, *names[:-1])
-        require_fit(q, context.plan, context.group)
+        q, k, v, context = admitted(q, k, v, *names[:-1])
         _require_shares(q, context)
         out, kept = forward_in_rows(q, k, v, context, attend)
         return out, [tensor for saved in kept for tensor in saved]
@@ -291,7 +292,9 @@ def define_ulysses(name: str, attend: Forward, attend_backward: Backward) -> Att
     def run_backward(dout: Tensor, kept: list[Tensor], *names: Any) -> tuple[Tensor, Tensor, Tensor]:
         saved = [_saved(kept[first : first + 5]) for first in range(0, len(kept), 5)]
         context = context_of(kept[0], kept[1], *names[:-1])
-        return backward_in_rows(dout, saved, context, names[-1], attend_backward)
+        require_numbers({"dout": dout, "q": kept[0]})
+        require_fit(dout, context.plan, context.group)
+        return backward_in_rows(dense(dout), saved, context, names[-1], attend_backward)
 
     schema = f"({QKV}, {_CONTEXT}) -> (Tensor out, Tensor[] kept)"
     gradient = Gradient(run_backward, ("kept",), ("q", "k", "v"), _gradient_shapes)

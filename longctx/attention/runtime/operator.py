@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from operator import index
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from longctx.attention.runtime.borders import dense, require_gradient, require_operands
 from longctx.attention.runtime.local_kernel import LocalKernel, kernel_for
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.comm import Group, group_named
@@ -83,7 +85,7 @@ def encoded(options: StrategyOptions) -> str:
     chosen = {one.name: getattr(options, one.name) for one in fields(options)}
     default = asdict(DEFAULT)
     found = {name: value for name, value in chosen.items() if value != default[name]}
-    return json.dumps(found, sort_keys=True) if found else ""
+    return json.dumps(found, sort_keys=True, default=index) if found else ""
 
 
 @lru_cache(maxsize=64)
@@ -104,14 +106,15 @@ def define_strategy(
     require = fits or require_fit
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *names: Any) -> tuple[Tensor, Tensor]:
-        context = context_of(q, k, *names)
-        require(q, context.plan, context.group)
+        q, k, v, context = admitted(q, k, v, *names, fits=require)
         out, lse = forward(q, k, v, context)
         return out.to(q.dtype), lse
 
     def run_backward(dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, lse, *names = given
-        dq, dk, dv = backward(dout, (q, k, v, out, lse), context_of(q, k, *names))
+        require_gradient(dout, out)
+        q, k, v, context = admitted(q, k, v, *names, fits=require)
+        dq, dk, dv = backward(dense(dout), (q, k, v, out, lse), context)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     schema = f"({QKV}, {CONTEXT}) -> (Tensor out, Tensor lse)"
@@ -132,7 +135,7 @@ def _define_completion(name: str, forward: Forward) -> Callable[..., tuple[Tenso
     def complete(
         q: Tensor, k: Tensor, v: Tensor, tail_out: Tensor, tail_lse: Tensor, *names: Any
     ) -> tuple[Tensor, Tensor]:
-        context = context_of(q, k, *names)
+        q, k, v, context = admitted(q, k, v, *names)
         head = q[:, : context.plan.head.queries(context.group.rank)]
         out, lse = forward(head, k, v, replace(context, plan=context.plan.head))
         return torch.cat((out.to(q.dtype), tail_out), dim=1), torch.cat((lse, tail_lse), dim=1)
@@ -171,18 +174,20 @@ def require_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
         )
 
 
+def admitted(
+    q: Tensor, k: Tensor, v: Tensor, *names: Any, fits: Callable[..., None] = require_fit
+) -> tuple[Tensor, Tensor, Tensor, AttentionContext]:
+    """Returns q, k, v as kernels read them, and the context; refuses what is wrong by itself or for its plan."""
+    require_operands(q, k, v)
+    context = context_of(q, k, *names)
+    fits(q, context.plan, context.group)
+    return dense(q), dense(k), dense(v), context
+
+
 def context_of(
     q: Tensor, k: Tensor, plan: Tensor, group: str, kernel: str, scale: float, options: str = ""
 ) -> AttentionContext:
-    """Returns the context that an operator's arguments name.
-
-    Refuses query heads that key/value heads do not divide.
-    """
-    if q.shape[2] % k.shape[2]:
-        raise ConfigError(
-            f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads; nearest valid: "
-            f"{max(1, q.shape[2] // k.shape[2]) * k.shape[2]} query heads"
-        )
+    """Returns the context that an operator's arguments name, for q and k that ``require_operands`` has seen."""
     found = named_by(plan)
     its_plan = found if isinstance(found, SequencePlan) else found.plan
     return AttentionContext(its_plan, group_named(group), kernel_for(kernel, q, k), scale, decoded(options), found)

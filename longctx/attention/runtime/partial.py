@@ -55,13 +55,13 @@ class Partial:
     def merge_packed(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
         """Merges what another rank computed of these queries: packed ``[B, rows, H, D]`` and ``[B, rows, H]``.
 
-        Unlike in ``merge``, a query may have seen nothing, there, here or in both. sigma(-inf + inf) is then no number,
-        and its weight is 0.
+        Unlike in ``merge``, a query may have seen nothing, there, here or in both. sigma(-inf + inf) is then no number;
+        the weight of nothing is 0.
         """
         for (start, stop), offset in zip(rows.intervals, rows.offsets, strict=True):
             old_out, old_lse = self.out[:, start:stop], self.lse[:, start:stop]
             other_lse = lse.narrow(1, offset, stop - start)
-            weight = torch.sigmoid(other_lse - old_lse).nan_to_num_(0.0).unsqueeze(-1)
+            weight = torch.sigmoid(other_lse - old_lse).masked_fill_(other_lse == -torch.inf, 0.0).unsqueeze(-1)
             old_out.lerp_(out.narrow(1, offset, stop - start), weight)
             torch.logaddexp(old_lse, other_lse, out=old_lse)
             self._seen[:, start:stop] = True

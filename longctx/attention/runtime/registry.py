@@ -16,7 +16,7 @@ from longctx.attention.runtime.sizes import Sizes
 from longctx.catalog import LAYOUTS, STRATEGIES
 from longctx.errors import ConfigError
 from longctx.options import DEFAULT, OPTIONS, StrategyOptions
-from longctx.rules import as_word, divisors
+from longctx.rules import as_word, divisors, whole
 from longctx.sequence import Mask, SequencePlan
 
 
@@ -123,6 +123,8 @@ def costs_of(strategy: Strategy) -> Costs | None:
 
 def refusal(strategy: Strategy, case: AttentionCase) -> str | None:
     """Returns why the strategy does not execute this case exactly; None if it does."""
+    for what in ("world", "heads", "kv_heads"):
+        whole(what, getattr(case, what), 1)
     if case.heads % case.kv_heads:
         nearest = max(n for n in range(1, case.kv_heads + 1) if case.heads % n == 0)
         return (

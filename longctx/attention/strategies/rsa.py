@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy
+from longctx.attention.runtime.operator import AttentionContext, Saved, define_strategy, require_fit
 from longctx.attention.runtime.partial import accumulation_dtype
 from longctx.attention.runtime.registry import AttentionCase, Strategy
-from longctx.comm import Pending, exchange
-from longctx.sequence import SequencePlan
+from longctx.comm import Group, Pending, exchange
+from longctx.errors import ConfigError
+from longctx.sequence import SequencePlan, view
 
 # Letters of the einsums: b batch, q queries, k keys, h key/value heads, g query heads of each, d channels.
 
@@ -37,6 +38,7 @@ from longctx.sequence import SequencePlan
 def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of the local queries; q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``."""
     dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
+    [v] = without_padding(context, v)
     scores = score_rows(q, k, context)
     row_lse = torch.logsumexp(scores, dim=-1)
     weights = _softmax(scores, row_lse)
@@ -52,7 +54,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple
 
 def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of the local q, k, v in the accumulation dtype."""
-    q, k, v, _, lse = saved
+    lse = saved[-1]
+    q, k, v, dout = without_padding(context, *saved[:3], dout)
     dtype, mine = accumulation_dtype(q.dtype), slice(0, len(context.plan.positions(context.group.rank)))
     dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
     queries, douts = _grouped(q[:, mine].to(dtype), k), _grouped(dout[:, mine].to(dtype), k)
@@ -74,6 +77,24 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
     dk_return.finish()
     dq[:, mine] = d_queries.flatten(2, 3)
     return dq, dk, dv
+
+
+def without_padding(context: AttentionContext, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns local tensors ``[B, T/SP, ...]`` with 0 in place of padding, whose weights are 0 but not its numbers."""
+    padding = _padding(context.plan, context.group.rank)
+    if not padding.any():
+        return tensors
+    mask = padding.to(tensors[0].device, non_blocking=True)
+    return tuple(tensor.masked_fill(mask, 0) for tensor in tensors)
+
+
+@view
+def _padding(plan: SequencePlan, rank: int) -> Tensor:
+    """Which local tokens are of no document, bool ``[B, T/SP, 1, 1]``."""
+    found = torch.ones(len(plan.documents), plan.shard, 1, 1, dtype=torch.bool)
+    for row, documents in enumerate(plan.documents):
+        found[row, : int((plan.positions(rank) < documents.length).sum())] = False
+    return found
 
 
 def score_rows(q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
@@ -183,6 +204,15 @@ def _refuses(case: AttentionCase) -> str | None:
     return None
 
 
+def require_whole_rows(q: Tensor, plan: SequencePlan, group: Group) -> None:
+    """Refuses queries that a plan is not for, and plans with windows or several documents in a row."""
+    require_fit(q, plan, group)
+    packed = any(len(row) > 1 for row in plan.documents)
+    reason = _refuses(AttentionCase(plan.world, 1, 1, plan.layout.name, plan.mask, documents=packed))
+    if reason:
+        raise ConfigError(f"attention.strategy=rsa refuses: {reason}")
+
+
 def work(plan: SequencePlan, rank: int, inner: int) -> float:
     """Returns the cells of whole rows of scores, masked ones too."""
     return len(plan.documents) * len(plan.positions(rank)) * plan.length
@@ -190,7 +220,7 @@ def work(plan: SequencePlan, rank: int, inner: int) -> float:
 
 RSA = Strategy(
     "rsa",
-    define_strategy("rsa", forward, backward),
+    define_strategy("rsa", forward, backward, fits=require_whole_rows),
     layout="contiguous",
     refuses=_refuses,
     work=work,

@@ -31,7 +31,7 @@ def fill(name: str, parameter: Tensor, generator: Generator) -> None:
 
 def features(x: Tensor, weight: Tensor) -> Tensor:
     """Maps x ``[B, T/SP, H/TP, D]`` by weight ``[H/TP, D, D]`` to features ``[B, T/SP, H/TP, 2 D]``."""
-    mapped = 2 * torch.einsum("bthd,hed->bthe", x, weight)
+    mapped = 2 * torch.einsum("bthd,hed->bthe", x, weight.to(x.dtype))
     return torch.cat([mapped, -mapped], -1).softmax(-1)
 
 

@@ -185,5 +185,9 @@ def _tiles(tasks: TaskList, q_start: Int64, k_start: Int64) -> tuple[TileSet, ..
     count, keys = tasks.q_stop - tasks.q_start, tasks.k_stop - tasks.k_start
     task, row = np.repeat(np.arange(len(count)), count), ranges(count * 0, count)
     first, last = np.maximum(0, row + tasks.lo[task]), np.minimum(keys[task], row + tasks.hi[task] + 1)
-    tiles = tiles_of_rows(q_start[task] + row, k_start[task] + first, k_start[task] + last)
+    first, last = k_start[task] + first, k_start[task] + last
+    # Tasks that share no keys may be of two documents; those that do are of one.
+    apart = (np.diff(task) != 0) & (first[1:] >= last[:-1])
+    document = np.concatenate([[0], np.cumsum(apart)])[: len(task)]
+    tiles = tiles_of_rows(q_start[task] + row, first, last, document)
     return (TileSet(0, 1, tiles),) if tiles else ()

@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
+from longctx.attention.runtime.borders import HANDLE, dense, require_gradient, require_plain
 from longctx.attention.runtime.operator import (
     CONTEXT,
     QKV,
-    context_of,
+    admitted,
     encoded,
     out_and_lse,
-    require_fit,
 )
 from longctx.attention.strategies.disaggregated.execute import PLANNERS, BackwardRun, ForwardRun
 from longctx.attention.strategies.disaggregated.prepared import dispatches_of
@@ -54,6 +54,7 @@ class PingPongAttention:
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> NanoBatch:
         """Sends q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]`` to the ranks that compute for them."""
+        require_plain((("q", q), ("k", k), ("v", v), (HANDLE, plan)))
         run = new_handle()
         return NanoBatch(run, _start(q, k, v, run, plan, *self._context(q)), (q, k, v), plan)
 
@@ -72,8 +73,7 @@ class PingPongAttention:
 
 
 def run_start(q: Tensor, k: Tensor, v: Tensor, run: Tensor, *names: Any) -> Tensor:
-    context = context_of(q, k, *names)
-    require_fit(q, context.plan, context.group)
+    q, k, v, context = admitted(q, k, v, *names)
     there, _ = dispatches_of(context, PLANNERS["disaggregated"], q, k)
     begin(run, ForwardRun(q, k, v, context, there))
     return q.new_empty(0)
@@ -91,9 +91,10 @@ def run_finish(link: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Tensor, *name
 
 def run_finish_backward(dout: Tensor, link: Tensor, *given: Any) -> Tensor:
     q, k, v, out, lse, run, *names = given
-    context = context_of(q, k, *names)
+    require_gradient(dout, out)
+    q, k, v, context = admitted(q, k, v, *names)
     _, back = dispatches_of(context, PLANNERS["disaggregated"], q, k)
-    begin(run, BackwardRun(dout, (q, k, v, out, lse), context, back))
+    begin(run, BackwardRun(dense(dout), (q, k, v, out, lse), context, back))
     return link.new_empty(0)
 
 

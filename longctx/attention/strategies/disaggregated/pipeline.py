@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention.core import Started
+from longctx.attention.runtime.borders import HANDLE, require_plain
 from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.operator import (
     AttentionContext,
@@ -184,6 +185,7 @@ class StageAttention:
 
         q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``plan``: the handle of the microbatch's plan.
         """
+        require_plain((("q", q), ("k", k), ("v", v), (HANDLE, plan)))
         assert (widths_of(q, k), q.dtype) == (self._empty.widths, self._empty.dtype), "servers expect these heads"
         scale, options = q.shape[-1] ** -0.5, encoded(self._options)
         assert int(plan) in self._plans, "attention across stages is inside StageAttention.tick, of opened plans"

@@ -51,6 +51,7 @@ def assign(plan: SequencePlan, forward: Plan, backward: Plan | None = None, plan
     """
     there, back = (Dispatch(fitting(plan, one)) for one in (forward, backward or forward))
     _known(plan).assigned[planner] = there, back
+    plan.bound = "tasks were assigned by hand"
 
 
 def dispatches(
