@@ -115,18 +115,21 @@ def parts_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) ->
 
 def forward(tensors: Sequence[Tensor], chunks: Chunks, parts: Parts, context: LinearContext) -> tuple[Tensor, Tensor]:
     """Computes the output ``[B, T/SP, H/TP, V]`` and the sums of documents ``[B, slots, H/TP, K, V]``."""
+    tensors, bad = _clean(tensors)
     q, k, v = _cut(tensors, chunks)
     sums = _sums(k, v, parts)
     crossing = start_all_reduce(context.group, sums[:, : parts.crossing].contiguous(), SUM)
     out = _inner(q, k, v, parts)
     sums[:, : parts.crossing] = crossing.wait()
-    return chunks.join(out + _read(q, sums, parts)), sums
+    return chunks.join(out + _read(q, sums, parts)).masked_fill(bad, torch.nan), sums
 
 
 def backward(
     dout: Tensor, tensors: Sequence[Tensor], sums: Tensor, chunks: Chunks, parts: Parts, context: LinearContext
 ) -> list[Tensor]:
     """Computes the gradients of q, k and v."""
+    tensors, bad = _clean(tensors)
+    [dout], bad_dout = _clean([dout])
     with autograd():
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         q, k, v = _cut(leaves, chunks)
@@ -142,7 +145,18 @@ def backward(
     dsums[:, : parts.crossing] = crossing.wait()
     with autograd():
         second = torch.autograd.grad(_sums(k, v, parts), leaves[1:], dsums)
-    return [first[0], first[1] + second[0], first[2] + second[1]]
+    found = [first[0], first[1] + second[0], first[2] + second[1]]
+    return [gradient.masked_fill(bad | bad_dout, torch.nan) for gradient in found]
+
+
+def _clean(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Tensors without tokens that are no numbers, which are 0, and where those are, ``[B, T, H, 1]``.
+
+    Sums go over all tokens of a chunk, with 0 for those of other documents; 0 times infinity is none.
+    """
+    sums = [tensor.sum(-1, keepdim=True, dtype=accumulation_dtype(tensor.dtype)) for tensor in tensors]
+    bad = ~torch.stack([one.isfinite() for one in sums]).all(0)
+    return [tensor.masked_fill(bad, 0) for tensor in tensors], bad
 
 
 def _cut(tensors: Sequence[Tensor], chunks: Chunks) -> list[Tensor]:

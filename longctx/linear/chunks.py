@@ -14,12 +14,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from longctx.linear.affine import Resets
 from longctx.linear.segments import Chain, Segment, chain_of
 from longctx.sequence import Documents, SequencePlan, view
 from longctx.sequence.documents import Int64
@@ -34,6 +37,10 @@ class Chunks:
     ``shard`` (one past the last row) for places without a token. ``real`` bool ``[B', N, C]``: tokens of a document.
     ``same`` bool ``[B', N, C, C]``; ``head``, ``tail`` bool ``[B', N, C]``; ``keep`` bool ``[B', N]``. ``full``: are
     the tokens of the chunks the shard's, one after the other, and all of documents?
+
+    ``starts``: does a document start in any chunk? ``mixed``: are there tokens of several documents in any? ``passes``
+    bool ``[B', runs]``: whether a state passes through all of a run. ``resets``: of the chunks; ``unreached``: of those
+    that a state which enters their run does not come to; ``run_resets``: of the runs.
     """
 
     shard: int
@@ -47,6 +54,12 @@ class Chunks:
     head: Tensor
     tail: Tensor
     keep: Tensor
+    passes: Tensor
+    starts: bool
+    mixed: bool
+    resets: Resets | None
+    unreached: Resets | None
+    run_resets: Resets | None
 
     @property
     def count(self) -> int:
@@ -74,8 +87,10 @@ class Chunks:
         return F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, self.shard - tokens.shape[1]))
 
     def to(self, device: torch.device) -> Chunks:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Chunks(self.shard, self.full, self.runs, **moved)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Resets)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A rank's tokens, divided into pieces; ``runs`` are half-open ranges of spans, one for each of its segments."""
+    """A rank's tokens, divided into pieces; ``runs`` are half-open ranges of spans, one for each of its segments.
+
+    ``resets``: of the spans.
+    """
 
     parts: tuple[Piece, ...]
     runs: tuple[tuple[int, int], ...]
+    resets: Resets | None
 
     def split(self, spans: Tensor) -> tuple[Tensor, ...]:
         """Splits ``[B, spans, ...]`` by piece."""
@@ -160,7 +179,28 @@ def cut_chunks(segments: Sequence[Segment], documents: Sequence[Documents], shar
     ends = np.cumsum([0, *grid.counts]).tolist()
     runs = tuple(itertools.pairwise(ends))
     full = bool(real.all()) and np.array_equal(grid.token.reshape(-1), np.arange(shard))
-    return Chunks(shard, full, runs, **{name: torch.from_numpy(value) for name, value in arrays.items()})
+    passes, reached = _through(arrays["keep"], runs)
+    return Chunks(
+        shard,
+        full,
+        runs,
+        **{name: torch.from_numpy(value) for name, value in arrays.items()},
+        passes=passes,
+        starts=not head.all(),
+        mixed=bool((start != start[..., :1]).any()),
+        resets=Resets.where_not(torch.from_numpy(arrays["keep"])),
+        unreached=Resets.where_not(reached),
+        run_resets=Resets.where_not(passes),
+    )
+
+
+def _through(keep: NDArray[np.bool_], runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Whether what enters each run leaves it, bool ``[B', runs]``, and whether it comes to each chunk, ``[B', N]``."""
+    passes = np.stack([keep[:, start:stop].all(1) for start, stop in runs], 1) if runs else keep[:, :0]
+    reached = np.ones_like(keep)
+    for start, stop in runs:
+        reached[:, start + 1 : stop] = np.logical_and.accumulate(keep[:, start : stop - 1], 1)
+    return torch.from_numpy(passes), torch.from_numpy(reached)
 
 
 def distinct_packings(documents: Sequence[Documents]) -> Sequence[Documents]:
@@ -185,7 +225,9 @@ def cut_pieces(segments: Sequence[Segment], documents: Sequence[Documents], chun
             start = stop
         counts.append(sum(map(len, parts)) - before)
     ends = np.cumsum([0, *counts]).tolist()
-    return Pieces(tuple(_piece(spans, documents, chunk) for spans in parts), tuple(itertools.pairwise(ends)))
+    pieces = tuple(_piece(spans, documents, chunk) for spans in parts)
+    resets = Resets.where_not(torch.cat([piece.chunks.passes for piece in pieces], 1))
+    return Pieces(pieces, tuple(itertools.pairwise(ends)), resets)
 
 
 def _piece(spans: Sequence[Segment], documents: Sequence[Documents], chunk: int) -> Piece:
@@ -218,7 +260,7 @@ def pieces_of(plan: SequencePlan, rank: int, chunk: int, device: torch.device) -
 def _pieces(plan: SequencePlan, rank: int, chunk: int, tokens: int, device: torch.device) -> Pieces:
     pieces = cut_pieces(_segments(plan, rank), plan.documents, chunk, tokens)
     parts = tuple(replace(piece, chunks=piece.chunks.to(device)) for piece in pieces.parts)
-    return replace(pieces, parts=parts)
+    return replace(pieces, parts=parts, resets=pieces.resets and pieces.resets.to(device))
 
 
 def _segments(plan: SequencePlan, rank: int) -> list[Segment]:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.linear.affine import Runs, affine_exscan, affine_exscan_adjoint, apply_transitions, transition_gradient
+from longctx.linear.affine import (
+    Resets,
+    Runs,
+    affine_exscan,
+    affine_exscan_adjoint,
+    apply_transitions,
+    dropped,
+    transition_gradient,
+)
 from longctx.linear.chunks import Chunks, Pieces
 from longctx.linear.states import Summary
 
@@ -47,11 +55,11 @@ class LocalScan:
         ``entered``: the states that enter the spans, ``[B, n, H, K, V]``.
         """
         alone, through = self.entering.split([self.values, self.entering.shape[-1] - self.values], -1)
-        return alone + apply_transitions(through, entered.index_select(1, chunks.segment))
+        return alone + apply_transitions(through, dropped(entered.index_select(1, chunks.segment), chunks.unreached))
 
     def entered_gradient(self, dstates: Tensor, chunks: Chunks) -> Tensor:
         """Returns the gradient of the states that enter the spans, from that of the states that enter chunks."""
-        back = apply_transitions(self.entering[..., self.values :].mT, dstates)
+        back = dropped(apply_transitions(self.entering[..., self.values :].mT, dstates), chunks.unreached)
         sums = [back[:, start:stop].sum(1) for start, stop in chunks.runs]
         return torch.stack(sums, 1) if sums else back
 
@@ -61,8 +69,9 @@ class LocalScan:
         ``dstates``, ``leaving``: gradients of the chunks' states and of what leaves the spans.
         """
         columns = (*self.entering.shape[:-1], self.entering.shape[-1] - self.values)
-        through = transition_gradient(dstates, entered.index_select(1, chunks.segment), torch.Size(columns))
-        transitions = transition_gradient(leaving, entered, self.transitions.shape)
+        at_chunks = entered.index_select(1, chunks.segment)
+        through = transition_gradient(dstates, at_chunks, torch.Size(columns), chunks.unreached)
+        transitions = transition_gradient(leaving, entered, self.transitions.shape, chunks.run_resets)
         padded = leaving.new_zeros(*leaving.shape[:-1], columns[-1])
         padded[..., : self.rows, :] = transitions
         return torch.cat([dstates, through], -1), torch.cat([leaving, padded], -1)
@@ -82,7 +91,7 @@ class SpanScan:
     @property
     def summary(self) -> Summary:
         """The summary of the rank's segments: their transitions and additions."""
-        whole = scan_chunks(self._transitions, self._additions, self._pieces.runs)
+        whole = scan_chunks(self._transitions, self._additions, self._pieces.runs, self._pieces.resets)
         return Summary(whole.transitions, whole.additions)
 
     def entering(self, entered: Tensor) -> tuple[Tensor, ...]:
@@ -90,14 +99,15 @@ class SpanScan:
 
         ``entered``: the states that enter segments, ``[B, n, H, K, V]``.
         """
-        return self._pieces.split(affine_exscan(self._transitions, self._additions, entered, self._pieces.runs)[0])
+        runs, resets = self._pieces.runs, self._pieces.resets
+        return self._pieces.split(affine_exscan(self._transitions, self._additions, entered, runs, resets)[0])
 
     def entered_gradient(self, dentering: Tensor) -> Tensor:
         """Returns the gradient of the states that enter segments.
 
         ``dentering``: gradients of the states that enter spans, by what their chunks read of them.
         """
-        return affine_exscan_adjoint(self._transitions, dentering, None, self._pieces.runs)[1]
+        return affine_exscan_adjoint(self._transitions, dentering, None, self._pieces.runs, self._pieces.resets)[1]
 
     def leaving_gradients(self, dentering: Tensor, leaving: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of the states that leave the spans, by piece.
@@ -105,10 +115,11 @@ class SpanScan:
         ``dentering``: gradients of the states that enter the spans. ``leaving``: gradients of the states that leave
         segments, ``[B, n, H, K, V]``.
         """
-        return self._pieces.split(affine_exscan_adjoint(self._transitions, dentering, leaving, self._pieces.runs)[0])
+        runs, resets = self._pieces.runs, self._pieces.resets
+        return self._pieces.split(affine_exscan_adjoint(self._transitions, dentering, leaving, runs, resets)[0])
 
 
-def scan_chunks(transitions: Tensor, additions: Tensor, runs: Runs) -> LocalScan:
+def scan_chunks(transitions: Tensor, additions: Tensor, runs: Runs, resets: Resets | None) -> LocalScan:
     """Scans the columns of S and those of the transitions' products together."""
     batch, count, heads, keys, values = additions.shape
     matrix = transitions.shape[-1] > 1
@@ -117,5 +128,5 @@ def scan_chunks(transitions: Tensor, additions: Tensor, runs: Runs) -> LocalScan
     nothing = additions.new_zeros(batch, count, heads, keys, columns)
     initial = additions.new_zeros(batch, len(runs), heads, keys, values + columns)
     initial[..., values:] = start
-    entering, leaving = affine_exscan(transitions, torch.cat([additions, nothing], -1), initial, runs)
+    entering, leaving = affine_exscan(transitions, torch.cat([additions, nothing], -1), initial, runs, resets)
     return LocalScan(entering, leaving, values, transitions.shape[-2])

@@ -8,7 +8,7 @@ again, in the order in which the exchange hides best, with autograd on the local
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,45 @@ class Core(Protocol):
     def intra(self, written: Any, chunks: Chunks) -> Tensor: ...
 
 
+# What a piece's tensors are without numbers that are none: they, and tokens of which some was none, [B, T, H].
+Cleaned = tuple[Sequence[Tensor], Tensor | None]
+
+
+def clean(piece: Piece, tensors: Sequence[Tensor]) -> Cleaned:
+    """Returns the piece's own rows of the tensors, where documents share chunks without tokens that are no numbers.
+
+    Inside a chunk products go over all its tokens, with 0 for those of other documents; 0 times infinity is none.
+    """
+    own = [piece.of(tensor) for tensor in tensors]
+    if not piece.chunks.mixed:
+        return own, None
+    by_token = [one.detach() for one in own if one.ndim > 1]
+    sums = [one if one.ndim == 3 else one.sum(-1, dtype=accumulation_dtype(one.dtype)) for one in by_token]
+    bad = ~torch.stack([one.isfinite() for one in sums]).all(0)
+    return [one if one.ndim == 1 else one.masked_fill(bad if one.ndim == 3 else bad[..., None], 0) for one in own], bad
+
+
+def _spoiled(addition: Tensor, bad: Tensor | None, chunks: Chunks) -> Tensor:
+    """What chunks write ``[B, N, H, K, V]``, no number where a token of the document that leaves them was none."""
+    if bad is None:
+        return addition
+    gone = chunks.cut(bad[..., None].to(addition.dtype)).masked_fill(~diagonal.by_token(chunks.tail), 0).amax(-2)
+    return addition.masked_fill(gone[..., None] > 0, torch.nan)
+
+
+def _spoiled_rows(out: Tensor, bad: Tensor | None, chunks: Chunks) -> Tensor:
+    """What tokens read of their chunk ``[B, N, H, C, V]``, no number for those that see a token that was none."""
+    if bad is None:
+        return out
+    seen = chunks.same.unsqueeze(2).to(out.dtype) @ chunks.cut(bad[..., None].to(out.dtype))
+    return out.masked_fill(seen > 0, torch.nan)
+
+
+def _headed(rows: Tensor, chunks: Chunks) -> Tensor:
+    """Rows of chunks ``[B, N, H, C, any]``, 0 for tokens that read nothing of the state that enters."""
+    return rows.masked_fill(~diagonal.by_token(chunks.head), 0) if chunks.starts else rows
+
+
 def forward(
     core: Core, tensors: Sequence[Tensor], pieces: Pieces, context: LinearContext, strategy: LinearStrategy
 ) -> tuple[Tensor, Tensor]:
@@ -46,25 +85,29 @@ def forward(
 
     out ``[B, T/SP, H/TP, V]``, states ``[B, n, H/TP, K, V]``.
     """
-    written = [_write(core, piece, [piece.of(tensor) for tensor in tensors]) for piece in pieces.parts]
+    cleaned = [clean(piece, tensors) for piece in pieces.parts]
+    written = [_write(core, piece, one) for piece, one in zip(pieces.parts, cleaned, strict=True)]
     scans = [_scan(one, piece) for one, piece in zip(written, pieces.parts, strict=True)]
     spans = SpanScan(scans, pieces)
     arriving = strategy.enter(spans.summary, context)
     parts = [
-        (core.reads(one, piece.chunks), core.intra(one, piece.chunks))
-        for one, piece in zip(written, pieces.parts, strict=True)
+        (core.reads(one, piece.chunks), _spoiled_rows(core.intra(one, piece.chunks), bad, piece.chunks))
+        for one, piece, (_, bad) in zip(written, pieces.parts, cleaned, strict=True)
     ]
     entered = arriving()
     whole = parts[0][1].new_zeros(tensors[2].shape)
     for piece, scan, (reads, out), entering in zip(pieces.parts, scans, parts, spans.entering(entered), strict=True):
-        out += reads @ scan.states(entering, piece.chunks)
+        out += _headed(reads @ scan.states(entering, piece.chunks), piece.chunks)
         whole[:, piece.rows] = piece.chunks.join(out)
     return whole, entered
 
 
 @dataclass
 class _Again:
-    """A piece computed once more, with autograd. ``gradients``: of its own rows of the tensors, so far."""
+    """A piece computed once more, with autograd. ``gradients``: of its own rows of the tensors, so far.
+
+    ``bad``: tokens of which an input or a gradient is no number, ``[B, T, H]``; None where that stays by itself anyway.
+    """
 
     piece: Piece
     leaves: list[Tensor]
@@ -73,18 +116,28 @@ class _Again:
     reads: Tensor
     dout: Tensor
     gradients: list[Tensor | None]
+    bad: Tensor | None
 
     @classmethod
     def of(cls, core: Core, piece: Piece, tensors: Sequence[Tensor], dout: Tensor) -> _Again:
         with autograd():
-            leaves = [piece.of(tensor).detach().requires_grad_() for tensor in tensors]
-            written = _write(core, piece, leaves)
-            scan, reads = _scan(written, piece), core.reads(written, piece.chunks)
-        wide = piece.chunks.cut(piece.of(dout).to(reads.dtype))
-        return cls(piece, leaves, written, scan, reads, wide, [None] * len(leaves))
+            own, bad = clean(piece, tensors)
+            (clean_dout,), bad_dout = clean(piece, [dout])
+            leaves = [tensor.detach().requires_grad_() for tensor in own]
+            written = _write(core, piece, (leaves, bad))
+            if bad is not None:
+                _keep_finite(written.addition, written.transition)
+            scan, reads = _scan(written, piece), _headed(core.reads(written, piece.chunks), piece.chunks)
+        wide = piece.chunks.cut(clean_dout.to(reads.dtype))
+        either = None if bad is None or bad_dout is None else bad | bad_dout
+        return cls(piece, leaves, written, scan, reads, wide, [None] * len(leaves), either)
 
     def dstates(self) -> Tensor:
-        return self.reads.detach().mT @ self.dout
+        return self.reads.detach().mT @ _headed(self.dout, self.piece.chunks)
+
+    def dreads(self, states: Tensor) -> Tensor:
+        found = self.dout @ states.mT
+        return found if self.bad is None else found.nan_to_num_(0.0, 0.0, 0.0)
 
     def add(self, outputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], more: bool) -> None:
         found = torch.autograd.grad(outputs, self.leaves, gradients, retain_graph=more, allow_unused=True)
@@ -114,7 +167,7 @@ def backward(
     for one, scan, states in zip(again, fixed, entering, strict=True):
         with autograd():
             out = core.intra(one.written, one.piece.chunks)
-            dreads = one.dout @ scan.states(states, one.piece.chunks).mT
+            dreads = one.dreads(scan.states(states, one.piece.chunks))
             one.add((one.reads, out), (dreads, one.dout), more=True)
     leaving = spans.leaving_gradients(dentering, arriving())
     for one, scan, dstate, states, left in zip(again, fixed, dstates, entering, leaving, strict=True):
@@ -124,13 +177,21 @@ def backward(
     return [_joined(tensor, again, number) for number, tensor in enumerate(tensors)]
 
 
-def _write(core: Core, piece: Piece, tensors: Sequence[Tensor]) -> Any:
-    q, k, v, *gates = tensors
-    return core.write(q, k, v, gates, piece.chunks)
+def _keep_finite(*tensors: Tensor) -> None:
+    """Lets only numbers through in the gradients of what chunks write, for chunks of several documents."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+
+
+def _write(core: Core, piece: Piece, cleaned: Cleaned) -> Any:
+    (q, k, v, *gates), bad = cleaned
+    written = core.write(q, k, v, gates, piece.chunks)
+    return replace(written, addition=_spoiled(written.addition, bad, piece.chunks))
 
 
 def _scan(written: Any, piece: Piece) -> LocalScan:
-    return scan_chunks(written.transition, written.addition, piece.chunks.runs)
+    return scan_chunks(written.transition, written.addition, piece.chunks.runs, piece.chunks.resets)
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -143,6 +204,9 @@ def _joined(tensor: Tensor, again: Sequence[_Again], number: int) -> Tensor:
     whole = torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype) if tensor.ndim == 1 else tensor.dtype)
     for one in again:
         gradient = one.gradients[number]
+        if gradient is not None and one.bad is not None:
+            at = one.bad.any(0).any(0) if tensor.ndim == 1 else one.bad
+            gradient = gradient.masked_fill(at if at.ndim == gradient.ndim else at[..., None], torch.nan)
         if gradient is not None:
             one.piece.of(whole).add_(gradient)
     return whole

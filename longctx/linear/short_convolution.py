@@ -67,7 +67,7 @@ def _forward(x: Tensor, fetched: Tensor, weight: Tensor, halo: Halo) -> Tensor:
     extended, taps = torch.cat([x, fetched], 1), weight.to(accumulation_dtype(x.dtype))
     out = x * taps[..., -1]
     for back, (index, seen) in enumerate(zip(halo.index, halo.seen.unbind(1), strict=True), start=1):
-        out += extended.index_select(1, index) * seen[..., None, None] * taps[..., -1 - back]
+        out += extended.index_select(1, index).masked_fill(~seen[..., None, None], 0) * taps[..., -1 - back]
     return out.to(x.dtype)
 
 
@@ -95,7 +95,7 @@ def _backward(dout: Tensor, x: Tensor, fetched: Tensor, weight: Tensor, halo: Ha
     dx[:, : x.shape[1]] = dout * taps[..., -1]
     dweight[..., -1] = (dout * x).sum((0, 1))
     for back, (index, seen) in enumerate(zip(halo.index, halo.seen.unbind(1), strict=True), start=1):
-        visible = dout * seen[..., None, None]
+        visible = dout.masked_fill(~seen[..., None, None], 0)
         dweight[..., -1 - back] = (visible * extended.index_select(1, index)).sum((0, 1))
         dx.index_add_(1, index, visible * taps[..., -1 - back])
     return dx, dweight.to(weight.dtype)

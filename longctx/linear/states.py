@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.comm import Group
+from longctx.linear.affine import Resets
 from longctx.linear.segments import Chain, chain_of
 from longctx.sequence import Rows, SequencePlan, view
 
@@ -57,7 +59,8 @@ class ChainSubset:
     """Some places of the chain, ascending, and where documents join them; tensors are on one device.
 
     ``joined``, ``onward``, ``keep`` bool ``[B, n, 1, 1, 1]``: a document reaches each place from the one before,
-    reaches from it to the next, reaches through it. ``tokens`` ``[n, 1, 1, 1]``.
+    reaches from it to the next, reaches through it. ``tokens`` ``[n, 1, 1, 1]``. ``resets``: places that no state
+    passes through to the next; ``resets_back``: that no gradient passes through to the one before.
     """
 
     places: tuple[int, ...]
@@ -65,19 +68,24 @@ class ChainSubset:
     onward: Tensor
     keep: Tensor
     tokens: Tensor
+    resets: Resets | None
+    resets_back: Resets | None
 
     @classmethod
     def of(cls, chain: Chain, places: Sequence[int]) -> ChainSubset:
         joined = torch.from_numpy(chain.joined(places))
         onward = torch.cat([joined[:, 1:], torch.zeros_like(joined[:, :1])], 1)
         keep = torch.from_numpy(chain.keep[:, list(places)])
+        resets, resets_back = Resets.where_not(keep & onward), Resets.where_not(keep & joined)
         joined, onward, keep = (mask[:, :, None, None, None] for mask in (joined, onward, keep))
         tokens = torch.from_numpy(chain.tokens[list(places)])
-        return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None])
+        return cls(tuple(places), joined, onward, keep, tokens[:, None, None, None], resets, resets_back)
 
     def to(self, device: torch.device) -> ChainSubset:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return ChainSubset(self.places, **moved)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Resets)
+        }
+        return replace(self, **moved)
 
     def known(self, decay: Tensor) -> Tensor:
         """Returns transitions ``[B, n, H, 1, 1]`` that follow from the log decay ``[H]`` of a token."""

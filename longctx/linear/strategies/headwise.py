@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longctx.attention.costs.estimate import Volume
 from longctx.comm import Group, exchange
-from longctx.linear.affine import affine_exscan, affine_exscan_adjoint
+from longctx.linear.affine import Resets, affine_exscan, affine_exscan_adjoint
 from longctx.linear.registry import LinearSizes, LinearStrategy, causal_only
 from longctx.linear.segments import Chain, chain_of
 from longctx.linear.states import (
@@ -54,8 +54,10 @@ def enter(summary: Summary, context: LinearContext) -> Arriving:
     arriving = scatter_to_heads(summary, sending_segments, context)
 
     def scan() -> Tensor:
-        whole, onward = arriving(), _by_state(_whole_chain(summary, context).onward, summary, context)
-        entering, _ = affine_exscan(onward * whole.transitions, onward * whole.states)
+        whole, subset = arriving(), _whole_chain(summary, context)
+        onward, resets = _by_state(subset.onward, summary, context), _resets(subset.resets, summary, context)
+        transitions, states = (torch.where(onward, one, 0) for one in (whole.transitions, whole.states))
+        entering, _ = affine_exscan(transitions, states, resets=resets)
         return return_to_owners(entering, summary, receiving_segments, context)
 
     return scan
@@ -66,9 +68,10 @@ def leave(summary: Summary, context: LinearContext) -> Arriving:
     arriving = scatter_to_heads(summary, receiving_segments, context)
 
     def scan() -> Tensor:
-        whole, joined = arriving(), _by_state(_whole_chain(summary, context).joined, summary, context)
-        gradients = joined * whole.states
-        leaving, _ = affine_exscan_adjoint(joined * whole.transitions, gradients)
+        whole, subset = arriving(), _whole_chain(summary, context)
+        joined, resets = _by_state(subset.joined, summary, context), _resets(subset.resets_back, summary, context)
+        transitions, gradients = (torch.where(joined, one, 0) for one in (whole.transitions, whole.states))
+        leaving, _ = affine_exscan_adjoint(transitions, gradients, resets=resets)
         return return_to_owners(leaving, summary, sending_segments, context)
 
     return scan
@@ -147,6 +150,11 @@ def _swap(group: Group, parts: Sequence[Tensor], buffers: Sequence[Tensor]) -> C
 
 def _whole_chain(summary: Summary, context: LinearContext) -> ChainSubset:
     return chain_subset(context.plan, range(len(context.chain)), summary.states.device)
+
+
+def _resets(resets: Resets | None, summary: Summary, context: LinearContext) -> Resets | None:
+    """Those of this rank's share of the B·H states."""
+    return None if resets is None else Resets(_by_state(resets.mask, summary, context), resets.at)
 
 
 def _by_state(by_segment: Tensor, summary: Summary, context: LinearContext) -> Tensor:

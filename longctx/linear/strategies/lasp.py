@@ -57,7 +57,7 @@ def _walk(summary: Summary, context: LinearContext, direction: int) -> Arriving:
 def _steps(summary: Summary, context: LinearContext, direction: int, received: Tensor) -> Iterator[None]:
     """Fills ``received``, one segment after another; pauses before it waits."""
     chain, sent = context.chain, []
-    joined = chain_subset(context.plan, range(len(chain)), received.device).joined
+    subset = chain_subset(context.plan, range(len(chain)), received.device)
     for element, place in list(enumerate(context.own))[::direction]:
         # An edge of segments has the number of the place behind it.
         edge, onward = (place, place + 1)[::direction]
@@ -65,14 +65,16 @@ def _steps(summary: Summary, context: LinearContext, direction: int, received: T
         if chain.crossed(edge):
             receiving = exchange(context.group, [], [(chain.segments[place - direction].rank, torch.empty_like(state))])
             yield
-            state = receiving.wait()[0] * joined[:, edge]
+            state = torch.where(subset.joined[:, edge], receiving.wait()[0], 0)
             received[:, element] = state
         if chain.crossed(onward):
-            transition = summary.transitions[:, element]
-            passed = (
-                apply_transitions(transition if direction > 0 else transition.mT, state) + summary.states[:, element]
-            )
-            sent.append(exchange(context.group, [(chain.segments[place + direction].rank, passed.contiguous())], []))
+            transition, keep = summary.transitions[:, element], subset.keep[:, place]
+            if direction > 0:
+                passed = apply_transitions(transition, torch.where(keep, state, 0))
+            else:
+                passed = torch.where(keep, apply_transitions(transition.mT, state), 0)
+            passed = (passed + summary.states[:, element]).contiguous()
+            sent.append(exchange(context.group, [(chain.segments[place + direction].rank, passed)], []))
     yield
     for message in sent:
         message.wait()

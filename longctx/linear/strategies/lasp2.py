@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from longctx.attention.costs.estimate import Volume
@@ -47,7 +48,8 @@ def enter(summary: Summary, context: LinearContext) -> Arriving:
 
     def scan() -> Tensor:
         subset, chained = arriving()
-        entering, _ = affine_exscan(subset.onward * chained.transitions, subset.onward * chained.states)
+        transitions, states = (torch.where(subset.onward, one, 0) for one in (chained.transitions, chained.states))
+        entering, _ = affine_exscan(transitions, states, resets=subset.resets)
         return subset.rows(chain.places_of(me)).take(entering).clone()  # or all states of the chain would be kept
 
     return scan
@@ -60,8 +62,8 @@ def leave(summary: Summary, context: LinearContext) -> Arriving:
 
     def scan() -> Tensor:
         subset, chained = arriving()
-        gradients = subset.joined * chained.states
-        leaving, _ = affine_exscan_adjoint(subset.joined * chained.transitions, gradients)
+        transitions, gradients = (torch.where(subset.joined, one, 0) for one in (chained.transitions, chained.states))
+        leaving, _ = affine_exscan_adjoint(transitions, gradients, resets=subset.resets_back)
         return subset.rows(chain.places_of(me)).take(leaving)
 
     return scan
