@@ -47,6 +47,29 @@ def test_attention_in_ones_own_model(page):
     torch.testing.assert_close(unshard([out for out, _ in ranks], ranks[0][1]), expected, atol=1e-12, rtol=1e-12)
 
 
+def train_as_the_page_does(folder: Path) -> tuple[list[float], int, torch.dtype]:
+    """All that the page about own models shows, one after the other, on one rank of a cluster."""
+    tokens = torch.arange(1024)[None] % 256
+    table = embedding(3)
+    rows = [(torch.randint(256, (96,), generator=torch.Generator().manual_seed(n)), [n, 96 - n]) for n in (7, 40, 95)]
+    names = {"tokens": tokens, "labels": tokens, "rows": rows, "folder": folder}
+    names["project"] = lambda ids, positions: table[ids].unbind(2)
+    *code, cluster = blocks("docs/howto/own-model.md")
+    assert "Cluster(4).run(train_on_rank, batch)" in cluster
+    for one in code:
+        one = one.replace('dist.init_process_group("gloo")', "pass").replace("num_workers=2", "num_workers=0")
+        exec(one, names)
+    return [float(loss) for loss in names["losses"]], names["step"], names["logits"].dtype
+
+
+def test_a_whole_model_of_ones_own_trains_alike_on_any_number_of_ranks(tmp_path):
+    found = {world: Cluster(world).run(train_as_the_page_does, tmp_path / str(world)) for world in (1, 4)}
+    [(expected, _, _)] = found[1]
+    assert len(expected) == 3 and all(loss > 4 for loss in expected)
+    for losses, step, dtype in found[4]:
+        assert losses == pytest.approx(expected, rel=1e-5) and step == 10 and dtype == torch.bfloat16
+
+
 def test_a_plan():
     names: dict[str, object] = {}
     exec(blocks("docs/concepts/plan.md")[0], names)

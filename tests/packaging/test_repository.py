@@ -5,6 +5,8 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -17,9 +19,19 @@ def constraints() -> dict[str, str]:
 def test_every_installed_dependency_is_pinned_once():
     pinned = constraints()
     extras = PROJECT["optional-dependencies"]
-    for requirement in [*PROJECT["dependencies"], *extras["test"], *extras["lint"], *extras["track"], *extras["docs"]]:
+    for requirement in [*extras["test"], *extras["lint"], *extras["track"], *extras["docs"]]:
         name, version = requirement.lower().split("==")
         assert pinned[name] == version, requirement
+
+
+def test_what_is_pinned_lies_in_the_ranges_of_those_who_install_it_beside_others():
+    pinned, page = constraints(), (ROOT / "docs/howto/install.md").read_text(encoding="utf-8")
+    for dependency in map(Requirement, PROJECT["dependencies"]):
+        assert pinned[dependency.name.lower()] in dependency.specifier, dependency
+        assert not any(one.operator == "==" for one in dependency.specifier), dependency
+        assert dependency.name in page
+    for extra in PROJECT["optional-dependencies"]:
+        assert f"`{extra}`" in page
 
 
 def test_the_outer_folders_enter_the_package_as_committed_links():
