@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from longctx.rules import whole
+
 Int64 = NDArray[np.int64]
 Piece = tuple[int, int, int]  # (start, stop, end of its document), in positions of the corpus
 
@@ -29,6 +31,10 @@ class Balance:
 
     documents: bool = False
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            whole("attention.window", self.window, 1)
 
     def cells(self, lengths: Int64) -> Int64:
         """Returns the (query, key) pairs of documents, int64 like ``lengths``."""

@@ -29,7 +29,7 @@ ARROWS = {
     "model": {"sequence", "attention", "linear", "config"},
     "parallel": {"sequence", "attention", "linear", "comm", "mesh", "model", "config"},
     "engines": {"sequence", "attention", "comm", "mesh", "model", "parallel", "config", "catalog"},
-    "data": {"sequence", "planner", "config", "catalog"},
+    "data": {"sequence", "planner", "config", "catalog", "rules"},
     "verify": {"sequence", "comm", "attention", "linear", "options", "operators"},
     "bench": {
         "sequence", "operators", "comm", "attention", "verify", "engines", "reporting", "train", "config", "catalog",

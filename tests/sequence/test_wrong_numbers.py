@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions, get_strategy, refusal
+from longctx.data.balance import Balance
 from longctx.linear import HeadDims, LinearAttention, LinearCase, get_linear, get_mixer
 from longctx.linear import refusal as linear_refusal
 from longctx.sequence import (
@@ -60,6 +61,7 @@ TAKERS: dict[str, Callable[[object], object]] = {
     "get_mixer": lambda n: get_mixer("moba", mixer_block=n),
     "moba": lambda n: moba(4, n),
     "rat": rat,
+    "Balance": lambda n: Balance(window=n),
     "Cluster": Cluster,
     "Fault": lambda n: Fault("hang", n),
 }
