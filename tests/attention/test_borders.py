@@ -85,18 +85,21 @@ def test_a_softmax_strategy_refuses_what_is_not_its_ranks(strategy):
             attention(*operands(plan, 4, 3), plan.handle)
         with pytest.raises(ConfigError, match="does not fit its sequence plan"):
             attention(*tensors, other.handle)
-        _backward_refuses(strategy, attention, tensors, plan)
+        _backward_refuses(attention, tensors, plan)
         of_mesh = StrategyAttention(strategy, mesh["sp"])(*tensors, plan.handle)
         assert torch.equal(of_mesh, attention(*tensors, plan.handle))
 
     Cluster(world, trace=False).run(rank_main)
 
 
-def _backward_refuses(strategy: str, attention: Call, tensors: list[Tensor], plan: SequencePlan) -> None:
-    out = attention(*[one.clone().requires_grad_() for one in tensors], plan.handle)
-    for wrong in (out[:, 1:], out.float(), out.to("meta"), out[..., 1:]):
-        with pytest.raises((ValueError, RuntimeError)):  # autograd itself refuses the most of them
-            torch.autograd.grad(out, out.grad_fn.next_functions[1][0].variable, wrong, retain_graph=True)
+def _backward_refuses(attention: Call, tensors: list[Tensor], plan: SequencePlan) -> None:
+    leaves = [one.clone().requires_grad_() for one in tensors]
+    out = attention(*leaves, plan.handle)
+    for wrong in (out[:, 1:], out[..., 1:], torch.cat((out, out))):
+        with pytest.raises(
+            (ValueError, RuntimeError)
+        ):  # autograd itself refuses them, and casts what is of another dtype
+            torch.autograd.grad(out, leaves, wrong.detach(), retain_graph=True)
 
 
 def test_gradients_and_layouts_of_memory_change_nothing():
