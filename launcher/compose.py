@@ -11,9 +11,10 @@ import yaml
 
 from longctx.config import Config
 from longctx.errors import ConfigError, UsageError
-from longctx.launcher.hydra.groups import CONF, NAMED
+from longctx.launcher.hydra.groups import CONF, NAMED, groups
 from longctx.launcher.hydra.overrides import SEARCH_PATH, Reading, first_lines, quoted, read
 
+_ON_BASE = "on-base"  # conf/train.yaml without an option of any group
 _FILE = "file-of-ones-own"  # the option under which Hydra knows it
 
 
@@ -22,8 +23,11 @@ def compose(overrides: Sequence[str]) -> Config:
     return Config.from_dict(compose_mapping(overrides))
 
 
-def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns the plain nested mapping behind ``compose``, not yet checked against the schema."""
+def compose_mapping(overrides: Sequence[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the plain nested mapping behind ``compose``, not yet checked against the schema.
+
+    ``base``: whole sections that stand in place of the schema's defaults and of the options that conf/train.yaml has.
+    """
     reading = read(overrides)
     # Hydra costs a third of a second to import; commands that compose nothing start without it.
     import hydra
@@ -33,10 +37,10 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
-    _register(reading)
+    _register(reading, Config().to_dict() if base is None else dict(base))
     try:
         with hydra.initialize_config_dir(config_dir=str(CONF.resolve()), version_base="1.3"):
-            composed = hydra.compose("train", overrides=_words(reading))
+            composed = hydra.compose("train" if base is None else _ON_BASE, overrides=_words(reading))
         mapping = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_lines(error)) from None
@@ -76,12 +80,14 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _register(reading: Reading) -> None:
-    """Registers at Hydra the schema with its defaults, an option for each name that has no file, and one's own file."""
+def _register(reading: Reading, schema: dict[str, Any]) -> None:
+    """Registers at Hydra sections with their values, an option for each name that has no file, and one's own file."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config().to_dict())
+    store.store(name="schema", node=schema)
+    chosen = [{group: None} for group in groups() if group != "recipe"]
+    store.store(name=_ON_BASE, node={"defaults": ["schema", *chosen, "_self_", {"recipe": None}]})
     for group, (field, registries) in NAMED.items():
         for name in itertools.chain(*registries):
             if (CONF / group / f"{name}.yaml").exists():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from longctx.config import Config
 from longctx.errors import UsageError
-from longctx.launcher.run_directory import committed_steps, directory_of, refuse_occupied
+from longctx.launcher.run_directory import directory_of, refuse_occupied
+from longctx.launcher.rundir.records import committed_steps
 
 RESUME = "--resume"
 
@@ -84,6 +85,11 @@ def _quoted(text: str) -> str:
 def goes_on(config: Config, resume: Resume | None) -> bool:
     """Tells whether the run goes on from a checkpoint, as far as this process sees its directory."""
     return resume is not None and (resume.required or bool(committed_steps(directory_of(config))))
+
+
+def is_rewound(resume: Resume | None) -> bool:
+    """Tells whether the user chose the step, so that later checkpoints are not to be resumed from."""
+    return resume is not None and resume.step is not None
 
 
 def refuse_mixing(config: Config, resume: Resume | None) -> None:

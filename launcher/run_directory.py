@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,15 +17,19 @@ from typing import Any
 
 import yaml
 
-from longctx.checkpoint.directory import CheckpointDirectory
 from longctx.config import Config
 from longctx.errors import ConfigError, StorageError
-from longctx.launcher import run_lock
+from longctx.launcher.rundir.lock import LAUNCHER, WRITER, writing
+from longctx.launcher.rundir.records import (
+    CONFIG_FILE,
+    RECORDS,
+    committed_steps,
+    holds,
+    keep_attempt,
+    keep_before,
+    set_later_aside,
+)
 
-CONFIG_FILE = "config.yaml"
-FAILURES = "failures"
-# What an attempt leaves beside its checkpoints. All of it is told apart by name from that of a later attempt.
-RECORDS = (CONFIG_FILE, "environment.json", "metrics.jsonl", "memory.json", "report.html", "trace.json", FAILURES)
 _LARGEST_CONFIG = 1 << 20
 
 Lock = Callable[[Path], AbstractContextManager[None]]
@@ -44,7 +47,7 @@ def directory_by_the_clock() -> Path:
 
 
 @contextlib.contextmanager
-def claimed(config: Config, lock: Lock = run_lock.writing) -> Iterator[Config]:
+def claimed(config: Config, lock: Lock = writing) -> Iterator[Config]:
     """Makes ``run.dir`` if need be, and lets no other process into it; yields ``config`` with the directory's name.
 
     Where the user left the name it is chosen by making the directory, which of several machines one can. A directory
@@ -72,10 +75,11 @@ def _private() -> Iterator[None]:
         os.umask(before)
 
 
-def open_directory(config: Config, step: int | None) -> Path:
+def open_directory(config: Config, step: int | None, rewound: bool = False) -> Path:
     """Writes ``config.yaml`` into ``run.dir``, and keeps what lies there of an earlier attempt under other names.
 
-    ``step``: that of the checkpoint from which the run goes on; None for a start.
+    ``step``: that of the checkpoint from which the run goes on; None for a start. ``rewound``: the user chose it, and
+    later ones are set aside.
     """
     directory = directory_of(config)
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -84,7 +88,9 @@ def open_directory(config: Config, step: int | None) -> Path:
         if step is None:
             keep_attempt(directory)
         else:
-            _keep_before(directory, step, text)
+            if rewound:
+                set_later_aside(directory, step)
+            keep_before(directory, step, text)
         unfinished = directory / f".{CONFIG_FILE}.new"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(directory / CONFIG_FILE)
@@ -93,35 +99,17 @@ def open_directory(config: Config, step: int | None) -> Path:
     return directory
 
 
-def keep_attempt(directory: Path, besides: str | None = None) -> None:
-    """Gives other names to the records of an attempt that left no checkpoint: ``metrics.attempt-1.jsonl``.
-
-    ``besides``: a name that stays, such as that of the configuration which the next attempt reads.
-    """
-    left = [directory / name for name in RECORDS if name != besides and _holds(directory / name)]
-    number = 1
-    while any(directory.glob(f"*.attempt-{number}*")):
-        number += 1
-    for path in left:
-        path.rename(path.with_name(f"{path.stem}.attempt-{number}{path.suffix}"))
-
-
 def refuse_occupied(config: Config) -> None:
     """Refuses to start a run where anything lies of an earlier one."""
     directory = directory_of(config)
     steps = committed_steps(directory)
     left = [f"checkpoint step-{steps[-1]}"] if steps else []
-    left += [name for name in RECORDS if _holds(directory / name)]
+    left += [name for name in RECORDS if holds(directory / name)]
     if left:
         raise ConfigError(
             f"run.dir={directory} already holds a run ({', '.join(left)}); go on from its newest checkpoint with "
             "--resume, start over beside what it left if it has none with --auto-resume, or choose another run.dir"
         )
-
-
-def committed_steps(directory: Path) -> list[int]:
-    """Lists the steps of a run's committed checkpoints, ascending."""
-    return CheckpointDirectory(directory / "checkpoints").steps()
 
 
 def directory_of(config: Config) -> Path:
@@ -173,38 +161,12 @@ def _made(config: Config) -> tuple[Config, bool]:
 
 def _remove_unused(directory: Path) -> None:
     """Removes a directory in which there is nothing but locks."""
-    locks = {run_lock.LAUNCHER, run_lock.WRITER}
+    locks = {LAUNCHER, WRITER}
     with contextlib.suppress(OSError):
         if {path.name for path in directory.iterdir()} <= locks:
             for name in locks:
                 (directory / name).unlink(missing_ok=True)
             directory.rmdir()
-
-
-def _keep_before(directory: Path, step: int, text: str) -> None:
-    """Keeps what a resume will write anew: ``config.before-step-4.yaml``, if it is to change, and the environment."""
-    config = directory / CONFIG_FILE
-    changes = config.is_file() and config.read_bytes() != text.encode()
-    for path in (*([config] if changes else []), directory / "environment.json"):
-        if path.is_file():
-            # A copy, not a rename: at no time is the run without its configuration.
-            shutil.copyfile(path, _free_name(path, f"before-step-{step}"))
-    if _holds(directory / FAILURES):
-        (directory / FAILURES).rename(_free_name(directory / FAILURES, f"before-step-{step}"))
-
-
-def _free_name(path: Path, label: str) -> Path:
-    """Returns ``config.before-step-4.yaml`` for ``config.yaml``, or with a number behind it where that is taken."""
-    number, chosen = 1, path.with_name(f"{path.stem}.{label}{path.suffix}")
-    while os.path.lexists(chosen):
-        number += 1
-        chosen = path.with_name(f"{path.stem}.{label}-{number}{path.suffix}")
-    return chosen
-
-
-def _holds(path: Path) -> bool:
-    """Tells whether something lies at ``path``: an empty folder holds nothing."""
-    return any(path.iterdir()) if path.is_dir() and not path.is_symlink() else os.path.lexists(path)
 
 
 class _DataLoader(yaml.SafeLoader):

@@ -15,8 +15,9 @@ from longctx.launcher import env, streams
 from longctx.launcher.failures import record, run_recorded
 from longctx.launcher.ranks.lifeline import end_with_launcher, end_with_parent
 from longctx.launcher.resuming import Resume, add_arguments, goes_on, resume_of
-from longctx.launcher.run_directory import CONFIG_FILE, claimed, directory_of, keep_attempt, read_config
-from longctx.launcher.run_lock import writing
+from longctx.launcher.run_directory import claimed, directory_of, read_config
+from longctx.launcher.rundir.lock import writing
+from longctx.launcher.rundir.records import CONFIG_FILE, keep_attempt
 from longctx.launcher.stopping import listening
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError
 from longctx.launcher import env, failures, machine
-from longctx.launcher.compose import compose
 from longctx.launcher.ranks.store import nameless_file
 from longctx.launcher.ranks.supervisor import RankJob, RanksEnd, run_ranks
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
-from longctx.launcher.run_directory import CONFIG_FILE, FAILURES, claimed
-from longctx.launcher.run_lock import launching
+from longctx.launcher.run_directory import claimed
+from longctx.launcher.rundir.lock import launching
+from longctx.launcher.rundir.records import CONFIG_FILE, FAILURES
+from longctx.launcher.rundir.resumed_config import configuration
 from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import answered_by_ranks
 from longctx.reporting.teller import Teller
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Checks everything, starts the processes, and returns the first failing rank's exit code."""
     resume = resume_of(arguments)
-    config = prepare(compose(arguments.overrides), arguments.nproc)
+    config = prepare(configuration(arguments.overrides, resume), arguments.nproc)
     with claimed(config, launching) as config:
         return _launched(config, arguments.nproc, resume)
 

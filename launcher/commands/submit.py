@@ -14,18 +14,18 @@ from pathlib import Path
 from longctx.config import Config, resolve
 from longctx.errors import ConfigError, NotAvailableError, StorageError
 from longctx.launcher import env, streams
-from longctx.launcher.compose import compose
+from longctx.launcher.resuming import Resume, goes_on, is_rewound, refuse_mixing, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
-from longctx.launcher.resuming import refuse_mixing, resume_of
 from longctx.launcher.run_directory import (
     claimed,
-    committed_steps,
     directory_by_the_clock,
     directory_of,
     in_directory,
     open_directory,
 )
-from longctx.launcher.run_lock import launching
+from longctx.launcher.rundir.lock import launching
+from longctx.launcher.rundir.records import committed_steps
+from longctx.launcher.rundir.resumed_config import configuration
 from longctx.launcher.slurm_script import render
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Renders the job, and submits it unless ``--dry-run`` was given."""
     resume = resume_of(arguments)
-    config = prepare(compose(arguments.overrides))
+    config = prepare(configuration(arguments.overrides, resume))
     if arguments.cpus_per_task < 1:
         raise ConfigError(f"--cpus-per-task {arguments.cpus_per_task} must be at least 1")
     if arguments.dry_run:
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_mixing(config, resume)
         script = render(config, arguments.cpus_per_task)
         # The job goes on from what it finds when it starts; until then this is what it is to go on from.
-        steps = committed_steps(directory_of(config)) if resume else []
-        directory = open_directory(config, steps[-1] if steps else None)
+        directory = open_directory(config, _step(config, resume), is_rewound(resume))
         return _submit(sbatch, directory, script)
 
 
@@ -79,6 +78,20 @@ def prepare(config: Config) -> Config:
     build.preflight_attention(config)
     look(Facts(config, device=device_of_job(config)))
     return config
+
+
+def _step(config: Config, resume: Resume | None) -> int | None:
+    """Returns the step from which the job will go on, as things stand; None for a start."""
+    if resume is None or not goes_on(config, resume):
+        return None
+    steps = committed_steps(directory_of(config))
+    chosen = resume.step if resume.step is not None else max(steps, default=None)
+    if chosen is None or chosen not in steps:
+        raise StorageError(
+            f"{' '.join(resume.words)}: {directory_of(config)} has no such checkpoint; committed steps: "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    return chosen
 
 
 def _submit(sbatch: str, directory: Path, script: str) -> int:

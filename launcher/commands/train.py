@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import env, machine, streams
-from longctx.launcher.compose import compose
 from longctx.launcher.ranks.meeting import RelayedError
 from longctx.launcher.resuming import Resume, resume_of
 from longctx.launcher.resuming import add_arguments as add_resuming
 from longctx.launcher.run_directory import claimed, with_directory
+from longctx.launcher.rundir.resumed_config import configuration
 from longctx.launcher.start.checking import open_checked_directory
 from longctx.launcher.stopping import listening
 from longctx.launcher.worker import follow
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     resume = resume_of(arguments)
     rank = env.read_rank() or env.RankEnvironment(rank=0, world_size=1, local_rank=0)
     try:
-        config = compose(arguments.overrides)
+        config = configuration(arguments.overrides, resume)
         if config.comm.backend == "sim":
             _require_alone(rank)
             _simulate(config, resume)

@@ -13,7 +13,6 @@ import yaml
 
 from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import UsageError
-from longctx.launcher.compose import compose
 from longctx.launcher.hydra.overrides import SEARCH_PATH, quoted
 
 _MULTIRUN = ("-m", "--multirun")
@@ -83,7 +82,11 @@ def with_own_folder(arguments: argparse.Namespace) -> list[str]:
 
 def shown(arguments: argparse.Namespace) -> str:
     """Returns the configuration as YAML, as ``config.yaml`` of the run would have it."""
-    config = compose(arguments.overrides)
+    # Only --cfg asks for it; every command imports this module.
+    from longctx.launcher.resuming import resume_of
+    from longctx.launcher.rundir.resumed_config import configuration
+
+    config = configuration(arguments.overrides, resume_of(arguments) if hasattr(arguments, "resume") else None)
     if arguments.resolve:
         config = resolve(config, _world_size(config, getattr(arguments, "nproc", None)))
     text: str = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)

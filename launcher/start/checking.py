@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longctx.config import Config
 from longctx.launcher import machine
-from longctx.launcher.resuming import Resume, refuse_mixing
+from longctx.launcher.resuming import Resume, is_rewound, refuse_mixing
 from longctx.launcher.run_directory import open_directory
 from longctx.reporting.teller import Teller
 
@@ -25,4 +25,4 @@ def open_checked_directory(config: Config, resume: Resume | None, processes: int
         from longctx.launcher import build
     with teller.after("configuration and data are checked"):
         step = build.preflight(config, resume)
-    return open_directory(config, step)
+    return open_directory(config, step, is_rewound(resume))

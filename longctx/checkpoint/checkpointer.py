@@ -130,7 +130,7 @@ class Checkpointer:
             return None
         described = describe_together(state.model, state.optimizer)
         directory = self._directory.path(commit.step)
-        run_on_all_ranks(lambda: plan_load(directory, commit, state, described) and None)
+        run_on_all_ranks(lambda: plan_load(directory, commit, state, described, self._run) and None)
         return commit.step
 
     def load(self, state: TrainState, step: int | None = None) -> int:
@@ -145,7 +145,7 @@ class Checkpointer:
             raise StorageError(f"no checkpoint in {self._directory.root}; start without --resume, or correct run.dir")
         described = describe_together(state.model, state.optimizer)
         directory = self._directory.path(commit.step)
-        run_on_all_ranks(lambda: restore(plan_load(directory, commit, state, described), state, self._run))
+        run_on_all_ranks(lambda: restore(plan_load(directory, commit, state, described, self._run), state, self._run))
         state.step = commit.step
         self._trust.loaded(commit.step)
         return commit.step

@@ -20,19 +20,30 @@ def recorded_config(config: Mapping[str, Any]) -> Any:
     return plain(kept, "configuration")
 
 
-def changed_keys(saved: Any, now: Any) -> list[str]:
-    """Lists the keys whose values differ, each with both values, in words.
+# What decides which function of the tokens the weights are, beside the weights themselves. In which dtype it is
+# computed, and by which strategy, kernel or mesh, decides only how it is rounded.
+_FUNCTION = ("model.", "attention.window", "attention.document_mask")
+_LABELS = ("model.name", "model.init_std")  # how weights were drawn and what they are called
+
+
+def another_model(changed: Mapping[str, str]) -> list[str]:
+    """Lists, in words, the changes that make another model of the same weights."""
+    return [words for key, words in changed.items() if key.startswith(_FUNCTION) and key not in _LABELS]
+
+
+def changed_keys(saved: Any, now: Any) -> dict[str, str]:
+    """Returns the keys whose values differ, ascending, with both values in words.
 
     ``saved`` may be an earlier version's: old names are understood, and keys that it lacks had their defaults.
     """
     before, after = dict(leaves(translated(saved))), dict(leaves(now))
     defaults = dict(leaves(Config().to_dict()))
     before = {**{key: defaults[key] for key in after if key in defaults}, **before}
-    return [
-        f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
+    return {
+        key: f"{key}={after.get(key, 'absent')} (was {before.get(key, 'absent')})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-    ]
+    }
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

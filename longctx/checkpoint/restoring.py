@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longctx.checkpoint import manifest
 from longctx.checkpoint.agreement import this_rank, world_size
-from longctx.checkpoint.config_record import changed_keys
+from longctx.checkpoint.config_record import another_model, changed_keys
 from longctx.checkpoint.files import read_small
 from longctx.checkpoint.manifest import Chunk, Commit
 from longctx.checkpoint.rng import rng_state, set_rng_state
@@ -47,14 +47,17 @@ class LoadPlan:
     optimizer: dict[str, Any]
 
 
-def plan_load(directory: Path, commit: Commit, state: TrainState, described: dict[str, Any]) -> LoadPlan:
+def plan_load(
+    directory: Path, commit: Commit, state: TrainState, described: dict[str, Any], run: RunRecord
+) -> LoadPlan:
     """Finds what is to be read and into what, and refuses all that can be refused.
 
     Reads no shards, but moves the loader and the schedule of ``state``.
     """
     live = live_tensors(state.model)
-    located = _with_copies(locate(_read_manifests(directory, commit)), live)
     rest = _read_state(directory, commit)
+    _require_same_model(directory, rest["config"], run.config)
+    located = _with_copies(locate(_read_manifests(directory, commit)), live)
     first = {name: shards[0][1] for name, shards in located.items() if not name.startswith("rng.")}
     tensors = model_tensors(live)
     check_tensors("model.", tensors, {f"model.{name}" for name in described["model"]}, first, str(directory))
@@ -76,10 +79,20 @@ def restore(fitted: LoadPlan, state: TrainState, run: RunRecord) -> None:
         set_rng_state(generators)
     saved = fitted.rest["config"]
     # Earlier checkpoints kept only a digest, which cannot say what has changed.
-    changed = changed_keys(saved, run.config) if type(saved) is dict else []
+    changed = changed_keys(saved, run.config) if type(saved) is dict else {}
     if changed and this_rank() == 0:
-        step = fitted.commit.step
-        _log.warning("step %d was written under another configuration; from here on: %s", step, ", ".join(changed))
+        step, words = fitted.commit.step, ", ".join(changed.values())
+        _log.warning("step %d was written under another configuration; from here on: %s", step, words)
+
+
+def _require_same_model(directory: Path, saved: Any, now: Any) -> None:
+    """Refuses a configuration under which the weights would be another function of the tokens than was trained."""
+    changed = another_model(changed_keys(saved, now)) if type(saved) is dict and saved and now else []
+    if changed:
+        raise ConfigError(
+            f"{directory} is of another model: {', '.join(changed)}; leave these as they were, or start a new run with "
+            f"its weights: init.from={directory}"
+        )
 
 
 def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:

@@ -42,6 +42,7 @@ def describe() -> dict[str, Any]:
         "longctx": longctx.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "working_directory": str(Path.cwd()),
         "cuda": torch.version.cuda,
         "git_commit": _git_commit(Path(longctx.__file__).resolve().parent),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

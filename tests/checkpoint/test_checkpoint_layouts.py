@@ -248,8 +248,8 @@ def test_missing_checkpoints(tmp_path):
 
 
 def test_changes_of_a_configuration_ignore_order(tmp_path):
-    assert changed_keys(recorded_config({"a": 1, "b": {"c": (1, 2)}}), {"b": {"c": [1, 2]}, "a": 1}) == []
-    assert changed_keys({"a": 1}, {"a": 2}) == ["a=2 (was 1)"]
+    assert changed_keys(recorded_config({"a": 1, "b": {"c": (1, 2)}}), {"b": {"c": [1, 2]}, "a": 1}) == {}
+    assert changed_keys({"a": 1}, {"a": 2}) == {"a": "a=2 (was 1)"}
     saved(tmp_path, 1)
     state = json.loads((tmp_path / "step-1" / "state.json").read_text())
     assert state["loader"] == {"next_sample": 4}

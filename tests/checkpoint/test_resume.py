@@ -39,16 +39,14 @@ def options_after_resume(config):
 def test_the_optimizer_follows_the_configuration_of_now_and_changes_are_named(tmp_path, data, caplog):
     build.run_sim(configured(tmp_path), None)
     optim = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.3}
-    other = configured(
-        tmp_path, optim=optim, attention={"window": 7, "document_mask": False}, model={"rope_theta": 5e5}
-    )
+    other = configured(tmp_path, optim=optim, attention={"layout": "striped"}, train={"steps": 3})
     with caplog.at_level(logging.WARNING):
         (options,) = Cluster(1).run(options_after_resume, other)
     assert options == [((0.5, 0.7), 1e-4, 0.3), ((0.5, 0.7), 1e-4, 0.0)]
     (told,) = [r.getMessage() for r in caplog.records if "another configuration" in r.getMessage()]
-    for change in ("attention.window=7 (was null)", "attention.document_mask=false (was true)", "optim.beta1=0.5"):
+    for change in ("attention.layout=striped (was zigzag)", "train.steps=3 (was 2)", "optim.beta1=0.5 (was 0.9)"):
         assert change in told
-    assert "model.rope_theta=500000.0 (was 10000.0)" in told and "run." not in told and "train.steps" not in told
+    assert "run." not in told and "logger." not in told
 
 
 def test_an_unchanged_configuration_is_not_spoken_of(tmp_path, data, caplog):
@@ -61,8 +59,12 @@ def test_an_unchanged_configuration_is_not_spoken_of(tmp_path, data, caplog):
 @pytest.mark.parametrize(
     "sections,words",
     [
-        ({"model": {"dim": 64}}, "the configuration makes it"),
-        ({"model": {"layers": 3}}, "holds another model"),
+        ({"model": {"dim": 64}}, "model.dim=64 .was 32.; .* init.from="),
+        ({"model": {"heads": 2, "kv_heads": 1, "head_dim": 16}}, "model.head_dim=16 .was 8., model.heads=2"),
+        ({"model": {"rope_theta": 5e5}}, "model.rope_theta=500000.0 .was 10000.0."),
+        ({"model": {"norm_eps": 1e-3}}, "model.norm_eps"),
+        ({"attention": {"window": 7}}, "attention.window=7 .was null."),
+        ({"attention": {"document_mask": False}}, "attention.document_mask=false .was true."),
         ({"train": {"steps": 2, "dtype": "float32"}}, "train.dtype of the run that wrote it"),
         ({"train": {"steps": 2, "seed": 6}}, "train.seed: 5 in the checkpoint, 6 now"),
         ({"data": {"seq_len": 64}}, "data.seq_len: 61 in the checkpoint, 64 now"),
@@ -75,17 +77,60 @@ def test_preflight_refuses_a_checkpoint_of_another_model_or_other_data(tmp_path,
         build.preflight(configured(tmp_path, **sections), resume=Resume())
 
 
-def test_a_refused_resume_leaves_config_yaml_as_it_was(tmp_path, capfd):
+SMALL = [
+    "comm=sim", "model.layers=1", "model.dim=16", "model.heads=2", "model.kv_heads=1", "model.head_dim=8",
+    "model.hidden_dim=32", "data.seq_len=32", "data.max_documents=9", "logger=none", "train.canary=false",
+]  # fmt: skip
+
+
+def steps_of(run, name="metrics.jsonl"):
+    return [json.loads(line)["step"] for line in (run / name).read_text().splitlines()]
+
+
+def test_a_run_goes_on_from_the_step_that_is_named_and_nothing_of_it_is_lost(tmp_path, capfd, caplog):
     from longctx.launcher.cli import main
 
-    words = ["comm=sim", "model.layers=1", "model.dim=16", "model.heads=2", "model.kv_heads=1", "model.head_dim=8"]
-    words += ["model.hidden_dim=32", "data.seq_len=32", "data.max_documents=9", "logger.wandb=disabled"]
-    words += ["logger.progress=false", "logger.report=false", "train.steps=1", f"run.dir={tmp_path}/run"]
-    assert main(["train", *words]) == 0
-    written = (tmp_path / "run/config.yaml").read_bytes()
-    assert main(["train", "--resume", *words, "model.hidden_dim=64"]) == 78
-    assert "the configuration makes it" in capfd.readouterr().err
-    assert (tmp_path / "run/config.yaml").read_bytes() == written
+    run = tmp_path / "run"
+    words = [*SMALL, "train.steps=4", "checkpoint.every=2", "checkpoint.keep=0"]
+    assert main(["train", *words, f"run.dir={run}"]) == 0
+    written = (run / "config.yaml").read_bytes()
+    metrics = (run / "metrics.jsonl").read_text()
+    for refused, why in (
+        (["model.hidden_dim=64"], "of another model: model.hidden_dim=64 (was 32)"),
+        (["attention.window=8"], "init.from="),
+        (["data.seq_len=64"], "data.seq_len"),
+        (["--step", "3"], "newest intact earlier one: step 2"),
+    ):
+        assert main(["train", f"--resume={run}", *refused]) in (74, 78)
+        assert why in capfd.readouterr().err
+    assert main(["train", *words, f"run.dir={run}"]) == 78
+    assert (run / "config.yaml").read_bytes() == written and (run / "metrics.jsonl").read_text() == metrics
+    with caplog.at_level(logging.WARNING):
+        assert main(["train", f"--resume={run}", "--step", "2", "optim.lr=1e-3", "train.steps=3"]) == 0
+    assert "optim.lr=0.001 (was 0.003)" in caplog.text and "checkpoints after step 2 (step-4)" in caplog.text
+    assert (
+        steps_of(run) == [1, 2, 3] and (run / "metrics.jsonl").read_text().splitlines()[:2] == metrics.splitlines()[:2]
+    )
+    assert steps_of(run, "metrics.after-step-2.jsonl") == [3, 4]
+    assert (run / "config.before-step-2.yaml").read_bytes() == written
+    assert CheckpointDirectory(run / "checkpoints").steps() == [2, 3]
+    # What was set aside is a run by itself, with the settings that it had.
+    other = run / "later-than-step-2"
+    assert main(["train", f"--resume={other}", "train.steps=5"]) == 0
+    assert steps_of(other) == [1, 2, 3, 4, 5]
+    assert (other / "metrics.jsonl").read_text().splitlines()[:4] == metrics.splitlines()
+
+
+def test_an_attempt_without_a_checkpoint_is_kept_when_the_run_starts_anew(tmp_path):
+    from longctx.launcher.cli import main
+
+    words = [*SMALL, "train.steps=2", f"run.dir={tmp_path}/run"]
+    assert main(["train", *words, "checkpoint.at_end=false"]) == 0
+    assert main(["train", "--resume", *words]) == 74
+    assert main(["train", "--auto-resume", *words, "train.seed=1"]) == 0
+    assert steps_of(tmp_path / "run", "metrics.attempt-1.jsonl") == steps_of(tmp_path / "run") == [1, 2]
+    assert main(["train", "--auto-resume", f"run.dir={tmp_path}/run", "train.steps=3"]) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):

@@ -20,6 +20,7 @@ from longctx.launcher.cli import COMMANDS, parser_of
 from longctx.launcher.commands import submit, verify
 from longctx.launcher.compose import compose
 from longctx.launcher.hydra import flags
+from longctx.launcher.resuming import spelled_out
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -67,7 +68,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     [command] = [one for one in COMMANDS if words[1 : 1 + len(one.name.split())] == one.name.split()]
     parser = parser_of(command)
     importlib.import_module(command.module).add_arguments(parser)
-    arguments = parser.parse_intermixed_args(words[1 + len(command.name.split()) :])
+    arguments = parser.parse_intermixed_args(spelled_out(words[1 + len(command.name.split()) :]))
     if command.overrides:
         arguments.overrides = flags.with_own_folder(arguments)
     return arguments

@@ -141,8 +141,11 @@ def test_a_bug_shows_its_traceback_and_ends_with_70(capsys, build):
 
 
 def test_train_alone_is_a_world_of_one(build):
-    assert cli.main(["train", "run.dir=run", "train.steps=3", "--resume"]) == 0
+    assert cli.main(["train", "run.dir=run", "train.steps=3"]) == 0
+    build.calls.clear()
+    assert cli.main(["train", "--resume=run", "train.seed=4"]) == 0
     (checked, config, _), (ran, same, resume) = build.calls
+    assert (config.train.steps, config.train.seed) == (3, 4)
     assert (checked, ran, resume) == ("preflight", "train_with", Resume())
     assert same is config
     assert config.parallel.dp_shard == 1
@@ -192,7 +195,6 @@ def test_a_second_fresh_run_does_not_mix_with_the_first(build, capsys):
     Path("run/checkpoints/step-9").mkdir()
     assert cli.main(["train", "run.dir=run"]) == 78
     assert "step-12" in capsys.readouterr().err
-    assert cli.main(["train", "run.dir=run", "--resume"]) == 0
 
 
 def test_a_run_directory_that_cannot_be_written_is_an_io_error(build, capsys):

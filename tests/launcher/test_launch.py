@@ -47,7 +47,7 @@ def wait_for_ranks(folder):
 
 @pytest.mark.gloo
 def test_ranks_read_one_resolved_configuration(tmp_path):
-    status, out, err = finish(start(tmp_path, "fine", "--resume"))
+    status, out, err = finish(start(tmp_path, "fine", "--auto-resume"))
     assert (status, err) == (0, "")
     first, *told, last = out.splitlines()
     assert first == f"run directory: {tmp_path}/run" and last == "starting 2 processes"

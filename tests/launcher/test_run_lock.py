@@ -13,13 +13,12 @@ from dataclasses import asdict, replace
 import pytest
 
 from longctx.errors import StorageError
-from longctx.launcher import run_lock
-from longctx.launcher.run_lock import LAUNCHER, WRITER, Holder, launching, writing
+from longctx.launcher.rundir.lock import LAUNCHER, WRITER, Holder, launching, writing
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from longctx.launcher.run_lock import launching, writing
+from longctx.launcher.rundir.lock import launching, writing
 kind, directory = sys.argv[1:]
 lock = launching if kind == "launching" else lambda folder: writing(folder, launched=kind == "launched")
 with lock(Path(directory)):
@@ -143,7 +142,7 @@ def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatc
         process.kill()
         process.wait()
 
-    monkeypatch.setattr(run_lock.time, "sleep", the_lease_ends)
+    monkeypatch.setattr("longctx.launcher.rundir.lock.time.sleep", the_lease_ends)
     assert is_free(writing, tmp_path)
 
 
