@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longctx.checkpoint.directory import CheckpointDirectory
@@ -73,37 +71,6 @@ def keep_before(directory: Path, step: int, text: str) -> None:
             shutil.copyfile(path, _free_name(path, f"before-step-{step}"))
     if holds(directory / FAILURES):
         (directory / FAILURES).rename(_free_name(directory / FAILURES, f"before-step-{step}"))
-    _keep_lines(directory, step)
-
-
-def _keep_lines(directory: Path, step: int) -> None:
-    """Keeps the lines of ``metrics.jsonl`` that a resume from ``step`` drops: later steps, and damaged ones."""
-    metrics = directory / METRICS
-    if not metrics.is_file():
-        _log.warning("%s is missing: the record of this run begins after step %d", metrics, step)
-        return
-    kept = _free_name(metrics, f"after-step-{step}")
-    damaged, whole = 0, True
-    with metrics.open("rb") as lines:
-        for number, line in _dropped(lines, step):
-            with kept.open("ab") as out:
-                out.write(line)
-            damaged += number is None
-            whole = line.endswith(b"\n")
-    # A crash tears one line, the last.
-    if damaged > (not whole):
-        _log.warning("%d lines of %s cannot be read; they are kept in %s", damaged, metrics, kept)
-
-
-def _dropped(lines: Iterable[bytes], step: int) -> Iterator[tuple[int | None, bytes]]:
-    for line in lines:
-        try:
-            number = json.loads(line)["step"]
-            assert type(number) is int
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            number = None
-        if number is None or number > step:
-            yield number, line
 
 
 def _free_name(path: Path, label: str, joined: str = ".") -> Path:

@@ -111,7 +111,7 @@ def test_a_run_goes_on_from_the_step_that_is_named_and_nothing_of_it_is_lost(tmp
     assert (
         steps_of(run) == [1, 2, 3] and (run / "metrics.jsonl").read_text().splitlines()[:2] == metrics.splitlines()[:2]
     )
-    assert steps_of(run, "metrics.after-step-2.jsonl") == [3, 4]
+    assert steps_of(run, "metrics.redone.jsonl") == [3, 4]
     assert (run / "config.before-step-2.yaml").read_bytes() == written
     assert CheckpointDirectory(run / "checkpoints").steps() == [2, 3]
     # What was set aside is a run by itself, with the settings that it had.
