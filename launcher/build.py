@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from longctx.attention.runtime.local_kernel import KernelProblem, select_kernel
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
+from longctx.checkpoint.directory import source_of
+from longctx.checkpoint.weights import check_weights, load_weights
 from longctx.comm import default_store, register_nodes
 from longctx.config import Config, simulated_world_size
 from longctx.data import Balance, Corpus, open_corpus
@@ -75,6 +77,8 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     corpus = check_data(config)
     look(Facts(config, corpus, device_here(config), going_on))
     if resume is None or not going_on:
+        if config.init.from_ is not None:
+            check_weights(source_of(config.init.from_), _on_meta(config), config.to_dict())
         return None
     step = _fitting_step(config, resume, corpus)
     if step is not None and (directory_of(config) / CONFIG_FILE).is_file():
@@ -198,6 +202,9 @@ def build_trainer(
     if resume is not None and going_on:
         with stage("reading the checkpoint"):
             checkpointer.load(parts.state, resume.step)
+    elif config.init.from_ is not None:
+        with stage("reading the weights"):
+            load_weights(source_of(config.init.from_), parts.state.model, config.to_dict())
     facts = opening.tell(corpus, parts.state, meter) if opening else {}
     sink = open_sink(config, directory, dist.get_rank(), parts.state.step if going_on else None, facts=facts)
     validation = open_validation(config, corpus, meter.mesh, meter.device, parts.step.engine)
@@ -287,13 +294,17 @@ def _require_checkpoint(config: Config) -> None:
         )
 
 
+def _on_meta(config: Config) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+
+
 def _fitting_step(config: Config, resume: Resume, corpus: Corpus) -> int | None:
     """Returns the step from which the run goes on.
 
     Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data.
     """
-    with torch.device("meta"):
-        model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    model = _on_meta(config)
     optimizer, schedule = build_optimizer(model, config.optim), LearningRate(config.optim, config.train.steps)
     state = TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0)
     return _checkpointer(config).check(state, resume.step)

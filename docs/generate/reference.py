@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from longctx.config import Config
+from longctx.config.parsing import key_of
 from longctx.launcher.cli import COMMANDS, parser_of
 from longctx.launcher.hydra.groups import groups
 
@@ -49,6 +50,6 @@ def _section(name: str, values: Any) -> list[str]:
             inner += ["", f"### {path}", "", *_section(path, getattr(values, field.name))]
             continue
         default = json.dumps(getattr(values, field.name)).strip('"')
-        cells = (f"`{name}.{field.name}`", str(field.type), default, remarks.get(field.name, ""))
+        cells = (f"`{name}.{key_of(field.name)}`", str(field.type), default, remarks.get(field.name, ""))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return lines + inner

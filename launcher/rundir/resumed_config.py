@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from longctx.catalog import SOURCES, STRATEGIES
+from longctx.checkpoint.directory import source_of
 from longctx.config import Config, DataConfig, OptimConfig
-from longctx.errors import StorageError, UsageError
+from longctx.errors import ConfigError, StorageError, UsageError
 from longctx.launcher.compose import compose_mapping
 from longctx.launcher.hydra.groups import NAMED
 from longctx.launcher.resuming import Resume
@@ -34,15 +35,22 @@ def configuration(overrides: Sequence[str], resume: Resume | None) -> Config:
     """Returns what a command's overrides state: of a new run, or of one that goes on. Raises errors of ours."""
     stated = compose_mapping(overrides)
     if resume is None:
-        return Config.from_dict(stated)
+        return _with_source(Config.from_dict(stated))
     if stated["run"]["dir"] is None:
         option = resume.words[0]
         example = " (or --resume=runs/mine)" if resume.required else ""
         raise UsageError(f"{option} needs the run that it is to go on with; set run.dir=runs/mine{example}")
     directory = Path(stated["run"]["dir"])
     if not resume.required and not committed_steps(directory):
-        return Config.from_dict(stated)
+        return _with_source(Config.from_dict(stated))
     return _on_top(_base(directory), overrides, directory)
+
+
+def _with_source(config: Config) -> Config:
+    """Returns the configuration with the checkpoint itself that a new run starts from; newer ones may come."""
+    if config.init.from_ is None:
+        return config
+    return replace(config, init=replace(config.init, from_=str(source_of(config.init.from_))))
 
 
 def _base(directory: Path) -> Config:
@@ -84,7 +92,19 @@ def _on_top(run: Config, overrides: Sequence[str], directory: Path) -> Config:
     for section, key in ((after["data"], "data.path"), (after["data"]["validation"], "data.validation.path")):
         if key not in explicit and "data" not in explicit:
             section["path"] = _found_again(section["path"], directory)
-    return Config.from_dict(after)
+    config = Config.from_dict(after)
+    _require_begun_from(run, config)
+    return config
+
+
+def _require_begun_from(run: Config, config: Config) -> None:
+    """Refuses other weights to start from in a run that goes on: they would not be read."""
+    told, begun = config.init.from_, run.init.from_
+    # The command that started the run may have named the other run, of which it took the newest step.
+    if told != begun and (told is None or begun is None or Path(told) != Path(begun).parent.parent):
+        raise ConfigError(
+            f"init.from={told} is for a new run, and this one began with {begun or 'weights of its own'}; leave it out"
+        )
 
 
 def _forget(before: Mapping, after: Mapping, explicit: set[str]) -> None:

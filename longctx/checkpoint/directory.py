@@ -152,6 +152,20 @@ class CheckpointDirectory:
             raise StorageError(f"cannot list {self.root}: {error.strerror or error}") from error
 
 
+def source_of(path: str) -> Path:
+    """Returns the checkpoint that ``init.from`` names: itself, or the newest of a run. Raises ``StorageError``."""
+    named = Path(path)
+    root = named / "checkpoints"
+    if _COMMITTED.fullmatch(named.name) and named.is_dir():
+        return named
+    steps = CheckpointDirectory(root).steps()
+    if not steps:
+        raise StorageError(
+            f"init.from={path} holds no committed checkpoint; name a run's directory, or one of its checkpoints/step-N"
+        )
+    return CheckpointDirectory(root).path(steps[-1])
+
+
 def _remove(path: Path) -> None:
     """Deletes a flat directory, or a link in its place; links inside are unlinked, never followed."""
     if path.is_symlink():

@@ -55,9 +55,9 @@ def plan_load(
     Reads no shards, but moves the loader and the schedule of ``state``.
     """
     live = live_tensors(state.model)
-    rest = _read_state(directory, commit)
+    rest = read_plain_state(directory, commit)
     _require_same_model(directory, rest["config"], run.config)
-    located = _with_copies(locate(_read_manifests(directory, commit)), live)
+    located = with_copies(locate(read_manifests(directory, commit)), live)
     first = {name: shards[0][1] for name, shards in located.items() if not name.startswith("rng.")}
     tensors = model_tensors(live)
     check_tensors("model.", tensors, {f"model.{name}" for name in described["model"]}, first, str(directory))
@@ -118,7 +118,7 @@ def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
     return states
 
 
-def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
+def read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
     """Reads every rank's shards, by file, with all checks; the manifests' hashes have been checked."""
     chunks: dict[Path, list[Chunk]] = {}
     for rank in range(commit.world):
@@ -130,7 +130,7 @@ def _read_manifests(directory: Path, commit: Commit) -> dict[Path, list[Chunk]]:
     return chunks
 
 
-def _with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
+def with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
     """Adds entries to ``located`` for this rank's copies of tied weights, which read what the original reads."""
     for copy in [name for name in live if COPY in name]:
         original = copy.removesuffix(COPY)
@@ -140,7 +140,8 @@ def _with_copies(located: dict[str, list[Located]], live: Mapping[str, Tensor]) 
     return located
 
 
-def _read_state(directory: Path, commit: Commit) -> dict[str, Any]:
+def read_plain_state(directory: Path, commit: Commit) -> dict[str, Any]:
+    """Reads what a checkpoint holds beside tensors, complete; its hash has been checked."""
     path = directory / manifest.STATE
     rest = manifest.decode(read_small(path, manifest.LIMIT_JSON), str(path))
     keys = {"step", "optimizer", "scheduler", "loader", "layout", "config"}

@@ -34,7 +34,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
     if not isinstance(mapping, Mapping):
         where = prefix.rstrip(".") or "the configuration"
         raise ConfigError(f"{where}={mapping!r} must be a mapping with the keys {', '.join(_names(cast(Any, cls)))}")
-    hints = _hints(cast(Any, cls))
+    hints, names = _hints(cast(Any, cls)), {key_of(one.name): one.name for one in fields(cast(Any, cls))}
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         path = f"{prefix}{key}"
@@ -43,14 +43,14 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
             raise unknown_key(path, dotted_paths(cls, prefix))
         hint = hints[key]
         nested = isinstance(hint, type) and is_dataclass(hint)
-        values[key] = parse(hint, value, f"{path}.") if nested else _leaf(path, hint, value)
+        values[names[key]] = parse(hint, value, f"{path}.") if nested else _leaf(path, hint, value)
     return cls(**values)
 
 
 def as_dict(tree: Any) -> dict[str, Any]:
     """Returns the plain nested mapping of a dataclass tree, in the order of its fields."""
     return {
-        field.name: as_dict(value) if is_dataclass(value) else _plain(value)
+        key_of(field.name): as_dict(value) if is_dataclass(value) else _plain(value)
         for field in fields(tree)
         for value in [getattr(tree, field.name)]
     }
@@ -116,7 +116,12 @@ def holds_text(cls: type, path: str) -> bool:
 @functools.cache
 def _hints(cls: Hashable) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cast(Any, cls))}
+    return {key_of(field.name): hints[field.name] for field in fields(cast(Any, cls))}
+
+
+def key_of(name: str) -> str:
+    """Returns the key of a field; where the key is a word of Python's, as ``from``, the field has a ``_`` behind it."""
+    return name.removesuffix("_")
 
 
 def _names(cls: Hashable) -> list[str]:

@@ -21,6 +21,7 @@ from longctx.config.sections import (
     CommConfig,
     DataConfig,
     EngineConfig,
+    InitConfig,
     LoggerConfig,
     ModelConfig,
     OptimConfig,
@@ -45,6 +46,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

@@ -8,7 +8,7 @@ from longctx.config.sections.cluster import ClusterConfig
 from longctx.config.sections.data import DataConfig
 from longctx.config.sections.model import ModelConfig
 from longctx.config.sections.parallel import CommConfig, ParallelConfig
-from longctx.config.sections.run import EngineConfig, LoggerConfig, RunConfig
+from longctx.config.sections.run import EngineConfig, InitConfig, LoggerConfig, RunConfig
 from longctx.config.sections.train import CheckpointConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "CommConfig",
     "DataConfig",
     "EngineConfig",
+    "InitConfig",
     "LoggerConfig",
     "ModelConfig",
     "OptimConfig",

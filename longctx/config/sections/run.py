@@ -56,6 +56,16 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Says what a new run starts from."""
+
+    from_: str | None = None  # a run's directory, or one of its checkpoints/step-N: take its weights; null: draw them
+
+    def check(self) -> None:
+        """Refuses nothing: what lies there is looked at when a run starts."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Says where a run lives and what it is called."""
 
