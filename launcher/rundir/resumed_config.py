@@ -94,11 +94,11 @@ def _on_top(run: Config, overrides: Sequence[str], directory: Path) -> Config:
             section["path"] = _found_again(section["path"], directory)
     config = Config.from_dict(after)
     _require_begun_from(run, config)
-    return config
+    return replace(config, init=run.init)
 
 
 def _require_begun_from(run: Config, config: Config) -> None:
-    """Refuses other weights to start from in a run that goes on: they would not be read."""
+    """Refuses to start from other weights in a run that goes on: they would not be read."""
     told, begun = config.init.from_, run.init.from_
     # The command that started the run may have named the other run, of which it took the newest step.
     if told != begun and (told is None or begun is None or Path(told) != Path(begun).parent.parent):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longctx.config import simulated_world_size
 from longctx.errors import ConfigError, StorageError
 from longctx.launcher import build
 from longctx.launcher.cli import main
@@ -19,16 +20,14 @@ from tests.checkpoint.test_resume import SMALL, steps_of
 from tests.train.small_run import CPU, Recorder, corpus, small_config
 
 SOURCE = {"dp_shard": 2}
-MESHES = [{}, {"sp": 2}, {"tp": 2}, {"pp": 2, "pp_schedule": "zbv"}]
+MESHES = [{}, {"sp": 2, "tp": 2}, {"pp": 2}]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A run of two steps on two ranks, at 61 tokens a sequence."""
     directory = tmp_path_factory.mktemp("source") / "run"
-    config = small_config(
-        directory, model={"layers": 4}, parallel=SOURCE, train={"steps": 2}, checkpoint={"at_end": True}
-    )
+    config = small_config(directory, parallel=SOURCE, train={"steps": 2}, checkpoint={"at_end": True})
     Cluster(2, trace=False).run(lambda: first_loss(config, steps=2))
     return directory
 
@@ -46,7 +45,7 @@ def other(directory, source, mesh, **train):
     """Another length, data order, schedule and mesh than the source's."""
     return small_config(
         directory,
-        model={"layers": 4, "rope_theta": 5e5},
+        model={"rope_theta": 5e5},
         attention={"window": 40},
         data={"seq_len": 122},
         parallel=mesh,
@@ -82,7 +81,7 @@ def test_step_one_is_the_old_weights_on_the_new_data_on_any_mesh(source, tmp_pat
         config = other(tmp_path / str(number), source, mesh)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            (loss, rate), *_ = Cluster(max(1, 2 * bool(mesh)), trace=False).run(first_loss, config)[0]
+            (loss, rate), *_ = Cluster(simulated_world_size(config), trace=False).run(first_loss, config)[0]
         assert loss == pytest.approx(expected, rel=1e-12)
         assert rate == pytest.approx(1e-4 / 7), "the schedule begins anew"
         (told,) = [r.getMessage() for r in caplog.records if "weights are those of" in r.getMessage()]
@@ -96,12 +95,12 @@ def test_step_one_is_the_old_weights_on_the_new_data_on_any_mesh(source, tmp_pat
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"model": {"layers": 2}}, "model.layers=2 .was 4."),
+        ({"model": {"layers": 3}}, "model.layers=3 .was 2."),
         (
-            {"model": {"layers": 4, "heads": 2, "kv_heads": 1, "head_dim": 16}},
+            {"model": {"heads": 2, "kv_heads": 1, "head_dim": 16}},
             "model.heads=2 .was 4.",
         ),
-        ({"model": {"layers": 4, "tie_embeddings": False}}, "model.tie_embeddings=false .was true."),
+        ({"model": {"tie_embeddings": False}}, "model.tie_embeddings=false .was true."),
     ],
 )
 def test_weights_of_another_shape_are_refused_by_name(source, tmp_path, sections, words):
