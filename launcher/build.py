@@ -34,7 +34,8 @@ from longctx.launcher.ranks.alike import agree_on_data
 from longctx.launcher.ranks.meeting import Meeting
 from longctx.launcher.ranks.world import device_type, joined, links_of, meet, nodes_of, this_rank
 from longctx.launcher.resuming import Resume, goes_on
-from longctx.launcher.run_directory import CONFIG_FILE, directory_of, read_config
+from longctx.launcher.run_directory import directory_of, read_config
+from longctx.launcher.rundir.records import CONFIG_FILE
 from longctx.launcher.start.opening import Opening
 from longctx.launcher.stopping import Requests, listening
 from longctx.mesh import Mesh, build_mesh

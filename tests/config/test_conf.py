@@ -82,7 +82,7 @@ def test_the_defaults_list_names_every_group_and_the_schema_first():
     assert list(train) == ["defaults"] and train["defaults"][0] == "schema"
     listed = [next(iter(entry)) for entry in train["defaults"] if isinstance(entry, dict)]
     assert sorted(listed) == sorted(groups())
-    assert set(listed) - {"recipe"} == {one.name for one in fields(Config)} - {"train", "run"}
+    assert set(listed) - {"recipe"} == {one.name for one in fields(Config)} - {"train", "run", "init"}
 
 
 def test_the_default_composition_is_the_default_configuration():
