@@ -33,7 +33,7 @@ from longctx.comm import group_of
 from longctx.config import ModelConfig
 from longctx.errors import NumericsError
 from longctx.model.block import SoftmaxBlock
-from longctx.model.rotary import rotary_angles
+from longctx.model.rotary import rotations
 from longctx.planner import zigzag
 from longctx.sequence import Contiguous, Documents, Explicit, Layout, Mask, SequencePlan, make_plan, unshard
 from longctx.sequence.documents import Int64
@@ -343,7 +343,7 @@ def _block_pass(problem: Problem, attention: CoreAttention, plan: SequencePlan, 
     positions = torch.zeros(1, plan.shard, dtype=torch.int64)
     positions[0, : len(where)] = torch.from_numpy(where - problem.documents.bounds_of(where)[0])
     x = torch.randn(1, plan.shard, dim, requires_grad=True)
-    rotation = rotary_angles(positions, problem.head_dim, config.rope_theta, torch.float32)
+    rotation = rotations(positions, config, torch.float32)["S"]
     wanted, upstream = [x, *block.parameters()], torch.randn_like(x)
 
     def run() -> None:

@@ -27,6 +27,7 @@ from longctx.data.loader import Loader
 from longctx.data.packing import Packing
 from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
+from longctx.huggingface.load import load_directory
 from longctx.launcher import env
 from longctx.launcher.preflight import Facts, device_here, look, look_at_rate
 from longctx.launcher.progress import progress
@@ -41,7 +42,7 @@ from longctx.launcher.stopping import Requests, listening
 from longctx.mesh import Mesh, build_mesh
 from longctx.model import Decoder, initialize
 from longctx.parallel import parallelize
-from longctx.parallel.core import prepare_of, require_cores, work_of
+from longctx.parallel.core import cells_of, prepare_of, require_cores, work_of
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.pipeline import Pipeline, decoders
 from longctx.reporting.memory import StepMemory, is_measured
@@ -181,7 +182,8 @@ def meter_of(
 ) -> Meter:
     """What observes this rank's steps. ``memory``: its peak bytes. ``stop``: whether it was asked to end."""
     peak = peak_flops(device, compute_dtype(config.train.dtype))
-    return Meter(mesh, device, memory, stop, peak, work_of(config, mesh), config.attention.server_pool == "pipeline")
+    every_stage = config.attention.server_pool == "pipeline"
+    return Meter(mesh, device, memory, stop, peak, work_of(config, mesh), every_stage, cells=cells_of(config))
 
 
 def build_trainer(
@@ -229,7 +231,15 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
     """Builds the run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
-    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
+    dtype = master_dtype(config.train.dtype)
+    if config.model.path is not None:
+        # No rank ever holds the whole model: each makes room for what it keeps, and reads that.
+        with torch.device("meta"):
+            model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
+        sharded = parallelize(model, config, mesh).to_empty(device=device)
+        load_directory(sharded, config.model)
+        return sharded
+    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)
 

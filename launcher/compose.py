@@ -13,6 +13,7 @@ from longctx.config import Config
 from longctx.errors import ConfigError, UsageError
 from longctx.launcher.hydra.groups import CONF, NAMED, groups
 from longctx.launcher.hydra.overrides import SEARCH_PATH, Reading, first_lines, quoted, read
+from longctx.launcher.model_directory import with_directory_model
 
 _ON_BASE = "on-base"  # conf/train.yaml without an option of any group
 _FILE = "file-of-ones-own"  # the option under which Hydra knows it
@@ -48,6 +49,7 @@ def compose_mapping(overrides: Sequence[str], base: Mapping[str, Any] | None = N
         raise ConfigError(f"a file of --config-dir cannot be read: {' '.join(str(error).split())}") from None
     assert isinstance(mapping, dict)
     _refuse_unread(mapping)
+    mapping["model"] = with_directory_model(mapping["model"], _set_keys(mapping, overrides))
     return {str(key): value for key, value in mapping.items() if key != "recipe"}
 
 
@@ -70,6 +72,13 @@ def _refuse_unread(mapping: Mapping[Any, Any]) -> None:
     for key, value in _leaves(mapping):
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{key}={value!r} holds an interpolation; values are data: write the value itself")
+
+
+def _set_keys(mapping: Mapping[Any, Any], overrides: Sequence[str]) -> set[str]:
+    """Lists the keys that the user set, on the command line or in a file, be it to the default."""
+    defaults = dict(_leaves(Config().to_dict()))
+    changed = {key for key, value in _leaves(mapping) if value != defaults.get(key)}
+    return changed | {word.partition("=")[0].lstrip("+") for word in overrides}
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

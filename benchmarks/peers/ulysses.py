@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.peers.attention import Prepared, chunk_of, inputs_of
 from longctx.attention.core import Started
 from longctx.model import Block, Decoder
-from longctx.model.rotary import rotary_angles
+from longctx.model.rotary import rotations
 from longctx.verify import VerifyCase
 
 # In elements. The defaults are made for models a thousand times larger and would fill the memory by themselves.
@@ -137,7 +137,7 @@ class _Tiled(nn.Module):
         assert decoder.head is not None, "an untied head, for ZeRO-3 gathers a module's own weights"
         assert decoder.embedding is not None and decoder.norm is not None, "a whole decoder"
         x = decoder.embedding(tokens)
-        rotation = rotary_angles(positions, config.head_dim, config.rope_theta, torch.float32)
+        rotation = rotations(positions, config, torch.float32)["S"]
         for block in decoder.blocks:
             x = checkpoint(block, x, rotation, torch.empty(0), use_reentrant=False)
         # Equal tiles and their mean: with "sum" a later division would not reach the head's gradient.

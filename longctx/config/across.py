@@ -48,13 +48,14 @@ def layers(config: Config) -> None:
     """Refuses strategies that no layer of the model asks for."""
     attention, pattern = config.attention, config.model.pattern
     linear = attention.strategy in LINEAR_STRATEGIES
-    if linear and "S" in pattern:
+    softmax = config.model.has_softmax
+    if linear and softmax:
         also = f" with attention.linear={attention.strategy}" if "L" in pattern else ""
         raise ConfigError(
             f"attention.strategy={attention.strategy} is for linear layers, and model.pattern={pattern} has "
             f"softmax layers; nearest valid: attention.strategy={AttentionConfig.strategy}{also}"
         )
-    if not linear and "S" not in pattern:
+    if not linear and not softmax:
         raise ConfigError(
             f"attention.strategy={attention.strategy} is for softmax layers, and model.pattern={pattern} has none; "
             f"nearest valid: attention={config.linear_strategy}"
@@ -64,7 +65,7 @@ def layers(config: Config) -> None:
             f"attention.linear={attention.linear}: attention.strategy={attention.strategy} says already who moves "
             f"the states; use attention={attention.linear} and leave attention.linear at null"
         )
-    if "S" not in pattern and "attention_half" in (config.train.recompute_keep or ()):
+    if not softmax and "attention_half" in (config.train.recompute_keep or ()):
         raise ConfigError(
             f"train.recompute_keep=[attention_half] keeps half of softmax attention, and model.pattern={pattern} "
             "has none; nearest valid: train.recompute_keep=[attention]"
@@ -87,12 +88,38 @@ def options_of_layers(config: Config) -> None:
             )
 
 
+def windows(config: Config) -> None:
+    """Refuses two windows, and layers of several masks under stages that serve one."""
+    window, attention = config.model.window, config.attention
+    if window is not None and attention.window is not None:
+        raise ConfigError(
+            f"attention.window={attention.window} is of all softmax layers, and model.window={window} of those that "
+            "model.pattern marks W; set one of them"
+        )
+    if window is not None and attention.server_pool == "pipeline":
+        raise ConfigError(
+            f"attention.server_pool=pipeline serves layers of one mask, and model.pattern={config.model.pattern} has "
+            "windows of its own; nearest valid: attention.server_pool=sequence"
+        )
+
+
+def rope_length(config: Config) -> None:
+    """Refuses a table of positions for a shorter sequence than the run's."""
+    for name in ("rope", "rope_window"):
+        length = getattr(config.model, name).length
+        if length is not None and length < config.data.seq_len:
+            raise ConfigError(
+                f"model.{name}.length={length} is what the table of positions is made for, and data.seq_len="
+                f"{config.data.seq_len} is longer; nearest valid value: {config.data.seq_len}, or null for that"
+            )
+
+
 def balance(config: Config) -> None:
     """Refuses to balance rows of equal work: it differs only where softmax layers mask documents from one another."""
     reason = None
     if not config.attention.document_mask:
         reason = "with attention.document_mask=false all rows have the same work"
-    elif "S" not in config.model.pattern:
+    elif not config.model.has_softmax:
         reason = f"model.pattern={config.model.pattern} has no softmax layer, whose work depends on the documents"
     if reason and config.data.balance != "none":
         raise ConfigError(f"data.balance={config.data.balance}: {reason}; nearest valid: data.balance=none")
@@ -248,6 +275,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     memory_report,
     layers,
     options_of_layers,
+    windows,
+    rope_length,
     balance,
     ping_pong,
     server_pool,

@@ -16,7 +16,8 @@ DEGREES = ("dp_replicate", "dp_shard", "sp", "tp", "pp")
 def resolve(config: Config, world_size: int) -> Config:
     """Returns ``config`` after every rule has passed for a world of this size, with what is left open filled in.
 
-    That is ``dp_shard``, and the schedule's steps, which are recorded for a run that goes on to more of them.
+    That is ``dp_shard``, the schedule's steps, which are recorded for a run that goes on to more of them, and the
+    length that tables of positions are made for.
     """
     config.check()
     parallel = config.parallel
@@ -28,7 +29,8 @@ def resolve(config: Config, world_size: int) -> Config:
             f"{_degrees(parallel)} = {product}, but the world has {_processes(world_size)}; "
             f"nearest valid: {_nearest_degree(parallel, world_size)}"
         )
-    config = replace(config, parallel=parallel, optim=config.optim.settled(config.train.steps))
+    optim = config.optim.settled(config.train.steps)
+    config = replace(config, parallel=parallel, optim=optim, model=config.model.settled(config.data.seq_len))
     _check_batch(config)
     return config
 

@@ -16,9 +16,9 @@ from longctx.attention.decoding.tree_decoding import CachedAttention
 from longctx.comm import broadcast, group_of
 from longctx.errors import ConfigError
 from longctx.model import Decoder, Vocabulary
-from longctx.sequence import IGNORE, Batch, Documents, Layout, LocalBatch, Mask, SequencePlan, Zigzag, shard
+from longctx.sequence import IGNORE, NO_PLAN, Batch, Documents, Layout, LocalBatch, Mask, SequencePlan, Zigzag, shard
 
-_NO_PLAN = torch.tensor(-1, dtype=torch.int64)  # new tokens are not cut
+_NO_PLAN = torch.tensor(NO_PLAN, dtype=torch.int64)  # new tokens are not cut
 
 
 @dataclass(frozen=True)

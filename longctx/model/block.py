@@ -7,34 +7,49 @@ put other work between ``start`` and ``finish``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
+from longctx.model.norms import make_norm
 from longctx.model.rotary import Rotation, apply_rotary
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Block(nn.Module, ABC):
-    """A pre-norm layer that mixes tokens, as a subclass defines, and applies a SwiGLU MLP.
+    """A layer that mixes tokens, as a subclass defines, and applies a gated MLP, each a branch beside the residual.
 
-    ``attention``: what computes the core of the mixing, set from outside before the first forward pass.
+    A branch is normed before, after, or both, as ``model.norm`` says. ``attention``: what computes the core of the
+    mixing, set from outside before the first forward pass. ``kind``: the layer's letter in ``model.pattern``.
     """
 
-    kind: str  # of ``ModelConfig.pattern``
+    kind: str
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, head_dim = config.dim, config.head_dim
+        before, after = config.norm != "post", config.norm != "pre"
         self.attention: Any = None
         self.head_dim = head_dim
-        self.attention_norm = nn.RMSNorm(dim, config.norm_eps)
-        self.attention_out = nn.Linear(config.heads * head_dim, dim, bias=False)
-        self.mlp_norm = nn.RMSNorm(dim, config.norm_eps)
-        self.gate = nn.Linear(dim, config.hidden_dim, bias=False)
-        self.up = nn.Linear(dim, config.hidden_dim, bias=False)
-        self.mlp_out = nn.Linear(config.hidden_dim, dim, bias=False)
+        self.attention_norm = make_norm(config, dim, before)
+        self.attention_out = nn.Linear(config.heads * head_dim, dim, bias=config.attention_bias == "all")
+        self.attention_post_norm = make_norm(config, dim, after)
+        self.mlp_norm = make_norm(config, dim, before)
+        self.gate = nn.Linear(dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up = nn.Linear(dim, config.hidden_dim, bias=config.mlp_bias)
+        self.mlp_out = nn.Linear(config.hidden_dim, dim, bias=config.mlp_bias)
+        self.mlp_post_norm = make_norm(config, dim, after)
+        self._activation = ACTIVATIONS[config.activation]
 
     @abstractmethod
     def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
@@ -45,7 +60,7 @@ class Block(nn.Module, ABC):
 
         o: ``[B, T/SP, H/TP, D]``. x: the block's input, ``[B, T/SP, dim]``.
         """
-        return self.mlp(x + self.attention_out(o.flatten(-2)))
+        return self.mlp(x + self.attention_post_norm(self.attention_out(o.flatten(-2))))
 
     def mlp(self, x: Tensor) -> Tensor:
         """Applies the second half of the block, residual included.
@@ -53,7 +68,7 @@ class Block(nn.Module, ABC):
         Each token is computed by itself, so tokens may come in parts.
         """
         y = self.mlp_norm(x)
-        out: Tensor = x + self.mlp_out(F.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + self.mlp_post_norm(self.mlp_out(self._activation(self.gate(y)) * self.up(y)))
         return out
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
@@ -61,28 +76,60 @@ class Block(nn.Module, ABC):
         return self.post(self.mix_tokens(x, rotation, plan), x)
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Holds q and gate ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``; ``gate`` None: there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None = None
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes."""
+        return self.q, self.k, self.v
+
+    def gated(self, out: Tensor) -> Tensor:
+        """Lets through what the gate says of attention's output ``[B, T/SP, H/TP, D]``."""
+        return out if self.gate is None else out * self.gate.sigmoid()
+
+
 class SoftmaxBlock(Block):
     """A layer of softmax attention with rotary positions and grouped heads; a ``CoreAttention`` computes its core."""
 
-    kind = "S"
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: str = "S") -> None:
         super().__init__(config)
-        dim, head_dim = config.dim, config.head_dim
-        self.q = nn.Linear(dim, config.heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.kind = kind
+        dim, head_dim, bias = config.dim, config.head_dim, config.attention_bias != "none"
+        self.gated = config.output_gate
+        # With a gate each head's queries are followed by its gate.
+        self.q = nn.Linear(dim, config.heads * head_dim * (2 if self.gated else 1), bias=bias)
+        self.k = nn.Linear(dim, config.kv_heads * head_dim, bias=bias)
+        self.v = nn.Linear(dim, config.kv_heads * head_dim, bias=bias)
+        self._norms_heads = config.qk_norm_dim == "head"
+        widths = (head_dim, head_dim) if self._norms_heads else (config.heads * head_dim, config.kv_heads * head_dim)
+        self.q_norm, self.k_norm = (make_norm(config, width, config.qk_norm) for width in widths)
+        # Strategies multiply q·k by head_dim ** -0.5; what else the model asks for is in the queries.
+        self._scale = None if config.query_scale is None else config.query_scale * head_dim**0.5
 
-    def pre(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects x ``[B, T/SP, dim]`` to q ``[B, T/SP, H/TP, D]`` and k, v ``[B, T/SP, Hkv/TP, D]``."""
-        x = self.attention_norm(x)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        return apply_rotary(self.q_norm(q), rotation), apply_rotary(self.k_norm(k), rotation), v
+    def pre(self, x: Tensor, rotation: Rotation) -> Projected:
+        """Projects x ``[B, T/SP, dim]`` to what attention takes, and to what gates its output."""
+        y = self.attention_norm(x)
+        q, k, v = self.q(y), self.k(y), self.v(y)
+        gate: Tensor | None = None
+        if self.gated:
+            q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+            q = q.flatten(-2)
+        if not self._norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self._norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
+        return Projected(q if self._scale is None else q * self._scale, k, v, gate)
 
     def mix_tokens(self, x: Tensor, rotation: Rotation, plan: Tensor) -> Tensor:
         assert self.attention is not None, "Decoder.set_attention comes before the first forward pass"
-        q, k, v = self.pre(x, rotation)
-        out: Tensor = self.attention.finish(self.attention.start(q, k, v, plan))
-        return out
+        projected = self.pre(x, rotation)
+        return projected.gated(self.attention.finish(self.attention.start(*projected.qkv, plan)))

@@ -17,7 +17,9 @@ from longctx.linear import LinearCore
 from longctx.model.block import Block, SoftmaxBlock
 from longctx.model.linear_block import LinearBlock
 from longctx.model.loss import cross_entropy_sum
-from longctx.model.rotary import rotary_angles
+from longctx.model.norms import make_norm
+from longctx.model.rotary import rotations
+from longctx.sequence import NO_PLAN, plan_of
 
 
 class Vocabulary:
@@ -58,7 +60,8 @@ class Part:
 
 def make_block(config: ModelConfig, layer: int) -> Block:
     """Makes layer number ``layer``, of the kind that the pattern gives it."""
-    return LinearBlock(config, layer) if config.kinds[layer] == LinearBlock.kind else SoftmaxBlock(config)
+    kind = config.kinds[layer]
+    return LinearBlock(config, layer) if kind == LinearBlock.kind else SoftmaxBlock(config, kind)
 
 
 class Decoder(nn.Module):
@@ -85,7 +88,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in part.layers:
             self.blocks.add_module(str(layer), make_block(config, layer))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps) if part.last else None
+        self.norm = make_norm(config, config.dim) if part.last else None
         headed = part.last and not tied
         self.head = Head(config.dim, config.vocab_size, bias=False) if headed else None
         if attention is not None:
@@ -129,15 +132,27 @@ class Decoder(nn.Module):
         if self.part.first:
             assert self.embedding is not None, "the first part embeds"
             x = self.embedding(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, dtype)
-        for block in self.blocks:
-            x = block(x, rotation, plan)
+            if self.config.embedding_scale != 1.0:
+                # Rounded as the weights are: families that scale embeddings were trained so.
+                x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        rotation = rotations(positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        plans = self._plans(plan)
+        for block in self.layers:
+            x = block(x, rotation[block.kind], plans[block.kind])
         return self._end(x, labels) if self.norm is not None else x
+
+    def _plans(self, plan: Tensor) -> dict[str, Tensor]:
+        """Returns the handle of the plan that each kind of layers computes by; a window has one of its own."""
+        handles = dict.fromkeys(self.config.pattern, plan)
+        if self.config.window is not None and int(plan) != NO_PLAN:
+            handles["W"] = plan_of(plan).windowed(self.config.window).handle
+        return handles
 
     def _end(self, x: Tensor, labels: Tensor | None) -> Tensor:
         assert self.norm is not None, "the last part has the norm"
         x = self.norm(x)
+        if self.config.logit_scale != 1.0:
+            x = x * self.config.logit_scale
         if self.head is not None:
             out: Tensor = self.head(x, self.vocabulary, labels, self.loss_chunk)
             return out

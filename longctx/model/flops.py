@@ -29,7 +29,8 @@ class LayerFlops:
         """
         width = model.heads * model.head_dim
         mlp = 3 * model.hidden_dim
-        softmax = 2.0 * model.dim * (2 * width + 2 * model.kv_heads * model.head_dim + mlp)
+        queries = width * (2 if model.output_gate else 1)
+        softmax = 2.0 * model.dim * (queries + width + 2 * model.kv_heads * model.head_dim + mlp)
         pair = 4.0 * width
         if model.mixer is None:
             return cls(softmax, pair)

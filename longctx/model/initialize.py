@@ -16,7 +16,7 @@ LEARNED = "learned"  # of a linear block: what is no projection
 
 
 def initialize(model: Decoder, seed: int) -> None:
-    """Fills matrices from a normal distribution with ``init_std`` and norms with 1.
+    """Fills matrices from a normal distribution with ``init_std`` biases with 0, norms with 1.
 
     Output projections are narrower by sqrt(2 * layers). What a mixer learns of each head starts as the mixer says.
     Every parameter has a generator of its own, so that none depends on which others are here. All are drawn on the CPU
@@ -29,8 +29,10 @@ def initialize(model: Decoder, seed: int) -> None:
             drawn = torch.empty(parameter.shape)
             if owner == LEARNED:
                 mixer_of(config).initial(own_name, drawn, _generator(seed, name))
+            elif own_name == "bias":
+                drawn.zero_()
             elif parameter.ndim < 2:
-                drawn.fill_(1.0)
+                drawn.fill_(0.0 if config.norm_plus_one else 1.0)
             else:
                 std = config.init_std
                 if owner in OUTPUT_PROJECTIONS:

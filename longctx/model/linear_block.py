@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longctx.config import ModelConfig
 from longctx.linear import HeadDims, Inputs, LinearCore, Mixer, get_mixer
 from longctx.model.block import Block
+from longctx.model.norms import make_norm
 from longctx.model.rotary import Rotation
 
 
@@ -51,7 +52,7 @@ class LinearBlock(Block):
         self._fixed = tuple(fixed)
         for name, value in fixed.items():
             self.register_buffer(f"fixed_{name}", value, persistent=False)
-        self.out_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if self.mixer.normed else nn.Identity()
+        self.out_norm = make_norm(config, config.head_dim, self.mixer.normed)
         self.out_gate = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
 
     def head_tensors(self) -> dict[str, Tensor]:

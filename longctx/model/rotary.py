@@ -1,27 +1,51 @@
-"""Computes rotary position embeddings (Su et al. 2021) from positions that travel with the tokens."""
+"""Rotates queries and keys (Su et al. 2021) by positions that travel with the tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, [B, T/SP, 1, D/2]
+from longctx.config import ModelConfig
+from longctx.rope import Table
+
+# Cosine and sine of each token's angles, [B, T/SP, 1, D/2] of the channels that turn; None where none do.
+Rotation = tuple[Tensor, Tensor] | None
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Returns cosine and sine of the angles of int64 positions ``[B, T/SP]``, once per forward pass for all layers.
+def rotations(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> dict[str, Rotation]:
+    """Computes the rotation of each kind of softmax layers, once per forward pass for all of them.
 
-    They are taken in fp64: at position 10^6 an fp32 angle is off by 0.06 rad in the fastest channel. ``dtype`` is what
-    they are kept in, and what the rotation is computed in.
+    ``positions``: int64 ``[B, T/SP]``. ``dtype``: of cosine and sine, and of the rotation.
     """
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    angles = positions[:, :, None, None].double() * theta ** (-channels / head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    sections = {kind: config.rope_of(kind) for kind in config.pattern}
+    made = {
+        section: rotation_of(positions, section.table(config.rope_theta, config.head_dim), dtype)
+        for section in set(sections.values())
+    }
+    return {kind: made[section] for kind, section in sections.items()}
+
+
+def rotation_of(positions: Tensor, table: Table, dtype: torch.dtype) -> Rotation:
+    """Computes cosine and sine of the angles of int64 positions ``[B, T/SP]``.
+
+    Angles are taken in fp64: at position 10^6 an fp32 angle is off by 0.06 rad in the fastest channel.
+    """
+    if not table.rotated:
+        return None
+    frequencies = torch.tensor(table.frequencies, dtype=torch.float64, device=positions.device)
+    angles = positions[:, :, None, None].double() * frequencies
+    return (angles.cos() * table.factor).to(dtype), (angles.sin() * table.factor).to(dtype)
 
 
 def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates channel pairs (i, i + D/2) of x ``[B, T/SP, H/TP, D]``, the order of Hugging Face's Llama."""
+    """Rotates channel pairs (i, i + D/2) of x ``[B, T/SP, H/TP, D]``, the order of Hugging Face's Llama.
+
+    Where only the first channels turn, D is their number, and the others pass.
+    """
+    if rotation is None:
+        return x
     cosine, sine = rotation
-    first, second = x.to(cosine.dtype).chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-    return turned.to(x.dtype)
+    turned = 2 * cosine.shape[-1]
+    first, second = x[..., :turned].to(cosine.dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    return rotated if turned == x.shape[-1] else torch.cat((rotated, x[..., turned:]), dim=-1)

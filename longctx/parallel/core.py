@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttenti
 from longctx.attention.strategies.disaggregated.pipeline import StageAttention
 from longctx.comm import group_of
 from longctx.config import Config
+from longctx.config.sections.model import SOFTMAX_KINDS
 from longctx.linear import LinearAttention, LinearCase, get_linear, require_linear
 from longctx.mesh import Mesh
 from longctx.parallel.data import compute_dtype
@@ -24,7 +26,7 @@ from longctx.sequence import Layout, Mask, SequencePlan, make_layout
 def layout_of(config: Config) -> Layout:
     """Returns the layout that the configuration names, or its strategy's preferred one; softmax layers choose first."""
     attention = config.attention
-    preferred = get_strategy(attention.strategy) if "S" in config.model.pattern else get_linear(config.linear_strategy)
+    preferred = get_strategy(attention.strategy) if config.model.has_softmax else get_linear(config.linear_strategy)
     name = attention.layout or preferred.layout
     return make_layout(name, attention.layout_block)
 
@@ -34,15 +36,37 @@ def mask_of(config: Config) -> Mask:
     return Mask(causal=True, window=config.attention.window)
 
 
-def attention_case(config: Config) -> AttentionCase:
-    """Returns what the run asks of its attention strategy, on each rank."""
+def masks_of(config: Config) -> dict[str, Mask]:
+    """Returns the mask of each kind of softmax layers that the model has."""
+    whole, model = mask_of(config), config.model
+    masks = {"S": whole, "W": replace(whole, window=model.window)}
+    return {kind: mask for kind, mask in masks.items() if kind in model.kinds}
+
+
+def layer_plans(config: Config) -> Callable[[SequencePlan], list[tuple[SequencePlan, float]]]:
+    """Returns a function that lists a batch's plans, one for each mask, with the share of softmax layers that use it.
+
+    They are the plans that the layers themselves ask for, and live as long as the batch's own.
+    """
+    kinds = [kind for kind in config.model.kinds if kind in SOFTMAX_KINDS]
+    shares, window = {kind: kinds.count(kind) / len(kinds) for kind in dict.fromkeys(kinds)}, config.model.window
+
+    def plans(plan: SequencePlan) -> list[tuple[SequencePlan, float]]:
+        of_kind = {"S": plan} if window is None else {"S": plan, "W": plan.windowed(window)}
+        return [(of_kind[kind], share) for kind, share in shares.items()]
+
+    return plans
+
+
+def attention_case(config: Config, mask: Mask | None = None) -> AttentionCase:
+    """Returns what the run asks of its attention strategy, on each rank; ``mask``: None for the run's own."""
     heads, kv_heads = config.local_heads
     return AttentionCase(
         world=config.parallel.sp,
         heads=heads,
         kv_heads=kv_heads,
         layout=layout_of(config).name,
-        mask=mask_of(config),
+        mask=mask or mask_of(config),
         documents=config.attention.document_mask,
         kernel=config.attention.kernel,
         options=config.attention.options,
@@ -56,23 +80,25 @@ def work_of(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan], int
     It takes the batches' plans, the rank's stage and its place in the sequence group. It counts (query, key) cells in
     all heads of one layer, or tokens, where no layer has cells. Where stages serve one another, it counts all layers.
     """
-    if "S" not in config.model.pattern:
+    if not config.model.has_softmax:
         return lambda plans, stage, rank: sum(len(plan.positions(rank)) * len(plan.documents) for plan in plans)
     strategy = get_strategy(config.attention.strategy)
     if config.attention.server_pool == "pipeline":
         ticks, sp = ticks_by(config, mesh), config.parallel.sp
         return lambda plans, stage, rank: ticks(plans).work(stage * sp + rank)
-    inner = inner_of(strategy, attention_case(config))
-    if config.attention.ping_pong:
-        return lambda plans, stage, rank: sum(
-            strategy.work(plan.half(number), rank, inner) for plan in plans for number in (0, 1)
-        )
-    return lambda plans, stage, rank: sum(strategy.work(plan, rank, inner) for plan in plans)
+    inner, by_layer = inner_of(strategy, attention_case(config)), layer_plans(config)
+    halves = (0, 1) if config.attention.ping_pong else (None,)
+    return lambda plans, stage, rank: sum(
+        share * strategy.work(own if half is None else own.half(half), rank, inner)
+        for plan in plans
+        for own, share in by_layer(plan)
+        for half in halves
+    )
 
 
 def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], None]:
     """Returns a function that makes, of a step's plans, what softmax layers would plan at first use."""
-    if "S" not in config.model.pattern:
+    if not config.model.has_softmax:
         return lambda plans: None
     if config.attention.server_pool == "pipeline":
         return prepare_ticks(config, mesh)
@@ -85,7 +111,10 @@ def prepare_of(config: Config, mesh: Mesh) -> Callable[[list[SequencePlan]], Non
         topology_of(group_of(mesh.sequence_group).ranks),
     )
 
+    by_layer = layer_plans(config)
+
     def prepare(plans: list[SequencePlan]) -> None:
+        plans = [own for plan in plans for own, _ in by_layer(plan)]
         if config.attention.ping_pong:
             plans = [plan.half(number) for plan in plans for number in (0, 1)]
         for plan in plans:
@@ -100,7 +129,7 @@ def core_attention(config: Config, mesh: Mesh, device: torch.device) -> Strategy
 
     ``device``: of q, k and v, which ranks that only serve have none of.
     """
-    if "S" not in config.model.pattern:
+    if not config.model.has_softmax:
         return None
     if config.attention.server_pool == "pipeline":
         return stage_attention(config, mesh, device)
@@ -139,7 +168,16 @@ def linear_attention(config: Config, mesh: Mesh) -> LinearAttention | None:
 
 def require_cores(config: Config) -> None:
     """Refuses what a strategy does not execute exactly in layers of its kind. Raises ``ConfigError``."""
-    if "S" in config.model.pattern:
-        require(get_strategy(config.attention.strategy), attention_case(config))
+    if config.model.has_softmax:
+        for mask in masks_of(config).values():
+            require(get_strategy(config.attention.strategy), attention_case(config, mask))
     if "L" in config.model.pattern:
         require_linear(get_linear(config.linear_strategy), linear_case(config))
+
+
+def cells_of(config: Config) -> Callable[[SequencePlan, int], float]:
+    """Returns a function that counts the cells of a layer that a rank's own queries see, the mean of softmax layers."""
+    if not config.model.has_softmax:
+        return lambda plan, rank: plan.work(rank)
+    by_layer = layer_plans(config)
+    return lambda plan, rank: sum(share * own.work(rank) for own, share in by_layer(plan))

@@ -45,10 +45,9 @@ def in_turn(block: SoftmaxBlock, attention: PingPongAttention, x: Tensor, rotati
     """
     whole = plan_of(plan)
     inputs = x.chunk(2)
-    turned = zip(*(part.chunk(2) for part in rotation), strict=True)
-    under_way = [
-        attention.start(*block.pre(half, turn), whole.half(number).handle)
-        for number, (half, turn) in enumerate(zip(inputs, turned, strict=True))
-    ]
+    turned = [None, None] if rotation is None else list(zip(*(part.chunk(2) for part in rotation), strict=True))
+    projected = [block.pre(half, turn) for half, turn in zip(inputs, turned, strict=True)]
+    under_way = [attention.start(*half.qkv, whole.half(number).handle) for number, half in enumerate(projected)]
     under_way = [attention.serve(run) for run in under_way]
-    return torch.cat([block.post(attention.finish(run), half) for run, half in zip(under_way, inputs, strict=True)])
+    outputs = [half.gated(attention.finish(run)) for half, run in zip(projected, under_way, strict=True)]
+    return torch.cat([block.post(out, half) for out, half in zip(outputs, inputs, strict=True)])

@@ -13,6 +13,7 @@ from longctx.attention.strategies.disaggregated.lockstep import LockstepPlan, lo
 from longctx.attention.strategies.disaggregated.pipeline import Empty, StageAttention
 from longctx.comm import channel_of
 from longctx.config import Config
+from longctx.config.sections.model import SOFTMAX_KINDS
 from longctx.mesh import Mesh
 from longctx.parallel.data import compute_dtype
 from longctx.parallel.stages import parts_of
@@ -40,7 +41,7 @@ def empty_of(config: Config, device: torch.device) -> Empty:
 
 def softmax_layers(config: Config) -> list[int]:
     """Returns how many softmax layers every stage has."""
-    return [sum(config.model.kinds[layer] == "S" for layer in part.layers) for part in parts_of(config)]
+    return [sum(config.model.kinds[layer] in SOFTMAX_KINDS for layer in part.layers) for part in parts_of(config)]
 
 
 def ticks_by(config: Config, mesh: Mesh) -> Callable[[Sequence[SequencePlan]], LockstepPlan]:

@@ -31,11 +31,16 @@ def estimate_costs(config: Config) -> StageCosts:
     The embedding is a lookup: one operation per channel.
     """
     model, length = config.model, config.data.seq_len
-    window = min(config.attention.window or length, length)
-    pairs = window * (window + 1) // 2 + (length - window) * window
     flops = LayerFlops.of(model, config.attention.chunk)
+
+    def softmax(window: int | None) -> float:
+        seen = min(window or length, length)
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+        return flops.softmax_weights * length + flops.pair * pairs
+
     cost = {
-        "S": flops.softmax_weights * length + flops.pair * pairs,
+        "S": softmax(config.attention.window),
+        "W": softmax(model.window),
         "L": (flops.linear_weights + flops.linear_core) * length,
     }
     return StageCosts(

@@ -45,7 +45,7 @@ class TiledMlp:
 
     def __init__(self, block: Block, tokens: int) -> None:
         self._run: Mlp = block.mlp
-        self._modules = (block.mlp_norm, block.gate, block.up, block.mlp_out)
+        self._modules = (block.mlp_norm, block.gate, block.up, block.mlp_out, block.mlp_post_norm)
         self._tokens = tokens
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def training_flops(model: ModelConfig, chunk: int, tokens: float, cells: float) 
 
     The lookup of embeddings costs nothing, the head does. ``chunk``: tokens that a linear layer computes at once.
     """
-    flops, softmax, linear = LayerFlops.of(model, chunk), model.kinds.count("S"), model.kinds.count("L")
+    flops, softmax, linear = LayerFlops.of(model, chunk), model.softmax_layers, model.kinds.count("L")
     token = softmax * flops.softmax_weights + linear * (flops.linear_weights + flops.linear_core)
     head = 2.0 * model.vocab_size * model.dim
     return 3.0 * ((token + head) * tokens + softmax * flops.pair * cells)
@@ -76,7 +76,8 @@ class Meter:
     ``memory``: peak bytes of this rank alone, or None. ``stop``: has this process been asked to end? ``save``: is it
     time for a checkpoint, which the first rank decides? ``peak``: FLOP/s of one device. ``work``: cells that a rank
     computes of a step's batches, by its stage and its place in the sequence group. ``every_stage``: ranks of all stages
-    tell of theirs; otherwise the first stage stands for all.
+    tell of theirs; otherwise the first stage stands for all. ``cells``: of a layer,
+    that a rank's own queries see.
     """
 
     mesh: Mesh
@@ -87,6 +88,7 @@ class Meter:
     work: Callable[[Sequence[SequencePlan], int, int], float] = work_of_queries
     every_stage: bool = False
     save: Callable[[], bool] = _never
+    cells: Callable[[SequencePlan, int], float] = SequencePlan.work
 
     def __post_init__(self) -> None:
         self._group = group_of(self.mesh.sequence_group)
@@ -105,7 +107,7 @@ class Meter:
         before, self._sent = self._sent, self._all_sent()
         return RankCounts(
             reports_work=counts or (self.every_stage and self.mesh.leads_tensor),
-            cells=sum(plan.work(me) for plan in plans) if counts else 0,
+            cells=sum(self.cells(plan, me) for plan in plans) if counts else 0,
             work=self.work(plans, self.mesh.pipeline.get_local_rank(), me),
             longest_document=max(longest_document(plan, me) for plan in plans),
             valid_tokens=sum(len(plan.positions(me)) * len(plan.documents) for plan in plans),

@@ -3,6 +3,7 @@
 from longctx.sequence.batch import IGNORE, Batch, LocalBatch, cut, shard, unshard
 from longctx.sequence.documents import Documents
 from longctx.sequence.halo import Halo, halo_of
+from longctx.sequence.handles import NO_PLAN
 from longctx.sequence.layout import Contiguous, Explicit, Layout, Striped, Zigzag, make_layout
 from longctx.sequence.mask import Mask
 from longctx.sequence.places import Places, gathered_keys, row_places
@@ -14,6 +15,7 @@ from longctx.sequence.views import view
 
 __all__ = [
     "IGNORE",
+    "NO_PLAN",
     "Batch",
     "Contiguous",
     "Documents",

@@ -19,6 +19,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+NO_PLAN = -1  # in place of a plan's handle: what is computed is not cut
+
 _named: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # each lives as long as its owner
 _in_flight: dict[int, Any] = {}  # each lives from ``begin`` to ``end``
 _shared: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()

@@ -159,6 +159,15 @@ class SequencePlan:
         own = self.documents[: count // 2] if number == 0 else self.documents[count // 2 :]
         return SequencePlan(own, self.mask, self.layout, self.length, self.world, self._multiple)
 
+    @view
+    def windowed(self, window: int) -> SequencePlan:
+        """Returns the plan of the same tokens for layers in which a query sees ``window`` of them.
+
+        It lives as long as this one.
+        """
+        mask = Mask(self.mask.causal, window if self.mask.window is None else min(window, self.mask.window))
+        return SequencePlan(self.documents, mask, self.layout, self.length, self.world, self._multiple)
+
     @property
     @view
     def head(self) -> SequencePlan:

@@ -1,6 +1,7 @@
 """conf/ says only what differs from the schema, whose defaults are what is composed by default."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,9 @@ from longctx.launcher.hydra.groups import CONF, NAMED, groups
 DEFAULTS = Config().to_dict()
 FILES = sorted(CONF.glob("*/*.yaml"))
 # Options that need another one beside them.
+DIRECTORY = Path(__file__).parent.parent / "huggingface" / "fixtures" / "llama-tiny"
 COMPANIONS = {
+    "model=hf": [f"model.path={DIRECTORY}"],
     "data=text": ["data.path=corpus"],
     "data=tokens": ["data.path=corpus"],
     "attention=lasp2h": ["model=hybrid_gdn"],

@@ -274,7 +274,7 @@ EXTENSIONS = {
         lines={
             "longctx/config/sections/model.py": [
                 (
-                    '    pattern: str = "S"  # kinds of layers, repeated: S softmax attention, L linear attention',
+                    "    mixer: str | None = None  # what linear layers compute",
                     "    toy_scale: float = 1.0  # of embeddings",
                 )
             ],

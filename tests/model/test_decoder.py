@@ -118,10 +118,11 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 
 def test_rope_is_exact_at_a_million_tokens():
-    from longctx.model.rotary import apply_rotary, rotary_angles
+    from longctx.config.sections.rope import RopeConfig
+    from longctx.model.rotary import apply_rotary, rotation_of
 
     position = 999_983
-    rotation = rotary_angles(torch.tensor([[position]]), 4, 10_000.0, torch.float32)
+    rotation = rotation_of(torch.tensor([[position]]), RopeConfig().table(10_000.0, 4), torch.float32)
     turned = apply_rotary(torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]]), rotation)[0, 0, 0]
     assert turned[0].item() == pytest.approx(math.cos(position), abs=1e-6)
     assert turned[2].item() == pytest.approx(math.sin(position), abs=1e-6)

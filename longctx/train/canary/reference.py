@@ -7,7 +7,7 @@ nothing else: no plan, layout, tile, kernel, chunked loss or recompute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from longctx.linear import Inputs, Mixer
 from longctx.model import Decoder, LinearBlock, initialize
 from longctx.parallel.core import mask_of
 from longctx.parallel.data import master_dtype
-from longctx.sequence import IGNORE, Batch, Documents, Mask
+from longctx.sequence import IGNORE, NO_PLAN, Batch, Documents, Mask
 from longctx.train.canary.sample import seed_of
 
 
@@ -91,11 +91,12 @@ def _rows(batch: Batch) -> list[Batch]:
 def _logits(model: Decoder, row: Batch, mask: Mask, device: torch.device) -> Tensor:
     """Returns logits ``[S, V]`` of one whole sequence."""
     (documents,) = row.documents
-    model.set_attention(DenseAttention(documents, mask))
     for block in model.layers:
+        window = model.config.window if block.kind == "W" else mask.window
+        block.attention = DenseAttention(documents, replace(mask, window=window))
         if isinstance(block, LinearBlock):
             block.mix = partial(_token_by_token, block.mixer, documents)  # type: ignore[method-assign]
     positions = torch.cat([torch.arange(length) for length in documents.lengths.tolist()])[None]
-    no_plan = torch.zeros((), dtype=torch.int64)
+    no_plan = torch.tensor(NO_PLAN)
     logits: Tensor = model(row.tokens.to(device), positions.to(device), no_plan)
     return logits[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def shrink(config: Config) -> Config:
     mixer = None if config.model.mixer is None else get_mixer(config.model.mixer)
     by_blocks = mixer is not None and "mixer_block" in mixer.reads
     pattern = "".join(dict.fromkeys(config.model.pattern))  # each kind once
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
         "dim": DIM,
         "layers": max(config.parallel.stages, len(pattern)),
@@ -53,10 +54,12 @@ def shrink(config: Config) -> Config:
         # Several blocks of those mixers that compute by blocks.
         "mixer_block": LARGEST_BLOCK if by_blocks else None,
     }
-    window = attention.window
-    if window is not None:
-        # A window of one token would leave nothing to attend to.
-        window = min(window, max(2, round(window * length / config.data.seq_len)))
+    # A window of one token would leave nothing to attend to.
+    window, of_layers = (
+        window and min(window, max(2, round(window * length / config.data.seq_len)))
+        for window in (attention.window, config.model.window)
+    )
+    sizes["window"] = of_layers
     scans = mixer is not None and mixer.has_states
     chunk = min(attention.chunk, LARGEST_BLOCK) if scans else attention.chunk
     # More tiles than one on every rank, and a last one that is shorter.

@@ -1,0 +1,53 @@
+"""Reads ``config.json`` of a model directory into fields of ``model``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import ConfigError, DataError
+from longctx.huggingface.families import Family, family_of
+from longctx.huggingface.keys import Keys
+
+CONFIG = "config.json"
+_LARGEST = 1 << 22
+# What a mixture of experts or a compressed cache of keys shows itself by.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_COMPRESSED = ("kv_lora_rank", "q_lora_rank")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the keys of ``config.json``; those of the text model, where the directory holds several."""
+    path = directory / CONFIG
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise DataError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_LARGEST}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; model.path names a directory with it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}") from None
+    if type(values) is not dict:
+        raise DataError(f"{path} holds {type(values).__name__}, and a configuration is a mapping")
+    return values
+
+
+def model_fields(directory: Path) -> tuple[Family, dict[str, Any], list[str]]:
+    """Returns the family of a directory, the fields of ``model`` that it states, and its keys that change no number.
+
+    Raises ``ConfigError`` for what would be computed otherwise than ``transformers`` does.
+    """
+    values, where = read_config(directory), str(directory / CONFIG)
+    for names, what in ((_EXPERTS, "a mixture of experts"), (_COMPRESSED, "multi-head latent attention")):
+        found = [name for name in names if values.get(name)]
+        if found:
+            raise ConfigError(f"{where}: {found[0]}={values[found[0]]!r} makes {what}, which is not trained here")
+    if values.get("quantization_config"):
+        raise ConfigError(f"{where}: weights are quantized (quantization_config); train from the unquantized ones")
+    family = family_of(values.get("model_type"))
+    keys = Keys(values, where)
+    fields = family.fields(keys)
+    return family, {"name": "hf", **fields}, keys.finish()

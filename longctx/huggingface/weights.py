@@ -1,0 +1,125 @@
+"""Finds the weights of a model directory without reading them: which file holds which bytes of which tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from longctx.checkpoint.manifest import DTYPES, Chunk
+from longctx.checkpoint.shards import Located
+from longctx.errors import ConfigError, DataError
+from longctx.huggingface.config_in import CONFIG
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEAD = "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"  # old directories store what follows from the configuration
+_LARGEST_HEADER = 1 << 27
+
+
+def locate_weights(directory: Path) -> dict[str, Located]:
+    """Returns where each tensor of a directory lies, by its published name.
+
+    Raises ``DataError`` naming the file where index, headers and sizes do not agree.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        single = directory / SINGLE
+        if not single.exists():
+            held = sorted(path.name for path in directory.glob("*.bin"))
+            pickles = f"; {held[0]} is a pickle, which is not read: save the model as safetensors" if held else ""
+            raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}{pickles}")
+        return {name: (single, chunk) for name, chunk in read_header(single).items()}
+    weight_map = _weight_map(index)
+    headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise DataError(f"{index} says that {file} holds {name!r:.120}, which it does not")
+    return {name: (directory / file, headers[file][name]) for name, file in weight_map.items()}
+
+
+def read_header(path: Path) -> dict[str, Chunk]:
+    """Returns the tensors of a safetensors file; every offset is checked against the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+                raise DataError(f"{path}: its header claims {length} bytes, and the file has {size}")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: its header is no JSON: {error}") from None
+    if type(header) is not dict:
+        raise DataError(f"{path}: its header is no mapping")
+    start = 8 + length
+    chunks = {name: _chunk(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for chunk in sorted(chunks.values(), key=lambda one: one.start):
+        if chunk.start != start + end:
+            raise DataError(
+                f"{path}: {chunk.name!r:.120} starts at byte {chunk.start}, the one before ends at {start + end}"
+            )
+        end += chunk.bytes
+    if start + end != size:
+        raise DataError(f"{path}: its tensors end at byte {start + end}, and the file has {size}")
+    return chunks
+
+
+def _chunk(path: Path, name: str, entry: Any, start: int) -> Chunk:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = dtype in DTYPES and all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        expected = math.prod(shape) * DTYPES[dtype].itemsize if sound else -1
+    except (KeyError, TypeError, ValueError):
+        sound, expected = False, -1
+    if not sound or last - first != expected:
+        raise DataError(f"{path}: {name!r:.120} is described by {entry!r:.200}, which does not add up")
+    return Chunk(name, dtype, shape, (0,) * len(shape), shape, start + first, expected)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        sound = all(type(name) is str and type(file) is str for name, file in weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{index} cannot be read as an index of weights: {error}") from None
+    if not sound:
+        raise DataError(f"{index}: weight_map names a file for each tensor")
+    for file in weight_map.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise DataError(f"{index}: {file!r:.120} is no safetensors file of this directory")
+    return dict(weight_map)
+
+
+def match_names(
+    located: Mapping[str, Located],
+    wanted: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path,
+    whole: set[str],
+) -> dict[str, list[Located]]:
+    """Returns where each of this rank's parameters lies; ``wanted``: its published name.
+
+    ``whole``: published names of the whole model. A tied model's directory may hold the head as well. Raises
+    ``ConfigError`` for tensors that are missing, unknown or of another shape.
+    """
+    missing = sorted(whole - set(located))
+    extra = sorted(name for name in set(located) - whole - {HEAD} if not name.endswith(_COMPUTED))
+    if missing or extra:
+        raise ConfigError(
+            f"{where} holds another model than its {CONFIG}: missing {_some(missing)}, unknown {_some(extra)}"
+        )
+    for name, published in wanted.items():
+        found = located[published][1].shape
+        if found != shapes[name]:
+            raise ConfigError(f"{where}: {published} is {list(found)}, {CONFIG} makes it {list(shapes[name])}")
+    return {name: [located[published]] for name, published in wanted.items()}
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "nothing"
