@@ -75,11 +75,12 @@ class Requests:
         now, phase = time.monotonic(), self._phase
         if not self._asked.is_set():
             self._first = now
+            # Told first: whoever does it may be done, and the process gone, at once.
+            if phase == _WORKING and (doing := self._doing()):
+                _say(f"{doing}; {AGAIN}" if number == signal.SIGINT else doing)
             self._asked.set()
             if phase == _STARTING:
                 threading.Thread(target=self._await_unwinding, name="unwinding", daemon=True).start()
-            elif phase == _WORKING and (doing := self._doing()):
-                _say(f"{doing}; {AGAIN}" if number == signal.SIGINT else doing)
         elif number == signal.SIGINT and now - self._first >= SAME_SECONDS:
             _within(UNWIND_SECONDS, self.at_once)
             _say("ended at once, without saving")

@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention.runtime.borders import HANDLE, process_group_of, require_plain, require_scale
+from longctx.attention.runtime.local_kernel import load_kernel
 from longctx.attention.runtime.operator import encoded
 from longctx.attention.runtime.registry import Strategy, chosen_row, get_strategy, option_refused
-from longctx.catalog import KERNELS
 from longctx.comm import Group, grid_of, group_of, two_way
 from longctx.errors import ConfigError
 from longctx.options import DEFAULT, StrategyOptions
-from longctx.rules import one_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class StrategyAttention:
         if reason:
             raise ConfigError(f"attention.strategy={strategy} refuses: {reason}")
         self._operator = found.operator
-        one_of(KERNELS.key, kernel, ("auto", *KERNELS))
+        if kernel != "auto":
+            load_kernel(kernel)  # refuses a name that is none, before any work
         require_scale(scale)
         self._group = _ranks(found, process_group_of(group), options).name
         self._kernel = kernel

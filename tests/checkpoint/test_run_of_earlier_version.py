@@ -1,4 +1,4 @@
-"""A run that commit 6a68e08 wrote, under keys and values that have other names now, goes on bit for bit."""
+"""A run that commit 6a68e08 wrote, under keys and values that have other names now, goes on."""
 
 import json
 import logging
@@ -50,7 +50,11 @@ def test_it_goes_on_as_it_did_and_as_a_fresh_run(folder, caplog):
     assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6]
     assert resumed[:3] == recorded[:3]
     if fresh[:3] == recorded[:3]:  # this machine has the arithmetic of the one that wrote the run
-        assert resumed == fresh == recorded
+        assert resumed == fresh
+        # Since then tiles of attention end where documents do, which adds gradients up in another order.
+        for one, other in zip(resumed, recorded, strict=True):
+            assert {**one, "grad_norm": 0} == {**other, "grad_norm": 0}
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-7)
         return
     for one, other in zip(resumed[3:], fresh[3:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)

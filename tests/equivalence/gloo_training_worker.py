@@ -23,7 +23,9 @@ def main(rank: int, directory: Path) -> None:
     for name, parallel in meshes.items():
         run = directory / name
         config = small_config(run, parallel=parallel, train={"steps": 10, "dtype": "float32", "canary": True})
-        build.rank_main(config, False, corpus(), CPU, lambda: 1, lambda: False)
+        with build.requests() as asked:
+            stop = build.stopping_by(asked, dist.PrefixStore(name, build.default_store()))
+            build.rank_main(config, None, corpus(), CPU, lambda: 1, stop)
     leave_world()
 
 

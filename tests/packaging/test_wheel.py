@@ -1,6 +1,7 @@
 """The wheel works without the checkout: one top-level name, everything inside it."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 USE_FROM_ELSEWHERE = """
 import longctx, longctx.launcher.compose, longctx.kernels, longctx.sequence
 from longctx.launcher.commands.submit import prepare, render
-config = longctx.launcher.compose.compose(["recipe=demo", "parallel.sp=1"])
+config = longctx.launcher.compose.compose(["recipe=demo", "parallel.sp=1", "run.dir=runs/demo"])
 assert "srun" in render(prepare(config))
 print(longctx.__file__)
 """
@@ -59,7 +60,7 @@ def test_it_holds_one_name_with_code_configuration_and_templates(source, wheel):
     assert not [name for name in names if "benchmarks" in name.split("/")]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert "Requires-Dist: torch==2.13.0" in metadata
+    assert re.search(r"Requires-Dist: torch[<>=!,. 0-9]*>=2\.11", metadata)
 
 
 def test_it_runs_outside_the_checkout(wheel, tmp_path):

@@ -189,7 +189,7 @@ def test_numbers_that_are_not_finite_fail_and_are_null(capsys, monkeypatch):
         (["--mesh", "--table", "t.md"], 2, "add --all"),
         (["--mesh", "--steps", "0"], 78, "--steps 0 must be at least 1"),
         (["--mesh", "--all", "--steps", "-1"], 78, "--steps -1 must be at least 1"),
-        (["--mesh", "parallel.sp=2", "attention=local"], 78, "needs parallel.sp=1"),
+        (["--mesh", "parallel.sp=2", "attention=local"], 78, "set parallel.sp=1"),
         (["--mesh", "comm=sim", "parallel.dp_shard=3"], 78, "train.global_batch=4 must be a multiple of 3"),
         (["--mesh", "comm=nccl", "parallel.sp=2"], 69, "a CUDA device for each of 2 processes, this machine has 0"),
         (["--steps", "3"], 2, "--steps 3 is for a whole run; add --mesh"),
