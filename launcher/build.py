@@ -199,9 +199,11 @@ def build_trainer(
     ``opening``: tells what the run will do.
     """
     directory, stage = directory_of(config), opening.stage if opening else contextlib.nullcontext
-    with stage("building the model"):
-        parts, checkpointer = build_step(config, corpus, meter, directory), _checkpointer(config)
+    checkpointer = _checkpointer(config)
     going_on = resume is not None and (resume.required or checkpointer.any_committed())
+    with stage("building the model"):
+        # What goes on needs nothing of the directory that it began with.
+        parts = build_step(config, corpus, meter, directory, begins=not going_on and config.init.from_ is None)
     if resume is not None and going_on:
         with stage("reading the checkpoint"):
             checkpointer.load(parts.state, resume.step)
@@ -216,10 +218,13 @@ def build_trainer(
     )
 
 
-def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | None) -> StepParts:
-    """What takes the run's steps, from the first. ``directory``: where ``memory.json`` is written; None: nowhere."""
+def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | None, begins: bool = True) -> StepParts:
+    """What takes the run's steps, from the first.
+
+    ``directory``: where ``memory.json`` is written; None: nowhere. ``begins``: False where other weights will be read.
+    """
     mesh, device = meter.mesh, meter.device
-    model = build_model(config, mesh, device)
+    model = build_model(config, mesh, device, begins)
     optimizer = build_optimizer(model, config.optim)
     loader = build_loader(config, corpus, mesh.data_rank, mesh.data_size)
     state = TrainState(model, optimizer, LearningRate(config.optim, config.train.steps), loader, step=0)
@@ -229,15 +234,19 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
     return StepParts(state, step, prefetcher, memory)
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device) -> Decoder | Pipeline:
-    """Builds the run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it."""
+def build_model(config: Config, mesh: Mesh, device: torch.device, begins: bool = True) -> Decoder | Pipeline:
+    """Builds the run's decoder with its initial weights, sharded; in a pipeline this rank's stages of it.
+
+    ``begins``: False leaves ``model.path`` unread, for other weights will be.
+    """
     dtype = master_dtype(config.train.dtype)
     if config.model.path is not None:
         # No rank ever holds the whole model: each makes room for what it keeps, and reads that.
         with torch.device("meta"):
             model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
         sharded = parallelize(model, config, mesh).to_empty(device=device)
-        load_directory(sharded, config.model)
+        if begins:
+            load_directory(sharded, config.model)
         return sharded
     model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
     initialize(model, config.train.seed)

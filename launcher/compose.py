@@ -49,7 +49,8 @@ def compose_mapping(overrides: Sequence[str], base: Mapping[str, Any] | None = N
         raise ConfigError(f"a file of --config-dir cannot be read: {' '.join(str(error).split())}") from None
     assert isinstance(mapping, dict)
     _refuse_unread(mapping)
-    mapping["model"] = with_directory_model(mapping["model"], _set_keys(mapping, overrides))
+    if base is None:  # a run that goes on has in its config.yaml what the directory said
+        mapping["model"] = with_directory_model(mapping["model"], _set_keys(mapping, overrides))
     return {str(key): value for key, value in mapping.items() if key != "recipe"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longctx.config import Config, simulated_world_size
+from longctx.data import write_tokens
 from longctx.errors import ConfigError, DataError
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.names import published_name
 from longctx.huggingface.weights import read_header
 from longctx.launcher import build
+from longctx.launcher.cli import main
 from longctx.launcher.model_directory import with_directory_model
 from longctx.mesh import build_mesh
 from longctx.parallel.data import full_tensor
@@ -171,3 +174,19 @@ def test_a_damaged_header_is_a_typed_error_that_names_the_file(
     except DataError as error:
         assert "damaged.safetensors" in str(error)  # noqa: PT017 - others may read a name or an equal size
     assert not found or kind == "flip", "only names, and shapes of equal size, change unseen in a header"
+
+
+def test_a_run_goes_on_without_the_directory_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = saved("qwen3", tmp_path)
+    words = ["train", "comm=sim", "parallel.sp=2", "logger=none", "train.canary=false", "run.dir=run"]
+    own = ["model=hf", f"model.path={directory}", "data=tokens", "data.path=corpus.bin", "data.seq_len=32"]
+    write_tokens(tmp_path / "corpus.bin", [list(range(n, n + 40)) for n in range(40)])
+    assert main([*words, *own, "train.steps=2", "model.rope.partial_rotary_factor=0.5"]) == 0
+    shutil.rmtree(directory)
+    assert main([*words, "--resume", "train.steps=3"]) == 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(DataError, match=r"config\.json cannot be read"):
+        model_fields(directory)
