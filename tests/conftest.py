@@ -1,6 +1,7 @@
 """What all tests share: two cores, so one thread per process, and examples that are the same every time."""
 
 import os
+import signal
 import tempfile
 
 # Before torch is imported anywhere: its thread pool is sized once.
@@ -31,6 +32,9 @@ settings.load_profile("longctx")
 
 
 def pytest_configure(config):
+    # A shell's script starts what runs in its background with SIGINT ignored, and some tests send it to themselves.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "matrix: the full product of axes; only runs when asked for by -m matrix")
 
 
