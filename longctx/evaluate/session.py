@@ -56,6 +56,11 @@ class DecodingSession:
                 f"generation keeps keys and values, and model.pattern={model.config.pattern} has linear layers, which "
                 "have a state instead; it runs on models of softmax layers (model.pattern=S)"
             )
+        if model.config.window is not None:
+            raise ConfigError(
+                f"generation has one mask for all layers, and model.pattern={model.config.pattern} has layers of their "
+                f"own window ({model.config.window}); it runs on models of one mask (model.pattern=S)"
+            )
         self._model = model
         self._sharding = sharding
         self._group = group_of(sharding.group)

@@ -325,6 +325,10 @@ def test_nothing_new_is_nothing():
             lambda: DecodingSession(model_of(replace(MODEL, pattern="LS", mixer="retnet")), SequenceSharding()),
             "model.pattern=LS has linear",
         ),
+        (
+            lambda: DecodingSession(model_of(replace(MODEL, pattern="WS", window=3)), SequenceSharding()),
+            "generation has one mask for all layers",
+        ),
         (lambda: Sampling(temperature=-0.5), "temperature -0.5 must be at least 0"),
         (lambda: Sampling(temperature=float("nan")), "temperature nan must be at least 0"),
         (lambda: Sampling(top_k=0), "top_k 0 must be at least 1"),
