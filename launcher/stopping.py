@@ -152,10 +152,10 @@ def _listen(requests: Requests, undo: contextlib.ExitStack) -> None:
 
     def listen() -> None:
         while numbers := os.read(reader, 1):
-            if numbers[0]:
-                requests.take(numbers[0])
-            else:
+            if not numbers[0]:
                 break
+            if numbers[0] in STOP_SIGNALS:  # others may have handlers too
+                requests.take(numbers[0])
         os.close(reader)
 
     thread = threading.Thread(target=listen, name="stop requests", daemon=True)
