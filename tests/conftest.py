@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 
 # Before torch is imported anywhere: its thread pool is sized once.
@@ -25,6 +26,7 @@ for name in (
 _cache = tempfile.TemporaryDirectory(prefix="longctx-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
+import pytest  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402 - after the environment
 
 settings.register_profile("longctx", deadline=None, derandomize=True, database=None)
@@ -55,3 +57,15 @@ def pytest_collection_modifyitems(config, items):
     chosen = [item for item in items if not item.get_closest_marker("matrix")]
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("matrix")])
     items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def requests_to_stop_are_of_one_test():
+    """A command that takes signals until its process ends must not take those of later tests in this process."""
+    yield
+    stopping = sys.modules.get("longctx.launcher.stopping")
+    if stopping is not None and stopping._current is not None:
+        stopping._current = None
+        signal.set_wakeup_fd(-1)
+        for number in stopping.STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
