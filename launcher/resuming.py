@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longctx.config import Config
 from longctx.errors import UsageError
+from longctx.launcher.hydra.overrides import quoted
 from longctx.launcher.run_directory import directory_of, refuse_occupied
 from longctx.launcher.rundir.records import committed_steps
 
@@ -69,17 +69,11 @@ def spelled_out(words: Sequence[str]) -> list[str]:
             continue
         if not directory:
             raise UsageError(f"{word} names no directory; write {RESUME}=DIR, or {RESUME} with run.dir=DIR")
-        spelled += [RESUME, f"run.dir={_quoted(directory)}"]
+        spelled += [RESUME, f"run.dir={quoted(directory)}"]
     named = [word for word in spelled if word.startswith("run.dir=")]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} both name the run's directory; leave one out")
     return spelled
-
-
-def _quoted(text: str) -> str:
-    """Writes a string so that Hydra reads it as it is."""
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def goes_on(config: Config, resume: Resume | None) -> bool:

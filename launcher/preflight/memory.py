@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.config import Config, ModelConfig
+from longctx.config.sections.model import SOFTMAX_KINDS
 from longctx.model import Decoder
 from longctx.parallel.data import compute_dtype, master_dtype
 from longctx.parallel.recompute import names_kept
@@ -63,15 +64,15 @@ def _kept_of_token(config: Config, kind: str) -> float:
     width, rows, hidden = model.dim, model.heads * model.head_dim, model.hidden_dim
     keys = 2 * model.kv_heads * model.head_dim
     if train.recompute == "none":
-        values = width + (rows + rows + keys if kind == "S" else 0) + width
+        values = width + (rows + rows + keys if kind in SOFTMAX_KINDS else 0) + width
         values += 0 if train.mlp_chunk else 3 * hidden
     else:
         kept = names_kept(train.recompute, train.recompute_keep)
         values = width
-        if kind == "S" and "attention" in kept:
+        if kind in SOFTMAX_KINDS and "attention" in kept:
             values += rows
-        elif kind == "S" and "attention_half" in kept:
+        elif kind in SOFTMAX_KINDS and "attention_half" in kept:
             values += rows // 2
         if "products" in kept:
-            values += (rows + keys if kind == "S" else 0) + (0 if train.mlp_chunk else 2 * hidden)
+            values += (rows + keys if kind in SOFTMAX_KINDS else 0) + (0 if train.mlp_chunk else 2 * hidden)
     return values * compute_dtype(train.dtype).itemsize / config.parallel.tp

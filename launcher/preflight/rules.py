@@ -126,7 +126,7 @@ def short_data(facts: Facts) -> Finding | None:
 def short_documents(facts: Facts) -> Finding | None:
     """Sequences that no document fills, where documents are masked from one another."""
     config, corpus = facts.config, facts.corpus
-    if corpus is None or not config.attention.document_mask or "S" not in config.model.pattern:
+    if corpus is None or not config.attention.document_mask or not config.model.has_softmax:
         return None
     longest = int(corpus.lengths.max())
     if longest * 2 >= config.data.seq_len:
@@ -152,7 +152,7 @@ def rope_base(facts: Facts) -> Finding | None:
     """Rotary positions whose base is small for the length (Men et al., 2024: at least 0.0424 L^1.628)."""
     model, length = facts.config.model, facts.config.data.seq_len
     least = 0.0424 * length**1.628
-    if "S" not in model.pattern or model.rope_theta >= least / 4:
+    if not model.has_softmax or model.rope.type != "default" or model.rope_theta >= least / 4:
         return None
     return warn(
         f"model.rope_theta={model.rope_theta:g}: {length:,} tokens take about {least:.0e} (Men et al., 2024), or far "
@@ -174,7 +174,7 @@ def late_checkpoints(facts: Facts) -> Finding | None:
 def dense_kernel(facts: Facts) -> Finding | None:
     """The reference kernel on a GPU, which takes what the fast ones refuse."""
     config = facts.config
-    if not facts.on_cuda or config.attention.kernel != "auto" or "S" not in config.model.pattern:
+    if not facts.on_cuda or config.attention.kernel != "auto" or not config.model.has_softmax:
         return None
     if config.train.dtype == "float64":
         return None  # for which there is no other kernel; ``slow_arithmetic`` says so

@@ -134,7 +134,7 @@ class Decoder(nn.Module):
             x = self.embedding(x)
             if self.config.embedding_scale != 1.0:
                 # Rounded as the weights are: families that scale embeddings were trained so.
-                x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+                x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
         rotation = rotations(positions, self.config, torch.promote_types(x.dtype, torch.float32))
         plans = self._plans(plan)
         for block in self.layers:

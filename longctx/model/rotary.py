@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from longctx.config import ModelConfig
+from longctx.config.sections.rope import RopeConfig
 from longctx.rope import Table
 
 # Cosine and sine of each token's angles, [B, T/SP, 1, D/2] of the channels that turn; None where none do.
@@ -17,12 +20,15 @@ def rotations(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> dic
 
     ``positions``: int64 ``[B, T/SP]``. ``dtype``: of cosine and sine, and of the rotation.
     """
-    sections = {kind: config.rope_of(kind) for kind in config.pattern}
+    sections = {kind: config.rope_of(kind) for kind in dict.fromkeys(config.pattern)}
     made = {
-        section: rotation_of(positions, section.table(config.rope_theta, config.head_dim), dtype)
-        for section in set(sections.values())
+        section: rotation_of(positions, _table(section, config.rope_theta, config.head_dim), dtype)
+        for section in dict.fromkeys(sections.values())
     }
     return {kind: made[section] for kind, section in sections.items()}
+
+
+_table = lru_cache(RopeConfig.table)
 
 
 def rotation_of(positions: Tensor, table: Table, dtype: torch.dtype) -> Rotation:
@@ -32,7 +38,8 @@ def rotation_of(positions: Tensor, table: Table, dtype: torch.dtype) -> Rotation
     """
     if not table.rotated:
         return None
-    frequencies = torch.tensor(table.frequencies, dtype=torch.float64, device=positions.device)
+    # So few numbers are copied without waiting for the device.
+    frequencies = torch.tensor(table.frequencies, dtype=torch.float64).to(positions.device, non_blocking=True)
     angles = positions[:, :, None, None].double() * frequencies
     return (angles.cos() * table.factor).to(dtype), (angles.sin() * table.factor).to(dtype)
 

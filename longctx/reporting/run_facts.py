@@ -134,7 +134,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(config: Config) -> str:
-    softmax, linear = "S" in config.model.pattern, "L" in config.model.pattern
+    softmax, linear = config.model.has_softmax, "L" in config.model.pattern
     words = [config.attention.strategy] if softmax else []
     words += [f"{config.model.mixer} by {config.linear_strategy}"] if linear else []
     return " and ".join(words)
@@ -142,7 +142,7 @@ def _attention(config: Config) -> str:
 
 def _kernel(config: Config, device: torch.device) -> str | None:
     """Names the kernel of softmax layers, where there are any."""
-    if "S" not in config.model.pattern:
+    if not config.model.has_softmax:
         return None
     problem = KernelProblem(device.type, compute_dtype(config.train.dtype), *config.local_heads, config.model.head_dim)
     return select_kernel(config.attention.kernel, problem).name

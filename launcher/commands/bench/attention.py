@@ -133,7 +133,7 @@ def cases_of(config: Config, strategies: str | None, documents: str | None) -> l
 
 def _valid(config: Config) -> list[str]:
     """Lists the strategies of the kinds of layers that the model has."""
-    softmax = list(STRATEGIES) if "S" in config.model.pattern else []
+    softmax = list(STRATEGIES) if config.model.has_softmax else []
     return softmax + (list(LINEAR_STRATEGIES) if "L" in config.model.pattern else [])
 
 
