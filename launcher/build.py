@@ -239,16 +239,13 @@ def build_model(config: Config, mesh: Mesh, device: torch.device, begins: bool =
 
     ``begins``: False leaves ``model.path`` unread, for other weights will be.
     """
-    dtype = master_dtype(config.train.dtype)
     if config.model.path is not None:
         # No rank ever holds the whole model: each makes room for what it keeps, and reads that.
-        with torch.device("meta"):
-            model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
-        sharded = parallelize(model, config, mesh).to_empty(device=device)
+        sharded = parallelize(_on_meta(config), config, mesh).to_empty(device=device)
         if begins:
             load_directory(sharded, config.model)
         return sharded
-    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(dtype)
+    model = Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
     initialize(model, config.train.seed)
     return parallelize(model.to(device), config, mesh)
 
