@@ -5,13 +5,16 @@ Each source's file holds its declaration; ``longctx.catalog`` maps its name to i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longctx.catalog import SOURCES
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
+from longctx.data.json_lines import Texts
 from longctx.errors import ConfigError
 
 Report = Callable[[int, int, str], None]  # (done, total, what) of work that takes long
@@ -34,18 +37,33 @@ class Check:
 
 
 @dataclass(frozen=True)
+class TextFiles:
+    """Holds files whose documents are text, before any of it is read.
+
+    ``read(number, notes, at)`` yields the documents of one file in order, some at a time. It counts in ``notes`` what
+    it passes over, and tells ``at`` how many bytes of the file it has read. ``facts``: what a run tells of the files.
+    """
+
+    root: Path
+    paths: Sequence[Path]
+    read: Callable[[int, Counter[str], Callable[[int], None]], Iterator[Texts]]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Source:
     """Declares a data source.
 
     ``open(config, vocab_size, check)``: its corpus; without ``check`` it leaves out what only a first look has to see.
     ``reads``: fields of the section ``data`` that it reads among those that not every source does. ``ids``: its tokens
-    are ids below this, where that is known before it is opened.
+    are ids below this, where that is known before it is opened. ``texts(config)``: the files, of a source of text.
     """
 
     name: str
     open: Callable[[DataConfig, int, Check | None], Corpus]
     reads: frozenset[str] = frozenset()
     ids: int = 0
+    texts: Callable[[DataConfig], TextFiles] | None = None
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Refuses a vocabulary that lacks ids which the source delivers. Raises ``ConfigError``."""

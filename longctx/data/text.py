@@ -8,19 +8,20 @@ from __future__ import annotations
 import sysconfig
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.data.files import data_path, open_regular, open_unpacked, printable
 from longctx.data.folders import Found, find_files
 from longctx.data.json_lines import Texts, read_json, read_lines
 from longctx.data.kinds import JSON, LINES, MEDIA, UTF8_MARK, Kind, foreign, kind_of, looks_like_json
-from longctx.data.source import Check, Report, Source, unreported
+from longctx.data.source import Check, Report, Source, TextFiles, unreported
 from longctx.errors import DataError
 
 BYTES = 256  # size of the byte vocabulary
@@ -31,31 +32,26 @@ _MIB = 1 << 20
 NOT_UTF8 = "texts that are not UTF-8"
 
 
-def open_stdlib(max_documents: int | None = None) -> Corpus:
-    """Reads the standard library of the running interpreter, one document per ``.py`` file, tests left out."""
+def stdlib_files() -> TextFiles:
+    """Finds the standard library of the running interpreter, one document per ``.py`` file, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Some installations are farms of links, and nobody hides foreign files in the standard library.
     found = find_files(root, NOT_STDLIB, once=False)
-    collected = _Collected(max_documents)
-    for path in found.paths:
-        if path.suffix == ".py" and collected.wants_more:
-            with open_regular(path) as file:
-                collected.add(_whole(path, file.read()))
-    return collected.corpus(root, {})
+    paths = [path for path in found.paths if path.suffix == ".py"]
+
+    def read(number: int, notes: Counter[str], at: Callable[[int], None]) -> Iterator[Texts]:
+        with open_regular(paths[number]) as file:
+            yield _whole(paths[number], file.read())
+
+    return TextFiles(root, paths, read, {})
 
 
-def open_text(
-    path: str | None,
-    text_key: str,
-    max_documents: int | None = None,
-    files: str | None = None,
-    progress: Report = unreported,
-) -> Corpus:
-    """Reads a file or folder of text, by the rule of ``longctx.data.kinds``.
+def text_files(path: str | None, text_key: str, files: str | None = None) -> TextFiles:
+    """Finds the text of a file or folder, by the rule of ``longctx.data.kinds``.
 
     Reading is strict: what is no text, bad JSON, a missing or non-string ``text_key``, bad UTF-8 in JSON or a NUL
-    raises ``DataError`` with file and line. With ``max_documents``, nothing past the last document taken is read.
-    ``files``: patterns with spaces between them; only files of a folder that fit one of them are read.
+    raises ``DataError`` with file and line. ``files``: patterns with spaces between them; only files of a folder that
+    fit one of them are read.
     """
     root = data_path(path, "text")
     found = find_files(root) if root.is_dir() else Found([root])
@@ -66,22 +62,33 @@ def open_text(
             f"the folder {printable(root)} holds no file to read{f' (left out: {told})' if told else ''}; "
             "set data.path to one that holds text or JSON Lines"
         )
-    collected, read = _Collected(max_documents), Counter[str]()
-    reader = _Reader(text_key, found, progress)
-    for place, kind in zip(found.paths, kinds, strict=True):
+
+    def read(number: int, notes: Counter[str], at: Callable[[int], None]) -> Iterator[Texts]:
+        return _texts(found.paths[number], kinds[number], text_key, notes, at)
+
+    forms = Counter(kind.form + (f" in {kind.packing}" if kind.packing else "") for kind in kinds)
+    left_out = {"left_out": dict(found.left_out)} if found.left_out else {}
+    return TextFiles(root, found.paths, read, {"files": dict(forms), **left_out})
+
+
+def collect(texts: TextFiles, max_documents: int | None = None, progress: Report = unreported) -> Corpus:
+    """Reads documents as bytes into memory. With ``max_documents``, nothing past the last document taken is read."""
+    collected, notes = _Collected(max_documents), Counter[str]()
+    sizes = [path.stat().st_size if path.exists() else 0 for path in texts.paths]
+    for number, path in enumerate(texts.paths):
         if not collected.wants_more:
             break
-        read[kind.form + (f" in {kind.packing}" if kind.packing else "")] += 1
-        for texts in reader.texts(place, kind):
-            collected.add(texts)
+
+        def at(position: int, before: int = sum(sizes[:number]), name: str = path.name) -> None:
+            done = (before + position) // _MIB
+            progress(done, -(-sum(sizes) // _MIB), f"MiB of text read, {printable(name)}")
+
+        at(0)
+        for found in texts.read(number, notes, at):
+            collected.add(found)
             if not collected.wants_more:
                 break
-    facts: dict[str, Any] = {"files": dict(read)}
-    if found.left_out:
-        facts["left_out"] = dict(found.left_out)
-    if reader.notes:
-        facts["noted"] = dict(reader.notes)
-    return collected.corpus(root, facts)
+    return collected.corpus(texts.root, {**texts.facts, **({"noted": dict(notes)} if notes else {})})
 
 
 def _chosen(found: Found, root: Path, patterns: str | None) -> list[Kind]:
@@ -118,62 +125,46 @@ def _fits(name: str, patterns: str) -> bool:
     return any(fnmatchcase(name, one) or fnmatchcase(last, one) for one in patterns.split())
 
 
-class _Reader:
-    """Reads files by their kind, and tells how far it is."""
+def _texts(path: Path, kind: Kind, text_key: str, notes: Counter[str], at: Callable[[int], None]) -> Iterator[Texts]:
+    """Yields the documents of a file; an empty one, where it holds nothing."""
+    if kind.form not in (LINES, JSON):
+        yield _whole(path, _raw(path, kind.packing, notes))
+        return
+    read = read_lines if kind.form == LINES else read_json
+    empty = True
+    for texts in read(path, kind.packing, text_key, notes, at):
+        empty = empty and not texts.contents
+        yield texts
+    if empty:
+        yield _whole(path, b"")
 
-    def __init__(self, text_key: str, found: Found, progress: Report) -> None:
-        self.notes: Counter[str] = Counter()
-        self._text_key = text_key
-        self._progress = progress
-        self._read = 0
-        self._total = sum(path.stat().st_size for path in found.paths if path.exists())
 
-    def texts(self, path: Path, kind: Kind) -> Iterator[Texts]:
-        """Yields the documents of a file; an empty one, where it holds nothing."""
-
-        def at(position: int) -> None:
-            done = self._read + position
-            self._progress(done // _MIB, -(-self._total // _MIB), f"MiB of text read, {printable(path.name)}")
-
-        at(0)
-        if kind.form in (LINES, JSON):
-            read = read_lines if kind.form == LINES else read_json
-            empty = True
-            for texts in read(path, kind.packing, self._text_key, self.notes, at):
-                empty = empty and not texts.contents
-                yield texts
-            if empty:
-                yield _whole(path, b"")
-        else:
-            yield _whole(path, self._raw(path, kind.packing))
-        self._read += path.stat().st_size
-
-    def _raw(self, path: Path, packing: str) -> bytes:
-        with open_unpacked(path, packing) as (file, _):
-            content = file.read()
-        where = printable(path)
-        kind = foreign(content)
-        if kind is not None:
-            raise DataError(
-                f"{where}: begins as {kind}, not as text in UTF-8; take it out of data.path, or save it as UTF-8 text"
-                + (f" (`iconv -f {kind} -t UTF-8`)" if kind.startswith("UTF") else "")
-            )
-        if b"\0" in content:
-            raise DataError(
-                f"{where}: NUL at byte {content.index(0)}: text holds none, is this a binary file, or UTF-16? Take it "
-                "out of data.path, or turn it into tokens for data=tokens"
-            )
-        content = content.removeprefix(UTF8_MARK)
-        if looks_like_json(content):
-            raise DataError(
-                f"{where}: holds JSON, which would be learnt as markup; JSON Lines end in .jsonl (or .ndjson, "
-                ".jsonlines, .jl, .json, also with .gz .bz2 .xz): rename or link it, or leave it out with data.files"
-            )
-        try:
-            content.decode("utf-8")
-        except UnicodeDecodeError:
-            self.notes[NOT_UTF8] += 1
-        return content
+def _raw(path: Path, packing: str, notes: Counter[str]) -> bytes:
+    with open_unpacked(path, packing) as (file, _):
+        content = file.read()
+    where = printable(path)
+    kind = foreign(content)
+    if kind is not None:
+        raise DataError(
+            f"{where}: begins as {kind}, not as text in UTF-8; take it out of data.path, or save it as UTF-8 text"
+            + (f" (`iconv -f {kind} -t UTF-8`)" if kind.startswith("UTF") else "")
+        )
+    if b"\0" in content:
+        raise DataError(
+            f"{where}: NUL at byte {content.index(0)}: text holds none, is this a binary file, or UTF-16? Take it "
+            "out of data.path, or turn it into tokens for data=tokens"
+        )
+    content = content.removeprefix(UTF8_MARK)
+    if looks_like_json(content):
+        raise DataError(
+            f"{where}: holds JSON, which would be learnt as markup; JSON Lines end in .jsonl (or .ndjson, "
+            ".jsonlines, .jl, .json, also with .gz .bz2 .xz): rename or link it, or leave it out with data.files"
+        )
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        notes[NOT_UTF8] += 1
+    return content
 
 
 def _whole(path: Path, content: bytes) -> Texts:
@@ -238,12 +229,28 @@ class _Collected:
         return Corpus(tokens, bounds, origin, BYTES, str(root), self.skipped, facts=facts)
 
 
-PYTHON_STDLIB = Source("python_stdlib", lambda config, vocab_size, check: open_stdlib(config.max_documents), ids=BYTES)
+def _open(texts: TextFiles, config: DataConfig, check: Check | None) -> Corpus:
+    return collect(texts, config.max_documents, (check or Check()).progress)
+
+
+def _stdlib(config: DataConfig) -> TextFiles:
+    return stdlib_files()
+
+
+def _text(config: DataConfig) -> TextFiles:
+    return text_files(config.path, config.text_key, config.files)
+
+
+PYTHON_STDLIB = Source(
+    "python_stdlib",
+    lambda config, vocab_size, check: _open(_stdlib(config), config, check),
+    ids=BYTES,
+    texts=_stdlib,
+)
 TEXT = Source(
     "text",
-    lambda config, vocab_size, check: open_text(
-        config.path, config.text_key, config.max_documents, config.files, (check or Check()).progress
-    ),
+    lambda config, vocab_size, check: _open(_text(config), config, check),
     reads=frozenset({"path", "text_key", "files"}),
     ids=BYTES,
+    texts=_text,
 )
