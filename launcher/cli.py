@@ -94,6 +94,17 @@ COMMANDS = (
         "longctx.launcher.commands.verify",
     ),
     Command(
+        "export",
+        "a run's weights as a directory that transformers and vLLM read",
+        (
+            "longctx export --run runs/mine --to exported",
+            "longctx export --run runs/mine --step 400 --to exported --dtype bfloat16",
+            "longctx export --run runs/mine/checkpoints/step-400 --to exported --shard-size 500MB",
+        ),
+        "longctx.launcher.commands.export",
+        overrides=False,
+    ),
+    Command(
         "bench attention",
         "time the run's attention strategies on its mesh and shapes",
         (

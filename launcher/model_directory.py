@@ -31,6 +31,8 @@ def with_directory_model(model: dict[str, Any], set_keys: Iterable[str]) -> dict
     for section in ("rope", "rope_window"):
         if [section, "rope_type"] in chosen:
             fields[section] = _read_by(fields.get(section, {}), model[section]["rope_type"])
+    if ["rope", "rope_theta"] in chosen and ["rope_theta"] not in chosen:
+        fields["rope_theta"] = model["rope"]["rope_theta"]
     filled: dict[str, Any] = {
         name: value if not isinstance(value, dict) else dict(value) for name, value in model.items()
     }

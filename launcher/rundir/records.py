@@ -14,9 +14,10 @@ _log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 METRICS = "metrics.jsonl"
 FAILURES = "failures"
+MODEL_SOURCE = "model_source"
 CHECKPOINTS = "checkpoints"
 # What an attempt leaves beside its checkpoints. All of it is told apart by name from that of a later attempt.
-RECORDS = (CONFIG_FILE, "environment.json", METRICS, "memory.json", "report.html", "trace.json", FAILURES)
+RECORDS = (CONFIG_FILE, "environment.json", METRICS, "memory.json", "report.html", "trace.json", FAILURES, MODEL_SOURCE)
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -51,6 +52,8 @@ def set_later_aside(directory: Path, step: int) -> None:
     for name in (CONFIG_FILE, METRICS):
         if (directory / name).is_file():
             shutil.copyfile(directory / name, aside / name)
+    if (directory / MODEL_SOURCE).is_dir():
+        shutil.copytree(directory / MODEL_SOURCE, aside / MODEL_SOURCE)
     source = CheckpointDirectory(directory / CHECKPOINTS)
     for each in reversed(later):  # the newest first: whatever a crash leaves, the rest is still one course
         source.path(each).rename(aside / CHECKPOINTS / f"step-{each}")

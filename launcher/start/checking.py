@@ -8,6 +8,7 @@ from longctx.config import Config
 from longctx.launcher import machine
 from longctx.launcher.resuming import Resume, is_rewound, refuse_mixing
 from longctx.launcher.run_directory import open_directory
+from longctx.launcher.rundir.records import MODEL_SOURCE
 from longctx.reporting.teller import Teller
 
 
@@ -25,4 +26,18 @@ def open_checked_directory(config: Config, resume: Resume | None, processes: int
         from longctx.launcher import build
     with teller.after("configuration and data are checked"):
         step = build.preflight(config, resume)
-    return open_directory(config, step, is_rewound(resume))
+    directory = open_directory(config, step, is_rewound(resume))
+    if step is None:
+        keep_model_source(config, directory)
+    return directory
+
+
+def keep_model_source(config: Config, directory: Path) -> None:
+    """Keeps in the run what an export needs of the directory, or of the run, that its weights come from."""
+    from longctx.huggingface.source import keep_source
+
+    begun = Path(config.init.from_).parent.parent / MODEL_SOURCE if config.init.from_ is not None else None
+    if begun is not None and begun.is_dir():
+        keep_source(begun, directory / MODEL_SOURCE)
+    elif config.model.path is not None:
+        keep_source(Path(config.model.path), directory / MODEL_SOURCE)

@@ -37,12 +37,12 @@ def storage_errors(doing: str, path: Path) -> Iterator[None]:
         raise StorageError(f"{doing} {path}: {error.strerror or error}") from error
 
 
-def write_new(path: Path, blocks: Iterable[bytes | memoryview]) -> FileRecord:
+def write_new(path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o600) -> FileRecord:
     """Writes and fsyncs a file that must not exist; its hash is taken from memory, before it is on disk."""
     digest, size = hashlib.sha256(), 0
     with storage_errors("cannot write", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(path, flags, 0o600)
+        handle = os.open(path, flags, mode)
         try:
             for block in blocks:
                 view = memoryview(block).cast("B")

@@ -40,7 +40,11 @@ def model_fields(directory: Path) -> tuple[Family, dict[str, Any], list[str]]:
 
     Raises ``ConfigError`` for what would be computed otherwise than ``transformers`` does.
     """
-    values, where = read_config(directory), str(directory / CONFIG)
+    return fields_of(read_config(directory), str(directory / CONFIG))
+
+
+def fields_of(values: dict[str, Any], where: str) -> tuple[Family, dict[str, Any], list[str]]:
+    """Returns the same of the keys of a configuration; ``where``: its path, for messages."""
     for names, what in ((_EXPERTS, "a mixture of experts"), (_COMPRESSED, "multi-head latent attention")):
         found = [name for name in names if values.get(name)]
         if found:
@@ -50,4 +54,6 @@ def model_fields(directory: Path) -> tuple[Family, dict[str, Any], list[str]]:
     family = family_of(values.get("model_type"))
     keys = Keys(values, where)
     fields = family.fields(keys)
+    if "W" not in fields.get("pattern", ""):
+        fields.pop("rope_window", None)  # no layer has them
     return family, {"name": "hf", **fields}, keys.finish()

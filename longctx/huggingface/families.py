@@ -10,35 +10,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from longctx.config import ModelConfig
 from longctx.errors import ConfigError
 from longctx.huggingface.keys import Keys
 from longctx.huggingface.rope_in import rope_fields
 
 Fields = dict[str, Any]
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _LETTERS = {_FULL: "S", _SLIDING: "W"}
+LAYER_TYPES = {letter: name for name, letter in _LETTERS.items()}
+LEFT_OUT = object()
+
+
+def _nothing(model: ModelConfig) -> Fields:
+    return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """Declares a family: its ``model_type``, the class that holds it, and how its file is read.
+    """Declares a family: its ``model_type``, the class that holds it, and how its file is read and written.
 
-    ``fields(keys)``: fields of ``model``. ``prefix``: before the names of its decoder's weights.
+    ``fields(keys)``: fields of ``model``. ``prefix``: before the names of its decoder's weights. A file is written with
+    those keys of ``config_out.common_keys`` that ``fields`` reads. ``own(model)``: keys that it has beside them, or
+    otherwise; ``LEFT_OUT`` where it lacks a common one. ``by_layer``: layers with a window have positions of their own,
+    and ``window_theta`` is what transformers 4 calls their base.
     """
 
     model_type: str
     architecture: str
     fields: Callable[[Keys], Fields]
     prefix: str = "model."
+    own: Callable[[ModelConfig], Fields] = _nothing
+    by_layer: bool = False
+    window_theta: str | None = None
 
 
 def _common(keys: Keys, act: str = "hidden_act", eps: float = 1e-6, tied: bool = False) -> Fields:
     heads = keys.size("num_attention_heads")
     name = keys.take(act, "silu")
-    if name not in _ACTIVATIONS:
-        keys.refuse(act, name, f"the MLP is gated by {', '.join(_ACTIVATIONS)}")
+    if name not in ACTIVATIONS:
+        keys.refuse(act, name, f"the MLP is gated by {', '.join(ACTIVATIONS)}")
     keys.expect("attention_dropout", 0.0, "training here has no dropout; set it to 0")
     return {
         "vocab_size": keys.size("vocab_size"),
@@ -47,7 +60,7 @@ def _common(keys: Keys, act: str = "hidden_act", eps: float = 1e-6, tied: bool =
         "heads": heads,
         "kv_heads": keys.optional("num_key_value_heads") or heads,
         "hidden_dim": keys.size("intermediate_size"),
-        "activation": _ACTIVATIONS[name],
+        "activation": ACTIVATIONS[name],
         "norm_eps": float(keys.take("rms_norm_eps", eps)),
         "init_std": float(keys.take("initializer_range", 0.02)),
         "tie_embeddings": bool(keys.take("tie_word_embeddings", tied)),
@@ -101,6 +114,10 @@ def _mistral(keys: Keys) -> Fields:
         **_pattern([_FULL if window is None else _SLIDING] * layers, window, keys),
         **rope_fields(keys, 10_000.0),
     }
+
+
+def _one_window(model: ModelConfig) -> Fields:
+    return {"layer_types": LEFT_OUT}
 
 
 def _qwen_layers(keys: Keys) -> Fields:
@@ -167,7 +184,7 @@ def _gemma3(keys: Keys) -> Fields:
     local = keys.take("rope_local_base_freq", 10_000.0)
     return {
         **_common(keys, act="hidden_activation", tied=True),
-        "activation": _ACTIVATIONS[keys.take("hidden_activation", "gelu_pytorch_tanh")],
+        "activation": ACTIVATIONS[keys.take("hidden_activation", "gelu_pytorch_tanh")],
         "kv_heads": keys.optional("num_key_value_heads", 4),
         "head_dim": _head_dim(keys, 256),
         "norm": "both",
@@ -181,16 +198,29 @@ def _gemma3(keys: Keys) -> Fields:
     }
 
 
+def _gemma3_keys(model: ModelConfig) -> Fields:
+    scalar = (model.query_scale or model.head_dim**-0.5) ** -2
+    whole = round(scalar)
+    return {"query_pre_attn_scalar": whole if float(whole) ** -0.5 == model.query_scale else scalar}
+
+
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", _llama),
-        Family("mistral", "MistralForCausalLM", _mistral),
+        Family("mistral", "MistralForCausalLM", _mistral, own=_one_window),
         Family("qwen2", "Qwen2ForCausalLM", _qwen2),
         Family("qwen3", "Qwen3ForCausalLM", _qwen3),
         Family("olmo2", "Olmo2ForCausalLM", _olmo2),
-        Family("olmo3", "Olmo3ForCausalLM", _olmo3),
-        Family("gemma3_text", "Gemma3ForCausalLM", _gemma3),
+        Family("olmo3", "Olmo3ForCausalLM", _olmo3, by_layer=True),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _gemma3,
+            own=_gemma3_keys,
+            by_layer=True,
+            window_theta="rope_local_base_freq",
+        ),
     )
 }
 

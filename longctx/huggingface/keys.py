@@ -62,6 +62,11 @@ class Keys:
         """Raises ``ConfigError`` for the value of a key."""
         raise ConfigError(f"{self.where}: {name}={value!r} is not computed here: {rule}")
 
+    @property
+    def read(self) -> frozenset[str]:
+        """Names the keys that were read."""
+        return frozenset(self._read)
+
     def finish(self) -> list[str]:
         """Lists the keys that change no number; refuses all that nobody has read."""
         rest = {name: value for name, value in self._values.items() if name not in self._read}

@@ -11,7 +11,7 @@ from longctx.checkpoint.state import COPY, live_tensors
 from longctx.config import ModelConfig
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.names import published_name
-from longctx.huggingface.weights import locate_weights, match_names
+from longctx.huggingface.weights import locate_weights, match_names, require_one_head
 
 
 def load_directory(model: nn.Module, config: ModelConfig) -> None:
@@ -25,7 +25,10 @@ def load_directory(model: nn.Module, config: ModelConfig) -> None:
     live = {name: tensor.detach() for name, tensor in live_tensors(model).items()}
     wanted = {name: published_name(name.removesuffix(COPY), config, family.prefix) for name in live}
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
-    located = match_names(locate_weights(directory), wanted, shapes, directory, whole_model(config, family.prefix))
+    found = locate_weights(directory)
+    located = match_names(found, wanted, shapes, directory, whole_model(config, family.prefix))
+    if config.tie_embeddings:
+        require_one_head(found, family.prefix, directory)
     read_shards(live, located)
 
 

@@ -1,4 +1,7 @@
-"""Reads the positions of a ``config.json``: ``rope_parameters`` of transformers 5, ``rope_scaling`` of 4."""
+"""Reads the positions of a ``config.json``: ``rope_parameters`` of transformers 5, ``rope_scaling`` of 4.
+
+What the two versions would compute differently, or would read past in silence, is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,76 @@ from longctx.huggingface.keys import Keys
 from longctx.rope import TYPES, RopeSettings
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+ORIGINAL, LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 _KNOWN = {one.name for one in fields(RopeSettings)}
 
 
-def rope_fields(keys: Keys, theta: float, sliding: float | None = None) -> dict[str, Any]:
+def rope_fields(keys: Keys, theta: float, sliding: float | None = None, partial: bool = False) -> dict[str, Any]:
     """Returns ``rope_theta``, ``rope`` and ``rope_window`` of ``model``.
 
     ``theta``: what the family's class has by default. ``sliding``: that of its layers with a window, for families
-    whose positions differ by layer type; scaling in the old form is then of the full layers alone.
+    whose positions differ by layer type; scaling in the old form is then of the full layers alone. ``partial``: the
+    family has heads of which a share of the channels turns.
     """
-    new, old = keys.take("rope_parameters", None), keys.take("rope_scaling", None)
+    new, old = _mapping(keys, "rope_parameters"), _mapping(keys, "rope_scaling")
     top = keys.take("rope_theta", None)
-    if new and old and _plain(new) != _plain(old):
-        keys.refuse("rope_scaling", old, f"rope_parameters={new!r} says otherwise; keep one of them")
-    given: Mapping[str, Any] = new or old or {}
-    by_layer = {name: given[name] for name in (FULL, SLIDING) if name in given}
-    whole = {} if by_layer else given
     base = theta if top is None else float(top)
-    found = {"rope": _section(keys, by_layer.get(FULL, whole), base)}
-    if by_layer and FULL not in by_layer:
-        keys.refuse("rope_parameters", given, f"positions by layer type name {FULL}")
-    if sliding is not None or by_layer:
-        if (
-            top is not None
-            and sliding is not None
-            and float(top) != sliding
-            and SLIDING not in by_layer
-            and theta == sliding
-        ):
-            keys.refuse("rope_theta", top, f"layers with a window would keep {sliding}; name both in rope_parameters")
-        found["rope_window"] = _section(keys, by_layer.get(SLIDING, {}), base if sliding is None else sliding)
-    # Said once: whoever sets model.rope_theta changes it.
-    return {"rope_theta": found["rope"].pop("rope_theta"), **found}
+    if sliding is None:
+        nested = [name for name in (FULL, SLIDING) if name in {**new, **old}]
+        if nested:
+            keys.refuse("rope_parameters", new or old, "all layers of this family have the same positions")
+        _agree(keys, new, old, base)
+        section = _section(keys, new or old, base, partial)
+        _no_other_base(keys, "rope_theta", top, section["rope_theta"])
+        # Said once: whoever sets model.rope_theta changes it.
+        return {"rope_theta": section.pop("rope_theta"), "rope": section}
+    full, window = _by_layer(keys, new, old, base)
+    if top is not None and theta == sliding != float(top) and "rope_theta" not in window:
+        keys.refuse("rope_theta", top, f"layers with a window would keep {sliding}; name both in rope_parameters")
+    section = _section(keys, full, base, partial, nested=True)
+    _no_other_base(keys, "rope_theta", top, section["rope_theta"])
+    return {
+        "rope_theta": section.pop("rope_theta"),
+        "rope": section,
+        "rope_window": _section(keys, window, sliding, partial, nested=True),
+    }
+
+
+def _mapping(keys: Keys, name: str) -> Mapping[str, Any]:
+    found = keys.take(name, None) or {}
+    if not isinstance(found, Mapping):
+        keys.refuse(name, found, "positions are described by a mapping")
+    return found
+
+
+def _by_layer(
+    keys: Keys, new: Mapping[str, Any], old: Mapping[str, Any], base: float
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns what stands for full layers and for those with a window."""
+    if set(new) - {FULL, SLIDING}:
+        keys.refuse("rope_parameters", new, f"positions of this family stand by layer type: {FULL}, {SLIDING}")
+    if {FULL, SLIDING} & set(old):
+        keys.refuse("rope_scaling", old, "by layer type they stand in rope_parameters")
+    if new and FULL not in new:
+        keys.refuse("rope_parameters", new, f"positions by layer type name {FULL}")
+    full, window = new.get(FULL) or {}, new.get(SLIDING) or {}
+    if not isinstance(full, Mapping) or not isinstance(window, Mapping):
+        keys.refuse("rope_parameters", new, "positions are described by mappings")
+    _agree(keys, full, old, base)
+    for given in (full or old, window):
+        if given.get("truncate") is False:
+            keys.refuse("truncate", False, "transformers reads it past where positions differ by layer type")
+    return full or old, window
+
+
+def _agree(keys: Keys, new: Mapping[str, Any], old: Mapping[str, Any], base: float) -> None:
+    if new and old and {"rope_theta": base, **_plain(new)} != {"rope_theta": base, **_plain(old)}:
+        keys.refuse("rope_scaling", dict(old), f"rope_parameters={dict(new)!r} says otherwise; keep one of them")
+
+
+def _no_other_base(keys: Keys, name: str, outside: Any, inside: float) -> None:
+    if outside is not None and float(outside) != float(inside):
+        keys.refuse(name, outside, f"rope_parameters says {inside}, and versions differ in which they read; keep one")
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,25 +90,25 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": given.get("type"), **plain} if "type" in given and "rope_type" not in given else plain
 
 
-def _section(keys: Keys, given: Mapping[str, Any] | None, theta: float) -> dict[str, Any]:
-    """Returns one section; None in the file stands for layers without positions."""
-    if given is None:
-        return {"rope_type": "none", "rope_theta": theta}
+def _section(keys: Keys, given: Mapping[str, Any], theta: float, partial: bool, nested: bool = False) -> dict[str, Any]:
     section = {"rope_type": "default", "rope_theta": theta, **_plain(given)}
     if section["rope_type"] not in TYPES or section["rope_type"] in ("ntk", "none"):
         keys.refuse("rope_type", section["rope_type"], f"types are {', '.join(TYPES)}")
     unknown = sorted(set(section) - _KNOWN)
     if unknown:
-        keys.refuse("rope_parameters", given, f"{', '.join(unknown)} is not understood")
+        keys.refuse("rope_parameters", dict(given), f"{', '.join(unknown)} is not understood")
     kind = TYPES[section["rope_type"]]
-    partial = keys.take("partial_rotary_factor", None)
-    if partial is not None:
-        section.setdefault("partial_rotary_factor", float(partial))
-    if "max_position_embeddings" in (*kind.needs, *kind.reads):
-        section.setdefault("max_position_embeddings", keys.optional("max_position_embeddings"))
-    outside = keys.take("original_max_position_embeddings", None)
-    if outside is not None and "original_max_position_embeddings" in kind.needs:
-        section.setdefault("original_max_position_embeddings", outside)
+    share = keys.take("partial_rotary_factor", None)
+    if share is not None:
+        section.setdefault("partial_rotary_factor", float(share))
+    if not partial and section["rope_type"] != "proportional" and section.get("partial_rotary_factor", 1.0) != 1.0:
+        keys.refuse("partial_rotary_factor", section["partial_rotary_factor"], "all channels turn in this family")
+    if LONGEST in (*kind.needs, *kind.reads):
+        section.setdefault(LONGEST, keys.optional(LONGEST))
+    outside = keys.take(ORIGINAL, None)
+    reads_outside = outside is not None and ORIGINAL in kind.needs and not nested
+    if reads_outside and section.setdefault(ORIGINAL, outside) != outside:
+        keys.refuse(ORIGINAL, outside, f"rope_parameters says {section[ORIGINAL]}; keep one of them")
     return {name: _number(value) if name != "truncate" else value for name, value in section.items()}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longctx.checkpoint.files import opened, read_range
 from longctx.checkpoint.manifest import DTYPES, Chunk
 from longctx.checkpoint.shards import Located
 from longctx.errors import ConfigError, DataError
@@ -17,6 +18,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old directories store what follows from the configuration
 _LARGEST_HEADER = 1 << 27
+_PART = 16 << 20
 
 
 def locate_weights(directory: Path) -> dict[str, Located]:
@@ -31,13 +33,14 @@ def locate_weights(directory: Path) -> dict[str, Located]:
             held = sorted(path.name for path in directory.glob("*.bin"))
             pickles = f"; {held[0]} is a pickle, which is not read: save the model as safetensors" if held else ""
             raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}{pickles}")
-        return {name: (single, chunk) for name, chunk in read_header(single).items()}
+        return {name: (single.resolve(), chunk) for name, chunk in read_header(single).items()}
     weight_map = _weight_map(index)
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise DataError(f"{index} says that {file} holds {name!r:.120}, which it does not")
-    return {name: (directory / file, headers[file][name]) for name, file in weight_map.items()}
+    # Caches of downloads hold links to files that lie elsewhere.
+    return {name: ((directory / file).resolve(), headers[file][name]) for name, file in weight_map.items()}
 
 
 def read_header(path: Path) -> dict[str, Chunk]:
@@ -114,10 +117,32 @@ def match_names(
             f"{where} holds another model than its {CONFIG}: missing {_some(missing)}, unknown {_some(extra)}"
         )
     for name, published in wanted.items():
+        if not DTYPES[located[published][1].dtype].is_floating_point:
+            raise ConfigError(f"{where}: {published} is {located[published][1].dtype}, and weights are real numbers")
         found = located[published][1].shape
         if found != shapes[name]:
             raise ConfigError(f"{where}: {published} is {list(found)}, {CONFIG} makes it {list(shapes[name])}")
     return {name: [located[published]] for name, published in wanted.items()}
+
+
+def require_one_head(located: Mapping[str, Located], prefix: str, where: Path) -> None:
+    """Refuses a tied model whose directory also holds a head that is another one. Reads both in parts."""
+    tied = [located[name] for name in (HEAD, f"{prefix}embed_tokens.weight") if name in located]
+    if len(tied) < 2:
+        return
+    head, embedding = (chunk for _, chunk in tied)
+    with opened(tied[0][0]) as first, opened(tied[1][0]) as second:
+        same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
+            read_range(first, head.start + start, size, tied[0][0])
+            == read_range(second, embedding.start + start, size, tied[1][0])
+            for start in range(0, head.bytes, _PART)
+            for size in [min(_PART, head.bytes - start)]
+        )
+    if not same:
+        raise ConfigError(
+            f"{where} says tie_word_embeddings=true and holds a {HEAD} that is not the embedding; one of them is "
+            "wrong: remove the tensor, or say false"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,0 +1,157 @@
+"""Writes a checkpoint of any mesh as a model directory, one tensor at a time; the model is never built."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.checkpoint.files import storage_errors, sync_directory
+from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Commit
+from longctx.checkpoint.restoring import read_manifests
+from longctx.checkpoint.shards import Located, locate, read_joined
+from longctx.checkpoint.state import COPY
+from longctx.config import ModelConfig
+from longctx.errors import ConfigError, StorageError
+from longctx.huggingface.config_in import CONFIG
+from longctx.huggingface.config_out import Written, config_of
+from longctx.huggingface.names import published_name
+from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
+from longctx.huggingface.source import Source, copy_files, read_kept_config, read_source
+from longctx.huggingface.weights import HEAD
+
+_OWN = "model."
+_NUMBER = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Says what was written."""
+
+    family: str
+    architecture: str
+    dtype: str
+    tensors: int
+    bytes: int
+    files: list[str]
+    notes: list[str]
+
+
+def export(
+    checkpoint: Path,
+    commit: Commit,
+    model: ModelConfig,
+    seq_len: int,
+    kept: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    tell: Tell,
+) -> Exported:
+    """Writes the weights of a verified ``checkpoint`` and all that belongs to them into the new directory ``target``.
+
+    ``kept``: what the run keeps of the directory that it began with, where it did. ``dtype``: None for the one that
+    each tensor had there. Nothing is at ``target`` before all is.
+    """
+    refuse_occupied(target)
+    source = read_source(kept)
+    before = read_kept_config(kept) if source else None
+    located = {
+        name.removeprefix(_OWN): shards
+        for name, shards in locate(read_manifests(checkpoint, commit)).items()
+        if name.startswith(_OWN) and COPY not in name
+    }
+    written = config_of(model, seq_len, before, _named(dtype, before, source, located))
+    outgoing = _outgoing(written, model, located, source, dtype)
+    with _beside(target) as folder:
+        files = write_weights(folder, outgoing, shard_bytes, tell)
+        write_json(folder / CONFIG, written.keys)
+        files.append(CONFIG)
+        if source:
+            files += copy_files(kept, source, folder, READABLE)
+    size = sum(one.bytes for one in outgoing)
+    family, said = written.family, written.keys["dtype"]
+    return Exported(family.model_type, family.architecture, said, len(outgoing), size, files, written.notes)
+
+
+def refuse_occupied(target: Path) -> None:
+    """Refuses to write where anything lies."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"--to {target} is no directory; name a new one")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"--to {target} is not empty; name a new directory, or remove what is there")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yields a folder beside ``target`` that takes its name once all is in it; on an error it is removed."""
+    folder = target.absolute().with_name(f".{target.absolute().name}.partial-{secrets.token_hex(4)}")
+    with storage_errors("cannot write", target):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    try:
+        yield folder
+        sync_directory(folder)
+        with storage_errors("cannot write", target):
+            if target.is_dir():
+                target.rmdir()  # it is empty, or this refuses
+            folder.rename(target.absolute())
+        sync_directory(target.absolute().parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _named(
+    dtype: torch.dtype | None,
+    before: Mapping[str, Any] | None,
+    source: Source | None,
+    located: dict[str, list[Located]],
+) -> str:
+    """Names the dtype that the configuration states: as asked, as found there, or that of most tensors."""
+    found = (before or {}).get("dtype") or (before or {}).get("torch_dtype")
+    if dtype is None and isinstance(found, str):
+        return found
+    codes = source.tensors.values() if source else [shards[0][1].dtype for shards in located.values()]
+    chosen = dtype or DTYPES[Counter(codes).most_common(1)[0][0]]
+    return str(chosen).removeprefix("torch.")
+
+
+def _outgoing(
+    written: Written,
+    model: ModelConfig,
+    located: dict[str, list[Located]],
+    source: Source | None,
+    dtype: torch.dtype | None,
+) -> list[Outgoing]:
+    prefix = written.family.prefix
+    published = {published_name(name, model, prefix): shards for name, shards in located.items()}
+    if not published:
+        raise StorageError("the checkpoint holds no weights")
+    found = source.tensors if source else {}
+    if HEAD in found and HEAD not in published and model.tie_embeddings:
+        published[HEAD] = located["embedding.weight"]
+    order = {name: place for place, name in enumerate(found)}
+    names = sorted(published, key=lambda name: (order.get(name, len(order)), _natural(name)))
+    usual = Counter(found.values()).most_common(1)[0][0] if found else None
+    outgoing = []
+    for name in names:
+        chunk = published[name][0][1]
+        kept = DTYPES[found.get(name) or usual or chunk.dtype]
+        assert kept in DTYPE_CODES, "a dtype of safetensors"
+        outgoing.append(Outgoing(name, dtype or kept, chunk.shape, partial(read_joined, published[name])))
+    return outgoing
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts layer 10 behind layer 9, and the head behind all."""
+    return [name == HEAD, *((int(part), "") if part.isdigit() else (0, part) for part in _NUMBER.split(name))]
