@@ -99,7 +99,7 @@ COMMANDS = (
         (
             "longctx export --run runs/mine --to exported",
             "longctx export --run runs/mine --step 400 --to exported --dtype bfloat16",
-            "longctx export --run runs/mine/checkpoints/step-400 --to exported --shard-size 500MB",
+            "longctx export --run runs/mine/checkpoints/step-400 --to exported --shard-size 500mb",
         ),
         "longctx.launcher.commands.export",
         overrides=False,

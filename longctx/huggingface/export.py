@@ -26,7 +26,7 @@ from longctx.huggingface.config_in import CONFIG
 from longctx.huggingface.config_out import Written, config_of
 from longctx.huggingface.names import published_name
 from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
-from longctx.huggingface.source import Source, copy_files, read_kept_config, read_source
+from longctx.huggingface.source import ModelSource, copy_files, read_kept_config, read_source
 from longctx.huggingface.weights import HEAD
 
 _OWN = "model."
@@ -114,7 +114,7 @@ def _beside(target: Path) -> Iterator[Path]:
 def _named(
     dtype: torch.dtype | None,
     before: Mapping[str, Any] | None,
-    source: Source | None,
+    source: ModelSource | None,
     located: dict[str, list[Located]],
 ) -> str:
     """Names the dtype that the configuration states: as asked, as found there, or that of most tensors."""
@@ -130,7 +130,7 @@ def _outgoing(
     written: Written,
     model: ModelConfig,
     located: dict[str, list[Located]],
-    source: Source | None,
+    source: ModelSource | None,
     dtype: torch.dtype | None,
 ) -> list[Outgoing]:
     prefix = written.family.prefix

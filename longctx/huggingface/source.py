@@ -33,7 +33,7 @@ _CARRIED = f"""
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Says what a directory held. ``tensors``: dtype by name, in order. ``files``: what is kept of it, by name."""
 
     path: str
@@ -41,7 +41,7 @@ class Source:
     files: dict[str, FileRecord]
 
 
-def keep_source(directory: Path, target: Path) -> Source:
+def keep_source(directory: Path, target: Path) -> ModelSource:
     """Copies into the new folder ``target`` what is needed of ``directory``, which may be such a folder itself."""
     known = read_source(directory) if (directory / RECORD).is_file() else None
     with storage_errors("cannot keep what belongs to the model in", target):
@@ -54,7 +54,7 @@ def keep_source(directory: Path, target: Path) -> Source:
             files[name] = write_new(target / name, [read_small((directory / name).resolve(), LIMIT_JSON)])
         if known is None:
             located = locate_weights(directory)
-            known = Source(str(directory.absolute()), {name: one[1].dtype for name, one in located.items()}, files)
+            known = ModelSource(str(directory.absolute()), {name: one[1].dtype for name, one in located.items()}, files)
         record = {"version": _VERSION, **asdict(known)}
         # Names stand in the order of the directory, which sorted keys would lose.
         record["tensors"] = list(known.tensors.items())
@@ -62,7 +62,7 @@ def keep_source(directory: Path, target: Path) -> Source:
     return known
 
 
-def read_source(folder: Path) -> Source | None:
+def read_source(folder: Path) -> ModelSource | None:
     """Reads what ``keep_source`` wrote, with all hashes checked; None where a run has nothing of the kind."""
     path = folder / RECORD
     if not path.exists():
@@ -80,10 +80,10 @@ def read_source(folder: Path) -> Source | None:
         raise StorageError(f"{path} is damaged: not what was written")
     for name, expected in files.items():
         check_file(folder / name, expected)
-    return Source(record["path"], tensors, files)
+    return ModelSource(record["path"], tensors, files)
 
 
-def copy_files(folder: Path, source: Source, target: Path, mode: int) -> list[str]:
+def copy_files(folder: Path, source: ModelSource, target: Path, mode: int) -> list[str]:
     """Copies the kept files but the configuration, which is written anew; returns their names."""
     names = [name for name in source.files if name != CONFIG]
     for name in names:
