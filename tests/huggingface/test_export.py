@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
