@@ -80,11 +80,12 @@ COMMANDS = (
     ),
     Command(
         "verify",
-        "exactness of an attention strategy, or of a whole run on its mesh, against the dense reference",
+        "exactness of an attention strategy, of a whole run on its mesh, or of a Hugging Face directory",
         (
             "longctx verify --strategy ring --layout zigzag --world 4",
             "longctx verify --strategy striped --world 8 --documents 300,724 --seq 1024 --window 256 --json",
             "longctx verify --backend gloo --world 2 --dtype float32 --dump tensors.safetensors",
+            "longctx verify --hf qwen3-0.6b/ comm=sim parallel.sp=2 attention=ring",
             "longctx verify --all",
             "longctx verify --mesh comm=sim parallel.sp=4 parallel.tp=2",
             "longctx verify --mesh --dtype float64 --json recipe=demo",

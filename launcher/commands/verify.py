@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from longctx.attention import get_strategy
 from longctx.catalog import LAYOUTS, LINEAR_STRATEGIES, MIXERS, STRATEGIES
 from longctx.config.renamed import KEYS, new_name, refuse_old_value
-from longctx.errors import ConfigError, StorageError, UsageError
+from longctx.errors import ConfigError, UsageError
 from longctx.launcher.progress import progress, with_progress
+from longctx.launcher.verify import directory as verify_directory
 from longctx.launcher.verify import mesh as verify_mesh
 from longctx.launcher.verify import parity_table as parity_page
+from longctx.launcher.verify.files import dump, require_writable
 from longctx.launcher.verify.matrix import matrix, page, table
 from longctx.launcher.verify.ranks import check
 from longctx.linear import get_linear
 from longctx.options import OPTIONS, StrategyOptions
 from longctx.rules import as_word, one_of
 from longctx.verify import Verdict, VerifyCase, refusal_of, refused
-from longctx.verify.case import DTYPES
+from longctx.verify.case import DTYPES, document_lengths
 
 PASSED, FAILED, REFUSED = 0, 70, 78
 
@@ -69,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the full tensors as safetensors")
     parser.add_argument("--all", action="store_true", help="the whole matrix, of cases or of meshes")
     parser.add_argument("--table", type=Path, metavar="FILE", help="with --all: write the table as Markdown")
+    parser.add_argument(
+        "--hf", metavar="DIR", help="compare the model of a Hugging Face directory on the mesh with transformers' own"
+    )
     verify_mesh.add_arguments(parser)
 
 
@@ -104,8 +104,13 @@ def new_flag(key: str) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
+    if arguments.hf is not None:
+        if arguments.mesh or arguments.all or arguments.steps is not None:
+            raise UsageError("--hf compares one directory on one mesh; leave out --mesh, --all and --steps")
+        _refuse_case_options(arguments, "--hf", ("seq", "documents", "batch", "seed", "dump"))
+        return verify_directory.run(arguments)
     if arguments.mesh:
-        _refuse_case_options(arguments)
+        _refuse_case_options(arguments, "--mesh")
         return parity_page.run(arguments) if arguments.all else verify_mesh.run(arguments)
     if arguments.steps is not None or arguments.overrides:
         word = f"--steps {arguments.steps}" if arguments.steps is not None else arguments.overrides[0]
@@ -133,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         report(0, 0, _name(case))
         verdict, tensors = check(case)
     if arguments.dump:
-        _dump({name: whole.contiguous() for name, whole in tensors.items()}, arguments.dump)
+        dump(tensors, arguments.dump)
     _show([verdict], arguments.json, many=False)
     return PASSED if verdict.passed else FAILED
 
@@ -147,11 +152,11 @@ def _refuse_of_one_case(arguments: argparse.Namespace) -> None:
         )
 
 
-def _refuse_case_options(arguments: argparse.Namespace) -> None:
-    given = [name for name in CASE if getattr(arguments, name) is not None]
+def _refuse_case_options(arguments: argparse.Namespace, flag: str, taken: tuple[str, ...] = ()) -> None:
+    given = [name for name in CASE if name not in taken and getattr(arguments, name) is not None]
     if given:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} is for one attention case; --mesh reads the run's configuration, "
+            f"--{given[0].replace('_', '-')} is for one attention case; {flag} reads the run's configuration, "
             "for example attention=ring attention.layout=zigzag parallel.sp=2"
         )
 
@@ -162,19 +167,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
         raise UsageError("--table is for the whole matrix; add --all")
     if arguments.dump and arguments.all and not arguments.mesh:
         raise UsageError("--dump is for one case; leave out --all")
-    for file in (arguments.dump, arguments.table):
-        if file and (file.is_dir() or not file.parent.is_dir()):
-            raise StorageError(f"{file} can't be written: it must be a file in a folder that exists")
-        # safetensors renames a new file over the old one: a device node would be gone.
-        if file and ((file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK)):
-            raise StorageError(f"{file} can't be written: it must be a regular file in a writable folder")
-
-
-def _dump(tensors: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file(tensors, file)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{file} can't be written: {error}") from error
+    require_writable(arguments.dump, arguments.table)
 
 
 def case_of(arguments: argparse.Namespace) -> VerifyCase:
@@ -197,14 +190,7 @@ def case_of(arguments: argparse.Namespace) -> VerifyCase:
                 f"--{name.replace('_', '-')} {value} is for linear strategies, and {arguments.strategy} does not read "
                 "it; leave it out"
             )
-    try:
-        documents = (
-            tuple(int(length) for length in arguments.documents.split(",")) if arguments.documents is not None else ()
-        )
-    except ValueError:
-        raise ConfigError(
-            f"--documents {arguments.documents!r} must be whole numbers with commas between, such as 300,724"
-        ) from None
+    documents = document_lengths(arguments.documents)
     return VerifyCase(
         strategy=arguments.strategy,
         layout=arguments.layout or (get_linear if linear else get_strategy)(arguments.strategy).layout,

@@ -9,7 +9,7 @@ import torch
 from longctx.config import Config
 from longctx.mesh import Mesh
 from longctx.parallel.core import layout_of, mask_of
-from longctx.sequence import Batch, Layout, LocalBatch, Mask, SequencePlan, cut, make_plan
+from longctx.sequence import Batch, Documents, Layout, LocalBatch, Mask, SequencePlan, cut, make_plan
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,10 @@ class BatchSharder:
             labels=local.labels.to(self.device, non_blocking=True),
             positions=local.positions.to(self.device, non_blocking=True),
         )
+
+
+def plan_of_batch(config: Config, documents: tuple[Documents, ...], length: int) -> SequencePlan:
+    """Plans a batch of so many tokens a row as ``BatchSharder.plan`` does, where there is no mesh."""
+    return make_plan(
+        documents, mask_of(config), layout_of(config), length, config.parallel.sp, multiple=config.parallel.tp
+    )

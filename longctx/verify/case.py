@@ -22,6 +22,33 @@ TOLERANCE = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-3), "bfloat16": (1e
 ROUNDING_FACTOR = 2.5
 
 
+def check_sample(seq: int, documents: tuple[int, ...], batch: int, seed: int) -> None:
+    """Refuses lengths and seeds that no sample can have. Raises ``ConfigError``."""
+    for name, value in (("seq", seq), ("batch", batch)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} must be at least 0 and below 2^63; 0 is the default")
+    if documents and min(documents) < 1:
+        raise ConfigError(
+            f"--documents {','.join(map(str, documents))}: each length must be at least 1; leave out "
+            f"the {min(documents)}"
+        )
+    if documents and sum(documents) != seq:
+        raise ConfigError(
+            f"--documents {','.join(map(str, documents))} add up to {sum(documents)}; they must "
+            f"add up to --seq {seq} (nearest valid: --seq {sum(documents)})"
+        )
+
+
+def document_lengths(words: str | None) -> tuple[int, ...]:
+    """Reads lengths with commas between; none where they are left out. Raises ``ConfigError``."""
+    try:
+        return () if words is None else tuple(int(length) for length in words.split(","))
+    except ValueError:
+        raise ConfigError(f"--documents {words!r} must be whole numbers with commas between, such as 300,724") from None
+
+
 @dataclass(frozen=True)
 class VerifyCase:
     """One exactness check as plain data, which travels to worker processes as JSON."""
@@ -55,23 +82,12 @@ class VerifyCase:
         return cls(**{**plain, "documents": tuple(plain["documents"]), "options": options})
 
     def __post_init__(self) -> None:
-        for name in ("world", "seq", "heads", "kv_heads", "head_dim", "batch", "layout_block", "chunk"):
+        for name in ("world", "heads", "kv_heads", "head_dim", "layout_block", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^63; 0 is the default")
-        if self.documents and min(self.documents) < 1:
-            raise ConfigError(
-                f"--documents {','.join(map(str, self.documents))}: each length must be at least 1; leave out "
-                f"the {min(self.documents)}"
-            )
-        if self.documents and sum(self.documents) != self.seq:
-            raise ConfigError(
-                f"--documents {','.join(map(str, self.documents))} add up to {sum(self.documents)}; they must "
-                f"add up to --seq {self.seq} (nearest valid: --seq {sum(self.documents)})"
-            )
+        check_sample(self.seq, self.documents, self.batch, self.seed)
 
     @property
     def mask(self) -> Mask:

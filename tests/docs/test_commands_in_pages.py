@@ -96,7 +96,7 @@ def test_a_command_of_longctx_parses_and_composes(words, readers_folder, monkeyp
     arguments = parsed(words)
     if words[1] == "submit":
         submit.prepare(compose(arguments.overrides))
-    elif words[1] == "verify" and not arguments.mesh:
+    elif words[1] == "verify" and not (arguments.mesh or arguments.hf):
         assert not arguments.overrides
     elif "overrides" in vars(arguments):
         config = compose(arguments.overrides)

@@ -93,13 +93,13 @@ def _parallel_step(config: Config, mesh: Mesh, device: torch.device, batches: Se
     run = TinyRun.of(config, mesh, device)
     local = [run.sharder(batch) for batch in batches]
     with torch.no_grad():
-        outputs = [_whole(_outputs(run.model, batch, config, mesh), batch, mesh) for batch in local]
+        outputs = [_whole(outputs_of(run.model, batch, config, mesh), batch, mesh) for batch in local]
     result = run.step.gradients(local)
     assert result.loss is not None, "the canary's sequences have labels"
     return StepTensors(torch.cat(outputs), torch.tensor(result.loss, dtype=torch.float64), run.gradients())
 
 
-def _outputs(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:
+def outputs_of(model: nn.Module, batch: LocalBatch, config: Config, mesh: Mesh) -> Tensor:
     """Returns logits ``[B, T/SP, V]`` of this rank's tokens, in a pipeline on the ranks of all stages."""
     if isinstance(model, Pipeline):
         logits = run_forward(model, batch, mesh, compute_dtype(config.train.dtype))

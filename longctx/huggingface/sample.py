@@ -1,0 +1,70 @@
+"""Draws random tokens for a directory's model: ids that text could have, never one with a meaning of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx.errors import DataError
+
+TOKENIZER = "tokenizer.json"
+_CONFIGS = ("config.json", "generation_config.json")
+
+
+def draw_tokens(directory: Path, vocab_size: int, batch: int, seq: int, seed: int) -> Tensor:
+    """Draws tokens int64 ``[B, S]`` below the real vocabulary, without special ids.
+
+    Rows of an embedding past the tokenizer's ids are padding. Without a tokenizer all of ``vocab_size`` are real.
+    """
+    special, known = special_ids(directory), known_ids(directory)
+    usable = [one for one in range(min(vocab_size, known or vocab_size)) if one not in special]
+    if not usable:
+        raise DataError(f"{directory} has {vocab_size} ids, and each of them is special; none is left to draw")
+    drawn = torch.randint(len(usable), (batch, seq), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(usable)[drawn]
+
+
+def special_ids(directory: Path) -> set[int]:
+    """Lists ids that configurations and tokenizer give a meaning to, such as the end of a text."""
+    found = {one["id"] for one in _tokenizer(directory).get("added_tokens", []) if one.get("special")}
+    for name in _CONFIGS:
+        found |= set(_token_ids(_read(directory / name)))
+    return found
+
+
+def known_ids(directory: Path) -> int | None:
+    """Counts the ids of the directory's tokenizer; None where it has none."""
+    tokenizer = _tokenizer(directory)
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+    ids += [one["id"] for one in tokenizer.get("added_tokens", [])]
+    return max(ids) + 1 if ids else None
+
+
+def _token_ids(values: dict[str, Any]) -> Iterator[int]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _token_ids(value)
+        elif name.endswith(("_token_id", "_token_ids", "_token_index")):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    return _read(directory / TOKENIZER)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds {type(values).__name__}, where a mapping belongs")
+    return values
