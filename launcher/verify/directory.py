@@ -29,7 +29,7 @@ from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose_mapping, refuse_overrides
 from longctx.launcher.hydra.overrides import quoted
 from longctx.launcher.progress import progress
-from longctx.launcher.verify.directory_ranks import Found, compute
+from longctx.launcher.verify.directory_ranks import Computed, compute
 from longctx.launcher.verify.files import dump
 from longctx.parallel.core import layout_of
 from longctx.verify.case import DTYPES, ROUNDING_FACTOR, TOLERANCE, check_sample, document_lengths
@@ -137,7 +137,7 @@ def _rows(config: Config, batch: int) -> int:
 
 
 def judge(
-    config: Config, tokens: Tensor, documents: tuple[int, ...], found: Found
+    config: Config, tokens: Tensor, documents: tuple[int, ...], found: Computed
 ) -> tuple[DirectoryVerdict, dict[str, Tensor]]:
     """Returns the verdict, and what ``--dump`` writes."""
     import transformers

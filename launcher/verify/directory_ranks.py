@@ -48,7 +48,7 @@ class RankPart:
 
 
 @dataclass(frozen=True)
-class Found:
+class Computed:
     """What the mesh computed: ``logits`` ``[B, S, V]`` in natural order, mean loss, gradients by our names."""
 
     logits: Tensor
@@ -56,7 +56,7 @@ class Found:
     gradients: dict[str, Tensor]
 
 
-def compute(config: Config, tokens: Tensor, documents: Sequence[int]) -> Found:
+def compute(config: Config, tokens: Tensor, documents: Sequence[int]) -> Computed:
     """Computes int64 tokens ``[B, S]`` on the mesh; every row is packed with documents of these lengths."""
     packed = list(documents)
     if config.comm.backend == "sim":
@@ -107,7 +107,7 @@ def _batches(config: Config, tokens: Tensor, documents: list[int]) -> list[list[
     return [micro[group * each : (group + 1) * each] for group in range(groups)]
 
 
-def _joined(config: Config, parts: Sequence[RankPart], rows: int, documents: list[int]) -> Found:
+def _joined(config: Config, parts: Sequence[RankPart], rows: int, documents: list[int]) -> Computed:
     packing = (Documents.from_lengths(documents),) * config.train.micro_batch
     plan = plan_of_batch(config, packing, sum(documents))
     speaking = sorted((part for part in parts if part.logits), key=lambda part: part.place)
@@ -116,7 +116,7 @@ def _joined(config: Config, parts: Sequence[RankPart], rows: int, documents: lis
         group = speaking[first : first + config.parallel.sp]
         logits += [unshard(list(shards), plan) for shards in zip(*(part.logits for part in group), strict=True)]
     gradients = {name: whole for part in parts for name, whole in part.gradients.items()}
-    return Found(torch.cat(logits)[:rows], parts[0].loss, gradients)
+    return Computed(torch.cat(logits)[:rows], parts[0].loss, gradients)
 
 
 def _on_processes(config: Config, tokens: Tensor, documents: list[int]) -> list[RankPart]:
