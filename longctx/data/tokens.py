@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.files import excerpt, printable
-from longctx.data.formats.joined import Shard, joined
+from longctx.data.formats.joined import TokenShard, joined
 from longctx.data.formats.numbers import Rising, numbers_in
 from longctx.data.formats.raw import RawFile
 from longctx.data.formats.shards import asked, find_shards
@@ -80,7 +80,7 @@ def open_tokens(
     return joined(shards, str(path), vocab_size, "tokens", max_documents, replace(check, whole=verify))
 
 
-def open_pair(bin_path: Path, dtype: str) -> Shard:
+def open_pair(bin_path: Path, dtype: str) -> TokenShard:
     """Opens a token file and its boundaries. Raises ``DataError`` where the two do not agree."""
     file = TokenFile(bin_path, token_dtype(dtype))
     index = RawFile(bin_path.with_suffix(".idx"))
@@ -90,7 +90,7 @@ def open_pair(bin_path: Path, dtype: str) -> Shard:
             f"{printable(bin_path)} holds {len(file)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
             "the two must agree: write both again with longctx.data.write_tokens"
         )
-    return Shard(file, offsets, CHECK, (index.stamp,), recorded=digest.hex())
+    return TokenShard(file, offsets, CHECK, (index.stamp,), recorded=digest.hex())
 
 
 def _read_index(file: RawFile, dtype: str) -> tuple[Int64, bytes]:

@@ -21,7 +21,7 @@ import numpy as np
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.data.files import excerpt, printable
-from longctx.data.formats.joined import Shard, joined
+from longctx.data.formats.joined import TokenShard, joined
 from longctx.data.formats.numbers import Rising, numbers_in
 from longctx.data.formats.raw import RawFile
 from longctx.data.formats.shards import asked, find_shards
@@ -42,7 +42,7 @@ def open_datatrove(config: DataConfig, vocab_size: int, check: Check) -> Corpus:
     return joined(shards, str(config.path), vocab_size, "datatrove", config.max_documents, asked(config, check))
 
 
-def open_file(path: Path, dtype: str) -> Shard:
+def open_file(path: Path, dtype: str) -> TokenShard:
     """Opens a file and those beside it. Raises ``DataError`` where they do not agree."""
     file = TokenFile(path, token_dtype(dtype))
     index = RawFile(_beside(path, ".index"))
@@ -63,7 +63,7 @@ def open_file(path: Path, dtype: str) -> Shard:
     if metadata.exists():
         _check_metadata(RawFile(metadata), dtype, len(file))
     mask = _mask(_beside(path, ".loss"), len(file))
-    return Shard(file, offsets, f"datatrove 1 {dtype}", (index.stamp,), mask=mask)
+    return TokenShard(file, offsets, f"datatrove 1 {dtype}", (index.stamp,), mask=mask)
 
 
 def _beside(path: Path, end: str) -> Path:

@@ -33,7 +33,7 @@ Learned = Callable[[int, int], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
+class TokenShard:
     """Holds a file of tokens and what divides it.
 
     ``offsets``: int64 ``[D + 1]`` in tokens, from 0 to the end of the file; equal ones are an empty document.
@@ -95,7 +95,7 @@ class _AllLearned:
         return np.ones(stop - start, dtype=self.kind)
 
 
-class Joined:
+class JoinedRows:
     """Reads files of tokens as one row of them, of which the first ``stop`` count; None: all."""
 
     def __init__(self, files: Sequence[Row], stop: int | None = None) -> None:
@@ -139,7 +139,7 @@ class Joined:
 
 
 def joined(
-    shards: Sequence[Shard], source: str, vocab_size: int, form: str, max_documents: int | None, check: Check
+    shards: Sequence[TokenShard], source: str, vocab_size: int, form: str, max_documents: int | None, check: Check
 ) -> Corpus:
     """Returns the corpus of files of tokens. ``form``: names their format. ``source``: what the user named.
 
@@ -150,7 +150,7 @@ def joined(
     if check.whole:
         _verify(shards, vocab_size, check)
     files, stop = [shard.file for shard in shards], int(bounds[-1])
-    row = Joined(files, stop)
+    row = JoinedRows(files, stop)
 
     def origin(document: int) -> str:
         number = bisect_right(starts, document) - 1
@@ -175,7 +175,7 @@ def joined(
     )
 
 
-def _bounds(shards: Sequence[Shard], max_documents: int | None) -> tuple[Int64, list[int], int]:
+def _bounds(shards: Sequence[TokenShard], max_documents: int | None) -> tuple[Int64, list[int], int]:
     """Returns the bounds of documents that hold anything, the first document of each shard, and how many hold nothing.
 
     Shards behind the last document that is wanted have no part in it.
@@ -205,15 +205,15 @@ def _bounds(shards: Sequence[Shard], max_documents: int | None) -> tuple[Int64, 
     return bounds.done(), starts, skipped
 
 
-def _learned(shards: Sequence[Shard], stop: int) -> Learned | None:
+def _learned(shards: Sequence[TokenShard], stop: int) -> Learned | None:
     """Returns what tells which tokens are labels to learn; None where all are."""
     if all(shard.mask is None for shard in shards):
         return None
-    row = Joined([shard.mask or _AllLearned(len(shard.file)) for shard in shards], stop)
+    row = JoinedRows([shard.mask or _AllLearned(len(shard.file)) for shard in shards], stop)
     return lambda start, stop: row.read(start, stop) != 0
 
 
-def _verify(shards: Sequence[Shard], vocab_size: int, check: Check) -> None:
+def _verify(shards: Sequence[TokenShard], vocab_size: int, check: Check) -> None:
     """Checks all ids, and SHA-256 where one is recorded, or finds that done since the files were last changed."""
     total, done = sum(-(-shard.file.stamp.size // MIB) for shard in shards), 0
     for shard in shards:
@@ -228,7 +228,7 @@ def _verify(shards: Sequence[Shard], vocab_size: int, check: Check) -> None:
         done += -(-shard.file.stamp.size // MIB)
 
 
-def found_in(shard: Shard, folder: Path | None, progress: Report, vocab_size: int | None = None) -> dict[str, Any]:
+def found_in(shard: TokenShard, folder: Path | None, progress: Report, vocab_size: int | None = None) -> dict[str, Any]:
     """Returns what a pass over a shard finds, from memory where the files are unchanged."""
 
     def find(report: Report) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def found_in(shard: Shard, folder: Path | None, progress: Report, vocab_size: in
     return found if stated else find(progress)
 
 
-def read_through(shard: Shard, progress: Report, vocab_size: int | None = None) -> dict[str, Any]:
+def read_through(shard: TokenShard, progress: Report, vocab_size: int | None = None) -> dict[str, Any]:
     """Reads all tokens once and returns the smallest and largest id, and the SHA-256 of tokens and offsets.
 
     Raises ``DataError`` for an id outside the vocabulary, where that is known, and for a SHA-256 that is not the
@@ -269,7 +269,7 @@ def read_through(shard: Shard, progress: Report, vocab_size: int | None = None) 
     return {"smallest": found[0], "largest": found[1], "sha256": digest.hexdigest()}
 
 
-def _read_mask(shard: Shard, mask: TokenFile, digest: hashlib._Hash) -> None:
+def _read_mask(shard: TokenShard, mask: TokenFile, digest: hashlib._Hash) -> None:
     for start in range(0, len(mask), CHUNK):
         part = mask.read(start, min(start + CHUNK, len(mask)))
         if part.max() > 1:
@@ -281,15 +281,15 @@ def _read_mask(shard: Shard, mask: TokenFile, digest: hashlib._Hash) -> None:
         digest.update(part.data)
 
 
-def _located(shard: Shard, start: int, position: int) -> str:
+def _located(shard: TokenShard, start: int, position: int) -> str:
     return shard.locate(start + position)
 
 
-def _byte(shard: Shard, start: int, position: int) -> str:
+def _byte(shard: TokenShard, start: int, position: int) -> str:
     return f"; it stands at byte {(start + position) * shard.file.kind.itemsize}"
 
 
-def _digest(shards: Sequence[Shard], check: Check) -> str:
+def _digest(shards: Sequence[TokenShard], check: Check) -> str:
     """Returns the SHA-256 of what shards hold, each divided as it is."""
     each = [shard.recorded or found_in(shard, check.cache, check.progress)["sha256"] for shard in shards]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()

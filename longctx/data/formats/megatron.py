@@ -29,7 +29,7 @@ import numpy as np
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.files import data_path, excerpt, printable
-from longctx.data.formats.joined import Shard, joined
+from longctx.data.formats.joined import TokenShard, joined
 from longctx.data.formats.numbers import Numbers, Rising, numbers_in
 from longctx.data.formats.raw import RawFile
 from longctx.data.formats.shards import asked, find_shards, is_pattern
@@ -63,12 +63,12 @@ def _indexes(config: DataConfig) -> list[Path]:
     return list(dict.fromkeys(one.with_suffix(".idx") for one in found))
 
 
-def open_pair(index_path: Path) -> Shard:
+def open_pair(index_path: Path) -> TokenShard:
     """Opens one pair of files. Raises ``DataError`` where they do not agree."""
     index = _Index(RawFile(index_path))
     file = TokenFile(index_path.with_suffix(".bin"), index.kind, says=f"the type in {printable(index_path.name)}")
     offsets = index.documents(index.sequences(file))
-    return Shard(file, offsets, f"megatron 1 {index.kind.str}", (index.file.stamp,))
+    return TokenShard(file, offsets, f"megatron 1 {index.kind.str}", (index.file.stamp,))
 
 
 class _Index:

@@ -17,7 +17,7 @@ import numpy as np
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.files import excerpt, open_unpacked, printable
-from longctx.data.formats.joined import Shard, joined
+from longctx.data.formats.joined import TokenShard, joined
 from longctx.data.formats.kept import kept_offsets
 from longctx.data.formats.numbers import Numbers
 from longctx.data.formats.raw import RawFile
@@ -43,7 +43,7 @@ def open_olmo(config: DataConfig, vocab_size: int, check: Check) -> Corpus:
     return joined(shards, str(config.path), vocab_size, "olmo", config.max_documents, how)
 
 
-def open_file(path: Path, dtype: str, check: Check) -> Shard:
+def open_file(path: Path, dtype: str, check: Check) -> TokenShard:
     """Opens a file of tokens and its boundaries. Raises ``DataError`` where the two do not agree."""
     raw = RawFile(path)
     if raw.read(0, min(raw.size, len(NUMPY))) == NUMPY:
@@ -59,7 +59,7 @@ def open_file(path: Path, dtype: str, check: Check) -> Shard:
 
     stamps = [lines.stamp, file.stamp]
     offsets = kept_offsets(check.cache, f"{CHECK} {dtype}", stamps, find, check.progress)
-    return Shard(file, offsets, f"olmo 1 {dtype}", (lines.stamp,))
+    return TokenShard(file, offsets, f"olmo 1 {dtype}", (lines.stamp,))
 
 
 def _offsets(table: Path, size: int, file: TokenFile, progress: Report) -> Int64:
