@@ -25,7 +25,6 @@ from longctx.data.checked import check_corpus
 from longctx.data.held_out import check_held_out, trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
-from longctx.data.source import Check
 from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
 from longctx.huggingface.load import load_directory
@@ -242,7 +241,9 @@ def build_model(config: Config, mesh: Mesh, device: torch.device, begins: bool =
     """
     if config.model.path is not None:
         # No rank ever holds the whole model: each makes room for what it keeps, and reads that.
-        sharded = parallelize(_on_meta(config), config, mesh).to_empty(device=device)
+        sharded = parallelize(_on_meta(config), config, mesh)
+        for part in decoders(sharded):
+            part.make_room(device)
         if begins:
             load_directory(sharded, config.model)
         return sharded
@@ -282,8 +283,7 @@ def check_data(config: Config) -> Corpus:
 
 def open_checked(config: Config) -> Corpus:
     """The run's documents, which ``check_data`` has verified."""
-    check = Check(cache=env.cache_directory())
-    return open_corpus(config.data, config.model.vocab_size, verify=False, check=check)
+    return open_corpus(config.data, config.model.vocab_size, verify=False)
 
 
 def _checkpointer(config: Config) -> Checkpointer:

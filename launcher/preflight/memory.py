@@ -63,8 +63,10 @@ def _kept_of_token(config: Config, kind: str) -> float:
         return 0.0
     width, rows, hidden = model.dim, model.heads * model.head_dim, model.hidden_dim
     keys = 2 * model.kv_heads * model.head_dim
+    # Of a linear layer: the gate of what its heads read, and what the projection behind it is given.
+    mixed = rows + rows + keys if kind in SOFTMAX_KINDS else 2 * model.linear_heads.values
     if train.recompute == "none":
-        values = width + (rows + rows + keys if kind in SOFTMAX_KINDS else 0) + width
+        values = width + mixed + width
         values += 0 if train.mlp_chunk else 3 * hidden
     else:
         kept = names_kept(train.recompute, train.recompute_keep)

@@ -22,7 +22,7 @@ from longctx.config.pipeline import RULES
 from longctx.config.sections import DataConfig
 from longctx.errors import ConfigError, UsageError
 from longctx.huggingface.config_in import model_fields
-from longctx.huggingface.names import published_name
+from longctx.huggingface.names import published_tensors
 from longctx.huggingface.reference import Reference, ReferenceStep
 from longctx.huggingface.sample import draw_tokens
 from longctx.launcher import build, env, machine
@@ -147,7 +147,7 @@ def judge(
     family, _, _ = model_fields(Path(model.path))
     patched = dtype is torch.float64
     expected = Reference(model, dtype, patched).step(tokens, documents)
-    gradients = {published_name(name, model, family.prefix): whole for name, whole in found.gradients.items()}
+    gradients = published_tensors(found.gradients, model, family.names)
     ours = ReferenceStep(found.logits, torch.tensor(found.loss, dtype=torch.float64), gradients)
     errors = relative_errors(ours, expected)
     least, most = TOLERANCE[config.train.dtype]

@@ -29,7 +29,8 @@ _PREFIX = "step-"
 # With others of these, the numbers of a tensor would stand for something else, even where its shape is the same.
 _SHAPE = (
     "vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim", "qk_norm", "tie_embeddings",
-    "pattern", "mixer",
+    "pattern", "mixer", "linear.key_heads", "linear.value_heads", "linear.key_head_dim", "linear.value_head_dim",
+    "linear.conv_taps",
 )  # fmt: skip
 
 

@@ -254,6 +254,10 @@ def _unequal_part(model: ModelConfig, tp: int) -> str | None:
             # Other heads would have to suit kv_heads as well.
             hint = "" if name == "heads" else f" (nearest valid model.{name}: {nearest_multiples(size, tp)})"
             return f"must divide model.{name}={size}{hint}"
+    linear = model.linear_heads
+    for name, size in (("key_heads", linear.key_heads), ("value_heads", linear.value_heads)):
+        if "L" in model.pattern and size % tp:
+            return f"must divide model.linear.{name}={size}"
     if model.kv_heads % tp and tp % model.kv_heads:
         return f"must divide model.kv_heads={model.kv_heads}, or be a multiple of it"
     return None

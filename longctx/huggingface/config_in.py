@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import ConfigError, DataError
-from longctx.huggingface.families import Family, family_of
+from longctx.huggingface.families import FAMILIES, family_of
+from longctx.huggingface.family import Family
 from longctx.huggingface.keys import Keys
 
 CONFIG = "config.json"
@@ -45,6 +46,7 @@ def model_fields(directory: Path) -> tuple[Family, dict[str, Any], list[str]]:
 
 def fields_of(values: dict[str, Any], where: str) -> tuple[Family, dict[str, Any], list[str]]:
     """Returns the same of the keys of a configuration; ``where``: its path, for messages."""
+    values, outside = text_model(values, where)
     for names, what in ((_EXPERTS, "a mixture of experts"), (_COMPRESSED, "multi-head latent attention")):
         found = [name for name in names if values.get(name)]
         if found:
@@ -56,4 +58,21 @@ def fields_of(values: dict[str, Any], where: str) -> tuple[Family, dict[str, Any
     fields = family.fields(keys)
     if "W" not in fields.get("pattern", ""):
         fields.pop("rope_window", None)  # no layer has them
-    return family, {"name": "hf", **fields}, keys.finish()
+    return family, {"name": "hf", **fields}, [*outside, *keys.finish()]
+
+
+def text_model(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns the keys of the text model of a configuration that holds several, and those that say nothing of it."""
+    kinds = {family.inside[1]: family.inside[0] for family in FAMILIES.values() if family.inside}
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in kinds:
+        return values, []
+    inner = values.get(kinds[model_type])
+    if type(inner) is not dict:
+        raise ConfigError(f"{where}: model_type={model_type!r} holds its text model in {kinds[model_type]}")
+    tied = "tie_word_embeddings"
+    if tied in values and tied in inner and values[tied] != inner[tied]:
+        raise ConfigError(f"{where}: {tied} is {values[tied]}, and {inner[tied]} in {kinds[model_type]}; make them one")
+    if values.get("quantization_config"):
+        inner = {**inner, "quantization_config": values["quantization_config"]}
+    return {tied: values.get(tied, False), **inner}, sorted(set(values) - {kinds[model_type], tied})

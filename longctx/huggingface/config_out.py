@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from longctx.config import Config, ModelConfig
 from longctx.config.parsing import parse
 from longctx.config.sections.model import SOFTMAX_KINDS
 from longctx.errors import ConfigError
-from longctx.huggingface.config_in import fields_of
-from longctx.huggingface.families import ACTIVATIONS, FAMILIES, LAYER_TYPES, LEFT_OUT, Family
+from longctx.huggingface.config_in import fields_of, text_model
+from longctx.huggingface.families import FAMILIES
+from longctx.huggingface.family import ACTIVATIONS, LAYER_TYPES, LEFT_OUT, Family
+from longctx.huggingface.hybrids import TAPS
 from longctx.huggingface.keys import Keys
 from longctx.huggingface.rope_in import LONGEST
 from longctx.huggingface.rope_out import lengths_of, rope_keys
 
 # What decides no number of a forward pass, or is compared by the tables that follow from it.
-_NOT_COMPARED = ("name", "path", "init_std", "pattern", "rope_theta", "rope", "rope_window")
+_NOT_COMPARED = ("name", "path", "init_std", "pattern", "rope_theta", "rope", "rope_window", "linear")
+_BEGAN = "the directory that the run began with"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -28,6 +31,7 @@ class Written:
     family: Family
     keys: dict[str, Any]
     notes: list[str]
+    alone: bool = False  # it was a part of a larger model's file
 
 
 def config_of(model: ModelConfig, seq_len: int, before: Mapping[str, Any] | None, dtype: str) -> Written:
@@ -37,7 +41,11 @@ def config_of(model: ModelConfig, seq_len: int, before: Mapping[str, Any] | None
     Raises ``ConfigError`` where no family computes the model.
     """
     model = model.settled(seq_len)
-    began = None if before is None else fields_of(dict(before), "the directory that the run began with")[0]
+    began, alone = None, False
+    if before is not None:
+        inner, _ = text_model(dict(before), _BEGAN)
+        before, alone = inner, inner != before
+        began = fields_of(inner, _BEGAN)[0]
     families = [began] if began else []
     families += [family for family in FAMILIES.values() if family is not began]
     nearest: tuple[int, str] | None = None
@@ -49,7 +57,7 @@ def config_of(model: ModelConfig, seq_len: int, before: Mapping[str, Any] | None
             wrong = [str(error)]
         else:
             if not wrong:
-                return found
+                return replace(found, alone=alone)
         if nearest is None or len(wrong) < nearest[0]:
             nearest = len(wrong), f"{family.model_type} would have {', '.join(wrong)}"
     assert nearest is not None, "there are families"
@@ -75,6 +83,8 @@ def _written(family: Family, model: ModelConfig, seq_len: int, before: dict[str,
         base = {**before, **own} if [word for word in wrong if not word.startswith("rope")] else dict(before)
     lengths = lengths_of(model, seq_len, before, changed)
     rope, others = rope_keys(family, model, lengths)
+    positions = (before or {}).get("rope_parameters") or {}
+    rope["rope_parameters"] |= {name: positions[name] for name in family.kept if name in positions}
     if others:
         notes.append(f"transformers 4 has no {' and no '.join(others)}, and computes otherwise; take version 5")
     if before and before.get(LONGEST) not in (None, lengths[LONGEST]):
@@ -138,11 +148,20 @@ def _differences(family: Family, keys: Mapping[str, Any], model: ModelConfig, se
     ]
     if read.kinds != model.kinds:
         return [*wrong, f"pattern={read.kinds} for {model.kinds}"]
+    if "L" in model.kinds and _linear(read) != _linear(model):
+        wrong.append(f"linear={_linear(read)} for {_linear(model)}")
     softmax = [kind for kind in dict.fromkeys(model.kinds) if kind in SOFTMAX_KINDS]
     return [
         *wrong,
         *(f"rope of {kind} layers otherwise" for kind in softmax if _table(read, kind) != _table(model, kind)),
     ]
+
+
+def _linear(model: ModelConfig) -> tuple[Any, ...]:
+    """Returns what linear layers have, with what is left out filled in."""
+    own = model.linear
+    norms = model.norm_of("L"), own.norm_eps or model.norm_eps
+    return model.linear_heads, own.conv_taps or TAPS, own.negative_eigenvalues, *norms
 
 
 def _table(model: ModelConfig, kind: str) -> Any:

@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longctx.checkpoint.files import storage_errors, sync_directory
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Commit
@@ -24,9 +25,11 @@ from longctx.config import ModelConfig
 from longctx.errors import ConfigError, StorageError
 from longctx.huggingface.config_in import CONFIG
 from longctx.huggingface.config_out import Written, config_of
-from longctx.huggingface.names import published_name
+from longctx.huggingface.names import joined, place_of
+from longctx.huggingface.pieces import in_class
 from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
 from longctx.huggingface.source import ModelSource, copy_files, read_kept_config, read_source
+from longctx.huggingface.stored import stored_tensors
 from longctx.huggingface.weights import HEAD
 
 _OWN = "model."
@@ -133,23 +136,32 @@ def _outgoing(
     source: ModelSource | None,
     dtype: torch.dtype | None,
 ) -> list[Outgoing]:
-    prefix = written.family.prefix
-    published = {published_name(name, model, prefix): shards for name, shards in located.items()}
-    if not published:
+    names, found = written.family.names, source.tensors if source else {}
+    if not located:
         raise StorageError("the checkpoint holds no weights")
-    found = source.tensors if source else {}
-    if HEAD in found and HEAD not in published and model.tie_embeddings:
-        published[HEAD] = located["embedding.weight"]
-    order = {name: place for place, name in enumerate(found)}
-    names = sorted(published, key=lambda name: (order.get(name, len(order)), _natural(name)))
+    # Of a larger model's file only the part that is written stays, under the names that it has alone.
+    known = source if source and not written.alone else None
     usual = Counter(found.values()).most_common(1)[0][0] if found else None
-    outgoing = []
-    for name in names:
-        chunk = published[name][0][1]
-        kept = DTYPES[found.get(name) or usual or chunk.dtype]
-        assert kept in DTYPE_CODES, "a dtype of safetensors"
-        outgoing.append(Outgoing(name, dtype or kept, chunk.shape, partial(read_joined, published[name])))
-    return outgoing
+    dtypes = {in_class(name, names)[0]: code for name, code in found.items()}
+    outgoing = {}
+    for place in {place_of(name, model, names) for name in located}:
+        parts = [located[part] for part in place.parts]
+        code = dtypes.get(place.name) or usual or parts[0][0][1].dtype
+        for one in stored_tensors(place, [part[0][1].shape for part in parts], model, names, known):
+            outgoing[one.name] = Outgoing(one.name, dtype or DTYPES[code], one.shape, partial(_read, parts, one.rows))
+    if HEAD in found and HEAD not in outgoing and model.tie_embeddings:
+        shards = located["embedding.weight"]
+        kept, shape = dtype or DTYPES[found[HEAD]], shards[0][1].shape
+        outgoing[HEAD] = Outgoing(HEAD, kept, shape, partial(read_joined, shards))
+    assert all(one.dtype in DTYPE_CODES for one in outgoing.values()), "dtypes of safetensors"
+    order = {name: number for number, name in enumerate(found)}
+    return sorted(outgoing.values(), key=lambda one: (order.get(one.name, len(order)), _natural(one.name)))
+
+
+def _read(parts: Sequence[list[Located]], rows: slice) -> Tensor:
+    """Reads rows of what joins these parameters."""
+    whole = joined([read_joined(part) for part in parts])
+    return whole[rows] if whole.ndim else whole
 
 
 def _natural(name: str) -> list[Any]:

@@ -10,7 +10,8 @@ from longctx.checkpoint.shards import read_shards
 from longctx.checkpoint.state import COPY, live_tensors
 from longctx.config import ModelConfig
 from longctx.huggingface.config_in import model_fields
-from longctx.huggingface.names import published_name
+from longctx.huggingface.names import Names, place_of, published_name
+from longctx.huggingface.pieces import as_published
 from longctx.huggingface.weights import locate_weights, match_names, require_one_head
 
 
@@ -23,21 +24,21 @@ def load_directory(model: nn.Module, config: ModelConfig) -> None:
     directory = Path(config.path)
     family, _, _ = model_fields(directory)
     live = {name: tensor.detach() for name, tensor in live_tensors(model).items()}
-    wanted = {name: published_name(name.removesuffix(COPY), config, family.prefix) for name in live}
-    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
-    found = locate_weights(directory)
-    located = match_names(found, wanted, shapes, directory, whole_model(config, family.prefix))
+    wanted = {name: place_of(name.removesuffix(COPY), config, family.names) for name in live}
+    shapes = {name.removesuffix(COPY): tuple(tensor.shape) for name, tensor in live.items()}
+    pieces = as_published(locate_weights(directory), family.names, directory)
+    located = match_names(pieces, wanted, shapes, directory, whole_model(config, family.names))
     if config.tie_embeddings:
-        require_one_head(found, family.prefix, directory)
+        require_one_head(pieces, family.names.prefix, directory)
     read_shards(live, located)
 
 
-def whole_model(config: ModelConfig, prefix: str) -> set[str]:
+def whole_model(config: ModelConfig, names: Names) -> set[str]:
     """Lists the published names of all parameters of a model, also those that other ranks keep."""
     import torch
 
     from longctx.model import Decoder
 
     with torch.device("meta"):
-        names = [name for name, _ in Decoder(config).named_parameters()]
-    return {published_name(name, config, prefix) for name in names}
+        parameters = [name for name, _ in Decoder(config).named_parameters()]
+    return {published_name(name, config, names) for name in parameters}

@@ -16,6 +16,7 @@ from longctx.config import ModelConfig
 from longctx.config.sections.rope import RopeConfig
 from longctx.errors import ConfigError, NotAvailableError
 from longctx.huggingface.config_in import model_fields
+from longctx.huggingface.family import Family
 from longctx.huggingface.reference_dtype import in_model_dtype, make_tables
 
 
@@ -80,7 +81,7 @@ def _read(directory: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     published = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     published = published.get_text_config()
     if not _same_positions(config, fields):
-        published.rope_parameters = _rope_parameters(config, published.rope_parameters)
+        published.rope_parameters = _rope_parameters(config, family, published.rope_parameters)
         longest = [one for one in (config.rope.max_position_embeddings,) if one is not None]
         published.max_position_embeddings = max(longest, default=published.max_position_embeddings)
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -92,7 +93,8 @@ def _read(directory: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    return model.eval()
+    # Some classes make a few of their parameters in fp32, whatever they are asked for.
+    return model.to(dtype).eval()
 
 
 def _same_positions(config: ModelConfig, fields: dict[str, Any]) -> bool:
@@ -107,8 +109,12 @@ def _same_positions(config: ModelConfig, fields: dict[str, Any]) -> bool:
     return stated
 
 
-def _rope_parameters(config: ModelConfig, stated: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(config: ModelConfig, family: Family, stated: dict[str, Any]) -> dict[str, Any]:
     """Returns the positions of ``config`` in transformers' words, nested by layer type where the class has them so."""
+    if "none" in (config.rope.type, config.rope_of("W").type):
+        if not family.nope or config.rope_of("W").type != config.rope.type:
+            raise ConfigError("model.rope.rope_type=none: this family of transformers turns all layers that attend")
+        return {"rope_type": "default", "rope_theta": None}
     full = _section(config.rope, config)
     if "full_attention" not in stated:
         if config.rope_of("W") != config.rope and "W" in config.pattern:

@@ -5,7 +5,7 @@ What the two versions would compute differently, or would read past in silence, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,42 +17,52 @@ ORIGINAL, LONGEST = "original_max_position_embeddings", "max_position_embeddings
 _KNOWN = {one.name for one in fields(RopeSettings)}
 
 
-def rope_fields(keys: Keys, theta: float, sliding: float | None = None, partial: bool = False) -> dict[str, Any]:
+def rope_fields(
+    keys: Keys,
+    theta: float,
+    sliding: float | None = None,
+    share: float | None = None,
+    ignored: Sequence[str] = (),
+    nope: bool = False,
+) -> dict[str, Any]:
     """Returns ``rope_theta``, ``rope`` and ``rope_window`` of ``model``.
 
     ``theta``: what the family's class has by default. ``sliding``: that of its layers with a window, for families
-    whose positions differ by layer type; scaling in the old form is then of the full layers alone. ``partial``: the
-    family has heads of which a share of the channels turns.
+    whose positions differ by layer type; scaling in the old form is then of the full layers alone. ``share``: of the
+    channels that turn where the file says nothing, for families that have it. ``ignored``: entries that change nothing.
+    ``nope``: a base of null stands for no positions.
     """
-    new, old = _mapping(keys, "rope_parameters"), _mapping(keys, "rope_scaling")
+    new, old = (_mapping(keys, name, ignored) for name in ("rope_parameters", "rope_scaling"))
     top = keys.take("rope_theta", None)
+    if nope and (old or new).get("rope_theta", keys.take("rope_theta", theta)) is None:
+        return {"rope_theta": theta, "rope": {"rope_type": "none"}}
     base = theta if top is None else float(top)
     if sliding is None:
         nested = [name for name in (FULL, SLIDING) if name in {**new, **old}]
         if nested:
             keys.refuse("rope_parameters", new or old, "all layers of this family have the same positions")
         _agree(keys, new, old, base)
-        section = _section(keys, new or old, base, partial)
+        section = _section(keys, new or old, base, share)
         _no_other_base(keys, "rope_theta", top, section["rope_theta"])
         # Said once: whoever sets model.rope_theta changes it.
         return {"rope_theta": section.pop("rope_theta"), "rope": section}
     full, window = _by_layer(keys, new, old, base)
     if top is not None and theta == sliding != float(top) and "rope_theta" not in window:
         keys.refuse("rope_theta", top, f"layers with a window would keep {sliding}; name both in rope_parameters")
-    section = _section(keys, full, base, partial, nested=True)
+    section = _section(keys, full, base, share, nested=True)
     _no_other_base(keys, "rope_theta", top, section["rope_theta"])
     return {
         "rope_theta": section.pop("rope_theta"),
         "rope": section,
-        "rope_window": _section(keys, window, sliding, partial, nested=True),
+        "rope_window": _section(keys, window, sliding, share, nested=True),
     }
 
 
-def _mapping(keys: Keys, name: str) -> Mapping[str, Any]:
+def _mapping(keys: Keys, name: str, ignored: Sequence[str]) -> Mapping[str, Any]:
     found = keys.take(name, None) or {}
     if not isinstance(found, Mapping):
         keys.refuse(name, found, "positions are described by a mapping")
-    return found
+    return {key: value for key, value in found.items() if key not in ignored}
 
 
 def _by_layer(
@@ -90,7 +100,9 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": given.get("type"), **plain} if "type" in given and "rope_type" not in given else plain
 
 
-def _section(keys: Keys, given: Mapping[str, Any], theta: float, partial: bool, nested: bool = False) -> dict[str, Any]:
+def _section(
+    keys: Keys, given: Mapping[str, Any], theta: float, share: float | None, nested: bool = False
+) -> dict[str, Any]:
     section = {"rope_type": "default", "rope_theta": theta, **_plain(given)}
     if section["rope_type"] not in TYPES or section["rope_type"] in ("ntk", "none"):
         keys.refuse("rope_type", section["rope_type"], f"types are {', '.join(TYPES)}")
@@ -98,10 +110,10 @@ def _section(keys: Keys, given: Mapping[str, Any], theta: float, partial: bool, 
     if unknown:
         keys.refuse("rope_parameters", dict(given), f"{', '.join(unknown)} is not understood")
     kind = TYPES[section["rope_type"]]
-    share = keys.take("partial_rotary_factor", None)
-    if share is not None:
-        section.setdefault("partial_rotary_factor", float(share))
-    if not partial and section["rope_type"] != "proportional" and section.get("partial_rotary_factor", 1.0) != 1.0:
+    stated = keys.take("partial_rotary_factor", share)
+    if stated is not None:
+        section.setdefault("partial_rotary_factor", float(stated))
+    if share is None and section["rope_type"] != "proportional" and section.get("partial_rotary_factor", 1.0) != 1.0:
         keys.refuse("partial_rotary_factor", section["partial_rotary_factor"], "all channels turn in this family")
     if LONGEST in (*kind.needs, *kind.reads):
         section.setdefault(LONGEST, keys.optional(LONGEST))

@@ -10,7 +10,7 @@ from typing import Any
 
 from longctx.config import ModelConfig
 from longctx.config.sections.rope import RopeConfig
-from longctx.huggingface.families import Family
+from longctx.huggingface.family import Family
 from longctx.huggingface.rope_in import FULL, LONGEST, ORIGINAL, SLIDING
 from longctx.rope import TYPES
 
@@ -23,6 +23,8 @@ def rope_keys(family: Family, model: ModelConfig, lengths: dict[str, int]) -> tu
 
     ``lengths``: ``max_position_embeddings`` and its original.
     """
+    if family.nope and model.rope.type == "none":
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, []
     full = _section(model, model.rope, lengths)
     scaled = full if full["rope_type"] != "default" else None
     keys = {"rope_parameters": full, "rope_theta": full["rope_theta"], "rope_scaling": scaled, **lengths}

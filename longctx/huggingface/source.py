@@ -34,11 +34,15 @@ _CARRIED = f"""
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Says what a directory held. ``tensors``: dtype by name, in order. ``files``: what is kept of it, by name."""
+    """Says what a directory held. ``tensors``: dtype by name, in order. ``files``: what is kept of it, by name.
+
+    ``rows``: the first size of each tensor, for those that files hold in several parts.
+    """
 
     path: str
     tensors: dict[str, str]
     files: dict[str, FileRecord]
+    rows: dict[str, int]
 
 
 def keep_source(directory: Path, target: Path) -> ModelSource:
@@ -54,7 +58,9 @@ def keep_source(directory: Path, target: Path) -> ModelSource:
             files[name] = write_new(target / name, [read_small((directory / name).resolve(), LIMIT_JSON)])
         if known is None:
             located = locate_weights(directory)
-            known = ModelSource(str(directory.absolute()), {name: one[1].dtype for name, one in located.items()}, files)
+            dtypes = {name: chunk.dtype for name, (_, chunk) in located.items()}
+            rows = {name: chunk.shape[0] for name, (_, chunk) in located.items() if chunk.shape}
+            known = ModelSource(str(directory.absolute()), dtypes, files, rows)
         record = {"version": _VERSION, **asdict(known)}
         # Names stand in the order of the directory, which sorted keys would lose.
         record["tensors"] = list(known.tensors.items())
@@ -73,6 +79,8 @@ def read_source(folder: Path) -> ModelSource | None:
         sound = hashlib.sha256(encode(record)).hexdigest() == outer["sha256"] and record["version"] == _VERSION
         tensors = dict(record["tensors"])
         files = {name: FileRecord(**item) for name, item in record["files"].items()}
+        rows = dict(record["rows"])
+        sound = sound and all(type(count) is int for count in rows.values())
         sound = sound and set(tensors.values()) <= set(DTYPES) and all(map(_is_inside, files))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{path} is damaged: {type(error).__name__}") from error
@@ -80,7 +88,7 @@ def read_source(folder: Path) -> ModelSource | None:
         raise StorageError(f"{path} is damaged: not what was written")
     for name, expected in files.items():
         check_file(folder / name, expected)
-    return ModelSource(record["path"], tensors, files)
+    return ModelSource(record["path"], tensors, files, rows)
 
 
 def copy_files(folder: Path, source: ModelSource, target: Path, mode: int) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longctx.checkpoint.files import opened, read_range
 from longctx.checkpoint.manifest import DTYPES, Chunk
 from longctx.checkpoint.shards import Located
+from longctx.checkpoint.state import COPY
 from longctx.errors import ConfigError, DataError
 from longctx.huggingface.config_in import CONFIG
+from longctx.huggingface.names import Place, joined_shape
+from longctx.huggingface.pieces import cut_out, rows_shape
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
@@ -99,35 +102,47 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def match_names(
-    located: Mapping[str, Located],
-    wanted: Mapping[str, str],
+    pieces: Mapping[str, Sequence[Located]],
+    wanted: Mapping[str, Place],
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
     whole: set[str],
 ) -> dict[str, list[Located]]:
-    """Returns where each of this rank's parameters lies; ``wanted``: its published name.
+    """Returns where each of this rank's parameters lies, by our names.
 
-    ``whole``: published names of the whole model. A tied model's directory may hold the head as well. Raises
-    ``ConfigError`` for tensors that are missing, unknown or of another shape.
+    ``pieces``: the tensors of a directory that make each of ``transformers``. ``wanted``: the place of a parameter;
+    ``shapes``: of all parts of these. ``whole``: published names of the whole model. A tied model's directory may hold
+    the head as well. Raises ``ConfigError`` for tensors that are missing, unknown or of another shape.
     """
-    missing = sorted(whole - set(located))
-    extra = sorted(name for name in set(located) - whole - {HEAD} if not name.endswith(_COMPUTED))
+    missing = sorted(whole - set(pieces))
+    extra = sorted(name for name in set(pieces) - whole - {HEAD} if not name.endswith(_COMPUTED))
     if missing or extra:
         raise ConfigError(
             f"{where} holds another model than its {CONFIG}: missing {_some(missing)}, unknown {_some(extra)}"
         )
-    for name, published in wanted.items():
-        if not DTYPES[located[published][1].dtype].is_floating_point:
-            raise ConfigError(f"{where}: {published} is {located[published][1].dtype}, and weights are real numbers")
-        found = located[published][1].shape
-        if found != shapes[name]:
-            raise ConfigError(f"{where}: {published} is {list(found)}, {CONFIG} makes it {list(shapes[name])}")
-    return {name: [located[published]] for name, published in wanted.items()}
+    for place in dict.fromkeys(wanted.values()):
+        made = pieces[place.name]
+        if not DTYPES[made[0][1].dtype].is_floating_point:
+            raise ConfigError(f"{where}: {place.name} is {made[0][1].dtype}, and weights are real numbers")
+        found, expected = rows_shape(made), joined_shape([shapes[part] for part in place.parts])
+        if found != expected:
+            held = " and ".join(f"{list(chunk.shape)} {chunk.dtype}" for _, chunk in made)
+            raise ConfigError(f"{where}: {place.name} is {held}, {CONFIG} makes it {list(expected)}")
+    return {name: _parts(pieces[place.name], name, place, shapes) for name, place in wanted.items()}
 
 
-def require_one_head(located: Mapping[str, Located], prefix: str, where: Path) -> None:
+def _parts(made: Sequence[Located], name: str, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> list[Located]:
+    """Returns where the parameter ``name`` lies in what the pieces of its place make."""
+    if len(place.parts) == len(made) == 1:
+        return list(made)
+    own = name.removesuffix(COPY)
+    before = sum(math.prod(shapes[part]) for part in place.parts[: place.parts.index(own)])
+    return cut_out(made, own, shapes[own], before)
+
+
+def require_one_head(pieces: Mapping[str, Sequence[Located]], prefix: str, where: Path) -> None:
     """Refuses a tied model whose directory also holds a head that is another one. Reads both in parts."""
-    tied = [located[name] for name in (HEAD, f"{prefix}embed_tokens.weight") if name in located]
+    tied = [pieces[name][0] for name in (HEAD, f"{prefix}embed_tokens.weight") if name in pieces]
     if len(tied) < 2:
         return
     head, embedding = (chunk for _, chunk in tied)

@@ -83,6 +83,7 @@ class Mixer:
     of a token and head in the core's forward pass. ``transition``: what its state does from token to token: ``none``,
     ``constant``, ``scalar``, ``diagonal``, ``dense``; None for a mixer that has no states and fetches tokens itself.
     ``reads``: fields of the model's section that set its sizes, and ``sized(**fields)`` the mixer of those.
+    ``grouped``: inputs and parameters that may come by fewer heads, each of which serves consecutive others.
     """
 
     name: str
@@ -97,9 +98,10 @@ class Mixer:
     transition: str | None = None
     reads: frozenset[str] = frozenset()
     sized: Callable[..., Mixer] = unsized
+    grouped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mix", _bordered(self.mix))
+        object.__setattr__(self, "mix", _bordered(self.mix, self.grouped))
 
     @property
     def has_states(self) -> bool:
@@ -107,7 +109,7 @@ class Mixer:
         return self.transition is not None
 
 
-def _bordered(mix: Callable[[Inputs, LinearCore, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _bordered(mix: Callable[[Inputs, LinearCore, Tensor], Tensor], grouped: frozenset[str]) -> Callable[..., Tensor]:
     """Makes a mixer refuse tokens that are not alike, and compute as it says where autocast is on, as its core does."""
 
     @wraps(mix)
@@ -115,9 +117,7 @@ def _bordered(mix: Callable[[Inputs, LinearCore, Tensor], Tensor]) -> Callable[.
         by_token = {name: value for name, value in x.items() if isinstance(value, Tensor) and value.ndim == 4}
         if len(by_token) > 1:
             require_numbers(by_token)
-            if len({value.shape[:3] for value in by_token.values()}) > 1:
-                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in by_token.items())
-                raise ConfigError(f"{shapes}: inputs of a mixer must have the same tokens and heads, [B, T, H, c]")
+            _require_alike(by_token, grouped)
         device = next(iter(x.values())).device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return mix(x, core, plan)
@@ -127,13 +127,28 @@ def _bordered(mix: Callable[[Inputs, LinearCore, Tensor], Tensor]) -> Callable[.
     return of
 
 
-def get_mixer(name: str, **sizes: int | None) -> Mixer:
+def _require_alike(by_token: Mapping[str, Tensor], grouped: frozenset[str]) -> None:
+    """Refuses inputs of other tokens or heads than the rest; ``grouped`` ones have a part of the heads."""
+    full, shared = ({name: x for name, x in by_token.items() if (name in grouped) is own} for own in (False, True))
+    heads = [{x.shape[2] for x in some.values()} for some in (full, shared)]
+    alike = len({x.shape[:2] for x in by_token.values()}) == 1 and max(map(len, heads)) == 1
+    if not alike or (full and shared and min(heads[0]) % max(1, *heads[1])):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in by_token.items())
+        fewer = f"; {', '.join(sorted(shared))} may have a divisor of the heads" if shared else ""
+        raise ConfigError(f"{shapes}: inputs of a mixer must have the same tokens and heads, [B, T, H, c]{fewer}")
+
+
+def get_mixer(name: str, **sizes: int | bool | None) -> Mixer:
     """Returns the mixer of that name; ``sizes``: fields of the model that it reads, None for the paper's.
 
     Raises ``ConfigError`` for an unknown name, and for a size that the mixer does not read.
     """
     mixer: Mixer = MIXERS.load(name)
-    given = {size: whole(f"model.{size}", value) for size, value in sizes.items() if value is not None}
+    given = {
+        size: value if isinstance(value, bool) else whole(f"model.{size}", value)
+        for size, value in sizes.items()
+        if value is not None
+    }
     for size, value in given.items():
         if size not in mixer.reads:
             readers = ", ".join(other for other in MIXERS if size in MIXERS.load(other).reads)

@@ -31,18 +31,17 @@ class Block(nn.Module, ABC):
 
     A branch is normed before, after, or both, as ``model.norm`` says. ``attention``: what computes the core of the
     mixing, set from outside before the first forward pass. ``kind``: the layer's letter in ``model.pattern``.
+    ``width``: channels of what its heads read, all together; ``bias``: of the projection behind them.
     """
 
-    kind: str
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kind: str, width: int, bias: bool) -> None:
         super().__init__()
-        dim, head_dim = config.dim, config.head_dim
-        before, after = config.norm != "post", config.norm != "pre"
+        dim, norm = config.dim, config.norm_of(kind)
+        before, after = norm != "post", norm != "pre"
+        self.kind = kind
         self.attention: Any = None
-        self.head_dim = head_dim
         self.attention_norm = make_norm(config, dim, before)
-        self.attention_out = nn.Linear(config.heads * head_dim, dim, bias=config.attention_bias == "all")
+        self.attention_out = nn.Linear(width, dim, bias=bias)
         self.attention_post_norm = make_norm(config, dim, after)
         self.mlp_norm = make_norm(config, dim, before)
         self.gate = nn.Linear(dim, config.hidden_dim, bias=config.mlp_bias)
@@ -99,9 +98,9 @@ class SoftmaxBlock(Block):
     """A layer of softmax attention with rotary positions and grouped heads; a ``CoreAttention`` computes its core."""
 
     def __init__(self, config: ModelConfig, kind: str = "S") -> None:
-        super().__init__(config)
-        self.kind = kind
         dim, head_dim, bias = config.dim, config.head_dim, config.attention_bias != "none"
+        super().__init__(config, kind, config.heads * head_dim, config.attention_bias == "all")
+        self.head_dim = head_dim
         self.gated = config.output_gate
         # With a gate each head's queries are followed by its gate.
         self.q = nn.Linear(dim, config.heads * head_dim * (2 if self.gated else 1), bias=bias)

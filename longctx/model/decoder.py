@@ -15,7 +15,7 @@ from longctx.attention import CoreAttention
 from longctx.config import ModelConfig
 from longctx.linear import LinearCore
 from longctx.model.block import Block, SoftmaxBlock
-from longctx.model.linear_block import LinearBlock
+from longctx.model.linear_block import LINEAR, LinearBlock
 from longctx.model.loss import cross_entropy_sum
 from longctx.model.norms import make_norm
 from longctx.model.rotary import rotations
@@ -61,7 +61,7 @@ class Part:
 def make_block(config: ModelConfig, layer: int) -> Block:
     """Makes layer number ``layer``, of the kind that the pattern gives it."""
     kind = config.kinds[layer]
-    return LinearBlock(config, layer) if kind == LinearBlock.kind else SoftmaxBlock(config, kind)
+    return LinearBlock(config, layer) if kind == LINEAR else SoftmaxBlock(config, kind)
 
 
 class Decoder(nn.Module):
@@ -102,6 +102,16 @@ class Decoder(nn.Module):
         """Sets what computes the core of every block: ``attention`` for softmax layers, ``linear`` for linear ones."""
         for block in self.layers:
             block.attention = linear if isinstance(block, LinearBlock) else attention
+
+    def make_room(self, device: torch.device) -> None:
+        """Gives a model that was made without storage its memory; parameters hold anything, what is fixed its values.
+
+        Parameters may be sharded already.
+        """
+        self.to_empty(device=device)
+        for block in self.layers:
+            if isinstance(block, LinearBlock):
+                block.fill_fixed()
 
     def cut(self, part: Part) -> Decoder:
         """Returns the same decoder with only ``part`` kept.

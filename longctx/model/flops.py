@@ -34,8 +34,12 @@ class LayerFlops:
         pair = 4.0 * width
         if model.mixer is None:
             return cls(softmax, pair)
-        mixer, widths = mixer_of(model), HeadDims(model.head_dim, model.head_dim)
-        projected = model.heads * sum(mixer.tokens(widths).values())
+        mixer, heads = mixer_of(model), model.linear_heads
+        widths = HeadDims(heads.key_head_dim, heads.value_head_dim)
+        projected = sum(
+            (heads.key_heads if name in mixer.grouped else heads.value_heads) * channels
+            for name, channels in mixer.tokens(widths).items()
+        )
         # Besides what the mixer reads: the gate of its output, and the projection behind it.
-        linear = 2.0 * model.dim * (projected + 2 * width + mlp)
-        return cls(softmax, pair, linear, model.heads * mixer.flops(widths, chunk))
+        linear = 2.0 * model.dim * (projected + 2 * heads.values + mlp)
+        return cls(softmax, pair, linear, heads.value_heads * mixer.flops(widths, chunk))

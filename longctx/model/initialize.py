@@ -9,6 +9,7 @@ import torch
 
 from longctx.model.decoder import Decoder
 from longctx.model.linear_block import mixer_of
+from longctx.model.norms import PlusOneNorm
 
 # These write into the residual stream, which sums 2 * layers of them.
 OUTPUT_PROJECTIONS = ("attention_out", "mlp_out")
@@ -23,6 +24,7 @@ def initialize(model: Decoder, seed: int) -> None:
     in fp32, whatever the device and dtype they end in.
     """
     config = model.config
+    less_one = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PlusOneNorm)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner, own_name = name.split(".")[-2:]
@@ -32,7 +34,7 @@ def initialize(model: Decoder, seed: int) -> None:
             elif own_name == "bias":
                 drawn.zero_()
             elif parameter.ndim < 2:
-                drawn.fill_(0.0 if config.norm_plus_one else 1.0)
+                drawn.fill_(0.0 if name in less_one else 1.0)
             else:
                 std = config.init_std
                 if owner in OUTPUT_PROJECTIONS:

@@ -6,14 +6,18 @@ comes out. Positions are in the mixer's decay or in the order of its writes, so 
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
 from longctx.linear import HeadDims, Inputs, LinearCore, Mixer, get_mixer
 from longctx.model.block import Block
-from longctx.model.norms import make_norm
 from longctx.model.rotary import Rotation
+
+LINEAR = "L"  # its letter in model.pattern
 
 
 def mixer_of(config: ModelConfig) -> Mixer:
@@ -25,39 +29,53 @@ def mixer_of(config: ModelConfig) -> Mixer:
 class LinearBlock(Block):
     """Layer number ``layer`` of a decoder, which mixes tokens by linear attention; a ``LinearCore`` computes its core.
 
-    All heads have keys and values of their own.
+    Heads are those of ``model.linear``; inputs that the mixer calls grouped come by its key heads.
     """
 
-    kind = "L"
-
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config)
+        heads = config.linear_heads
+        super().__init__(config, LINEAR, heads.values, bias=False)
         self.attention: LinearCore | None
         self.mixer = mixer_of(config)
-        widths = HeadDims(config.head_dim, config.head_dim)
+        widths = HeadDims(heads.key_head_dim, heads.value_head_dim)
+
+        def heads_of(name: str) -> int:
+            return heads.key_heads if name in self.mixer.grouped else heads.value_heads
+
         self._channels = self.mixer.tokens(widths)
         self.projections = nn.ModuleDict(
             {
-                name: nn.Linear(config.dim, config.heads * channels, bias=False)
+                name: nn.Linear(config.dim, heads_of(name) * channels, bias=False)
                 for name, channels in self._channels.items()
             }
         )
         self.learned = nn.ParameterDict(
             {
-                name: nn.Parameter(self.attention_out.weight.new_empty(config.heads, *shape))
+                name: nn.Parameter(self.attention_out.weight.new_empty(heads_of(name), *shape))
                 for name, shape in self.mixer.parameters(widths).items()
             }
         )
-        fixed = self.mixer.constants(config.heads, layer, config.layers)
+        self.own_heads = slice(None)  # of those that are fixed, where ranks have some each
+        self._make_fixed = partial(self.mixer.constants, heads.value_heads, layer, config.layers)
+        fixed = self._make_fixed()
         self._fixed = tuple(fixed)
         for name, value in fixed.items():
             self.register_buffer(f"fixed_{name}", value, persistent=False)
-        self.out_norm = make_norm(config, config.head_dim, self.mixer.normed)
-        self.out_gate = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+        # Released models store its weight whole, also where their other norms are stored as what they exceed 1 by.
+        eps = config.linear.norm_eps or config.norm_eps
+        self.out_norm = nn.RMSNorm(heads.value_head_dim, eps) if self.mixer.normed else nn.Identity()
+        self.out_gate = nn.Linear(config.dim, heads.values, bias=False)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Returns what is learned or fixed of each head, ``[H/TP, ...]``."""
         return {**self.learned, **{name: getattr(self, f"fixed_{name}") for name in self._fixed}}
+
+    def fill_fixed(self) -> None:
+        """Computes again what is fixed of each head, which a model without storage has not kept."""
+        with torch.device("cpu"):
+            fixed = self._make_fixed()
+        for name, value in fixed.items():
+            getattr(self, f"fixed_{name}").copy_(value[self.own_heads])
 
     def mix(self, inputs: Inputs, plan: Tensor) -> Tensor:
         """Returns what the mixer makes of its inputs, ``[B, T/SP, H/TP, D]``."""

@@ -146,7 +146,7 @@ def ping_pong_attention(config: Config, mesh: Mesh) -> PingPongAttention:
 
 def linear_case(config: Config) -> LinearCase:
     """Returns what the run asks of the strategy of its linear layers, on each rank."""
-    attention, (heads, _) = config.attention, config.local_heads
+    attention, heads = config.attention, config.model.linear_heads.value_heads // config.parallel.tp
     assert config.model.mixer is not None, "a pattern with linear layers has a mixer"
     return LinearCase(
         world=config.parallel.sp,

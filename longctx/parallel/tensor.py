@@ -68,7 +68,9 @@ def block_parallel_plan(block: Block, config: ModelConfig, degree: int) -> dict[
         "mlp_out": RowwiseParallel(output_layouts=Shard(TOKENS)),
     }
     # A norm of a branch's output works on this rank's part of the sequence, and leaves it there.
-    plan |= {name: SequenceParallel(use_local_output=True) for name in POST_NORMS if config.norm != "pre"}
+    plan |= {
+        name: SequenceParallel(use_local_output=True) for name in POST_NORMS if config.norm_of(block.kind) != "pre"
+    }
     if isinstance(block, LinearBlock):
         plan |= {f"projections.{name}": ColwiseParallel() for name in block.projections}
         plan["out_gate"] = ColwiseParallel()
@@ -95,7 +97,9 @@ def split_heads(block: LinearBlock, mesh: DeviceMesh) -> None:
         part: Any = distribute_tensor(cast("Tensor", parameter), mesh, [Shard(0)], src_data_rank=None)
         block.learned[name] = nn.Parameter(part)
     for name, whole in block.named_buffers(recurse=False):
-        setattr(block, name, whole.chunk(mesh.size())[mesh.get_local_rank()])
+        own = len(whole) // mesh.size()
+        block.own_heads = slice(mesh.get_local_rank() * own, (mesh.get_local_rank() + 1) * own)
+        setattr(block, name, whole[block.own_heads])
     block.head_tensors = partial(_own_heads, block.head_tensors)  # type: ignore[method-assign]
 
 

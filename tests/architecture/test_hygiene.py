@@ -173,6 +173,7 @@ def test_what_recompute_may_keep_is_what_it_knows():
 def test_what_objects_read_are_fields_of_their_section():
     from longctx.attention import get_strategy
     from longctx.config import DataConfig, ModelConfig
+    from longctx.config.sections.linear import LinearConfig
     from longctx.linear import get_mixer
     from longctx.options import OPTIONS
 
@@ -180,8 +181,8 @@ def test_what_objects_read_are_fields_of_their_section():
         grid = get_strategy(name).grid
         assert get_strategy(name).options <= set(OPTIONS), name
         assert grid is None or grid.option is None or grid.option in get_strategy(name).options, name
-    for section, registry in ((ModelConfig, catalog.MIXERS), (DataConfig, catalog.SOURCES)):
-        told = {one.name for one in fields(section) if one.metadata.get("for_some")}
+    for sections, registry in (((ModelConfig, LinearConfig), catalog.MIXERS), ((DataConfig,), catalog.SOURCES)):
+        told = {one.name for section in sections for one in fields(section) if one.metadata.get("for_some")}
         assert set().union(*(registry.load(name).reads for name in registry)) == told
     assert all(get_mixer(name).has_states or get_mixer(name).reads for name in catalog.MIXERS)
 

@@ -47,6 +47,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmo3Config",
         {"sliding_window": 11, "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT}},
     ),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "initializer_range": 0.06,
+        },
+    ),
+    "olmo hybrid": (
+        "OlmoHybridConfig",
+        {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "linear_conv_kernel_dim": 3,
+            "initializer_range": 0.06,
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        },
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 11, "sliding_window_pattern": 2},

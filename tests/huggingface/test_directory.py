@@ -18,7 +18,7 @@ from longctx.config import Config, simulated_world_size
 from longctx.data import write_tokens
 from longctx.errors import ConfigError, DataError
 from longctx.huggingface.config_in import model_fields
-from longctx.huggingface.names import published_name
+from longctx.huggingface.names import published_tensors
 from longctx.huggingface.weights import read_header
 from longctx.launcher import build
 from longctx.launcher.cli import main
@@ -111,10 +111,14 @@ def test_it_is_the_model_of_transformers_on_any_mesh(name: str, mesh: str, tmp_p
     for own_loss, own in Cluster(simulated_world_size(config)).run(build.run_with_nodes, config, run, config):
         assert own_loss == pytest.approx(loss, rel=2e-6)
         found |= own
-    assert {published_name(key, model, family.prefix) for key in found} == set(gradients)
-    for key, gradient in found.items():
-        expected = gradients[published_name(key, model)]
-        assert torch.linalg.vector_norm(gradient - expected) < 1e-5 * torch.linalg.vector_norm(expected) + 1e-7, key
+    joined = published_tensors(found, model, family.names)
+    assert set(joined) == set(gradients)
+    # Of a decay of linear layers transformers itself loses a few more digits than others.
+    least = 1e-2 * max(torch.linalg.vector_norm(gradient) for gradient in gradients.values())
+    for key, gradient in joined.items():
+        expected = gradients[key]
+        scale = torch.linalg.vector_norm(expected) + (least if "linear_attn" in key else 0.0)
+        assert torch.linalg.vector_norm(gradient - expected) < 1e-5 * scale + 1e-7, key
 
 
 def test_what_the_user_sets_wins_and_another_type_keeps_what_it_reads(tmp_path: Path) -> None:

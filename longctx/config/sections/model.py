@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from longctx.catalog import MIXERS
 from longctx.config.readers import for_some, refuse_unread
+from longctx.config.sections.linear import NORMS, LinearConfig, LinearHeads
 from longctx.config.sections.rope import RopeConfig
 from longctx.errors import ConfigError
 from longctx.rules import above, as_word, at_least, divisors, nearest_multiples, nearest_of, one_of
@@ -13,7 +14,6 @@ from longctx.rules import above, as_word, at_least, divisors, nearest_multiples,
 # Of a layer, in model.pattern: softmax attention, the same within model.window, linear attention.
 LAYER_KINDS = ("S", "W", "L")
 SOFTMAX_KINDS = ("S", "W")
-NORMS = ("pre", "post", "both")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BIASES = ("none", "qkv", "all")
 QK_NORM_DIMS = ("head", "width")
@@ -52,6 +52,7 @@ class ModelConfig:
     pattern: str = "S"  # kinds of layers, repeated: S softmax attention, W the same within window, L linear attention
     window: int | None = None  # tokens that a query of a W layer sees, itself among them
     mixer: str | None = None  # what linear layers compute
+    linear: LinearConfig = field(default_factory=LinearConfig)  # of linear layers, where they differ from the others
     mixer_block: int | None = for_some(None)  # tokens of a block of moba, of a chunk of rat; null: the paper's
     mixer_top_k: int | None = for_some(None)  # blocks that a query of moba reads, its own among them; null: the paper's
 
@@ -70,6 +71,15 @@ class ModelConfig:
         """Counts the layers of softmax attention, whatever their window."""
         return sum(kind in SOFTMAX_KINDS for kind in self.kinds)
 
+    def norm_of(self, kind: str) -> str:
+        """Returns where the branches of a kind of layers are normed."""
+        return self.linear.norm or self.norm if kind == "L" else self.norm
+
+    @property
+    def linear_heads(self) -> LinearHeads:
+        """Counts the heads of a linear layer."""
+        return self.linear.heads(self.heads, self.head_dim)
+
     def rope_of(self, kind: str) -> RopeConfig:
         """Returns the section that holds for the layers of a kind."""
         return self.rope_window if kind == "W" and self.rope_window.rope_type is not None else self.rope
@@ -79,9 +89,10 @@ class ModelConfig:
         return replace(self, rope=self.rope.settled(seq_len), rope_window=self.rope_window.settled(seq_len))
 
     @property
-    def mixer_sizes(self) -> dict[str, int | None]:
-        """Returns the fields that some mixers read, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("for_some")}
+    def mixer_sizes(self) -> dict[str, int | bool | None]:
+        """Returns the fields that make some mixers others, by name."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("for_some")}
+        return {**own, **self.linear.mixer_sizes}
 
     def check(self) -> None:
         """Refuses sizes that no decoder can have."""
@@ -136,6 +147,14 @@ class ModelConfig:
                 "model.qk_norm=false; set model.qk_norm=true, or model.qk_norm_dim=head"
             )
 
+    def _check_linear(self) -> None:
+        if "L" not in self.pattern and self.linear.is_set:
+            raise ConfigError(
+                f"model.linear is of linear layers, and model.pattern={self.pattern} has none; leave it out, or put L "
+                "in model.pattern"
+            )
+        self.linear.check("model.linear", self.heads)
+
     def _check_kinds(self) -> None:
         if set(self.pattern) - set(LAYER_KINDS):
             near = "".join(letter for letter in self.pattern.upper() if letter in LAYER_KINDS)
@@ -151,8 +170,10 @@ class ModelConfig:
         if self.mixer is not None:
             MIXERS.require(self.mixer)
         refuse_unread(self, "model", MIXERS, self.mixer, "model.mixer")
-        for name, value in self.mixer_sizes.items():
-            at_least(f"model.{name}", value, 1)
+        refuse_unread(self.linear, "model.linear", MIXERS, self.mixer, "model.mixer")
+        for name in ("mixer_block", "mixer_top_k"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        self._check_linear()
         if (self.mixer is not None) != ("L" in self.pattern):
             told, near = (
                 ("has linear layers, which need one", next(iter(MIXERS)))

@@ -98,13 +98,17 @@ def shrink_for_parity(config: Config, steps: int) -> Config:
     rows = min(LARGEST_MICRO_BATCH, train.micro_batch)
     chunk = max(tiny.train.loss_chunk, train.loss_chunk * tiny.data.seq_len // config.data.seq_len)
     optim = config.optim.settled(train.steps)
+    linear = [(f"{of}_head_dim", getattr(tiny.model.linear, f"{of}_head_dim")) for of in ("key", "value")]
     warmup, decay = (
         None if whole is None else -(-whole * steps // train.steps) for whole in (optim.warmup_steps, optim.decay_steps)
     )
     return replace(
         tiny,
         model=replace(
-            tiny.model, layers=max(LAYERS, tiny.model.layers), head_dim=min(LARGEST_HEAD, tiny.model.head_dim)
+            tiny.model,
+            layers=max(LAYERS, tiny.model.layers),
+            head_dim=min(LARGEST_HEAD, tiny.model.head_dim),
+            linear=replace(tiny.model.linear, **{name: size and min(LARGEST_HEAD, size) for name, size in linear}),
         ),
         optim=replace(
             tiny.optim,
