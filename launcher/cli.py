@@ -106,6 +106,17 @@ COMMANDS = (
         overrides=False,
     ),
     Command(
+        "tokenize",
+        "turn text into a token file, on all cores; killed, it goes on where it was",
+        (
+            "longctx tokenize --tokenizer models/mine --in corpus/ --out corpus.bin --eos",
+            "longctx tokenize --tokenizer models/mine --in pages.jsonl.gz --out pages.bin --text-key body --workers 8",
+            "longctx tokenize --tokenizer bytes --in corpus/ --out corpus.bin --json",
+        ),
+        "longctx.launcher.commands.tokenize",
+        overrides=False,
+    ),
+    Command(
         "bench attention",
         "time the run's attention strategies on its mesh and shapes",
         (

@@ -38,6 +38,10 @@ OMP_NUM_THREADS = "OMP_NUM_THREADS"
 # threads of sim, made training 30 times slower; sleeping costs microseconds. Read when torch is imported.
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 
+# Whether the tokenizers library starts threads of its own. It is run in processes, one to a core; and a process that
+# was forked after those threads began would wait for them without end.
+TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
 # The interface whose address Gloo gives to other ranks; without it Gloo asks what the host's name resolves to.
 GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
 # The interface on which NCCL's processes first meet; "=" asks for exactly this name instead of a prefix.
@@ -174,7 +178,8 @@ def share_cores(processes: int, environ: MutableMapping[str, str] = os.environ) 
     It binds processes started from here; this one too, before torch is imported.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    for name, value in ((OMP_NUM_THREADS, str(threads)), (OMP_WAIT_POLICY, "PASSIVE")):
+    chosen = {OMP_NUM_THREADS: str(threads), OMP_WAIT_POLICY: "PASSIVE", TOKENIZERS_PARALLELISM: "false"}
+    for name, value in chosen.items():
         if environ.get(name) in (None, _shared.get(name)):
             environ[name] = _shared[name] = value
 

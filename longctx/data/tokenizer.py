@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from longctx.data.files import printable
 from longctx.data.tokenizing.definition import Definition, find_file, kinds_in, read_definition
+from longctx.data.tokenizing.long_text import PIECE, encode_long
 from longctx.errors import ConfigError, DataError, NotAvailableError
 
 Ids = NDArray[np.uint32]
@@ -176,9 +177,11 @@ class FileTokenizer:
         if self._alphabet is not None:
             for number, text in enumerate(strings):
                 self._refuse_lost(text, number, origin)
+        long = {number: ids for number, text in enumerate(strings) if (ids := self._long(text)) is not None}
+        short = ["" if number in long else text for number, text in enumerate(strings)]
         found = []
-        for number, encoding in enumerate(self._encodings(strings, origin)):
-            ids = np.array(encoding.ids, dtype=np.uint32)
+        for number, encoding in enumerate(self._encodings(short, origin)):
+            ids = long[number] if number in long else np.array(encoding.ids, dtype=np.uint32)
             self._refuse_special(ids, number, origin)
             around = [np.array([mark], dtype=np.uint32) if mark is not None else ids[:0] for mark in self._marks]
             found.append(np.concatenate([around[0], ids, around[1]]) if len(ids) else ids)
@@ -214,6 +217,12 @@ class FileTokenizer:
                     f"tokenizer_config.json adds {role.upper()} to each text, and data.{role}=false leaves it out"
                 )
         return notes
+
+    def _long(self, text: str) -> Ids | None:
+        """Returns the ids of a text that is too long to be encoded at once, where they can be had in pieces."""
+        if len(text) < 2 * PIECE or self.definition.parts["model"].get("type", "BPE") != "BPE":
+            return None
+        return encode_long(self._library, text)
 
     def _encodings(self, strings: list[str], origin: Origin) -> list[Any]:
         try:
