@@ -141,13 +141,14 @@ def test_export_gives_a_world_of_one_an_address_and_asks_others_for_theirs():
 def test_cores_are_shared_anew_for_each_count_unless_the_user_chose(monkeypatch):
     monkeypatch.setattr(env, "_shared", {})
     environ: dict[str, str] = {}
+    fixed = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     env.share_cores(1, environ)
-    assert environ == {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
+    assert environ == {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **fixed}
     env.share_cores(10**6, environ)
-    assert environ == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    chosen = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert environ == {"OMP_NUM_THREADS": "1", **fixed}
+    chosen = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE", "TOKENIZERS_PARALLELISM": "true"}
     env.share_cores(1, chosen)
-    assert chosen == {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert chosen == dict(chosen, OMP_NUM_THREADS="7", OMP_WAIT_POLICY="ACTIVE", TOKENIZERS_PARALLELISM="true")
 
 
 def test_the_launch_s_id():
