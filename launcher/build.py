@@ -50,6 +50,7 @@ from longctx.reporting.meter import Meter, peak_flops
 from longctx.reporting.metrics import open_sink
 from longctx.sim import Cluster, RankFailed
 from longctx.train.batch_sharder import BatchSharder
+from longctx.train.canary.positions import check_positions
 from longctx.train.inside_step import Stopping
 from longctx.train.learning_rate import LearningRate
 from longctx.train.optimizer import build_optimizer
@@ -225,6 +226,7 @@ def build_step(config: Config, corpus: Corpus, meter: Meter, directory: Path | N
     """
     mesh, device = meter.mesh, meter.device
     model = build_model(config, mesh, device, begins)
+    check_positions(config, model, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     loader = build_loader(config, corpus, mesh.data_rank, mesh.data_size)
     state = TrainState(model, optimizer, LearningRate(config.optim, config.train.steps), loader, step=0)

@@ -18,7 +18,7 @@ from longctx.model.block import Block, SoftmaxBlock
 from longctx.model.linear_block import LINEAR, LinearBlock
 from longctx.model.loss import cross_entropy_sum
 from longctx.model.norms import make_norm
-from longctx.model.rotary import rotations
+from longctx.model.rotary import Rotation, rotations
 from longctx.sequence import NO_PLAN, plan_of
 
 
@@ -145,11 +145,15 @@ class Decoder(nn.Module):
             if self.config.embedding_scale != 1.0:
                 # Rounded as the weights are: families that scale embeddings were trained so.
                 x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
-        rotation = rotations(positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        rotation = self.rotations(positions, x.dtype)
         plans = self._plans(plan)
         for block in self.layers:
             x = block(x, rotation[block.kind], plans[block.kind])
         return self._end(x, labels) if self.norm is not None else x
+
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> dict[str, Rotation]:
+        """Computes what turns queries and keys of ``dtype`` at int64 ``positions`` ``[B, T/SP]``, by kind of layers."""
+        return rotations(positions, self.config, torch.promote_types(dtype, torch.float32))
 
     def _plans(self, plan: Tensor) -> dict[str, Tensor]:
         """Returns the handle of the plan that each kind of layers computes by; a window has one of its own."""
