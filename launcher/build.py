@@ -25,6 +25,7 @@ from longctx.data.checked import check_corpus
 from longctx.data.held_out import check_held_out, trained_on
 from longctx.data.loader import Loader
 from longctx.data.packing import Packing
+from longctx.data.source import Check
 from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
 from longctx.huggingface.load import load_directory
@@ -285,7 +286,8 @@ def check_data(config: Config) -> Corpus:
 
 def open_checked(config: Config) -> Corpus:
     """The run's documents, which ``check_data`` has verified."""
-    return open_corpus(config.data, config.model.vocab_size, verify=False)
+    check = Check(cache=env.cache_directory())
+    return open_corpus(config.data, config.model.vocab_size, verify=False, check=check)
 
 
 def _checkpointer(config: Config) -> Checkpointer:

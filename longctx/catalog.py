@@ -112,6 +112,9 @@ SOURCES = Registry(
         "python_stdlib": "longctx.data.text:PYTHON_STDLIB",
         "text": "longctx.data.text:TEXT",
         "tokens": "longctx.data.tokens:TOKENS",
+        "megatron": "longctx.data.formats.megatron:MEGATRON",
+        "datatrove": "longctx.data.formats.datatrove:DATATROVE",
+        "olmo": "longctx.data.formats.olmo:OLMO",
     },
 )
 

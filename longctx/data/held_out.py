@@ -17,7 +17,7 @@ from longctx.config.sections.data import ValidationConfig
 from longctx.data.checked import check_corpus, require_labels
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.packing import Packing
-from longctx.data.source import Report, open_corpus, unreported
+from longctx.data.source import Check, Report, open_corpus, unreported
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Batch
 
@@ -57,7 +57,7 @@ def open_held_out(config: DataConfig, corpus: Corpus, vocab_size: int) -> tuple[
     """
     if config.validation.path is None:
         return corpus, split(corpus, config.validation.fraction)[1]
-    return open_corpus(elsewhere(config), vocab_size, verify=False), None
+    return open_corpus(elsewhere(config), vocab_size, verify=False, check=Check(cache=corpus.cache)), None
 
 
 def check_held_out(

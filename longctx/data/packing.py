@@ -128,6 +128,9 @@ class Packing:
             tokens[into] = read[: stop - start]
             following = read[1:]
             labels[filled : filled + len(following)] = following
+            if self.corpus.learned is not None:
+                learned = self.corpus.learned(start + 1, min(stop + 1, end))
+                labels[filled : filled + len(following)][~learned] = IGNORE
             filled += stop - start
             if stop == end:
                 labels[filled - 1] = IGNORE
@@ -174,7 +177,7 @@ class Packing:
             return int(np.concatenate([np.arange(start, stop) for start, stop, _ in pieces])[offset])
 
         self.corpus.check_ids(tokens, positions)
-        self.corpus.check_ids(labels, lambda offset: positions(offset) + 1)
+        self.corpus.check_ids(np.where(labels == IGNORE, 0, labels), lambda offset: positions(offset) + 1)
 
 
 def _permutation(length: int, *seed: int) -> Int64:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ def unreported(done: int, total: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """Asks for a pass over all that a corpus holds.
+    """Says how what a corpus holds is looked at.
 
-    ``progress``: told how far it is. ``cache``: folder of earlier verdicts that hold while a file is unchanged, None
-    for none.
+    ``progress``: told how far that is. ``cache``: folder of what was found earlier and holds while a file is unchanged,
+    None for none. ``whole``: False leaves out what only a first look has to see.
     """
 
     progress: Report = unreported
     cache: Path | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class TextFiles:
 class Source:
     """Declares a data source.
 
-    ``open(config, vocab_size, check)``: its corpus; without ``check`` it leaves out what only a first look has to see.
+    ``open(config, vocab_size, check)``: its corpus.
     ``reads``: fields of the section ``data`` that it reads among those that not every source does. ``ids``: its tokens
     are ids below this, where that is known before it is opened. ``texts(config)``: the files, of a source of text.
     """
 
     name: str
-    open: Callable[[DataConfig, int, Check | None], Corpus]
+    open: Callable[[DataConfig, int, Check], Corpus]
     reads: frozenset[str] = frozenset()
     ids: int = 0
     texts: Callable[[DataConfig], TextFiles] | None = None
@@ -77,7 +78,7 @@ class Source:
 def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True, check: Check | None = None) -> Corpus:
     """Opens the corpus that ``config`` names for a model with ids 0 to ``vocab_size - 1``.
 
-    ``verify=False`` leaves out the pass over a whole token file. ``check``: how that pass is made.
+    ``verify=False`` leaves out the pass over all ids. ``check``: how that pass is made, and where it is remembered.
 
     Raises ``ConfigError`` for impossible settings, ``DataError`` naming the file for bad or missing data.
     """
@@ -86,7 +87,7 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True, check:
         raise ConfigError(f"data.max_documents={limit}: take at least 1 document, or null for all of them")
     source: Source = SOURCES.load(config.source)
     source.require_vocabulary(vocab_size)
-    return source.open(config, vocab_size, (check or Check()) if verify else None)
+    return source.open(config, vocab_size, replace(check or Check(), whole=verify))
 
 
 def preflight(config: DataConfig, vocab_size: int) -> None:

@@ -9,7 +9,6 @@ import sysconfig
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.data.files import data_path, open_regular, open_unpacked, printable
 from longctx.data.folders import Found, find_files
+from longctx.data.formats.shards import fits
 from longctx.data.json_lines import Texts, read_json, read_lines
 from longctx.data.kinds import JSON, LINES, MEDIA, UTF8_MARK, Kind, foreign, kind_of, looks_like_json
 from longctx.data.source import Check, Report, Source, TextFiles, unreported
@@ -97,7 +97,7 @@ def _chosen(found: Found, root: Path, patterns: str | None) -> list[Kind]:
     paths, kinds = [], []
     for path in found.paths:
         kind = kind_of(path.name)
-        if patterns and not _fits(path.name if single else path.relative_to(root).as_posix(), patterns):
+        if patterns and not fits(path.name if single else path.relative_to(root).as_posix(), patterns):
             found.left_out[f"not in data.files={patterns}"] += 1
         elif kind.refused:
             raise DataError(
@@ -117,12 +117,6 @@ def _chosen(found: Found, root: Path, patterns: str | None) -> list[Kind]:
             kinds.append(kind)
     found.paths = paths
     return kinds
-
-
-def _fits(name: str, patterns: str) -> bool:
-    """Tells whether a path below the folder, or its last part, fits one of the patterns."""
-    last = name.rpartition("/")[2]
-    return any(fnmatchcase(name, one) or fnmatchcase(last, one) for one in patterns.split())
 
 
 def _texts(path: Path, kind: Kind, text_key: str, notes: Counter[str], at: Callable[[int], None]) -> Iterator[Texts]:
@@ -229,8 +223,8 @@ class _Collected:
         return Corpus(tokens, bounds, origin, BYTES, str(root), self.skipped, facts=facts)
 
 
-def _open(texts: TextFiles, config: DataConfig, check: Check | None) -> Corpus:
-    return collect(texts, config.max_documents, (check or Check()).progress)
+def _open(texts: TextFiles, config: DataConfig, check: Check) -> Corpus:
+    return collect(texts, config.max_documents, check.progress)
 
 
 def _stdlib(config: DataConfig) -> TextFiles:

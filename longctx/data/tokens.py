@@ -25,9 +25,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from operator import add
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,18 +33,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longctx.config import DataConfig
-from longctx.data.corpus import CHUNK, Corpus, Int64
-from longctx.data.files import data_path, excerpt, open_regular, printable
-from longctx.data.source import Check, Report, Source
+from longctx.data.corpus import Corpus, Int64
+from longctx.data.files import excerpt, printable
+from longctx.data.formats.joined import TokenShard, joined
+from longctx.data.formats.numbers import Rising, numbers_in
+from longctx.data.formats.raw import RawFile
+from longctx.data.formats.shards import asked, find_shards
+from longctx.data.source import Check, Source
 from longctx.data.token_file import TokenFile
-from longctx.data.verdicts import Stamp, remembered
 from longctx.errors import ConfigError, DataError, StorageError
 
 MAGIC = b"LCTXIDX1"
 CHECK = "tokens 1"  # names what a check finds; a new number makes all verdicts of before worthless
-MIB = 1 << 20
-SAMPLE = 16  # ids of the first document that a run shows
-NO_MEMORY = Check()
+READ_ONCE = Check()
 HEADER = struct.Struct("<8sIIQ32s")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -64,9 +63,10 @@ def open_tokens(
     vocab_size: int,
     max_documents: int | None = None,
     verify: bool = True,
-    check: Check = NO_MEMORY,
+    check: Check = READ_ONCE,
+    files: str | None = None,
 ) -> Corpus:
-    """Opens a token file.
+    """Opens a token file, or all of a folder or pattern.
 
     Sizes and boundaries are always checked; ``verify`` also reads all tokens: each id must be inside the
     vocabulary, and the SHA-256 must be the recorded one. ``check``: how that is shown, and where it is remembered.
@@ -74,101 +74,45 @@ def open_tokens(
 
     Raises ``ConfigError`` for the settings, ``DataError`` naming the file for everything in it.
     """
-    kind = token_dtype(dtype)
-    bin_path = data_path(path, "tokens")
-    if bin_path.suffix != ".bin":
-        raise ConfigError(f"data.path={printable(bin_path)}: a token file ends in .bin, its boundaries in .idx")
-    index = _read_index(bin_path.with_suffix(".idx"), dtype)
-    offsets, file = index.offsets, TokenFile(bin_path, kind)
+    token_dtype(dtype)
+    places = find_shards(path, "tokens", (".bin",), "a token file ends in .bin, its boundaries in .idx", files)
+    shards = [open_pair(place, dtype) for place in places]
+    return joined(shards, str(path), vocab_size, "tokens", max_documents, replace(check, whole=verify))
+
+
+def open_pair(bin_path: Path, dtype: str) -> TokenShard:
+    """Opens a token file and its boundaries. Raises ``DataError`` where the two do not agree."""
+    file = TokenFile(bin_path, token_dtype(dtype))
+    index = RawFile(bin_path.with_suffix(".idx"))
+    offsets, digest = _read_index(index, dtype)
     if int(offsets[-1]) != len(file):
         raise DataError(
             f"{printable(bin_path)} holds {len(file)} tokens of {dtype}, its .idx ends at {int(offsets[-1])}; "
             "the two must agree: write both again with longctx.data.write_tokens"
         )
-    full = np.flatnonzero(offsets[1:] > offsets[:-1])  # numbers of the documents that hold anything
-    bounds = np.append(offsets[full], offsets[-1])
-    skipped = len(offsets) - 1 - len(full)
-    if max_documents is not None and max_documents <= len(full):
-        skipped = int(full[max_documents - 1]) - (max_documents - 1)  # those before the last one taken
-        bounds = bounds[: max_documents + 1]
-
-    def origin(document: int) -> str:
-        return f"{printable(bin_path)}, document {int(full[document])}"
-
-    def corpus(bounds: Int64) -> Corpus:
-        part = file.tokens[: int(bounds[-1])]
-        facts: dict[str, Any] = {"files": {f"tokens {dtype}": 1}}
-        if len(bounds) > 1:
-            begins = file.read(0, min(SAMPLE, int(bounds[1]))).tolist()
-            facts["first_document"] = {"from": origin(0), "begins": begins}
-        digest = index.digest.hex()
-        return Corpus(part, bounds, origin, vocab_size, str(bin_path), skipped, digest, facts, file.read)
-
-    if verify:
-        _verify(file, index, corpus(np.append(offsets[full], offsets[-1])), check)
-    return corpus(bounds)
+    return TokenShard(file, offsets, CHECK, (index.stamp,), recorded=digest.hex())
 
 
-def _verify(file: TokenFile, index: Index, whole: Corpus, check: Check) -> None:
-    """Checks the SHA-256 and all ids, or finds that done since the files were last changed."""
-
-    def find(progress: Report) -> dict[str, Any]:
-        return {"largest": _read_through(file, index, whole, progress), "sha256": index.digest.hex()}
-
-    stamps = [file.stamp, index.stamp]
-    found = remembered(check.cache, CHECK, stamps, find, check.progress)
-    largest, digest = found.get("largest"), found.get("sha256")
-    if type(largest) is not int or digest != index.digest.hex() or largest >= whole.vocab_size:
-        find(check.progress)  # which names the first id that is too large
-
-
-def _read_through(file: TokenFile, index: Index, whole: Corpus, progress: Report) -> int:
-    """Reads all tokens once and returns the largest id. Raises ``DataError`` for ids and for the SHA-256."""
-    digest, largest = hashlib.sha256(), -1
-    total = -(-file.stamp.size // MIB)
-    for start in range(0, len(file), CHUNK):
-        progress(start * file.kind.itemsize // MIB, total, f"MiB of {printable(file.path.name)} checked")
-        tokens = file.read(start, min(start + CHUNK, len(file)))
-        whole.check_ids(tokens, partial(add, start))
-        digest.update(tokens.data)
-        largest = max(largest, int(tokens.max()))
-    digest.update(index.offsets.astype("<i8", copy=False).data)
-    if digest.digest() != index.digest:
+def _read_index(file: RawFile, dtype: str) -> tuple[Int64, bytes]:
+    """Returns the offsets int64 ``[D + 1]`` and the recorded SHA-256."""
+    where, size = printable(file.path), file.size
+    header = file.read(0, min(size, HEADER.size))
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(
-            f"{printable(file.path)}: the content has SHA-256 {digest.hexdigest()[:12]}..., its .idx recorded "
-            f"{index.digest.hex()[:12]}...; one of the two was changed or damaged: write both again"
+            f"{where}: {size} bytes that begin with {excerpt(header[:8])}; an index begins with "
+            f"{MAGIC!r} and has at least {HEADER.size} bytes: write it with longctx.data.write_tokens"
         )
-    return largest
-
-
-@dataclass(frozen=True)
-class Index:
-    """What an ``.idx`` file holds: ``offsets`` int64 ``[D + 1]`` and the recorded SHA-256."""
-
-    offsets: Int64
-    digest: bytes
-    stamp: Stamp
-
-
-def _read_index(path: Path, dtype: str) -> Index:
-    where = printable(path)
-    with open_regular(path) as file:
-        stamp = Stamp.of(path, file.fileno())
-        size = stamp.size
-        header = file.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(
-                f"{where}: {size} bytes that begin with {excerpt(header[:8])}; an index begins with "
-                f"{MAGIC!r} and has at least {HEADER.size} bytes: write it with longctx.data.write_tokens"
-            )
-        _, itemsize, reserved, count, digest = HEADER.unpack(header)
-        _check_itemsize(where, itemsize, reserved, dtype)
-        expected = HEADER.size + 8 * (count + 1)
-        if size != expected:
-            raise DataError(f"{where}: {size} bytes, but {count} documents make {expected}; write it again")
-        offsets = np.frombuffer(file.read(), dtype="<i8").astype(np.int64, copy=False)
-    _check_offsets(where, offsets)
-    return Index(offsets, digest, stamp)
+    _, itemsize, reserved, count, digest = HEADER.unpack(header)
+    _check_itemsize(where, itemsize, reserved, dtype)
+    expected = HEADER.size + 8 * (count + 1)
+    if size != expected:
+        raise DataError(f"{where}: {size} bytes, but {count} documents make {expected}; write it again")
+    rising = Rising(where, "document", lambda number: f"byte {HEADER.size + 8 * number}")
+    for first, part in numbers_in(file, HEADER.size, count + 1, "<i8"):
+        if first == 0 and part[0] != 0:
+            raise DataError(f"{where}: the first offset is {int(part[0])} (byte {HEADER.size}); it must be 0")
+        rising.extend(part if first else part[1:])
+    return rising.done(), digest
 
 
 def _check_itemsize(where: str, itemsize: int, reserved: int, dtype: str) -> None:
@@ -180,18 +124,6 @@ def _check_itemsize(where: str, itemsize: int, reserved: int, dtype: str) -> Non
         f"{where}: the header says {itemsize} bytes per token (reserved field {reserved}), "
         f"data.token_dtype={dtype} has {DTYPES[dtype].itemsize}; {advice}"
     )
-
-
-def _check_offsets(where: str, offsets: Int64) -> None:
-    if offsets[0] != 0:
-        raise DataError(f"{where}: the first offset is {int(offsets[0])} (byte {HEADER.size}); it must be 0")
-    falling = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if len(falling):
-        first = int(falling[0])
-        raise DataError(
-            f"{where}: document {first} runs from {int(offsets[first])} to {int(offsets[first + 1])} (byte "
-            f"{HEADER.size + 8 * first}); offsets must not decrease"
-        )
 
 
 def write_tokens(path: str | Path, documents: Iterable[ArrayLike], dtype: str = "uint16") -> None:
@@ -268,15 +200,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
-def _asked(config: DataConfig, check: Check | None) -> Check:
-    asked = check or NO_MEMORY
-    return replace(asked, cache=None) if config.recheck else asked
+def _open(config: DataConfig, vocab_size: int, check: Check) -> Corpus:
+    how, limit = asked(config, check), config.max_documents
+    return open_tokens(config.path, config.token_dtype, vocab_size, limit, check.whole, how, config.files)
 
 
-TOKENS = Source(
-    "tokens",
-    lambda config, vocab_size, check: open_tokens(
-        config.path, config.token_dtype, vocab_size, config.max_documents, check is not None, _asked(config, check)
-    ),
-    reads=frozenset({"path", "token_dtype", "recheck"}),
-)
+TOKENS = Source("tokens", _open, reads=frozenset({"path", "token_dtype", "recheck", "files"}))

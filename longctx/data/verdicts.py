@@ -78,7 +78,7 @@ def remembered(
     """
     if folder is None:
         return find(progress)
-    file = folder / "checks" / f"{_name(check, stamps)}.json"
+    file = folder / "checks" / f"{verdict_name(check, stamps)}.json"
     with _turn(file, progress) as alive:
         held = _read(file, stamps)
         if held is not None:
@@ -96,7 +96,7 @@ def remembered(
         return found
 
 
-def _name(check: str, stamps: list[Stamp]) -> str:
+def verdict_name(check: str, stamps: list[Stamp]) -> str:
     """Returns one name for each set of files and check: a new verdict takes the place of one that is out of date."""
     shared = _shared_devices()
     # On disks of two machines, files of one name are two files, even where all their stamps are the same.

@@ -43,7 +43,7 @@ ARROWS = {
     },
     "train": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "engines", "data", "checkpoint",
-        "reporting", "config", "catalog",
+        "reporting", "config", "catalog", "rope",
     },
     "evaluate": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "data", "train", "config",

@@ -19,7 +19,7 @@ DIRECTORY = Path(__file__).parent.parent / "huggingface" / "fixtures" / "llama-t
 COMPANIONS = {
     "model=hf": [f"model.path={DIRECTORY}"],
     "data=text": ["data.path=corpus"],
-    "data=tokens": ["data.path=corpus"],
+    **{f"data={source}": ["data.path=corpus"] for source in ("tokens", "megatron", "datatrove", "olmo")},
     "attention=lasp2h": ["model=hybrid_gdn"],
     **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},
     **{f"model={model}": ["attention=lasp2"] for model in ("linear_retnet", "linear_llama_1b")},

@@ -155,7 +155,7 @@ def test_the_wrong_dtype_is_refused(written: Path) -> None:
 
 def test_the_path_is_a_bin_file_with_its_idx(written: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.path=.*a token file ends in \.bin"):
-        opened(written.parent)
+        opened(written.with_suffix(".idx"))
     with pytest.raises(ConfigError, match=r"a token file ends in \.bin"):
         write_tokens(written.with_suffix(".txt"), [])
     written.with_suffix(".idx").unlink()

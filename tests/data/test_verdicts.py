@@ -16,6 +16,7 @@ import pytest
 from longctx.config import DataConfig
 from longctx.data import Corpus, tokens, verdicts, write_tokens
 from longctx.data.checked import check_corpus
+from longctx.data.formats import joined
 from longctx.data.packing import Packing
 from longctx.data.verdicts import Stamp, remembered
 from longctx.errors import DataError
@@ -28,13 +29,13 @@ class Counting:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.cache, self.count = folder / "a.bin", folder / "cache", 0
-        read_through = tokens._read_through
+        read_through = joined.read_through
 
-        def counted(*arguments: Any) -> int:
+        def counted(*arguments: Any) -> dict[str, Any]:
             self.count += 1
             return read_through(*arguments)
 
-        monkeypatch.setattr(tokens, "_read_through", counted)
+        monkeypatch.setattr(joined, "read_through", counted)
         # Time stamps of the last change cannot be set: the clock goes instead.
         monkeypatch.setattr(verdicts, "TICK", -1000.0)
         write_tokens(self.path, [[1, 2, 3], [4, 5]])
