@@ -14,7 +14,7 @@ from longctx.config import DataConfig
 from longctx.data.source import Source
 from longctx.data.tokenizer import BYTES, Policy
 from longctx.data.tokenizing import summary as summaries
-from longctx.data.tokenizing.build import AUTO, Job, available_cores, build
+from longctx.data.tokenizing.build import AUTO, Tokenizing, available_cores, build
 from longctx.errors import ConfigError, DataError, LongctxError
 from longctx.launcher.progress import progress
 from longctx.rules import one_of
@@ -71,14 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _job(arguments: argparse.Namespace) -> Job:
+def _job(arguments: argparse.Namespace) -> Tokenizing:
     name = arguments.format or TEXT
     with_text = [one for one in SOURCES if SOURCES.load(one).texts is not None]
     one_of("--format", name, with_text)
     source: Source = SOURCES.load(name)
     assert source.texts is not None, "it was just chosen for that"
     config = DataConfig(source=name, path=arguments.source, text_key=arguments.text_key, files=arguments.files)
-    return Job(
+    return Tokenizing(
         texts=source.texts(config),
         out=arguments.out,
         tokenizer=arguments.tokenizer,

@@ -27,7 +27,7 @@ from longctx.data import Corpus, open_corpus
 from longctx.data.text import text_files
 from longctx.data.tokenizer import Policy, open_tokenizer
 from longctx.data.tokenizing import build, partial, units
-from longctx.data.tokenizing.build import Job
+from longctx.data.tokenizing.build import Tokenizing
 from longctx.data.tokenizing.frames import Encoded
 from longctx.data.tokenizing.long_text import encode_long
 from longctx.errors import ConfigError, DataError, LongctxError, StorageError
@@ -42,7 +42,7 @@ opened_once = cache(open_tokenizer)
 
 
 class Inline:
-    """Stands for ``Workers``, in this process."""
+    """Stands for ``EncodingWorkers``, in this process."""
 
     count = 1
 
@@ -87,8 +87,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job_of(corpus: Path, out: Path, **changes: Any) -> Job:
-    job = Job(text_files(str(corpus / "in"), "text"), out, str(corpus / "tokenizer"), Policy(eos=True), SETTINGS)
+def job_of(corpus: Path, out: Path, **changes: Any) -> Tokenizing:
+    job = Tokenizing(text_files(str(corpus / "in"), "text"), out, str(corpus / "tokenizer"), Policy(eos=True), SETTINGS)
     return replace(job, **changes)
 
 
@@ -162,7 +162,7 @@ def points(monkeypatch: pytest.MonkeyPatch, fatal: int) -> Callable[[], int]:
 def test_a_kill_at_any_point_changes_nothing(
     corpus: Path, made: tuple[dict[str, bytes], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "Workers", Inline)
+    monkeypatch.setattr(build, "EncodingWorkers", Inline)
     monkeypatch.setattr(build, "open_tokenizer", opened_once)
     monkeypatch.setattr(units, "UNIT", 2000)
     draw = random.Random(1)
@@ -187,7 +187,7 @@ def test_a_kill_at_any_point_changes_nothing(
 def test_what_a_crash_of_the_machine_left_is_made_again(
     corpus: Path, made: tuple[dict[str, bytes], dict[str, Any]], tmp_path: Path, monkeypatch: Any, damage: str
 ) -> None:
-    monkeypatch.setattr(build, "Workers", Inline)
+    monkeypatch.setattr(build, "EncodingWorkers", Inline)
     monkeypatch.setattr(units, "UNIT", 2000)
     monkeypatch.setattr(partial, "COMMIT_SECONDS", 0.0)
     out = tmp_path / "x.bin"
@@ -195,7 +195,7 @@ def test_what_a_crash_of_the_machine_left_is_made_again(
         points(patch, 40)
         with pytest.raises(Killed):
             build.build(job_of(corpus, out))
-    names = partial.Names(out)
+    names = partial.PartialFiles(out)
     left = {"note": names.note, "lengths": names.lengths}.get(damage, names.hidden(out))
     content = left.read_bytes()
     left.write_bytes(content[:-9] if damage != "changed" else content[:20] + b"\xff\xff" + content[22:])
@@ -214,7 +214,7 @@ def test_processes_that_are_killed(corpus: Path, made: tuple[dict[str, bytes], d
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not partial.Names(out).note.exists():
+        while process.poll() is None and not partial.PartialFiles(out).note.exists():
             time.sleep(0.001)
         time.sleep(draw.random() * 0.03)
         process.send_signal(signal.SIGKILL)
@@ -233,25 +233,25 @@ def test_a_worker_that_dies_is_told_and_nothing_is_lost(
             process.kill()
         return encode(self, *words)
 
-    encode = build.Workers._encode
+    encode = build.EncodingWorkers._encode
     with monkeypatch.context() as patch:
-        patch.setattr(build.Workers, "_encode", killing)
+        patch.setattr(build.EncodingWorkers, "_encode", killing)
         with pytest.raises(LongctxError, match=r"a\.jsonl:\d+ and what follows was killed"):
             build.build(job_of(corpus, tmp_path / "x.bin"))
-    monkeypatch.setattr(build, "Workers", Inline)
+    monkeypatch.setattr(build, "EncodingWorkers", Inline)
     build.build(job_of(corpus, tmp_path / "x.bin"))
     assert contents(tmp_path / "x.bin") == made[0]
 
 
 def test_what_is_there_is_not_made_again_nor_overwritten(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(build, "Workers", Inline)
+    monkeypatch.setattr(build, "EncodingWorkers", Inline)
     out = tmp_path / "x.bin"
     first, there = build.build(job_of(corpus, out))
     assert not there and build.build(job_of(corpus, out)) == (first, True)
     for changes in ({"policy": Policy()}, {"settings": ("other",)}, {"dtype": "uint32"}):
         with pytest.raises(ConfigError, match=r"x\.bin is there already, and was not made of this text"):
             build.build(job_of(corpus, out, **changes))
-    with partial.claimed(partial.Names(out)), pytest.raises(StorageError, match="written by another process"):
+    with partial.claimed(partial.PartialFiles(out)), pytest.raises(StorageError, match="written by another process"):
         build.build(job_of(corpus, out))
 
 
@@ -262,7 +262,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 
 
 def test_refusals_name_the_option(corpus: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(build, "Workers", Inline)
+    monkeypatch.setattr(build, "EncodingWorkers", Inline)
     bad = tmp_path / "in"
     bad.mkdir()
     (bad / "a.txt").write_bytes(b"fine")
@@ -340,8 +340,8 @@ def test_a_document_that_is_longer_than_all_that_may_be_held(tmp_path: Path, mon
     monkeypatch.setattr(build, "UNIT", 100)
     for number, size in enumerate((10, 5000, 3, 7000)):
         (tmp_path / f"{number}.txt").write_text("x" * size)
-    summary, _ = build.build(Job(text_files(str(tmp_path), "text"), tmp_path / "out/x.bin", workers=2))
+    summary, _ = build.build(Tokenizing(text_files(str(tmp_path), "text"), tmp_path / "out/x.bin", workers=2))
     assert summary["lengths"]["longest"] == 7000 and summary["tokens"] == 12013
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="give no token"):
-        build.build(Job(text_files(str(tmp_path / "empty.jsonl"), "text"), tmp_path / "out/y.bin"))
+        build.build(Tokenizing(text_files(str(tmp_path / "empty.jsonl"), "text"), tmp_path / "out/y.bin"))

@@ -19,16 +19,16 @@ from longctx.data.source import Report, TextFiles, unreported
 from longctx.data.tokenizer import Policy, Tokenizer, open_tokenizer
 from longctx.data.tokenizing.frames import Encoded
 from longctx.data.tokenizing.partial import (
-    Names,
     PartialFile,
-    Written,
+    PartialFiles,
+    TokensWritten,
     claimed,
     discard,
     finish_renaming,
     read_note,
 )
 from longctx.data.tokenizing.units import UNIT, Unit, units_of
-from longctx.data.tokenizing.workers import Workers
+from longctx.data.tokenizing.workers import EncodingWorkers
 from longctx.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class Tokenizing:
     """Says what is made of what.
 
     ``tokenizer``: a path, or None for bytes. ``settings``: what besides the files determines the documents, such as
@@ -56,7 +56,7 @@ class Job:
     workers: int = 1
 
 
-def build(job: Job, progress: Report = unreported) -> tuple[dict[str, Any], bool]:
+def build(job: Tokenizing, progress: Report = unreported) -> tuple[dict[str, Any], bool]:
     """Writes the token file, and returns its summary, and whether it was there already.
 
     An earlier process's unfinished work on the same is gone on with; the result is the same to the byte. Raises
@@ -66,7 +66,7 @@ def build(job: Job, progress: Report = unreported) -> tuple[dict[str, Any], bool
     if job.workers < 1:
         raise ConfigError(f"--workers={job.workers}: at least 1 process tokenizes; nearest valid value: 1")
     tokenizer = open_tokenizer(job.tokenizer, job.policy)
-    dtype, names = dtype_for(job.dtype, tokenizer), Names(job.out)
+    dtype, names = dtype_for(job.dtype, tokenizer), PartialFiles(job.out)
     key = _key(job, tokenizer, dtype)
     with claimed(names):
         start = _start(names, key)
@@ -104,7 +104,7 @@ def dtype_for(asked: str, tokenizer: Tokenizer) -> str:
     return smallest if asked == AUTO else asked
 
 
-def _key(job: Job, tokenizer: Tokenizer, dtype: str) -> str:
+def _key(job: Tokenizing, tokenizer: Tokenizer, dtype: str) -> str:
     """Names what is made of what: another file, tokenizer or setting has another name."""
     files = []
     for path in job.texts.paths:
@@ -115,7 +115,7 @@ def _key(job: Job, tokenizer: Tokenizer, dtype: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _start(names: Names, key: str) -> Written | None:
+def _start(names: PartialFiles, key: str) -> TokensWritten | None:
     """Returns where to begin; None where nothing is left to do."""
     note = read_note(names)
     if note is not None and note.key == key:
@@ -134,10 +134,10 @@ def _start(names: Names, key: str) -> Written | None:
     if note is not None:
         _log.warning("an earlier process's unfinished work is of other text, or of another tokenizer: beginning anew")
     discard(names)
-    return Written(key)
+    return TokensWritten(key)
 
 
-def _summary_of(names: Names) -> dict[str, Any]:
+def _summary_of(names: PartialFiles) -> dict[str, Any]:
     try:
         found = json.loads(names.summary.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -145,7 +145,7 @@ def _summary_of(names: Names) -> dict[str, Any]:
         return {}
 
 
-def _append(job: Job, partial: PartialFile, progress: Report) -> Counter[str]:
+def _append(job: Tokenizing, partial: PartialFile, progress: Report) -> Counter[str]:
     """Encodes and appends all that is missing; returns what was noted while reading."""
     sizes = [path.stat().st_size for path in job.texts.paths]
     before, total = [0, *accumulate(sizes)], -(-sum(sizes) // _MIB)
@@ -156,13 +156,13 @@ def _append(job: Job, partial: PartialFile, progress: Report) -> Counter[str]:
         progress(min(done, total), total, f"MiB read, {partial.written.documents:,} documents tokenized")
 
     units = units_of(job.texts, partial.written.position, notes, at)
-    with Workers(job.tokenizer, job.policy, job.workers) as workers:
+    with EncodingWorkers(job.tokenizer, job.policy, job.workers) as workers:
         for unit, encoded in _in_order(units, workers):
             partial.add(unit, encoded)
     return notes
 
 
-def _in_order(units: Iterator[Unit], workers: Workers) -> Iterator[tuple[Unit, Encoded]]:
+def _in_order(units: Iterator[Unit], workers: EncodingWorkers) -> Iterator[tuple[Unit, Encoded]]:
     """Yields batches with their ids in the order of the text.
 
     What is on its way is bounded in bytes, so that one document that is longer than that is held alone.

@@ -39,7 +39,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Written:
+class TokensWritten:
     """Says what is on disk. ``key``: names what is made of what; ``sha256``: of the tokens so far."""
 
     key: str
@@ -54,7 +54,7 @@ class Written:
     finished: bool = False
 
 
-class Names:
+class PartialFiles:
     """Names the files of a token file, finished and not."""
 
     def __init__(self, out: Path) -> None:
@@ -76,7 +76,7 @@ class Names:
 
 
 @contextmanager
-def claimed(names: Names) -> Iterator[None]:
+def claimed(names: PartialFiles) -> Iterator[None]:
     """Lets one process at a time write a token file. Raises ``StorageError`` while another does."""
     with writing(names.bin):
         names.bin.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def claimed(names: Names) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(names: Names) -> int:
+def _locked(names: PartialFiles) -> int:
     where = printable(names.bin)
     while True:
         descriptor = os.open(names.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -124,11 +124,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_note(names: Names) -> Written | None:
+def read_note(names: PartialFiles) -> TokensWritten | None:
     """Returns what an earlier process has noted; None where there is nothing that can be trusted."""
     try:
         found = json.loads(names.note.read_text(encoding="utf-8"))
-        return Written(**{**found, "position": Position(**found["position"])})
+        return TokensWritten(**{**found, "position": Position(**found["position"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -136,7 +136,7 @@ def read_note(names: Names) -> Written | None:
 class PartialFile:
     """Appends documents to an unfinished token file, after those that ``start`` says are there."""
 
-    def __init__(self, names: Names, dtype: str, start: Written, progress: Report) -> None:
+    def __init__(self, names: PartialFiles, dtype: str, start: TokensWritten, progress: Report) -> None:
         self._names, self._dtype, self._kind = names, dtype, DTYPES[dtype]
         with writing(names.bin):
             self._bin = _cut(names.hidden(names.bin), start.tokens * self._kind.itemsize)
@@ -144,7 +144,7 @@ class PartialFile:
             self._digest = _hashed(self._bin, progress)
         if self._digest.hexdigest() != start.sha256:
             _log.warning("%s: what an earlier process left is damaged; it is made again", printable(names.bin))
-            start = Written(start.key)
+            start = TokensWritten(start.key)
             with writing(names.bin):
                 self.close()
                 self._bin, self._lengths = _cut(names.hidden(names.bin), 0), _cut(names.lengths, 0)
@@ -233,7 +233,7 @@ class PartialFile:
         return digest.hexdigest()
 
 
-def finish_renaming(names: Names) -> None:
+def finish_renaming(names: PartialFiles) -> None:
     """Gives all files their names, those that have them already left as they are."""
     with writing(names.bin):
         for path in names.finished:
@@ -243,7 +243,7 @@ def finish_renaming(names: Names) -> None:
         names.note.unlink(missing_ok=True)
 
 
-def discard(names: Names) -> None:
+def discard(names: PartialFiles) -> None:
     """Removes what an earlier process left of another corpus or tokenizer."""
     with writing(names.bin):
         names.note.unlink(missing_ok=True)

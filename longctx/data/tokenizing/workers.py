@@ -25,7 +25,7 @@ _START = (
 _PLACE = re.compile("\0(\\d+)\0")
 
 
-class Workers:
+class EncodingWorkers:
     """Holds ``count`` processes that encode by the tokenizer at ``path``; to be used in a ``with`` statement."""
 
     def __init__(self, path: str | None, policy: Policy, count: int) -> None:
@@ -36,7 +36,7 @@ class Workers:
         # A thread for each process waits for its pipe; threads compute nothing.
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenize")
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> EncodingWorkers:
         for _ in range(self.count):
             process = subprocess.Popen(self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._started.append(process)
