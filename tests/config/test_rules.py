@@ -21,6 +21,12 @@ def with_value(path: str, value: object) -> Config:
         ("model.kv_heads", 3, ["model.kv_heads=3", "model.heads=4", "2 or 4"]),
         ("model.head_dim", 33, ["model.head_dim=33", "even", "32 or 34"]),
         ("model.head_dim", 1, ["model.head_dim=1", "even", "nearest valid head_dim: 2"]),
+        ("model.linear", {"norm": "pre"}, ["model.linear is of linear layers", "model.pattern=S has none"]),
+        (
+            "model.linear",
+            {"conv_taps": 3},
+            ["model.linear.conv_taps=3 is not read by model.mixer=null", "gated_deltanet"],
+        ),
         ("model.layers", 0, ["model.layers=0", "at least 1"]),
         ("model.vocab_size", 200, ["model.vocab_size=200", "at least 256"]),
         ("model.norm_eps", 0.0, ["model.norm_eps=0.0", "greater than 0"]),

@@ -52,8 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 16,
             "attention_bias": True,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 6,
             "initializer_range": 0.06,
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo hybrid": (
         "OlmoHybridConfig",
         {
-            "linear_num_key_heads": 2,
+            "linear_num_key_heads": 4,
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 12,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from longctx.config import resolve, simulated_world_size
+from longctx.config.sections.linear import LinearConfig
 from longctx.data import Corpus
 from longctx.errors import ConfigError
 from longctx.launcher.compose import compose
@@ -174,8 +175,15 @@ MEASURED = {
     "recompute": {"parallel": {"sp": 2}, "train": {"recompute": "full", "dtype": "float32"}},
     "selective": {"train": {"recompute": "selective", "dtype": "float32"}},
     "tensors": {"parallel": {"tp": 2}, "train": {"dtype": "float32"}, "data": {"seq_len": 256}},
+    "hybrid": {
+        "model": {
+            "pattern": "LS", "mixer": "gated_deltanet",
+            "linear": LinearConfig(key_heads=2, value_heads=8, key_head_dim=24, value_head_dim=48),
+        },
+        "parallel": {"sp": 2}, "attention": {"chunk": 16},
+    },
     "stages": {"parallel": {"pp": 2}, "train": {"dtype": "bfloat16"}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MEASURED)
