@@ -46,11 +46,12 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         keys, picked = here + sum(seen) + sent, max([own, *seen])
         following = sum(seen) + sent if part < 1 else 0
         forward = max(forward, sizes.held(keys=(keys + following) * part))
-        summed, returning = here + own, sum(seen) + asked
+        compute, returning = sizes.options.grad_dtype == "compute", sum(seen) + asked
+        summed = here + (picked if compute else own)  # a rank's share is picked, then converted, one after another
         if not gathered_keys(plan, rank).places.in_runs:
             summed += picked
-        if sizes.options.grad_dtype == "compute":
-            keys, summed, returning = keys + returning, summed + picked, 0
+        if compute:
+            keys, returning = keys + returning, 0
         backward = max(backward, sizes.held(keys=keys * part, gradients=(summed + returning) * part))
     return Peak(
         rows * sizes.held(outputs=1, sums=1) + forward,

@@ -158,8 +158,15 @@ class GradientReturn:
 
 
 def select_rows(part: Tensor, rows: Rows, kept: Rows) -> Tensor:
-    """Returns the rows ``kept`` of a tensor that holds ``rows``; the tensor itself if that is all of them."""
-    return part if kept == rows else kept.inside(rows).take(part, ROWS).contiguous()
+    """Returns the rows ``kept`` of a tensor that holds ``rows``; the tensor itself if that is all of them.
+
+    Some of them are a copy: a view in flight would keep the whole tensor in memory.
+    """
+    if kept == rows:
+        return part
+    places = kept.inside(rows)
+    taken = places.take(part, ROWS)
+    return taken.clone(memory_format=torch.contiguous_format) if len(places.intervals) == 1 else taken
 
 
 def receive_buffer(part: Tensor, rows: Rows) -> Tensor:

@@ -68,6 +68,7 @@ def backward(dout: Tensor, saved: Saved, context: AttentionContext) -> tuple[Ten
         context.kernel.backward(*block, tiles, context.scale, (block_dq, dk, dv))
         del block_q, block_dout, block_out, block_lse, block
         following = return_to_owner((block_dq.to(grad_dtype),), step, context) if step else None
+        del block_dq  # what leaves is a copy where its dtype is another
         if returning:
             returning[0].add_to(dq, returning[1].wait()[0])
         returning = following
@@ -90,6 +91,7 @@ def visiting_queries(block: Block, context: AttentionContext) -> Iterator[tuple[
         if coming is not None:
             owner = (me - step - 1) % world
             visitors = tuple(coming.wait())
+            del coming  # and with it the copies that it has sent, before the next are made
             tiles = plan.visiting_tiles(owner, me, plan.sees(owner, me))
 
 
