@@ -20,11 +20,11 @@ from longctx.checkpoint.directory import source_of
 from longctx.checkpoint.weights import check_weights, load_weights
 from longctx.comm import default_store, register_nodes
 from longctx.config import Config, simulated_world_size
-from longctx.data import Balance, Corpus, open_corpus
+from longctx.data import Corpus, open_corpus
 from longctx.data.checked import check_corpus
-from longctx.data.held_out import check_held_out, trained_on
+from longctx.data.held_out import check_held_out
 from longctx.data.loader import Loader
-from longctx.data.packing import Packing
+from longctx.data.mixing.build import packing_of_run, require_epochs
 from longctx.data.source import Check
 from longctx.engines import engine_of
 from longctx.errors import LongctxError, StorageError
@@ -79,6 +79,7 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     if going_on:
         _require_checkpoint(config)
     corpus = check_data(config)
+    build_loader(config, corpus, 0, 1)  # which refuses what the data cannot give
     look(Facts(config, corpus, device_here(config), going_on))
     if resume is None or not going_on:
         if config.init.from_ is not None:
@@ -301,11 +302,9 @@ def _checkpointer(config: Config) -> Checkpointer:
 
 def build_loader(config: Config, corpus: Corpus, rank: int, world: int) -> Loader:
     """Builds the loader of the ``rank``-th of ``world`` data-parallel groups."""
-    balance = None
-    if config.data.balance != "none":
-        balance = Balance(config.data.balance == "documents", config.attention.window)
-    masked, chosen = config.attention.document_mask, trained_on(config.data.validation, corpus)
-    packing = Packing(corpus, config.data.seq_len, config.train.seed, masked, balance, chosen)
+    attention = config.attention
+    packing = packing_of_run(config.data, corpus, config.train.seed, attention.document_mask, attention.window)
+    require_epochs(packing, config.train.steps * config.train.global_batch, config.train.global_batch)
     return Loader(packing, config.train.global_batch, rank, world, config.train.micro_batch)
 
 

@@ -115,6 +115,7 @@ SOURCES = Registry(
         "megatron": "longctx.data.formats.megatron:MEGATRON",
         "datatrove": "longctx.data.formats.datatrove:DATATROVE",
         "olmo": "longctx.data.formats.olmo:OLMO",
+        "mixture": "longctx.data.mixing.source:MIXTURE",
     },
 )
 

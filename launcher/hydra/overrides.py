@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.config import Config
-from longctx.config.parsing import dotted_paths, holds_any_key, holds_text, unknown_key
+from longctx.config.parsing import dotted_paths, entry_paths, holds_any_key, holds_text, unknown_key
 from longctx.config.renamed import refuse_old_key
 from longctx.errors import ConfigError, UsageError
 from longctx.launcher.hydra.groups import groups, own_folder
@@ -126,7 +126,12 @@ def _written(word: str, key: str, value: str, folders: tuple[Path, ...]) -> str:
         return f"{key}={value}"
     if key.partition(".")[0].partition("/")[0] == "hydra":
         raise _of_hydra(key)
-    if holds_any_key(Config, key.rpartition(".")[0]):
+    entry = entry_paths(Config, key)
+    if entry and key not in entry and not holds_any_key(Config, key.rpartition(".")[0]):
+        raise unknown_key(key, entry)
+    if entry and holds_text(Config, key):
+        return f"++{_text(key, value)}"
+    if entry or holds_any_key(Config, key.rpartition(".")[0]):
         return _of_ones_own(key, value)
     known = dotted_paths(Config)
     if key not in known:

@@ -101,7 +101,7 @@ def unused_vocabulary(facts: Facts) -> Finding | None:
 def short_data(facts: Facts) -> Finding | None:
     """Data that are seen again and again."""
     config, corpus = facts.config, facts.corpus
-    if corpus is None:
+    if corpus is None or corpus.parts:  # a mixture repeats its sources as its weights say, and bounds them itself
         return None
     per_step = config.train.global_batch * config.data.seq_len
     epochs = config.train.steps * per_step / corpus.total_tokens

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from longctx.checkpoint.checkpointer import TrainState
 from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus
+from longctx.data.mixing.mixture import Mixture
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh
 from longctx.reporting.meter import Meter
@@ -53,13 +54,15 @@ class Opening:
         left = max(0, config.train.steps - state.step) * config.train.global_batch
         packing = state.loader.packing
         documents = len(corpus) if packing.chosen is None else len(packing.chosen)
+        samples = state.loader.next_sample + left
         work = Work(
             documents=documents,
             held_out=len(corpus) - documents,
             tokens=packing.epoch_tokens,
             done=state.step,
-            samples=state.loader.next_sample + left,
+            samples=samples,
             command=command_of(config),
+            sources=tuple(one.facts for one in packing.usage(samples)) if isinstance(packing, Mixture) else (),
         )
         facts = RunFacts.of(config, meter.mesh, meter.device, state.model, work)
         if self._first:

@@ -57,8 +57,10 @@ def as_dict(tree: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return as_dict(value)
     if type(value) is dict:
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}  # whole numbers are words in JSON
     return list(value) if type(value) is tuple else value
 
 
@@ -95,20 +97,41 @@ def dotted_paths(cls: type, prefix: str = "") -> list[str]:
     return paths
 
 
+def entry_paths(cls: type, path: str) -> list[str]:
+    """Lists the valid forms of a dotted path that leads into a mapping of sections, such as data.mixture.NAME.weight.
+
+    NAME is the one in ``path``. Empty where the path leads elsewhere.
+    """
+    hint: Any = cls
+    parts = path.split(".")
+    for place, name in enumerate(parts):
+        hint = _hints(cast(Any, hint)).get(name) if is_dataclass(hint) else None
+        if typing.get_origin(hint) is dict and is_dataclass(typing.get_args(hint)[1]):
+            inner = typing.get_args(hint)[1]
+            return dotted_paths(inner, ".".join(parts[: place + 2]) + ".") if len(parts) > place + 2 else []
+    return []
+
+
 def holds_any_key(cls: type, path: str) -> bool:
     """Returns whether the field at the dotted ``path`` is a mapping whose keys are the user's own."""
-    section, _, rest = path.partition(".")
-    hint = _hints(cls).get(section)
+    hint: Any = cls
+    for name in path.split("."):
+        hint = _inside(hint, name)
+    return typing.get_origin(hint) is dict
+
+
+def _inside(hint: Any, name: str) -> Any:
+    """Returns what a section or a mapping of sections has under a name, None where that is nothing."""
     if is_dataclass(hint):
-        return holds_any_key(cast(type, hint), rest)
-    return not rest and typing.get_origin(hint) is dict
+        return _hints(cast(Any, hint)).get(name)
+    return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
 
 
 def holds_text(cls: type, path: str) -> bool:
     """Tells whether the field of a dotted path below ``cls`` holds text, or nothing."""
     hint: Any = cls
     for name in path.split("."):
-        hint = _hints(cast(Any, hint)).get(name) if is_dataclass(hint) else None
+        hint = _inside(hint, name)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return str in options and set(options) <= {str, type(None)}
 
@@ -134,8 +157,7 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
         return None
     for option in options:
         if typing.get_origin(option) is dict and isinstance(value, Mapping):
-            (_, item) = typing.get_args(option)
-            return {_key(path, key): _leaf(f"{path}.{key}", item, entry) for key, entry in value.items()}
+            return _mapping(path, option, value)
         if typing.get_origin(option) is tuple and type(value) in (list, tuple):
             (item, _) = typing.get_args(option)
             return tuple(_leaf(f"{path}[{place}]", item, entry) for place, entry in enumerate(value))
@@ -146,6 +168,25 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
             return _sound(path, value)
     got = f"{path} is null" if value is None else f"{path}={_written(value)} is {_kind(value)}"
     raise ConfigError(f"{got}, expected {_expected(options)}{_hint(options, value)}")
+
+
+def _mapping(path: str, hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Reads a mapping whose keys are the user's own: words or whole numbers."""
+    (kind, item) = typing.get_args(hint)
+    found: dict[Any, Any] = {}
+    for given, entry in value.items():
+        key = _number_key(path, given) if kind is int else _key(path, given)
+        if key in found:
+            raise ConfigError(f"{path}.{key} is given twice, as a number and as a word; leave one out")
+        inner = f"{path}.{key}"
+        found[key] = parse(cast(type, item), entry, f"{inner}.") if is_dataclass(item) else _leaf(inner, item, entry)
+    return found
+
+
+def _number_key(path: str, key: Any) -> int:
+    if type(key) is int or (isinstance(key, str) and key.isdecimal() and key.isascii()):
+        return int(_sound(path, int(key)))
+    raise ConfigError(f"{path}: the key {key!r} is {_kind(key)}, expected a whole number of 0 or more")
 
 
 def _key(path: str, key: Any) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from typing import Any
 
 from longctx.catalog import Registry
 from longctx.errors import ConfigError
 from longctx.rules import as_word
 
+FOR_SOME = {"for_some": True}  # metadata of such a field
+
 
 def for_some(default: Any) -> Any:
     """Makes a field that only what the section names may read; the object behind the name says so in its ``reads``."""
-    return field(default=default, metadata={"for_some": True})
+    return field(default=default, metadata=FOR_SOME)
 
 
 def refuse_unread(section: Any, prefix: str, registry: Registry, chosen: str | None, key: str) -> None:
@@ -21,7 +23,7 @@ def refuse_unread(section: Any, prefix: str, registry: Registry, chosen: str | N
     ``prefix``: of the section's keys. ``key``: what users write to choose. Raises ``ConfigError`` with who reads it.
     """
     marked = [one for one in fields(section) if one.metadata.get("for_some")]
-    given = [one for one in marked if getattr(section, one.name) != one.default]
+    given = [one for one in marked if getattr(section, one.name) != default_of(one)]
     if not given:
         return  # what is chosen may bring torch, so it is loaded only where there is something to ask it
     reads = frozenset() if chosen is None else registry.load(chosen).reads
@@ -32,5 +34,10 @@ def refuse_unread(section: Any, prefix: str, registry: Registry, chosen: str | N
         readers = [name for name in registry if one.name in registry.load(name).reads]
         raise ConfigError(
             f"{prefix}.{one.name}={as_word(value)} is not read by {key}={as_word(chosen)}; set "
-            f"{key}={' or '.join(readers)}, or leave {prefix}.{one.name} at {as_word(one.default)}"
+            f"{key}={' or '.join(readers)}, or leave {prefix}.{one.name} at {as_word(default_of(one))}"
         )
+
+
+def default_of(one: Any) -> Any:
+    """Returns the default of a dataclass's field."""
+    return one.default if one.default_factory is MISSING else one.default_factory()

@@ -34,6 +34,7 @@ class Corpus:
     ``reader(start, stop)``: those of ``tokens``, without the crash of a memory map whose file was cut meanwhile.
     ``facts``: what a run tells of where they came from, as JSON values. ``learned(start, stop)``: which of these tokens
     are labels to learn, bool; None: all. ``cache``: the folder in which the source looked for what is known already.
+    ``parts``: of a mixture, each source's name and its number of documents, in their order.
 
     Raises ``DataError`` when there is no token at all.
     """
@@ -49,6 +50,7 @@ class Corpus:
     reader: Callable[[int, int], Tokens] | None = None
     learned: Callable[[int, int], NDArray[np.bool_]] | None = None
     cache: Path | None = None
+    parts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.tokens):

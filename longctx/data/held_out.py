@@ -28,15 +28,28 @@ _ORDER = 0  # seed of the order in which held-out documents are read: drawn, so 
 def split(corpus: Corpus, fraction: float) -> tuple[Int64, Int64]:
     """Returns the numbers of the documents to train on and of those held out, int64, both ascending.
 
-    Each document is drawn with probability ``fraction``; where none was, the one nearest to it. Raises
-    ``ConfigError`` when there is but one document.
+    Each document is drawn with probability ``fraction``; where none was, the one nearest to it. Of a mixture each
+    source is split as it would be alone. Raises ``ConfigError`` when there is but one document.
     """
-    if len(corpus) < 2:
-        raise ConfigError(
-            f"data.validation.fraction={fraction} holds out whole documents, and the corpus has {len(corpus)}; name "
-            "a file of its own by data.validation.path"
-        )
-    words = np.random.Philox(np.random.SeedSequence(_SPLIT)).random_raw(len(corpus))
+    kept, held, first = list[Int64](), list[Int64](), 0
+    for name, documents in corpus.parts.items() or (("", len(corpus)),):
+        if documents < 2:
+            raise ConfigError(
+                f"data.validation.fraction={fraction} holds out whole documents, and "
+                + (f"data.mixture.{name} has {documents}; give it more, or fraction=0" if name else _alone(documents))
+            )
+        for into, own in zip((kept, held), _split(documents, fraction), strict=True):
+            into.append(first + own)
+        first += documents
+    return np.concatenate(kept), np.concatenate(held)
+
+
+def _alone(documents: int) -> str:
+    return f"the corpus has {documents}; name a file of its own by data.validation.path"
+
+
+def _split(documents: int, fraction: float) -> tuple[Int64, Int64]:
+    words = np.random.Philox(np.random.SeedSequence(_SPLIT)).random_raw(documents)
     held = words < np.uint64(fraction * 2.0**64)
     if not held.any():
         held[np.argmin(words)] = True

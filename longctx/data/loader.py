@@ -11,6 +11,7 @@ import torch
 from longctx.config.resolve import require_even_batch
 from longctx.data.balance import STREAM, deal_rows
 from longctx.data.corpus import Int64
+from longctx.data.mixing.mixture import Mixture
 from longctx.data.packing import Packing
 from longctx.errors import ConfigError, StorageError
 from longctx.sequence import Batch
@@ -22,7 +23,7 @@ IDENTITY = {
     "tokens": "tokens in the corpus",
     "seed": "train.seed",
     "seq_len": "data.seq_len",
-    "packing": "how data.balance packs documents",
+    "packing": "how documents are packed and mixed",
     "chosen": "documents that data.validation.fraction leaves",
 }
 ALL = "all"
@@ -41,7 +42,7 @@ class Loader:
     """
 
     def __init__(
-        self, packing: Packing, global_batch: int, dp_rank: int = 0, dp_world: int = 1, micro_batch: int = 1
+        self, packing: Packing | Mixture, global_batch: int, dp_rank: int = 0, dp_world: int = 1, micro_batch: int = 1
     ) -> None:
         assert 0 <= dp_rank < dp_world, f"rank {dp_rank} of {dp_world}"
         require_even_batch(global_batch, dp_world, micro_batch)
@@ -58,7 +59,7 @@ class Loader:
             "tokens": packing.corpus.total_tokens,
             "seed": packing.seed,
             "seq_len": packing.seq_len,
-            "packing": packing.balance.packing if packing.balance else STREAM,
+            "packing": packing.order,
             "chosen": ALL if packing.chosen is None else len(packing.chosen),
         }
 

@@ -5,8 +5,8 @@ without end, and row r is tokens ``[r * S, (r + 1) * S)`` of that stream. So eve
 epoch, and nothing is dropped or padded. A row may hold the end of one epoch and the start of the next, or several
 whole ones when the corpus is shorter than S.
 
-The order. Rows are read shuffled, within windows of as many rows as an epoch fills. Otherwise one long document would
-be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read before.
+The order. Rows are read shuffled, within windows of as many rows as an epoch fills, or ``MOST_ROWS``. Otherwise one long
+document would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read before.
 
 Packed for even work (``data.balance=documents``). The stream is taken 64 rows at a time and their documents are packed
 anew (``balance``). These rows are read shuffled: every token once per epoch, the same for every mesh.
@@ -19,15 +19,17 @@ comes next in its document.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
-from longctx.data.balance import WINDOW, Balance, Piece, pack_pieces
+from longctx.data.balance import STREAM, WINDOW, Balance, Piece, pack_pieces
 from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
 
 _ROWS = 2**32  # in a seed, sets the permutations of rows apart from those of an epoch's documents
+MOST_ROWS = 1 << 18  # that are shuffled together: more would take long to draw, and much memory
 KEPT_EPOCHS = 2  # permutations kept: a sample rarely spans more than two epochs
 
 
@@ -49,7 +51,8 @@ class Packing:
     With ``document_mask`` off a row is announced as one document, so attention and positions run across the boundaries.
     Labels are the same either way: the first token of a document drawn at random cannot be predicted from the one
     before. So the loss counts the same tokens. ``balance``: how attention work is evened out, None for not at all.
-    ``chosen``: numbers of the documents to pack, int64, ascending; None for all of them.
+    ``chosen``: numbers of the documents to pack, int64, ascending; None for all of them. One that stands there twice
+    comes twice an epoch.
     """
 
     def __init__(
@@ -75,6 +78,17 @@ class Packing:
         self._epochs: tuple[Epoch, ...] = ()
         self._packed: tuple[int, list[list[Piece]]] | None = None
         self._window: tuple[int, Int64] | None = None
+
+    @property
+    def epoch_rows(self) -> Fraction:
+        """Rows that an epoch fills."""
+        return Fraction(self.epoch_tokens, self.seq_len)
+
+    @property
+    def order(self) -> str:
+        """The name that a checkpoint gives to how documents become samples."""
+        name = self.balance.packing if self.balance else STREAM
+        return name if self.epoch_rows < MOST_ROWS + 1 else f"{name}, shuffled {MOST_ROWS} rows at a time"
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
         """Returns tokens int64 ``[S]``, labels int64 ``[S]`` (``IGNORE`` at a document's end), and the documents.
@@ -107,7 +121,7 @@ class Packing:
 
     def row_of(self, index: int) -> int:
         """Returns which row of the stream is the sample of that number; a permutation within each window of rows."""
-        rows = max(1, self.epoch_tokens // self.seq_len)
+        rows = min(max(1, self.epoch_tokens // self.seq_len), MOST_ROWS)
         window, place = divmod(index, rows)
         if self._window is None or self._window[0] != window:
             self._window = (window, _permutation(rows, self.seed, _ROWS, window))

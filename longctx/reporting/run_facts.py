@@ -27,7 +27,7 @@ class Work:
     """Says what a run has to do: documents and tokens that it is trained on, and steps that are done.
 
     ``held_out``: documents that it is not trained on. ``samples``: sequences that it has read at its end. ``command``:
-    starts such a run.
+    starts such a run. ``sources``: of a mixture, each with its name, share of tokens and epochs in all.
     """
 
     documents: int
@@ -36,6 +36,7 @@ class Work:
     done: int
     samples: int
     command: str
+    sources: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RunFacts:
     tokens_per_step: int
     checkpoints: str
     command: str
+    sources: tuple[dict[str, Any], ...]
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, device: torch.device, model: nn.Module, work: Work) -> RunFacts:
@@ -96,6 +98,7 @@ class RunFacts:
             tokens_per_step=tokens_per_step,
             checkpoints=_checkpoints(config),
             command=work.command,
+            sources=work.sources,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +123,9 @@ class RunFacts:
             f"{self.epochs:.3g} epochs in all",
             "checkpoints": self.checkpoints,
         }
+        shares = [f"{one['name']} {one['share']:.1%}, {one['epochs']:.3g} epochs" for one in self.sources]
+        if shares:
+            facts["mixture"] = "; ".join(shares)
         return [f"  {name:12}{value}" for name, value in facts.items()]
 
 

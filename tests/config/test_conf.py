@@ -20,6 +20,7 @@ COMPANIONS = {
     "model=hf": [f"model.path={DIRECTORY}"],
     "data=text": ["data.path=corpus"],
     **{f"data={source}": ["data.path=corpus"] for source in ("tokens", "megatron", "datatrove", "olmo")},
+    "data=mixture": ["data.mixture.code.path=corpus"],
     "attention=lasp2h": ["model=hybrid_gdn"],
     **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},
     **{f"model={model}": ["attention=lasp2"] for model in ("linear_retnet", "linear_llama_1b")},

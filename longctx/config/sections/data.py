@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from longctx.catalog import SOURCES
-from longctx.config.readers import for_some, refuse_unread
+from longctx.config.readers import FOR_SOME, default_of, for_some, refuse_unread
+from longctx.config.sections.mixture import WEIGHTS, MixtureSource
 from longctx.errors import ConfigError
 from longctx.rules import as_word, at_least, one_of, within
 
@@ -59,6 +60,8 @@ class DataConfig:
     recheck: bool = for_some(False)  # check a token file whole at every start, even if it is unchanged
     max_documents: int | None = None  # take only the first so many documents
     balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
+    mixture: dict[str, MixtureSource] = field(default_factory=dict, metadata=FOR_SOME)  # sources by name
+    weights: str = for_some("tokens")  # what the weights of a mixture are shares of: tokens or documents
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def check(self) -> None:
@@ -68,6 +71,7 @@ class DataConfig:
         at_least("data.seq_len", self.seq_len, 1)
         at_least("data.max_documents", self.max_documents, 1)
         one_of("data.balance", self.balance, BALANCES)
+        one_of("data.weights", self.weights, WEIGHTS)
         self.validation.check()
         refuse_unread(self, "data", SOURCES, self.source, "data")
         reads = SOURCES.load(self.source).reads
@@ -83,3 +87,43 @@ class DataConfig:
             )
         if self.path is None and "path" in reads:
             raise ConfigError(f"data.path=null: data={self.source} reads a file or folder, set data.path")
+        if "mixture" in reads:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        """Refuses a mixture of nothing, and each source as the section ``data`` would be refused."""
+        for name, one in self.mixture.items():
+            one.check(name)
+            if one.source == self.source:
+                raise ConfigError(f"data.mixture.{name}.source=mixture: a mixture holds no mixtures; name its sources")
+            try:
+                self.of_source(name).check()
+            except ConfigError as error:
+                raise ConfigError(f"data.mixture.{name}, read as a section data of its own: {error}") from None
+        if not any(one.weight for one in self.mixture.values()):
+            raise ConfigError(
+                "data=mixture has no source of a weight above 0; set data.mixture.NAME.path=… for each, as in "
+                "data.mixture.code.path=code.bin data.mixture.code.source=tokens data.mixture.code.weight=0.3"
+            )
+        if self.max_documents is not None:
+            name = next(iter(self.mixture))
+            raise ConfigError(
+                f"data.max_documents={self.max_documents} is of one source; set data.mixture.{name}.max_documents"
+            )
+
+    def of_source(self, name: str) -> DataConfig:
+        """Returns the section ``data`` by which one source of the mixture is read."""
+        one = self.mixture[name]
+        SOURCES.require(one.source)
+        own = {key.name: getattr(one, key.name) for key in fields(one) if key.name in _OF_READING}
+        reads = SOURCES.load(one.source).reads
+        unread = {
+            key.name: default_of(key)
+            for key in fields(self)
+            if key.metadata.get("for_some") and key.name not in {*reads, *own}
+        }
+        return replace(self, validation=ValidationConfig(), **unread, **own)
+
+
+# What a source of a mixture says for itself; the rest of the section is the same for all.
+_OF_READING = frozenset({"source", "path", "text_key", "files", "token_dtype", "max_documents"})
