@@ -5,8 +5,9 @@ without end, and row r is tokens ``[r * S, (r + 1) * S)`` of that stream. So eve
 epoch, and nothing is dropped or padded. A row may hold the end of one epoch and the start of the next, or several
 whole ones when the corpus is shorter than S.
 
-The order. Rows are read shuffled, within windows of as many rows as an epoch fills, or ``MOST_ROWS``. Otherwise one long
-document would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was read before.
+The order. Rows are read shuffled, within windows of as many rows as an epoch fills, or ``MOST_ROWS``. Otherwise one
+long document would be all that a run sees for many steps. No sample depends on how many ranks there are or on what was
+read before.
 
 Packed for even work (``data.balance=documents``). The stream is taken 64 rows at a time and their documents are packed
 anew (``balance``). These rows are read shuffled: every token once per epoch, the same for every mesh.
