@@ -84,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = _config(arguments, seq, batch)
         if not any(length > 1 for length in documents or (seq,)):
             raise ConfigError("--documents of one token each have no successor to predict; make one longer")
+        dtype = DTYPES[config.train.dtype]
+        reference = Reference(config.model, dtype, patched=dtype is torch.float64)
     except ConfigError as error:
         if not arguments.json:
             raise
@@ -97,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         report(0, 2, "the mesh")
         found = compute(config, tokens, documents or (seq,))
         report(1, 2, "transformers, each document by itself")
-        verdict, tensors = judge(config, tokens, documents or (seq,), found)
+        expected = reference.step(tokens, documents or (seq,))
+        verdict, tensors = judge(config, tokens, documents or (seq,), found, expected)
     if arguments.dump:
         dump(tensors, arguments.dump)
     _show(verdict, arguments.json)
@@ -137,7 +140,7 @@ def _rows(config: Config, batch: int) -> int:
 
 
 def judge(
-    config: Config, tokens: Tensor, documents: tuple[int, ...], found: Computed
+    config: Config, tokens: Tensor, documents: tuple[int, ...], found: Computed, expected: ReferenceStep
 ) -> tuple[DirectoryVerdict, dict[str, Tensor]]:
     """Returns the verdict, and what ``--dump`` writes."""
     import transformers
@@ -145,8 +148,6 @@ def judge(
     model, dtype = config.model, DTYPES[config.train.dtype]
     assert model.path is not None, "the configuration names a directory"
     family, _, _ = model_fields(Path(model.path))
-    patched = dtype is torch.float64
-    expected = Reference(model, dtype, patched).step(tokens, documents)
     gradients = published_tensors(found.gradients, model, family.names)
     ours = ReferenceStep(found.logits, torch.tensor(found.loss, dtype=torch.float64), gradients)
     errors = relative_errors(ours, expected)
@@ -157,7 +158,7 @@ def judge(
         exact = Reference(model, torch.float64, patched=True).step(tokens, documents)
         own = relative_errors(expected, exact)
         limits = {name: min(max(least, ROUNDING_FACTOR * own[name]), most) for name in errors}
-    parts = "with its fp32 parts patched to float64" if patched else "as it is"
+    parts = "with its fp32 parts patched to float64" if dtype is torch.float64 else "as it is"
     verdict = DirectoryVerdict(
         directory=model.path,
         family=family.model_type,

@@ -18,6 +18,8 @@ from longctx.errors import ConfigError, NotAvailableError
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.family import Family
 from longctx.huggingface.reference_dtype import in_model_dtype, make_tables
+from longctx.huggingface.rope_in import LONGEST
+from longctx.huggingface.rope_out import lengths_of, rope_keys
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,9 @@ def _read(directory: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
             "transformers is not installed, whose models ours are compared with; pip install 'longctx[hf]'"
         ) from None
     family, fields, _ = model_fields(directory)
-    published = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    published = published.get_text_config()
+    published = transformers.AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     if not _same_positions(config, fields):
-        published.rope_parameters = _rope_parameters(config, family, published.rope_parameters)
-        longest = [one for one in (config.rope.max_position_embeddings,) if one is not None]
-        published.max_position_embeddings = max(longest, default=published.max_position_embeddings)
+        published.update(_positions(config, family))
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -109,26 +108,13 @@ def _same_positions(config: ModelConfig, fields: dict[str, Any]) -> bool:
     return stated
 
 
-def _rope_parameters(config: ModelConfig, family: Family, stated: dict[str, Any]) -> dict[str, Any]:
-    """Returns the positions of ``config`` in transformers' words, nested by layer type where the class has them so."""
-    if "none" in (config.rope.type, config.rope_of("W").type):
-        if not family.nope or config.rope_of("W").type != config.rope.type:
-            raise ConfigError("model.rope.rope_type=none: this family of transformers turns all layers that attend")
-        return {"rope_type": "default", "rope_theta": None}
-    full = _section(config.rope, config)
-    if "full_attention" not in stated:
-        if config.rope_of("W") != config.rope and "W" in config.pattern:
-            raise ConfigError("model.rope_window: this family of transformers has one table for all layers")
-        return full
-    return {"full_attention": full, "sliding_attention": _section(config.rope_of("W"), config)}
-
-
-def _section(section: RopeConfig, config: ModelConfig) -> dict[str, Any]:
-    own = {name: value for name, value in vars(section).items() if value is not None}
-    theta = section.rope_theta or config.rope_theta
-    for name in ("length", "max_position_embeddings"):
-        own.pop(name, None)
-    if section.type == "ntk":
-        rotated = int(config.head_dim * section.partial_rotary_factor)
-        own["rope_type"], theta = "default", theta * own.pop("factor") ** (rotated / (rotated - 2))
-    return {**own, "rope_type": own.get("rope_type", "default"), "rope_theta": theta}
+def _positions(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Returns the keys of transformers that state other positions than the directory does."""
+    full, window = config.rope, config.rope_of("W")
+    if "none" in (full.type, window.type) and not (family.nope and full.type == window.type):
+        raise ConfigError("model.rope.rope_type=none: this family of transformers turns all layers that attend")
+    if full != window and not family.by_layer:
+        raise ConfigError("model.rope_window: this family of transformers has one table for all layers")
+    lengths = lengths_of(config, config.rope.length or 1, None, changed=True)
+    keys, _ = rope_keys(family, config, lengths)
+    return {name: keys[name] for name in ("rope_parameters", LONGEST) if name in keys}
