@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # What tests, lint and the documentation need beside that; the demo does without.
 $(TOOLS): $(STAMP)
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track,docs,hf]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test,lint,track,docs,hf,formats]'
 	touch $@
 
 demo: $(STAMP)

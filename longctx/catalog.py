@@ -112,6 +112,8 @@ SOURCES = Registry(
         "python_stdlib": "longctx.data.text:PYTHON_STDLIB",
         "text": "longctx.data.text:TEXT",
         "tokens": "longctx.data.tokens:TOKENS",
+        "parquet": "longctx.data.formats.parquet:PARQUET",
+        "arrow": "longctx.data.formats.arrow:ARROW",
         "megatron": "longctx.data.formats.megatron:MEGATRON",
         "datatrove": "longctx.data.formats.datatrove:DATATROVE",
         "olmo": "longctx.data.formats.olmo:OLMO",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from longctx.errors import ConfigError, DataError, NotAvailableError
+from longctx.rules import redacted
 
+ZSTD_BLOCK = 1 << 11  # packed bytes unpacked in one go: at most 64 MiB come of them
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", re.DOTALL)
 EXCERPT = 60  # characters of bad input that a message shows
 
 
@@ -40,6 +45,19 @@ def reading(path: str | Path) -> Iterator[None]:
         raise DataError(f"cannot read {printable(path)}: {reason}; it must exist and be readable") from error
 
 
+def local_path(path: str | None) -> str | None:
+    """Returns a path of this machine for one that is written as an address. Raises ``ConfigError`` for others."""
+    found = _ADDRESS.match(path or "")
+    if path is None or found is None:
+        return path
+    if found[1].lower() == "file" and found[2] in ("", "localhost"):
+        return unquote(found[3])
+    raise ConfigError(
+        f"data.path={printable(redacted(path))}: addresses of {found[1]}:// are not read; nearest valid choice: mount "
+        "or copy what it names, and set data.path to that"
+    )
+
+
 def data_path(path: str | None, source: str) -> Path:
     """Returns ``data.path`` as a path.
 
@@ -50,6 +68,7 @@ def data_path(path: str | None, source: str) -> Path:
             f"data.path={path!r}: data={source} needs a path; set data.path=..., or choose "
             "data=python_stdlib, which needs none"
         )
+    path = str(local_path(path))
     with reading(path):
         Path(path).stat()
     return Path(path)
@@ -67,7 +86,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_unpacked(path: Path, packing: str = "") -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Opens a regular file that ``packing`` (".gz", ".bz2", ".xz") compressed, or that nothing did.
+    """Opens a regular file that ``packing`` (".gz", ".bz2", ".xz", ".zst") compressed, or that nothing did.
 
     Yields the bytes as they were before, and how many of the file have been read. A file that is cut or damaged
     raises ``DataError`` where that is noticed.
@@ -87,7 +106,14 @@ def open_unpacked(path: Path, packing: str = "") -> Iterator[tuple[BinaryIO, Cal
             ) from error
 
 
-TESTERS = {".gz": "gzip -t", ".bz2": "bzip2 -t", ".xz": "xz -t", ".lzma": "xz -t"}
+TESTERS = {
+    ".gz": "gzip -t",
+    ".bz2": "bzip2 -t",
+    ".xz": "xz -t",
+    ".lzma": "xz -t",
+    ".zst": "zstd -t",
+    ".zstd": "zstd -t",
+}
 
 
 def _unpacker(packing: str, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]:
@@ -103,10 +129,46 @@ def _unpacker(packing: str, file: BinaryIO) -> tuple[Any, tuple[type[Exception],
             import bz2
 
             return bz2.BZ2File(file), (EOFError, OSError)
+        if packing in (".zst", ".zstd"):
+            import zstandard
+
+            return ZstdFile(file, zstandard), (EOFError, zstandard.ZstdError)
         import lzma
 
         return lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
     except ImportError as error:
-        raise NotAvailableError(
-            f"this Python cannot read {packing}: {error}; unpack the file, or take a Python that has the module"
-        ) from error
+        way = "install longctx[formats]" if packing.startswith(".zst") else "take a Python that has the module"
+        raise NotAvailableError(f"this Python cannot read {packing}: {error}; unpack the file, or {way}") from error
+
+
+class ZstdFile(io.RawIOBase):
+    """Unpacks what Zstandard packed, frame after frame. Raises ``EOFError`` where the last one is cut.
+
+    The library's own reader takes a frame that is cut for one that has ended. A frame that needs more than 128 MiB of
+    memory (``zstd --long=28`` and above) is refused by the library.
+    """
+
+    def __init__(self, file: BinaryIO, library: Any) -> None:
+        self._file, self._library = file, library
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Unpacks the next bytes."""
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(ZSTD_BLOCK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size

@@ -2,7 +2,8 @@
 
 The rule, for any name in upper or lower case:
 
-1. ``.gz``, ``.bz2``, ``.xz`` and ``.lzma`` are unpacked while they are read; the name before that ending counts.
+1. ``.gz``, ``.bz2``, ``.xz``, ``.lzma``, ``.zst`` and ``.zstd`` are unpacked while they are read;
+   the name before that ending counts.
 2. ``.jsonl``, ``.ndjson``, ``.jsonlines``, ``.jl`` and ``.ldjson`` are JSON Lines: a document per line.
 3. ``.json`` is JSON Lines as well, or else one object or one array of objects: a document per object.
 4. Pictures, sound, films, fonts and compiled programs are left out of a folder, and counted.
@@ -17,7 +18,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
-UNPACKED = (".gz", ".bz2", ".xz", ".lzma")
+UNPACKED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".ldjson")
 TEXT, LINES, JSON, MEDIA = "text", "json lines", "json", "media"
 
@@ -32,13 +33,10 @@ _MEDIA = frozenset(
         "woff2 eot pyc pyo pyd so o a dll dylib exe class wasm"
     )
 )
-_TABLES = _ends(
-    "csv tsv parquet pq arrow feather orc avro xls xlsx ods db sqlite sqlite3 tfrecord tfrecords msgpack mdb lmdb"
-)
+_TABLES = _ends("csv tsv feather orc avro xls xlsx ods db sqlite sqlite3 tfrecord tfrecords msgpack mdb lmdb")
 _OFFICE = _ends("pdf doc docx odt rtf ppt pptx odp epub mobi djvu ps")
 _NUMBERS = _ends("bin idx ds npy npz pt pth ckpt safetensors gguf h5 hdf5 pkl pickle joblib mat onnx")
 _PROGRAMS = {
-    "zstd -d": _ends("zst zstd"),
     "tar xf": _ends("tar tgz tbz tbz2 txz wds"),
     "lz4 -d": _ends("lz4"),
     "brotli -d": _ends("br"),
@@ -51,7 +49,11 @@ _REFUSED = {
     **{end: f"unpack it first with `{program}`" for program, ends in _PROGRAMS.items() for end in ends},
     **dict.fromkeys(_TABLES, "turn its rows into JSON Lines, a document per line"),
     **dict.fromkeys(_OFFICE, "export it as text"),
-    **dict.fromkeys(_NUMBERS, "it holds numbers; token files are read by data=tokens"),
+    **dict.fromkeys(_NUMBERS, "it holds numbers; files of tokens are read by data=tokens, megatron, datatrove or olmo"),
+    **dict.fromkeys((".parquet", ".pq"), "data=parquet reads it"),
+    ".arrow": "data=arrow reads it",
+    ".ds": "it holds tokens; data=datatrove reads it",
+    ".npy": "it holds numbers; data=olmo reads files of tokens by that name",
 }
 
 # How files of other kinds begin.

@@ -14,6 +14,7 @@ from typing import Any
 from longctx.catalog import SOURCES
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
+from longctx.data.files import local_path
 from longctx.data.json_lines import Texts
 from longctx.errors import ConfigError
 
@@ -85,6 +86,7 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True, check:
     limit = config.max_documents
     if limit is not None and limit < 1:
         raise ConfigError(f"data.max_documents={limit}: take at least 1 document, or null for all of them")
+    config = replace(config, path=local_path(config.path))
     source: Source = SOURCES.load(config.source)
     source.require_vocabulary(vocab_size)
     return source.open(config, vocab_size, replace(check or Check(), whole=verify))

@@ -9,6 +9,7 @@ import sysconfig
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from longctx.errors import DataError
 BYTES = 256  # size of the byte vocabulary
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 SAMPLE = 80  # characters of the first document that a run shows
+MOST_UNPACKED = 1 << 30  # bytes of one document
 _MIB = 1 << 20
 
 NOT_UTF8 = "texts that are not UTF-8"
@@ -135,8 +137,13 @@ def _texts(path: Path, kind: Kind, text_key: str, notes: Counter[str], at: Calla
 
 def _raw(path: Path, packing: str, notes: Counter[str]) -> bytes:
     with open_unpacked(path, packing) as (file, _):
-        content = file.read()
+        content = file.read(MOST_UNPACKED + 1 if packing else -1)
     where = printable(path)
+    if packing and len(content) > MOST_UNPACKED:
+        raise DataError(
+            f"{where}: more than {MOST_UNPACKED} bytes in one document when it is unpacked; write a document per line "
+            "of JSON Lines, which is read line by line"
+        )
     kind = foreign(content)
     if kind is not None:
         raise DataError(
@@ -152,7 +159,7 @@ def _raw(path: Path, packing: str, notes: Counter[str]) -> bytes:
     if looks_like_json(content):
         raise DataError(
             f"{where}: holds JSON, which would be learnt as markup; JSON Lines end in .jsonl (or .ndjson, "
-            ".jsonlines, .jl, .json, also with .gz .bz2 .xz): rename or link it, or leave it out with data.files"
+            ".jsonlines, .jl, .json, also with .gz .bz2 .xz .zst): rename or link it, or leave it out with data.files"
         )
     try:
         content.decode("utf-8")
@@ -221,6 +228,11 @@ class _Collected:
             first = bytes(tokens[: min(4 * SAMPLE, int(bounds[1]))]).decode("utf-8", "replace")
             facts["first_document"] = {"from": origin(0), "begins": first[:SAMPLE]}
         return Corpus(tokens, bounds, origin, BYTES, str(root), self.skipped, facts=facts)
+
+
+def require_bytes(source: str, vocab_size: int) -> None:
+    """Refuses a vocabulary that lacks bytes, where a source turned out to hold text. Raises ``ConfigError``."""
+    replace(TEXT, name=source).require_vocabulary(vocab_size)
 
 
 def _open(texts: TextFiles, config: DataConfig, check: Check) -> Corpus:

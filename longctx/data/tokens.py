@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -144,7 +145,7 @@ def write_tokens(path: str | Path, documents: Iterable[ArrayLike], dtype: str = 
         bin_file, bin_temporary = stack.enter_context(_temporary(bin_path))
         idx_file, idx_temporary = stack.enter_context(_temporary(idx_path))
         digest = hashlib.sha256()
-        lengths: list[int] = [0]
+        lengths = array("q", [0])
         for number, document in enumerate(documents):
             ids = _checked_ids(document, kind, dtype, number)
             digest.update(ids.data)

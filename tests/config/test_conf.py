@@ -18,8 +18,7 @@ FILES = sorted(CONF.glob("*/*.yaml"))
 DIRECTORY = Path(__file__).parent.parent / "huggingface" / "fixtures" / "llama-tiny"
 COMPANIONS = {
     "model=hf": [f"model.path={DIRECTORY}"],
-    "data=text": ["data.path=corpus"],
-    **{f"data={source}": ["data.path=corpus"] for source in ("tokens", "megatron", "datatrove", "olmo")},
+    **{f"data={source}": ["data.path=corpus"] for source in SOURCES if source not in ("python_stdlib", "mixture")},
     "data=mixture": ["data.mixture.code.path=corpus"],
     "attention=lasp2h": ["model=hybrid_gdn"],
     **{f"attention={strategy}": ["model=linear_retnet"] for strategy in LINEAR_STRATEGIES},

@@ -54,8 +54,9 @@ class DataConfig:
     source: str = "python_stdlib"
     path: str | None = for_some(None)
     seq_len: int = 1024
-    text_key: str = for_some("text")  # field of a JSONL line that holds the text
+    text_key: str = for_some("text")  # field of a JSONL line, or column, that holds the text or the ids
     files: str | None = for_some(None)  # patterns of a folder's files to read, such as "*.md *.txt"; null: all
+    split: str | None = for_some(None)  # which dataset of a folder that holds several
     token_dtype: str = for_some("uint16")  # of a token file: uint16 or uint32
     recheck: bool = for_some(False)  # check a token file whole at every start, even if it is unchanged
     max_documents: int | None = None  # take only the first so many documents

@@ -39,7 +39,8 @@ class TokenShard:
     ``offsets``: int64 ``[D + 1]`` in tokens, from 0 to the end of the file; equal ones are an empty document.
     ``checked``: names what a check finds, for its verdict. ``stamps``: of the files that say so. ``unit``: what a
     document is called in messages. ``recorded``: SHA-256 of tokens and offsets that is stated, None where nothing
-    states it. ``mask``: a byte for each token, 0 where it is no label to learn.
+    states it. ``named``: the file that the tokens are from, where they are a copy. ``mask``: a byte for each token, 0
+    where it is no label to learn.
     """
 
     file: TokenFile
@@ -48,11 +49,12 @@ class TokenShard:
     stamps: tuple[Stamp, ...] = ()
     unit: str = "document"
     recorded: str | None = None
+    named: str | None = None
     mask: TokenFile | None = None
 
     def origin(self, document: int) -> str:
         """Names a document, by its number among all that the file has."""
-        return f"{printable(self.file.path)}, {self.unit} {document}"
+        return f"{self.named or printable(self.file.path)}, {self.unit} {document}"
 
     def locate(self, position: int) -> str:
         """Names the place of a token of the file."""
@@ -286,6 +288,8 @@ def _located(shard: TokenShard, start: int, position: int) -> str:
 
 
 def _byte(shard: TokenShard, start: int, position: int) -> str:
+    if shard.named is not None:
+        return ""
     return f"; it stands at byte {(start + position) * shard.file.kind.itemsize}"
 
 

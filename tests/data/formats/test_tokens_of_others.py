@@ -439,3 +439,13 @@ def test_a_hundred_gigabytes_open_in_seconds_and_little_memory(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     for name, (mebibytes, seconds, size) in json.loads(done.stdout).items():
         assert size == total and mebibytes < 200 and seconds < 10, (name, done.stdout)
+
+
+@each
+def test_addresses_are_paths_of_this_machine_or_refused_by_name(tmp_path: Path, form: Format) -> None:
+    path = form.written(tmp_path / "with space", "a", DOCUMENTS)
+    assert form.open(Path(path).as_uri()).total_tokens == 11
+    for address in ("s3://bucket/a", "memory://a", "hf://datasets/a", "https://user:secret@host/a", "file://host/a"):
+        with pytest.raises(ConfigError, match="are not read; nearest valid choice: mount or copy") as refusal:
+            form.open(address)
+        assert "secret" not in str(refusal.value)
