@@ -83,10 +83,10 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     look(Facts(config, corpus, device_here(config), going_on))
     if resume is None or not going_on:
         if config.init.from_ is not None:
-            check_weights(source_of(config.init.from_), _on_meta(config), config.to_dict())
+            check_weights(source_of(config.init.from_), on_meta(config), config.to_dict())
         return None
     step = _fitting_step(config, resume, corpus)
-    if step is not None and (directory_of(config) / CONFIG_FILE).is_file():
+    if step and (directory_of(config) / CONFIG_FILE).is_file():
         look_at_rate(read_config(directory_of(config) / CONFIG_FILE), config, step)
     return step
 
@@ -245,7 +245,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device, begins: bool =
     """
     if config.model.path is not None:
         # No rank ever holds the whole model: each makes room for what it keeps, and reads that.
-        sharded = parallelize(_on_meta(config), config, mesh)
+        sharded = parallelize(on_meta(config), config, mesh)
         for part in decoders(sharded):
             part.make_room(device)
         if begins:
@@ -316,7 +316,8 @@ def _require_checkpoint(config: Config) -> None:
         )
 
 
-def _on_meta(config: Config) -> Decoder:
+def on_meta(config: Config) -> Decoder:
+    """Makes the run's decoder without storage."""
     with torch.device("meta"):
         return Decoder(config.model, loss_chunk=config.train.loss_chunk).to(master_dtype(config.train.dtype))
 
@@ -326,7 +327,7 @@ def _fitting_step(config: Config, resume: Resume, corpus: Corpus) -> int | None:
 
     Refuses, while nothing of the earlier run has been touched, a checkpoint of another model or other data.
     """
-    model = _on_meta(config)
+    model = on_meta(config)
     optimizer, schedule = build_optimizer(model, config.optim), LearningRate(config.optim, config.train.steps)
     state = TrainState(model, optimizer, schedule, build_loader(config, corpus, 0, 1), step=0)
     return _checkpointer(config).check(state, resume.step)

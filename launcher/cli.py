@@ -95,6 +95,16 @@ COMMANDS = (
         "longctx.launcher.commands.verify",
     ),
     Command(
+        "import",
+        "the weights of a directory of Hugging Face as step 0 of a run",
+        (
+            "longctx import --from models/llama run.dir=runs/mine",
+            "longctx import --from models/llama run.dir=runs/long model.rope.rope_theta=8e6 data.seq_len=2048",
+            "torchrun --nproc-per-node 2 -m longctx.launcher.cli import --from models/llama run.dir=runs/mine",
+        ),
+        "longctx.launcher.commands.import_",
+    ),
+    Command(
         "export",
         "a run's weights as a directory that transformers and vLLM read",
         (

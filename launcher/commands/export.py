@@ -14,14 +14,16 @@ from longctx.checkpoint.directory import CheckpointDirectory, source_of
 from longctx.checkpoint.intact import IntactSteps
 from longctx.checkpoint.manifest import Commit
 from longctx.checkpoint.restoring import read_plain_state
-from longctx.config import Config
+from longctx.config import Config, ModelConfig
 from longctx.config.parsing import parse
 from longctx.config.renamed import translated
-from longctx.errors import StorageError, UsageError
+from longctx.config.sections.model import SOFTMAX_KINDS
+from longctx.errors import ConfigError, StorageError, UsageError
 from longctx.huggingface.export import Exported, export, refuse_occupied
 from longctx.launcher.progress import progress
 from longctx.launcher.run_directory import read_config
 from longctx.launcher.rundir.records import CHECKPOINTS, CONFIG_FILE, MODEL_SOURCE
+from longctx.rules import as_word
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = export(
             checkpoint,
             commit,
-            replace(config.model, path=None),
+            _model(config),
             config.data.seq_len,
             run_directory / MODEL_SOURCE,
             target,
@@ -101,6 +103,19 @@ def _config(checkpoint: Path, commit: Commit, run_directory: Path) -> Config:
     config = parse(Config, translated(saved))
     config.model.check()
     return config
+
+
+def _model(config: Config) -> ModelConfig:
+    """Returns the model as a function of tokens: a window of all layers belongs to it."""
+    model, window = replace(config.model, path=None), config.attention.window
+    if window is None:
+        return model
+    if model.window not in (None, window) or set(model.kinds) - set(SOFTMAX_KINDS):
+        raise ConfigError(
+            f"attention.window={window} beside model.pattern={model.pattern}, model.window={as_word(model.window)} is "
+            "a model that no family of Hugging Face computes"
+        )
+    return replace(model, pattern="W", window=window, rope_window=type(model.rope_window)())
 
 
 def _tell(checkpoint: Path, target: Path, done: Exported) -> None:

@@ -23,7 +23,7 @@ def recorded_config(config: Mapping[str, Any]) -> Any:
 # What decides which function of the tokens the weights are, beside the weights themselves. In which dtype it is
 # computed, and by which strategy, kernel or mesh, decides only how it is rounded.
 _FUNCTION = ("model.", "attention.window", "attention.document_mask")
-_LABELS = ("model.name", "model.init_std")  # how weights were drawn and what they are called
+_LABELS = ("model.name", "model.path", "model.init_std")  # what weights are called, and where they came from
 
 
 def another_model(changed: Mapping[str, str]) -> list[str]:

@@ -24,6 +24,7 @@ from longctx.errors import StorageError
 
 VERSION = 1
 COMMIT, STATE = "commit.json", "state.json"
+NO_LAYOUT = "none"  # of weights that no run has computed with yet: nothing else is in the checkpoint
 LIMIT_JSON = 256 << 20  # bytes of any JSON file here
 
 DTYPES = {

@@ -65,7 +65,7 @@ def plan_load(
         state.optimizer, live, rest["optimizer"], described, first, str(directory / manifest.STATE)
     )
     check_tensors("optimizer.", targets, saved_tensors(rest["optimizer"]), first, str(directory))
-    for name in ("loader", "scheduler"):
+    for name in ("loader", "scheduler") if rest["layout"] != manifest.NO_LAYOUT else ():
         _restore_plain(name, getattr(state, name), rest[name], directory)
     return LoadPlan(directory, commit, located, rest, tensors | targets, optimizer)
 
@@ -79,7 +79,8 @@ def restore(fitted: LoadPlan, state: TrainState, run: RunRecord) -> None:
         set_rng_state(generators)
     saved = fitted.rest["config"]
     # Earlier checkpoints kept only a digest, which cannot say what has changed.
-    changed = changed_keys(saved, run.config) if type(saved) is dict else {}
+    known = type(saved) is dict and fitted.rest["layout"] != manifest.NO_LAYOUT
+    changed = changed_keys(saved, run.config) if known else {}
     if changed and this_rank() == 0:
         step, words = fitted.commit.step, ", ".join(changed.values())
         _log.warning("step %d was written under another configuration; from here on: %s", step, words)
@@ -96,8 +97,13 @@ def _require_same_model(directory: Path, saved: Any, now: Any) -> None:
 
 
 def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
-    """Returns the random generators that this rank saved, if the layout is the one that it saved them on."""
+    """Returns the random generators that this rank saved, if the layout is the one that it saved them on.
+
+    Weights that were only brought have none.
+    """
     commit, layout = fitted.commit, fitted.rest["layout"]
+    if layout == manifest.NO_LAYOUT:
+        return None
     if (commit.world, layout) != (world_size(), run.layout):
         if this_rank() == 0:
             _log.warning(

@@ -11,8 +11,9 @@ import contextlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk
 from longctx.errors import StorageError
 
 Located = tuple[Path, Chunk]  # the file that holds a shard, and where in it
+Read = Callable[[], Tensor]
 
 
 def write_shards(
@@ -45,7 +47,7 @@ def write_shards(
     planner = DefaultSavePlanner(flatten_state_dict=False)
     mine = {name: tensor for name, tensor in tensors.items() if _owns(tensor)} | dict(own)
     planner.set_up_planner(mine, is_coordinator=this_rank() == 0)
-    boxes: list[tuple[Chunk, Tensor]] = []
+    boxes: list[tuple[Chunk, Read]] = []
     for item in planner.create_local_plan().items:
         data = item.tensor_data
         assert data is not None, f"{item.index.fqn} is no tensor"
@@ -56,10 +58,10 @@ def write_shards(
         if local.numel() or not math.prod(data.size):
             offsets, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
             code, size = DTYPE_CODES[local.dtype], local.numel() * local.element_size()
-            boxes.append((Chunk(item.index.fqn, code, tuple(data.size), offsets, sizes, 0, size), local))
-    # Wide elements first, so that each tensor is aligned for readers that map the file.
-    boxes.sort(key=lambda box: (-box[1].element_size(), box[0].name))
-    return _write_safetensors(path, boxes)
+            boxes.append(
+                (Chunk(item.index.fqn, code, tuple(data.size), offsets, sizes, 0, size), partial(_same, local))
+            )
+    return write_boxes(path, boxes)
 
 
 def read_shards(tensors: Mapping[str, Tensor], located: Mapping[str, list[Located]]) -> None:
@@ -114,7 +116,14 @@ def _owns(tensor: Tensor) -> bool:
     return all(where == 0 for where, kind in zip(coordinate, tensor.placements) if kind.is_replicate())
 
 
-def _write_safetensors(path: Path, boxes: list[tuple[Chunk, Tensor]]) -> tuple[FileRecord, list[Chunk]]:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def write_boxes(path: Path, boxes: list[tuple[Chunk, Read]]) -> tuple[FileRecord, list[Chunk]]:
+    """Writes boxes of tensors into one file, each read when its turn comes; returns where they lie in it."""
+    # Wide elements first, so that each tensor is aligned for readers that map the file.
+    boxes = sorted(boxes, key=lambda box: (-DTYPES[box[0].dtype].itemsize, box[0].name))
     header: dict[str, object] = {}
     end = 0
     for chunk, _ in boxes:
@@ -133,9 +142,9 @@ def _write_safetensors(path: Path, boxes: list[tuple[Chunk, Tensor]]) -> tuple[F
 
     def blocks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
-        for _, local in boxes:
+        for _, read in boxes:
             # One tensor at a time leaves its device.
-            flat = local.detach().cpu().contiguous().reshape(-1)
+            flat = read().detach().cpu().contiguous().reshape(-1)
             if flat.numel():
                 yield flat.view(torch.uint8).numpy().data
 

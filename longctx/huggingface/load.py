@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from longctx.checkpoint.shards import read_shards
+from longctx.checkpoint.shards import Located, read_shards
 from longctx.checkpoint.state import COPY, live_tensors
 from longctx.config import ModelConfig
 from longctx.huggingface.config_in import model_fields
@@ -20,17 +21,22 @@ def load_directory(model: nn.Module, config: ModelConfig) -> None:
 
     Raises ``ConfigError`` where the directory holds another model, ``DataError`` where a file is damaged.
     """
+    live = {name: tensor.detach() for name, tensor in live_tensors(model).items()}
+    read_shards(live, locate_parameters(config, {name: tuple(tensor.shape) for name, tensor in live.items()}))
+
+
+def locate_parameters(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Located]]:
+    """Returns where the directory ``config.path`` holds parameters, by our names; ``shapes``: whole ones, of each."""
     assert config.path is not None, "the configuration names a directory"
     directory = Path(config.path)
     family, _, _ = model_fields(directory)
-    live = {name: tensor.detach() for name, tensor in live_tensors(model).items()}
-    wanted = {name: place_of(name.removesuffix(COPY), config, family.names) for name in live}
-    shapes = {name.removesuffix(COPY): tuple(tensor.shape) for name, tensor in live.items()}
+    wanted = {name: place_of(name.removesuffix(COPY), config, family.names) for name in shapes}
+    own = {name.removesuffix(COPY): shape for name, shape in shapes.items()}
     pieces = as_published(locate_weights(directory), family.names, directory)
-    located = match_names(pieces, wanted, shapes, directory, whole_model(config, family.names))
+    located = match_names(pieces, wanted, own, directory, whole_model(config, family.names))
     if config.tie_embeddings:
         require_one_head(pieces, family.names.prefix, directory)
-    read_shards(live, located)
+    return located
 
 
 def whole_model(config: ModelConfig, names: Names) -> set[str]:

@@ -119,7 +119,9 @@ def _section(
         section.setdefault(LONGEST, keys.optional(LONGEST))
     outside = keys.take(ORIGINAL, None)
     reads_outside = outside is not None and ORIGINAL in kind.needs and not nested
-    if reads_outside and section.setdefault(ORIGINAL, outside) != outside:
+    if reads_outside and section["rope_type"] == "longrope":
+        section[ORIGINAL] = outside  # which all versions take, whatever stands inside
+    elif reads_outside and section.setdefault(ORIGINAL, outside) != outside:
         keys.refuse(ORIGINAL, outside, f"rope_parameters says {section[ORIGINAL]}; keep one of them")
     return {name: _number(value) if name != "truncate" else value for name, value in section.items()}
 

@@ -106,7 +106,7 @@ def test_step_one_is_the_old_weights_on_the_new_data_on_any_mesh(source, tmp_pat
 def test_weights_of_another_shape_are_refused_by_name(source, tmp_path, sections, words):
     config = small_config(tmp_path / "new", **{**sections, "init": {"from_": str(source)}})
     with pytest.raises(ConfigError, match=words):
-        build.check_weights(source / "checkpoints/step-2", build._on_meta(config), config.to_dict())
+        build.check_weights(source / "checkpoints/step-2", build.on_meta(config), config.to_dict())
 
 
 def test_damage_is_found_where_the_weights_are_read(source, tmp_path):

@@ -84,6 +84,7 @@ def readers_folder(tmp_path_factory) -> Path:
         "try.yaml": "train:\n  seed: 1\n",
         "models/llama/config.json": (ROOT / "tests/huggingface/fixtures/llama-tiny/config.json").read_text(),
         "models/qwen3.5/config.json": (ROOT / "tests/huggingface/fixtures/qwen3.5-tiny/config.json").read_text(),
+        "runs/imported/config.yaml": yaml.safe_dump(Config().to_dict()),
         "runs/mine/config.yaml": yaml.safe_dump(Config().to_dict()),
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
