@@ -42,7 +42,8 @@ def configured(name: str, mesh: str, folder: Path) -> Config:
     path = saved(name, folder)
     section = with_directory_model({**Config().to_dict()["model"], "name": "hf", "path": str(path)}, [])
     model = Config.from_dict({"model": section, "data": {"source": "tokens", "path": "none"}}).model
-    config = small_config(folder, **MESHES[mesh])
+    # A rate that one would go on with; with a larger one twenty steps make more of rounding than a mistake would.
+    config = small_config(folder, **MESHES[mesh], optim={"lr": 1e-3})
     return replace(config, model=model.settled(config.data.seq_len))
 
 
