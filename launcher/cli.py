@@ -127,6 +127,15 @@ COMMANDS = (
         overrides=False,
     ),
     Command(
+        "data",
+        "an audit of what a run would be trained on",
+        (
+            "longctx data train.steps=1000 data.seq_len=4096",
+            "longctx data --json data=text data.path=docs/ train.steps=20",
+        ),
+        "longctx.launcher.commands.data",
+    ),
+    Command(
         "bench attention",
         "time the run's attention strategies on its mesh and shapes",
         (

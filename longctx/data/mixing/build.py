@@ -11,7 +11,7 @@ from longctx.config.sections.mixture import MixtureSource
 from longctx.data.balance import Balance
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.held_out import trained_on
-from longctx.data.mixing.mixture import Mixture, Part
+from longctx.data.mixing.mixture import Mixture, MixturePart
 from longctx.data.packing import Packing
 from longctx.errors import ConfigError
 
@@ -39,10 +39,10 @@ def packing_of_run(
         share = Fraction(repr(one.weight))
         if config.weights == "documents":
             share = share * found.epoch_tokens / len(repeated)
-        parts.append(Part(name, share, found, documents, int(lengths.sum()), one.max_epochs))
+        parts.append(MixturePart(name, share, found, documents, int(lengths.sum()), one.max_epochs))
         first += documents
     total = sum(part.share for part in parts)
-    shared = [Part(p.name, p.share / total, p.packing, p.documents, p.tokens, p.max_epochs) for p in parts]
+    shared = [MixturePart(p.name, p.share / total, p.packing, p.documents, p.tokens, p.max_epochs) for p in parts]
     return Mixture(corpus, shared, _order(config, corpus, shared[0].packing.order), chosen)
 
 

@@ -22,7 +22,7 @@ SMALLEST = Fraction(1, 1 << 20)  # share of rows
 
 
 @dataclass(frozen=True)
-class Place:
+class Turn:
     """Says where a row of the mixture comes from: the number of its source, and the number of the row there."""
 
     source: int
@@ -45,12 +45,12 @@ class Interleave:
         firsts, sources, _ = self._of(block)
         return [first + int(np.count_nonzero(sources[:place] == k)) for k, first in enumerate(firsts)]
 
-    def place(self, row: int) -> Place:
+    def place(self, row: int) -> Turn:
         """Returns where a row comes from."""
         block, place = divmod(row, self._rows)
         firsts, sources, numbers = self._of(block)
         source = int(sources[place])
-        return Place(source, firsts[source] + int(numbers[place]))
+        return Turn(source, firsts[source] + int(numbers[place]))
 
     def _of(self, block: int) -> tuple[list[int], Int64, Int64]:
         """Returns the rows that each source has had before a block, and of each of its rows source and number in it."""

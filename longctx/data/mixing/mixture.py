@@ -19,7 +19,7 @@ from longctx.sequence import Documents
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """Holds one source of a mixture.
 
     ``share``: of the mixture's tokens. ``packing``: its rows. ``documents``, ``tokens``: that it has, each once.
@@ -38,7 +38,7 @@ class Part:
 class Usage:
     """Tells what a number of samples takes of one source: rows, and how often it goes over all its documents."""
 
-    part: Part
+    part: MixturePart
     rows: int
     epochs: float
 
@@ -63,7 +63,7 @@ class Mixture:
     to how documents become samples.
     """
 
-    def __init__(self, corpus: Corpus, parts: Sequence[Part], order: str, chosen: Int64 | None = None) -> None:
+    def __init__(self, corpus: Corpus, parts: Sequence[MixturePart], order: str, chosen: Int64 | None = None) -> None:
         first = parts[0].packing
         self.corpus = corpus
         self.parts = tuple(parts)
@@ -72,6 +72,7 @@ class Mixture:
         self.seq_len: int = first.seq_len
         self.seed: int = first.seed
         self.balance: Balance | None = first.balance
+        self.document_mask: bool = first.document_mask
         self.epoch_tokens = sum(part.tokens for part in parts)
         rows = [part.share / _fill(part.packing) for part in parts]
         for part, share in zip(parts, rows, strict=True):
@@ -110,7 +111,7 @@ class Mixture:
             for part, rows in zip(self.parts, counts, strict=True)
         ]
 
-    def _place(self, index: int) -> tuple[Part, int]:
+    def _place(self, index: int) -> tuple[MixturePart, int]:
         place = self.interleave.place(index)
         return self.parts[place.source], place.row
 
