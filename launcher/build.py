@@ -37,6 +37,7 @@ from longctx.launcher.ranks.meeting import Meeting
 from longctx.launcher.ranks.world import device_type, joined, links_of, meet, nodes_of, this_rank
 from longctx.launcher.resuming import Resume, goes_on
 from longctx.launcher.run_directory import directory_of, read_config
+from longctx.launcher.rundir.kept_tokenizer import require_same_tokenizer
 from longctx.launcher.rundir.records import CONFIG_FILE
 from longctx.launcher.start.opening import Opening
 from longctx.launcher.stopping import Requests, listening
@@ -78,6 +79,7 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
     going_on = resume is not None and goes_on(config, resume)
     if going_on:
         _require_checkpoint(config)
+        require_same_tokenizer(config)
     corpus = check_data(config)
     build_loader(config, corpus, 0, 1)  # which refuses what the data cannot give
     look(Facts(config, corpus, device_here(config), going_on))

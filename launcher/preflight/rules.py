@@ -88,13 +88,13 @@ def unused_vocabulary(facts: Facts) -> Finding | None:
     """A vocabulary of which the data can use a small part."""
     model, source = facts.config.model, facts.config.data.source
     ids = getattr(SOURCES.load(source), "ids", 0)
-    if not ids or model.vocab_size < 8 * ids:
+    if facts.config.data.tokenizer is not None or not ids or model.vocab_size < 8 * ids:
         return None
     tables = 1 if model.tie_embeddings else 2
     idle = (model.vocab_size - ids) * model.dim * tables
     return warn(
         f"model.vocab_size={model.vocab_size}: data={source} has {ids} ids, bytes; {_count(idle)} parameters of "
-        f"embedding and head learn nothing; nearest: data=tokens with a tokenizer's ids, or model.vocab_size={ids}"
+        f"embedding and head learn nothing; nearest: data.tokenizer=DIR, or model.vocab_size={ids}"
     )
 
 

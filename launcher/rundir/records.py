@@ -15,9 +15,20 @@ CONFIG_FILE = "config.yaml"
 METRICS = "metrics.jsonl"
 FAILURES = "failures"
 MODEL_SOURCE = "model_source"
+TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 # What an attempt leaves beside its checkpoints. All of it is told apart by name from that of a later attempt.
-RECORDS = (CONFIG_FILE, "environment.json", METRICS, "memory.json", "report.html", "trace.json", FAILURES, MODEL_SOURCE)
+RECORDS = (
+    CONFIG_FILE,
+    "environment.json",
+    METRICS,
+    "memory.json",
+    "report.html",
+    "trace.json",
+    FAILURES,
+    MODEL_SOURCE,
+    TOKENIZER,
+)
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -52,8 +63,9 @@ def set_later_aside(directory: Path, step: int) -> None:
     for name in (CONFIG_FILE, METRICS):
         if (directory / name).is_file():
             shutil.copyfile(directory / name, aside / name)
-    if (directory / MODEL_SOURCE).is_dir():
-        shutil.copytree(directory / MODEL_SOURCE, aside / MODEL_SOURCE)
+    for name in (MODEL_SOURCE, TOKENIZER):
+        if (directory / name).is_dir():
+            shutil.copytree(directory / name, aside / name)
     source = CheckpointDirectory(directory / CHECKPOINTS)
     for each in reversed(later):  # the newest first: whatever a crash leaves, the rest is still one course
         source.path(each).rename(aside / CHECKPOINTS / f"step-{each}")

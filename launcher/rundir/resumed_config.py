@@ -89,9 +89,11 @@ def _on_top(run: Config, overrides: Sequence[str], directory: Path) -> Config:
     _forget(before, after, explicit)
     if "parallel.dp_shard" not in explicit and "parallel" not in explicit and after["comm"]["backend"] != "sim":
         after["parallel"]["dp_shard"] = -1  # what the other degrees leave of the processes that there are now
-    for section, key in ((after["data"], "data.path"), (after["data"]["validation"], "data.validation.path")):
+    data = after["data"]
+    for section, key in ((data, "data.path"), (data["validation"], "data.validation.path"), (data, "data.tokenizer")):
+        name = key.rpartition(".")[2]
         if key not in explicit and "data" not in explicit:
-            section["path"] = _found_again(section["path"], directory)
+            section[name] = _found_again(section[name], directory)
     config = Config.from_dict(after)
     _require_begun_from(run, config)
     return replace(config, init=run.init)

@@ -29,6 +29,9 @@ def open_checked_directory(config: Config, resume: Resume | None, processes: int
     directory = open_directory(config, step, is_rewound(resume))
     if step is None:
         keep_model_source(config, directory)
+        from longctx.launcher.rundir.kept_tokenizer import keep_tokenizer
+
+        keep_tokenizer(config, directory)
     return directory
 
 

@@ -31,8 +31,9 @@ def tensor_parallel(config: Config) -> None:
 
 
 def vocabulary(config: Config) -> None:
-    """Refuses a vocabulary that lacks ids which the data source delivers."""
-    SOURCES.load(config.data.source).require_vocabulary(config.model.vocab_size)
+    """Refuses a vocabulary that lacks ids which the data source delivers; those of a tokenizer are known later."""
+    if config.data.tokenizer is None:
+        SOURCES.load(config.data.source).require_vocabulary(config.model.vocab_size)
 
 
 def memory_report(config: Config) -> None:

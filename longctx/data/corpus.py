@@ -35,6 +35,7 @@ class Corpus:
     ``facts``: what a run tells of where they came from, as JSON values. ``learned(start, stop)``: which of these tokens
     are labels to learn, bool; None: all. ``cache``: the folder in which the source looked for what is known already.
     ``parts``: of a mixture, each source's name and its number of documents, in their order.
+    ``tokenizer``: digest of what made the ids, None where nobody knows.
 
     Raises ``DataError`` when there is no token at all.
     """
@@ -51,6 +52,7 @@ class Corpus:
     learned: Callable[[int, int], NDArray[np.bool_]] | None = None
     cache: Path | None = None
     parts: dict[str, int] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if not len(self.tokens):

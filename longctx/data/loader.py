@@ -21,12 +21,14 @@ IDENTITY = {
     "fingerprint": "corpus SHA-256",
     "documents": "documents in the corpus",
     "tokens": "tokens in the corpus",
+    "tokenizer": "data.tokenizer",
     "seed": "train.seed",
     "seq_len": "data.seq_len",
     "packing": "how documents are packed and mixed",
     "chosen": "documents that data.validation.fraction leaves",
 }
 ALL = "all"
+UNKNOWN = "unknown"  # what made the ids of a token file, where nothing beside it says so
 BEFORE = {"packing": STREAM, "chosen": ALL}  # what checkpoints without it were taken with
 
 
@@ -57,6 +59,7 @@ class Loader:
             "fingerprint": packing.corpus.fingerprint,
             "documents": len(packing.corpus),
             "tokens": packing.corpus.total_tokens,
+            "tokenizer": packing.corpus.tokenizer or UNKNOWN,
             "seed": packing.seed,
             "seq_len": packing.seq_len,
             "packing": packing.order,
@@ -105,7 +108,8 @@ class Loader:
         Raises ``ConfigError`` with the differences when corpus, seed or sequence length have changed, and
         ``StorageError`` when ``state`` is not one of ours.
         """
-        state = {**BEFORE, **state}
+        # Checkpoints of before say nothing of it, and the ids themselves have to be the same.
+        state = {**BEFORE, "tokenizer": self._identity["tokenizer"], **state}
         missing = sorted({"next_sample", *IDENTITY} - set(state))
         position = state.get("next_sample")
         if missing or type(position) is not int or position < 0:

@@ -88,7 +88,8 @@ def open_corpus(config: DataConfig, vocab_size: int, verify: bool = True, check:
         raise ConfigError(f"data.max_documents={limit}: take at least 1 document, or null for all of them")
     config = replace(config, path=local_path(config.path))
     source: Source = SOURCES.load(config.source)
-    source.require_vocabulary(vocab_size)
+    if config.tokenizer is None:
+        source.require_vocabulary(vocab_size)
     return source.open(config, vocab_size, replace(check or Check(), whole=verify))
 
 

@@ -23,9 +23,11 @@ from longctx.data.formats.shards import fits
 from longctx.data.json_lines import Texts, read_json, read_lines
 from longctx.data.kinds import JSON, LINES, MEDIA, UTF8_MARK, Kind, foreign, kind_of, looks_like_json
 from longctx.data.source import Check, Report, Source, TextFiles, unreported
+from longctx.data.tokenizer import BYTES as BYTE_TOKENIZER
 from longctx.errors import DataError
 
 BYTES = 256  # size of the byte vocabulary
+TOKENIZING = frozenset({"tokenizer", "bos", "eos", "special_tokens"})  # what says how text becomes ids
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 SAMPLE = 80  # characters of the first document that a run shows
 MOST_UNPACKED = 1 << 30  # bytes of one document
@@ -235,8 +237,18 @@ def require_bytes(source: str, vocab_size: int) -> None:
     replace(TEXT, name=source).require_vocabulary(vocab_size)
 
 
-def _open(texts: TextFiles, config: DataConfig, check: Check) -> Corpus:
-    return collect(texts, config.max_documents, check.progress)
+def open_texts(
+    texts: TextFiles, config: DataConfig, vocab_size: int, check: Check, settings: tuple[Any, ...] = ()
+) -> Corpus:
+    """Opens text as bytes, or as ids of ``data.tokenizer``.
+
+    ``settings``: what besides the files determines the documents, such as the key of their text.
+    """
+    if config.tokenizer is not None:
+        from longctx.data.tokenizing.cached import open_tokenized  # which reads token files, and those text
+
+        return open_tokenized(texts, config, vocab_size, check, (config.source, *settings))
+    return replace(collect(texts, config.max_documents, check.progress), tokenizer=BYTE_TOKENIZER)
 
 
 def _stdlib(config: DataConfig) -> TextFiles:
@@ -249,14 +261,15 @@ def _text(config: DataConfig) -> TextFiles:
 
 PYTHON_STDLIB = Source(
     "python_stdlib",
-    lambda config, vocab_size, check: _open(_stdlib(config), config, check),
+    lambda config, vocab_size, check: open_texts(_stdlib(config), config, vocab_size, check),
+    reads=TOKENIZING,
     ids=BYTES,
     texts=_stdlib,
 )
 TEXT = Source(
     "text",
-    lambda config, vocab_size, check: _open(_text(config), config, check),
-    reads=frozenset({"path", "text_key", "files"}),
+    lambda config, vocab_size, check: open_texts(_text(config), config, vocab_size, check, (config.text_key,)),
+    reads=TOKENIZING | {"path", "text_key", "files"},
     ids=BYTES,
     texts=_text,
 )

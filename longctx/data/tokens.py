@@ -45,6 +45,7 @@ from longctx.data.token_file import TokenFile
 from longctx.errors import ConfigError, DataError, StorageError
 
 MAGIC = b"LCTXIDX1"
+RULE = "a token file ends in .bin, its boundaries in .idx"
 CHECK = "tokens 1"  # names what a check finds; a new number makes all verdicts of before worthless
 READ_ONCE = Check()
 HEADER = struct.Struct("<8sIIQ32s")
@@ -76,7 +77,7 @@ def open_tokens(
     Raises ``ConfigError`` for the settings, ``DataError`` naming the file for everything in it.
     """
     token_dtype(dtype)
-    places = find_shards(path, "tokens", (".bin",), "a token file ends in .bin, its boundaries in .idx", files)
+    places = find_shards(path, "tokens", (".bin",), RULE, files)
     shards = [open_pair(place, dtype) for place in places]
     return joined(shards, str(path), vocab_size, "tokens", max_documents, replace(check, whole=verify))
 
@@ -202,8 +203,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _open(config: DataConfig, vocab_size: int, check: Check) -> Corpus:
+    from longctx.data.tokenizing.maker import with_tokenizer  # which the writer of such files imports, too
+
     how, limit = asked(config, check), config.max_documents
-    return open_tokens(config.path, config.token_dtype, vocab_size, limit, check.whole, how, config.files)
+    corpus = open_tokens(config.path, config.token_dtype, vocab_size, limit, check.whole, how, config.files)
+    places = find_shards(config.path, "tokens", (".bin",), RULE, config.files)
+    return with_tokenizer(corpus, places, config, vocab_size)
 
 
-TOKENS = Source("tokens", _open, reads=frozenset({"path", "token_dtype", "recheck", "files"}))
+TOKENS = Source("tokens", _open, reads=frozenset({"path", "token_dtype", "recheck", "files", "tokenizer"}))

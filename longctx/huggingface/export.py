@@ -28,7 +28,7 @@ from longctx.huggingface.config_out import Written, config_of
 from longctx.huggingface.names import joined, place_of
 from longctx.huggingface.pieces import in_class
 from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
-from longctx.huggingface.source import ModelSource, copy_files, read_kept_config, read_source
+from longctx.huggingface.source import TOKENIZER, ModelSource, copy_files, read_kept_config, read_source
 from longctx.huggingface.stored import stored_tensors
 from longctx.huggingface.weights import HEAD
 
@@ -79,8 +79,7 @@ def export(
         files = write_weights(folder, outgoing, shard_bytes, tell)
         write_json(folder / CONFIG, written.keys)
         files.append(CONFIG)
-        if source:
-            files += copy_files(kept, source, folder, READABLE)
+        files += copy_files(kept, source, kept.with_name(TOKENIZER), folder, READABLE)
     size = sum(one.bytes for one in outgoing)
     family, said = written.family, written.keys["dtype"]
     return Exported(family.model_type, family.architecture, said, len(outgoing), size, files, written.notes)

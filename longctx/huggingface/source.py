@@ -21,7 +21,15 @@ from longctx.huggingface.config_in import CONFIG
 from longctx.huggingface.weights import locate_weights
 
 RECORD = "source.json"
+TOKENIZER = "tokenizer"  # folder beside the kept files, of the tokenizer that the run was trained with
 _VERSION = 1
+_OF_TOKENIZER = frozenset(
+    (
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json"),
+        *("chat_template.jinja", "chat_template.json"),
+    )
+)
 # What others need beside the weights; never code, and never weights.
 _CARRIED = f"""
     {CONFIG} generation_config.json
@@ -91,13 +99,20 @@ def read_source(folder: Path) -> ModelSource | None:
     return ModelSource(record["path"], tensors, files, rows)
 
 
-def copy_files(folder: Path, source: ModelSource, target: Path, mode: int) -> list[str]:
-    """Copies the kept files but the configuration, which is written anew; returns their names."""
-    names = [name for name in source.files if name != CONFIG]
-    for name in names:
+def copy_files(folder: Path, source: ModelSource | None, tokenizer: Path, target: Path, mode: int) -> list[str]:
+    """Copies the kept files but the configuration, which is written anew; returns their names.
+
+    ``tokenizer``: folder of the tokenizer that the run was trained with, if it had one; it wins over the directory's.
+    """
+    own = sorted(path.name for path in tokenizer.iterdir()) if tokenizer.is_dir() else []
+    names = {name: folder for name in source.files if name != CONFIG} if source else {}
+    if own:
+        names = {name: place for name, place in names.items() if name not in _OF_TOKENIZER}
+        names = {**dict.fromkeys(own, tokenizer), **names}
+    for name, place in names.items():
         (target / name).parent.mkdir(exist_ok=True)
-        write_new(target / name, [read_small(folder / name, LIMIT_JSON)], mode)
-    return names
+        write_new(target / name, [read_small(place / name, LIMIT_JSON)], mode)
+    return list(names)
 
 
 def read_kept_config(folder: Path) -> Mapping[str, Any]:

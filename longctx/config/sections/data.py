@@ -12,6 +12,7 @@ from longctx.rules import as_word, at_least, one_of, within
 
 TOKEN_DTYPES = ("uint16", "uint32")
 BALANCES = ("none", "rows", "documents")
+SPECIAL_TOKENS = ("text", "ids")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class DataConfig:
     text_key: str = for_some("text")  # field of a JSONL line, or column, that holds the text or the ids
     files: str | None = for_some(None)  # patterns of a folder's files to read, such as "*.md *.txt"; null: all
     split: str | None = for_some(None)  # which dataset of a folder that holds several
+    tokenizer: str | None = for_some(None)  # a folder with tokenizer.json, or that file; null: bytes
+    bos: bool = for_some(False)  # begin each document with the tokenizer's BOS
+    eos: bool = for_some(False)  # end each document with its EOS
+    special_tokens: str = for_some("text")  # read special tokens that stand in a document as text, or as their ids
     token_dtype: str = for_some("uint16")  # of a token file: uint16 or uint32
     recheck: bool = for_some(False)  # check a token file whole at every start, even if it is unchanged
     max_documents: int | None = None  # take only the first so many documents
@@ -75,6 +80,14 @@ class DataConfig:
         one_of("data.weights", self.weights, WEIGHTS)
         self.validation.check()
         refuse_unread(self, "data", SOURCES, self.source, "data")
+        one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
+        for name in ("bos", "eos", "special_tokens"):
+            value = getattr(self, name)
+            if self.tokenizer is None and value != getattr(DataConfig, name):
+                raise ConfigError(
+                    f"data.{name}={as_word(value)} is of a tokenizer, and bytes have no special tokens; set "
+                    f"data.tokenizer=DIR, or leave it at {as_word(getattr(DataConfig, name))}"
+                )
         reads = SOURCES.load(self.source).reads
         if self.validation.path is not None and "path" not in reads:
             raise ConfigError(

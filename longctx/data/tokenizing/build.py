@@ -56,10 +56,11 @@ class Tokenizing:
     workers: int = 1
 
 
-def build(job: Tokenizing, progress: Report = unreported) -> tuple[dict[str, Any], bool]:
+def build(job: Tokenizing, progress: Report = unreported, waits: bool = False) -> tuple[dict[str, Any], bool]:
     """Writes the token file, and returns its summary, and whether it was there already.
 
-    An earlier process's unfinished work on the same is gone on with; the result is the same to the byte. Raises
+    An earlier process's unfinished work on the same is gone on with; the result is the same to the byte. ``waits``: for
+    another process that is at work on it, instead of refusing. Raises
     ``ConfigError`` where something else lies at that place, ``DataError`` naming file and place for bad text,
     ``StorageError`` for a full disk.
     """
@@ -67,8 +68,10 @@ def build(job: Tokenizing, progress: Report = unreported) -> tuple[dict[str, Any
         raise ConfigError(f"--workers={job.workers}: at least 1 process tokenizes; nearest valid value: 1")
     tokenizer = open_tokenizer(job.tokenizer, job.policy)
     dtype, names = dtype_for(job.dtype, tokenizer), PartialFiles(job.out)
-    key = _key(job, tokenizer, dtype)
-    with claimed(names):
+    key = key_of(job, tokenizer, dtype)
+    if _is_finished(names, key):
+        return _summary_of(names), True
+    with claimed(names, progress if waits else None):
         start = _start(names, key)
         if start is None:
             return _summary_of(names), True
@@ -104,7 +107,7 @@ def dtype_for(asked: str, tokenizer: Tokenizer) -> str:
     return smallest if asked == AUTO else asked
 
 
-def _key(job: Tokenizing, tokenizer: Tokenizer, dtype: str) -> str:
+def key_of(job: Tokenizing, tokenizer: Tokenizer, dtype: str) -> str:
     """Names what is made of what: another file, tokenizer or setting has another name."""
     files = []
     for path in job.texts.paths:
@@ -123,9 +126,9 @@ def _start(names: PartialFiles, key: str) -> TokensWritten | None:
             _log.warning("going on after %d documents that an earlier process has tokenized", note.documents)
             return note
         finish_renaming(names)
-    there = [path for path in names.finished if path.exists()]
-    if len(there) == len(names.finished) and _summary_of(names).get("key") == key:
+    if _is_finished(names, key):
         return None
+    there = [path for path in names.finished if path.exists()]
     if there:
         raise ConfigError(
             f"{printable(there[0])} is there already, and was not made of this text as it is now by this tokenizer; "
@@ -135,6 +138,12 @@ def _start(names: PartialFiles, key: str) -> TokensWritten | None:
         _log.warning("an earlier process's unfinished work is of other text, or of another tokenizer: beginning anew")
     discard(names)
     return TokensWritten(key)
+
+
+def _is_finished(names: PartialFiles, key: str) -> bool:
+    """Tells whether the token file is there, made of the same by the same, with nothing left to rename."""
+    whole = all(path.exists() for path in names.finished) and not names.note.exists()
+    return whole and _summary_of(names).get("key") == key
 
 
 def _summary_of(names: PartialFiles) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Any
 from longctx.data.files import open_regular, printable, reading
 from longctx.errors import ConfigError, DataError
 
-TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILE, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GENERATION = "generation_config.json"
 # What goes along with a model so that others can use it, as far as a folder has it.
-CARRIED = (TOKENIZER, CONFIG, SPECIALS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
+CARRIED = (TOKENIZER_FILE, CONFIG, SPECIALS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
 DETERMINES = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 _LARGEST = 1 << 28
 # Other files that hold a tokenizer, and what they are called.
@@ -84,14 +84,14 @@ def find_file(path: str | Path) -> Path:
     if names is None:
         _refuse_other(place)
         return place
-    if TOKENIZER in names:
-        return place / TOKENIZER
+    if TOKENIZER_FILE in names:
+        return place / TOKENIZER_FILE
     other = next((name for name in _OTHERS if name in names), None)
     if other is not None:
         _refuse_other(place / other)
     raise ConfigError(
-        f"data.tokenizer={printable(path)}: the folder holds no {TOKENIZER}; name one that does, as those of Hugging "
-        "Face models, or leave it out for bytes"
+        f"data.tokenizer={printable(path)}: the folder holds no {TOKENIZER_FILE}; name one that does, as those of "
+        "Hugging Face models, or leave it out for bytes"
     )
 
 
@@ -100,9 +100,9 @@ def _refuse_other(file: Path) -> None:
     if kind is not None:
         folder = printable(file.parent)
         raise ConfigError(
-            f"data.tokenizer={folder}: {file.name} ({kind}) is read by transformers, not here; write a {TOKENIZER} "
-            f"once: python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}')"
-            ".save_pretrained('converted')\", and name that folder"
+            f"data.tokenizer={folder}: {file.name} ({kind}) is read by transformers, not here; write a "
+            f'{TOKENIZER_FILE} once: python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('converted')\", and name that folder"
         )
 
 

@@ -76,11 +76,14 @@ class PartialFiles:
 
 
 @contextmanager
-def claimed(names: PartialFiles) -> Iterator[None]:
-    """Lets one process at a time write a token file. Raises ``StorageError`` while another does."""
+def claimed(names: PartialFiles, waiting: Report | None = None) -> Iterator[None]:
+    """Lets one process at a time write a token file.
+
+    Waits while another does, and tells ``waiting`` so; None: raises ``StorageError``.
+    """
     with writing(names.bin):
         names.bin.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(names)
+        descriptor = _locked(names, waiting)
     try:
         yield
     finally:
@@ -91,7 +94,7 @@ def claimed(names: PartialFiles) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(names: PartialFiles) -> int:
+def _locked(names: PartialFiles, waiting: Report | None) -> int:
     where = printable(names.bin)
     while True:
         descriptor = os.open(names.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -103,8 +106,11 @@ def _locked(names: PartialFiles) -> int:
         except FileNotFoundError:
             pass
         except BlockingIOError:
-            os.close(descriptor)
-            raise StorageError(f"{where} is being written by another process; wait for its end") from None
+            if waiting is None:
+                os.close(descriptor)
+                raise StorageError(f"{where} is being written by another process; wait for its end") from None
+            waiting(0, 0, "another process tokenizes the same text")
+            time.sleep(0.1)
         except OSError:
             _log.warning("%s lies on a file system without locks: nothing keeps a second writer out", where)
             return descriptor
