@@ -251,8 +251,9 @@ def test_what_is_there_is_not_made_again_nor_overwritten(corpus: Path, tmp_path:
     for changes in ({"policy": Policy()}, {"settings": ("other",)}, {"dtype": "uint32"}):
         with pytest.raises(ConfigError, match=r"x\.bin is there already, and was not made of this text"):
             build.build(job_of(corpus, out, **changes))
-    with partial.claimed(partial.PartialFiles(out)), pytest.raises(StorageError, match="written by another process"):
-        build.build(job_of(corpus, out))
+    other = tmp_path / "y.bin"
+    with partial.claimed(partial.PartialFiles(other)), pytest.raises(StorageError, match="written by another process"):
+        build.build(job_of(corpus, other))
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:

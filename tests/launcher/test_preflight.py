@@ -55,7 +55,7 @@ CASES = {
     ),
     "a rate of nothing": (["optim.lr=3e-9"], {}, TOLD, ["optim.lr=3e-09"]),
     "bytes into many words": (
-        ["model=llama_8b"], {}, TOLD, ["model.vocab_size=128256", "256 ids", "1.05B parameters", "data=tokens"],
+        ["model=llama_8b"], {}, TOLD, ["model.vocab_size=128256", "256 ids", "1.05B parameters", "data.tokenizer"],
     ),
     "short data": (
         ["train.steps=1"], {"corpus": documents(900, 100)}, TOLD, ["4,096 tokens a step", "1,000", "4.1 times"],
