@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from longctx.config import DataConfig
+from longctx.config.sections.mixture import MixtureSource
 from longctx.data import Corpus, open_corpus
 from longctx.data.source import Check
 from longctx.data.tokenizer import open_tokenizer
@@ -91,6 +92,15 @@ def test_the_vocabulary_holds_the_ids(config: DataConfig, tmp_path: Path) -> Non
         DataConfig(eos=True).check()
     with pytest.raises(ConfigError, match=r"data\.special_tokens"):
         replace(config, special_tokens="both").check()
+
+
+def test_sources_of_a_mixture_have_the_tokenizer_of_the_run(config: DataConfig, tmp_path: Path) -> None:
+    one = MixtureSource(path=config.path)
+    mixture = DataConfig(source="mixture", mixture={"one": one, "two": replace(one, weight=2.0)})
+    asked = replace(mixture, tokenizer=config.tokenizer, eos=True)
+    asked.check()
+    alone, found = opened(replace(config, eos=True), tmp_path), opened(asked, tmp_path)
+    assert (found.tokenizer, found.total_tokens) == (alone.tokenizer, 2 * alone.total_tokens)
 
 
 def test_bad_text_is_named(config: DataConfig, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from longctx.data.corpus import Corpus, Int64, Tokens
 from longctx.data.formats.joined import JoinedRows
 from longctx.data.formats.numbers import Numbers, blocks
 from longctx.data.source import Check, Source, open_corpus
+from longctx.data.text import TOKENIZING
 from longctx.errors import LongctxError
 
 
@@ -56,6 +57,7 @@ def join(corpora: Mapping[str, Corpus], vocab_size: int, cache: Path | None = No
     """Returns the corpus that has the documents of all of ``corpora``, which are its parts."""
     each = list(corpora.values())
     firsts = list(accumulate((len(corpus) for corpus in each), initial=0))
+    makers = {corpus.tokenizer for corpus in each}
     row = JoinedRows([_Row(corpus) for corpus in each])
 
     def origin(document: int) -> str:
@@ -78,6 +80,7 @@ def join(corpora: Mapping[str, Corpus], vocab_size: int, cache: Path | None = No
         _learned(each),
         cache,
         {name: len(corpus) for name, corpus in corpora.items()},
+        makers.pop() if len(makers) == 1 else None,
     )
 
 
@@ -112,4 +115,4 @@ def _learned(corpora: Sequence[Corpus]) -> Callable[[int, int], NDArray[np.bool_
     return learned
 
 
-MIXTURE = Source("mixture", open_mixture, reads=frozenset({"mixture", "weights", "recheck"}))
+MIXTURE = Source("mixture", open_mixture, reads=TOKENIZING | {"mixture", "weights", "recheck"})
