@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import time
@@ -20,6 +21,7 @@ from longctx.launcher.progress import progress
 from longctx.rules import one_of
 
 TEXT = "text"
+_PARQUET, _DATASETS = (".parquet", ".pq"), ("state.json", "dataset_dict.json")
 # What the keys of a run's configuration are called here, for messages.
 _FLAGS = {
     "data.bos=true": "--bos", "data.bos=false": "--no-bos", "data.eos=true": "--eos", "data.eos=false": "--no-eos",
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _job(arguments: argparse.Namespace) -> Tokenizing:
-    name = arguments.format or TEXT
+    name = arguments.format or _format_of(Path(arguments.source))
     with_text = [one for one in SOURCES if SOURCES.load(one).texts is not None]
     one_of("--format", name, with_text)
     source: Source = SOURCES.load(name)
@@ -87,6 +89,19 @@ def _job(arguments: argparse.Namespace) -> Tokenizing:
         dtype=arguments.dtype,
         workers=arguments.workers if arguments.workers is not None else available_cores(),
     )
+
+
+def _format_of(path: Path) -> str:
+    """Returns the source that reads a path, by its name and by what a folder of datasets holds; else text."""
+    if path.suffix.lower() in _PARQUET:
+        return "parquet"
+    if any((path / name).is_file() for name in _DATASETS):
+        return "arrow"
+    with contextlib.suppress(OSError):
+        names = [one.suffix.lower() for one in path.iterdir() if not one.name.startswith(".")] if path.is_dir() else []
+        if names and all(end in _PARQUET for end in names):
+            return "parquet"
+    return TEXT
 
 
 def _in_flags(error: LongctxError) -> LongctxError:

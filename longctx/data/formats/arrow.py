@@ -18,6 +18,7 @@ from longctx.data.formats.columns import At, Tables, arrow_errors, pyarrow, spli
 from longctx.data.formats.raw import RawFile
 from longctx.data.formats.shards import find_shards, is_pattern
 from longctx.data.source import Source
+from longctx.data.text import TOKENIZING
 from longctx.errors import ConfigError, DataError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -171,6 +172,6 @@ def _json(path: Path) -> dict[str, Any]:
 ARROW = Source(
     "arrow",
     lambda config, vocab_size, check: _tables(config).open(config, vocab_size, check),
-    reads=frozenset({"path", "text_key", "split", "recheck"}),
+    reads=TOKENIZING | {"path", "text_key", "split", "recheck"},
     texts=lambda config: _tables(config).texts(config.text_key),
 )

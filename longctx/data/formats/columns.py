@@ -25,7 +25,7 @@ from longctx.data.formats.kept import kept_tokens
 from longctx.data.formats.shards import asked
 from longctx.data.json_lines import Texts
 from longctx.data.source import Check, Report, TextFiles
-from longctx.data.text import collect, require_bytes
+from longctx.data.text import open_texts, require_bytes
 from longctx.data.verdicts import Stamp
 from longctx.errors import ConfigError, DataError, NotAvailableError
 
@@ -86,9 +86,11 @@ class Tables:
     def open(self, config: DataConfig, vocab_size: int, check: Check) -> Corpus:
         """Returns the corpus of a column: bytes of text in memory, or ids from token files that are made once."""
         key = config.text_key
+        if config.tokenizer is not None:
+            return open_texts(self.texts(key), config, vocab_size, check, (key,))
         if self.kind(key) == TEXT:
             require_bytes(config.source, vocab_size)
-            return collect(self.texts(key), config.max_documents, check.progress)
+            return open_texts(self.texts(key), config, vocab_size, check)
         how = asked(config, check)
         total, done, shards = sum(table.stamp.size for table in self.tables) >> 20, 0, []
         for table in self.tables:

@@ -15,6 +15,7 @@ from longctx.data.formats.columns import WHOLE_BATCH, At, Tables, arrow_errors, 
 from longctx.data.formats.raw import RawFile
 from longctx.data.formats.shards import find_shards
 from longctx.data.source import Source
+from longctx.data.text import TOKENIZING
 from longctx.errors import DataError
 
 ENDS = (".parquet", ".pq")
@@ -85,6 +86,6 @@ def _tables(config: DataConfig) -> Tables:
 PARQUET = Source(
     "parquet",
     lambda config, vocab_size, check: _tables(config).open(config, vocab_size, check),
-    reads=frozenset({"path", "files", "text_key", "recheck"}),
+    reads=TOKENIZING | {"path", "files", "text_key", "recheck"},
     texts=lambda config: _tables(config).texts(config.text_key),
 )
