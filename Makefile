@@ -4,6 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TOOLS := .venv/.tools-installed
 MATRIX := build/matrix
+# The last version before 5, which cannot live beside it: what else it needs is that of .venv.
+OLD := build/transformers-4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint matrix bench docs clean
@@ -45,7 +47,14 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-matrix: $(TOOLS)
+$(OLD)/.installed: $(TOOLS) tests/huggingface/constraints-4.txt
+	$(BIN)/python -m venv $(OLD)
+	$(OLD)/bin/python -m pip install -qq --no-deps -r tests/huggingface/constraints-4.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(OLD)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth"
+	touch $@
+
+matrix: $(TOOLS) $(OLD)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m matrix
 	mkdir -p $(MATRIX)
 	$(BIN)/longctx verify --all --table $(MATRIX)/exactness.md

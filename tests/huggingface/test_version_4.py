@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from longctx.config import ModelConfig
 from longctx.huggingface.config_out import config_of, model_of
+from longctx.launcher.cli import main
+from tests.huggingface.small_models import CASES, published, saved
 from tests.huggingface.tables import ours, same, theirs, transformers
 
 FIXTURES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "fixtures/transformers_4.57.json").read_text(encoding="utf-8")
 )
+ROOT = Path(__file__).parents[2]
 LENGTHS = (50, 200)  # below and above the original
 
 
@@ -52,6 +58,32 @@ def test_what_is_written_holds_both_forms_and_both_are_the_model(name: str, tmp_
             expected = ours(model, length)
             assert same(ours(model_of(form, "written"), length), expected)
             assert same(theirs(directory, length, model.kinds), expected)
+
+
+@pytest.mark.matrix
+def test_transformers_4_computes_the_same_of_exports(tmp_path: Path) -> None:
+    python = ROOT / "build/transformers-4/bin/python"
+    if not python.exists():
+        pytest.skip("make matrix installs transformers 4.57")
+    tokens = torch.randint(96, (1, 48), generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    names = [name for name, (kind, _) in CASES.items() if is_in_version_4(kind)]
+    assert len(names) >= 8
+    for name in names:
+        directory, run = saved(name, tmp_path / "in"), tmp_path / "runs" / name.replace(" ", "-")
+        assert main(["import", "--from", str(directory), f"run.dir={run}"]) == 0
+        assert main(["export", "--run", str(run), "--to", str(tmp_path / run.name)]) == 0
+    script = ROOT / "tests/huggingface/version_4.py"
+    subprocess.run([python, script, "logits", tmp_path], check=True, timeout=300, cwd=ROOT)
+    for name in names:
+        found = load_file(tmp_path / f"{name.replace(' ', '-')}.safetensors")["logits"]
+        with torch.no_grad():
+            assert torch.allclose(found, published(name)(tokens).logits, atol=2e-5), name
+
+
+def is_in_version_4(kind: str) -> bool:
+    """Whether transformers 4.57 has the class of a configuration."""
+    return kind not in ("Qwen3_5TextConfig", "OlmoHybridConfig")
 
 
 def _without_rope(model: ModelConfig) -> dict[str, Any]:
