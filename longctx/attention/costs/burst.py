@@ -51,7 +51,8 @@ def queries_peak(plan: SequencePlan, schedule: RingSchedule, sizes: Sizes, direc
         blocks = blocks_alive(schedule, rank)
         for hop, moments in enumerate(alive_on_way(schedule, rank, direct, sizes)):
             here = len(schedule.carried(schedule.owner(rank, hop), hop))
-            surrogate = (0, here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)) if hop else (0, 0, 0)
+            computing, after = here * sizes.held(outputs=2, sums=2), here * sizes.held(queries=1)
+            surrogate = (0, computing, after, after) if hop else (0, 0, 0, 0)
             for (summing, returning), beside in zip(astuple(moments), surrogate, strict=True):
                 most = max(most, blocks[hop] * block + summing * wide + returning * result + beside)
     return rows * sizes.held(queries=1, outputs=1, sums=1, gradients=1) + most

@@ -38,14 +38,15 @@ def _in_flight(schedule: RingSchedule, rank: int, hop: int, to: int) -> tuple[in
 
 @dataclass(frozen=True)
 class GradientsAlive:
-    """Counts rows of visiting blocks' gradients that are in memory at one hop, at three moments.
+    """Counts rows of visiting blocks' gradients that are in memory at one hop, at four moments.
 
-    The moments: while the next ones are allocated, computed, and sent. Each pair counts those in the accumulation
-    dtype, and those that return directly, in the dtype in which they are sent.
+    The moments: while the next ones are allocated, computed, converted, and sent. Each pair counts those in the
+    accumulation dtype, and those that return directly, in the dtype in which they are sent.
     """
 
     allocating: tuple[int, int]
     computing: tuple[int, int]
+    converting: tuple[int, int]
     sending: tuple[int, int]
 
 
@@ -61,7 +62,7 @@ def alive_on_way(schedule: RingSchedule, rank: int, direct: bool, sizes: Sizes) 
 
 def gradients_alive(schedule: RingSchedule, rank: int) -> list[GradientsAlive]:
     """Returns, by hop, the gradients that ``GradientReturn`` sums on their way, beside the rank's own."""
-    found, before, passed_on, coming = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0, 0
+    found, before, passed_on, coming = [GradientsAlive((0, 0), (0, 0), (0, 0), (0, 0))], 0, 0, 0
     returned: list[int] = []  # returning to owners and coming back, by hop
     most = schedule.lap if schedule.lap < schedule.world else 1
     for hop in range(1, schedule.world):
@@ -73,7 +74,7 @@ def gradients_alive(schedule: RingSchedule, rank: int) -> list[GradientsAlive]:
         passed_on, coming = len(schedule.passed_on(owner, hop + 1)), len(schedule.passed_on(following, hop + 1))
         copies = (summed if summed < shares else 0) + (summed if 0 < passed_on < summed else 0)
         sending = shares + copies + coming + in_flight + returning
-        found.append(GradientsAlive((computing + before, 0), (computing, 0), (sending, 0)))
+        found.append(GradientsAlive((computing + before, 0), (computing, 0), (computing, 0), (sending, 0)))
         before = 0 if shares == summed in (passed_on, summed - passed_on) else shares
         returned.append(summed - passed_on + returning)
     return found
@@ -84,12 +85,15 @@ def direct_alive(schedule: RingSchedule, rank: int, converted: bool) -> list[Gra
 
     ``converted``: they are sent in another dtype.
     """
-    found, before, in_flight = [GradientsAlive((0, 0), (0, 0), (0, 0))], 0, 0
+    found, before, in_flight = [GradientsAlive((0, 0), (0, 0), (0, 0), (0, 0))], 0, 0
     for hop in range(1, schedule.world):
         stop = schedule.at(schedule.owner(rank, hop), hop)
         shares, read, returning = len(stop.carried), len(stop.read), len(schedule.at(rank, hop).read)
         copy = read if read < shares else 0
-        sending = (shares + copy, in_flight + read + returning) if converted else (shares, in_flight + copy + returning)
-        found.append(GradientsAlive((shares + before, in_flight), (shares, in_flight), sending))
+        leaving = in_flight + (read if converted else copy)
+        converting = (shares + copy, leaving) if converted else (shares, in_flight)
+        found.append(
+            GradientsAlive((shares + before, in_flight), (shares, in_flight), converting, (shares, leaving + returning))
+        )
         before, in_flight = (shares if converted or copy else 0), read + returning
     return found

@@ -27,13 +27,16 @@ def volume(plan: SequencePlan, rank: int, sizes: Sizes) -> Volume:
 def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
     """Returns the peak memory in bytes.
 
-    Forward, whole rows of scores, those of one block, and the mask. Backward, weights, their gradients and the product
-    of both.
+    Forward, whole rows of scores beside those of one block, or beside the mask, the output and what enters it.
+    Backward, weights, their gradients and the product of both.
     """
     rows = plan.shard
     scores, mask = rows * plan.length * sizes.lse, sizes.batch * rows * plan.length
+    keys = rows * (sizes.key_gradients + 2 * sizes.keys)  # of one block as it is computed with, at hand and coming
+    one_block = scores // plan.world + rows * sizes.held(outputs=1) + keys
+    output = max(mask + rows * sizes.held(outputs=3, sums=2), keys + rows * sizes.held(outputs=2, sums=1))
     return Peak(
-        scores + scores // plan.world + mask + rows * sizes.held(outputs=3, sums=2),
+        scores + max(one_block, output) + sizes.batch * rows,
         3 * scores + rows * sizes.held(queries=2, outputs=4, sums=2, gradients=2),
     )
 

@@ -40,7 +40,7 @@ def peak_memory(plan: SequencePlan, sizes: Sizes) -> Peak:
         for blocks, moments in zip(
             blocks_alive(schedule, rank), alive_on_way(schedule, rank, True, sizes), strict=True
         ):
-            for (summing, returning), beside in zip(astuple(moments), (0, 0, merging), strict=True):
+            for (summing, returning), beside in zip(astuple(moments), (0, 0, 0, merging), strict=True):
                 alive = blocks * sizes.held(queries=1) + summing * wide + returning * result
                 forward = max(forward, round(alive + beside))
     return Peak(rows * wide + forward, queries_peak(plan, schedule, sizes, direct=True))
