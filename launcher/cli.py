@@ -136,6 +136,17 @@ COMMANDS = (
         "longctx.launcher.commands.data",
     ),
     Command(
+        "generate",
+        "text from a run or a Hugging Face directory, under any mesh",
+        (
+            "longctx generate --run runs/mine --prompt 'def main(' --max-tokens 64",
+            "longctx generate --hf qwen3-0.6b/ --prompt-file question.txt --max-tokens 200 --temperature 0.7",
+            "longctx generate --hf qwen3-0.6b/ --prompt-ids 1,2,3 --max-tokens 16 --json comm=sim parallel.sp=4",
+            "longctx generate --run runs/mine --prompt-file long.txt --max-tokens 64 comm=nccl parallel.sp=8",
+        ),
+        "longctx.launcher.commands.generate",
+    ),
+    Command(
         "bench attention",
         "time the run's attention strategies on its mesh and shapes",
         (

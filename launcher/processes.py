@@ -41,13 +41,14 @@ class Workers:
     """Says how ranks are run. ``python``: the interpreter. ``limit``: seconds for the whole job.
 
     ``prefixes``: by rank, the words before the command, such as those that run it in a network namespace. ``report``:
-    takes what the first rank reports by ``progress.to_file``.
+    takes what the first rank reports by ``progress.to_file``. ``look``: called while they run.
     """
 
     python: str = sys.executable
     limit: float = TIMEOUT
     prefixes: Sequence[Sequence[str]] = ()
     report: Report | None = None
+    look: Callable[[], None] = _nothing
 
 
 def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers = Workers()) -> None:
@@ -73,7 +74,7 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
             words = [*before[rank], *command, str(rank), str(world)]
             return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=complaints[rank])
 
-        look = from_file(folder, workers.report) if workers.report else _nothing
+        look = from_file(folder, workers.report) if workers.report else workers.look
         ends = run_together(start, world, workers.limit, look)
         if ends.failed is not None:
             complaints[ends.failed].seek(0)

@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Exports one checkpoint."""
     target, shard_bytes = Path(arguments.to), size_of(arguments.shard_size)
     refuse_occupied(target)
-    checkpoint, commit = _checkpoint(Path(arguments.run), arguments.step)
+    checkpoint, commit = find_checkpoint(Path(arguments.run), arguments.step)
     run_directory = checkpoint.parent.parent
-    config = _config(checkpoint, commit, run_directory)
+    config = config_of(checkpoint, commit, run_directory)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with progress("longctx: export") as report:
         done = export(
@@ -74,7 +74,7 @@ def size_of(text: str) -> int:
     return size
 
 
-def _checkpoint(named: Path, step: int | None) -> tuple[Path, Commit]:
+def find_checkpoint(named: Path, step: int | None) -> tuple[Path, Commit]:
     """Returns the checkpoint that is meant, after all of its files have been hashed."""
     if step is not None and step < 0:
         raise UsageError(f"--step {step} must be the number of a step, at least 0")
@@ -95,7 +95,7 @@ def _checkpoint(named: Path, step: int | None) -> tuple[Path, Commit]:
     return directory.path(commit.step), commit
 
 
-def _config(checkpoint: Path, commit: Commit, run_directory: Path) -> Config:
+def config_of(checkpoint: Path, commit: Commit, run_directory: Path) -> Config:
     """Returns the configuration that the checkpoint was written under; only its model has to fit."""
     saved: Any = read_plain_state(checkpoint, commit)["config"]
     if not isinstance(saved, dict) or not saved:  # an early version's

@@ -123,14 +123,14 @@ def _config(arguments: argparse.Namespace, seq: int, batch: int) -> Config:
     config = Config.from_dict(mapping)
     machine.require_nodes(config)
     world = simulated_world_size(config)
-    config = resolve(replace(config, train=replace(config.train, global_batch=_rows(config, batch))), world)
+    config = resolve(replace(config, train=replace(config.train, global_batch=fitting_rows(config, batch))), world)
     machine.require_devices(config, world)
     build.preflight_attention(config)
     build.preflight_kernel(config)
     return config
 
 
-def _rows(config: Config, batch: int) -> int:
+def fitting_rows(config: Config, batch: int) -> int:
     """Counts the rows that fall evenly on the mesh; those after ``batch`` will have no label."""
     parallel, rows = config.parallel, config.train.micro_batch
     groups = parallel.dp_replicate * max(parallel.dp_shard, 1)

@@ -139,12 +139,23 @@ def pass_stages(
     That is logits ``[B, T/SP, V]``, or with ``labels`` the sum of the loss. ``dtype``: of hidden states. All ranks of
     the pipeline call it, without gradients.
     """
-    ranks, rows, tokens = group_of(mesh.pipeline_group), *batch.tokens.shape
-    device, width = batch.tokens.device, pipeline.stages[0].config.dim
-    stages = dict(zip(pipeline.numbers, pipeline.stages, strict=True))
-    x = batch.tokens
     if pipeline.servers is not None:
         pipeline.servers.open([batch.plan])
+    return through_stages(pipeline, (batch.tokens, batch.positions, batch.plan.handle), mesh, dtype, labels)
+
+
+def through_stages(
+    pipeline: Pipeline,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    labels: Tensor | None = None,
+) -> Tensor | None:
+    """Passes tokens, their positions and a plan's handle through all stages, as ``pass_stages`` does a batch."""
+    x, positions, plan = inputs
+    ranks, rows, tokens = group_of(mesh.pipeline_group), *x.shape
+    device, width = x.device, pipeline.stages[0].config.dim
+    stages = dict(zip(pipeline.numbers, pipeline.stages, strict=True))
     for number in range(pipeline.total):
         owner, before = pipeline.owners[number], pipeline.owners[max(number - 1, 0)]
         with nullcontext() if pipeline.servers is None else pipeline.servers.tick(Phase.FORWARD, number):
@@ -155,7 +166,7 @@ def pass_stages(
             if owner != before:
                 hidden = torch.empty(rows, tokens // mesh.tensor.size(), width, dtype=dtype, device=device)
                 (x,) = exchange(ranks, [], [(before, hidden)]).wait()
-            x = stages[number](x, batch.positions, batch.plan.handle, labels)
+            x = stages[number](x, positions, plan, labels)
     return None if pipeline.last is None else x
 
 

@@ -32,6 +32,10 @@ class Mask:
                 f"attention window {self.window} must be at least 1 (a query sees itself); use null for no window"
             )
 
+    def within(self, window: int) -> Mask:
+        """Returns the mask of layers that see ``window`` tokens of it at most."""
+        return Mask(self.causal, window if self.window is None else min(window, self.window))
+
     def reach(self, most: int) -> tuple[int, int]:
         """Returns how many tokens before and after itself a query may see, ``most`` where the band has no end."""
         back = most if self.window is None else self.window - 1

@@ -165,8 +165,9 @@ class SequencePlan:
 
         It lives as long as this one.
         """
-        mask = Mask(self.mask.causal, window if self.mask.window is None else min(window, self.mask.window))
-        return SequencePlan(self.documents, mask, self.layout, self.length, self.world, self._multiple)
+        return SequencePlan(
+            self.documents, self.mask.within(window), self.layout, self.length, self.world, self._multiple
+        )
 
     @property
     @view

@@ -1,6 +1,7 @@
 """Generation over ranks against a decoder on one device that forgets everything and starts afresh at each token."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,13 +17,23 @@ from longctx.attention.strategies.disaggregated.ping_pong import PingPongAttenti
 from longctx.comm import Group, broadcast, group_of
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError
-from longctx.evaluate import DecodingSession, Generated, Sampling, SequenceSharding, generate
+from longctx.evaluate import (
+    DecodingSession,
+    Generated,
+    Sampling,
+    SequenceSharding,
+    StagedModel,
+    generate,
+    require_remembered,
+)
 from longctx.evaluate.generate import sample_tokens
 from longctx.launcher import build
+from longctx.linear import LinearAttention
 from longctx.mesh import build_mesh
 from longctx.model import Decoder, Part, initialize
+from longctx.parallel.core import linear_attention
 from longctx.parallel.ping_pong import take_turns
-from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag
+from longctx.sequence import Contiguous, Documents, Mask, SequencePlan, Striped, Zigzag, make_plan
 from longctx.sim import Cluster
 from tests.train.small_run import small_config
 
@@ -274,7 +285,9 @@ def test_eos_ends_a_sequence_and_all_of_them_the_generation():
     first = [next((i for i, token in enumerate(row) if token == eos), None) for row in free.tolist()]
 
     def run() -> torch.Tensor:
-        return generate(model_of(), prompt(6), 12, SequenceSharding(dist.group.WORLD), Sampling(eos=eos)).tokens[:, 6:]
+        return generate(
+            model_of(), prompt(6), 12, SequenceSharding(dist.group.WORLD), Sampling(stop_ids=(eos,))
+        ).tokens[:, 6:]
 
     for found in Cluster(2).run(run):
         ends = [12 if end is None else end + 1 for end in first]
@@ -319,19 +332,17 @@ def test_nothing_new_is_nothing():
         (lambda: generate(model_of(), prompt(1), 1, SequenceSharding(mask=Mask(False))), "needs a causal mask"),
         (
             lambda: DecodingSession(model_of().cut(Part(range(1), last=False)), SequenceSharding()),
-            "needs the whole model",
+            "needs all stages",
         ),
         (
-            lambda: DecodingSession(model_of(replace(MODEL, pattern="LS", mixer="retnet")), SequenceSharding()),
-            "model.pattern=LS has linear",
-        ),
-        (
-            lambda: DecodingSession(model_of(replace(MODEL, pattern="WS", window=3)), SequenceSharding()),
-            "generation has one mask for all layers",
+            lambda: require_remembered(replace(MODEL, pattern="LS", mixer="moba", kv_heads=4)),
+            "model.mixer=moba has none",
         ),
         (lambda: Sampling(temperature=-0.5), "temperature -0.5 must be at least 0"),
         (lambda: Sampling(temperature=float("nan")), "temperature nan must be at least 0"),
         (lambda: Sampling(top_k=0), "top_k 0 must be at least 1"),
+        (lambda: Sampling(top_p=0.0), "top_p 0.0 must be above 0"),
+        (lambda: Sampling(temperature=float("inf")), "temperature inf must be at least 0 and finite"),
     ],
 )
 def test_what_makes_no_sense_is_refused(attempt, words):
@@ -379,17 +390,83 @@ def test_a_model_whose_halves_take_turns_generates_like_any_other(batch):
     assert torch.equal(found.tokens, expected.tokens)
 
 
+HYBRID = {"mixer": "gated_deltanet"}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=str)
-def test_a_model_that_is_split_is_refused(tmp_path, parallel):
-    config = small_config(tmp_path, parallel=parallel)
+@pytest.mark.parametrize(
+    ("world", "length", "parallel", "model"),
+    [
+        (2, 7, {"tp": 2}, {"pattern": "SW", "window": 3, "tie_embeddings": False}),
+        (2, 5, {"pp": 2}, {"pattern": "WS", "window": 4}),
+        (4, 9, {"tp": 2, "sp": 2}, {"pattern": "LW", "window": 3, **HYBRID}),
+        (4, 2, {"pp": 2, "sp": 2}, {"pattern": "LS", **HYBRID}),
+        (4, 17, {"sp": 4}, {"pattern": "WL", "window": 20, "mixer": "hedgehog"}),
+        (2, 1, {"dp_shard": 2}, {"pattern": "L", "mixer": "gla"}),
+        (3, 11, {"sp": 3}, {"pattern": "L", "mixer": "retnet"}),
+        (2, 6, {"sp": 2}, {"pattern": "L", "mixer": "based"}),
+    ],
+    ids=str,
+)
+def test_logits_of_decoding_are_those_of_one_forward_over_the_whole(tmp_path, world, length, parallel, model):
+    """In fp64, on every kind of mesh, with windows and states: five single tokens, then three at once."""
+    heads = {"heads": 4, "kv_heads": 4 if "L" in model["pattern"] else 2, "head_dim": 8}
+    sized = {"vocab_size": 256, "dim": 32, "layers": 2, **heads, "init_std": 0.3, **model}
+    attention = {"strategy": "lasp2"} if model["pattern"] == "L" else {}
+    config = small_config(tmp_path, parallel=parallel, model=sized, train={"dtype": "float64"}, attention=attention)
+    tokens = torch.randint(256, (2, length + 8), generator=torch.Generator().manual_seed(length))
+    alone = Decoder(config.model).double()
+    initialize(alone, config.train.seed)
+    alone.set_attention(StrategyAttention("local"), LinearAttention("lasp2"))
+    plan = make_plan((Documents.single(length + 8),) * 2, Mask(), Contiguous(), length + 8, 1)
+    with torch.no_grad():
+        expected = alone(tokens, torch.arange(length + 8).expand(2, -1), plan.handle)[:, length - 1 :]
 
     def body():
-        model = build.build_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
-        with pytest.raises(ConfigError, match=r"set (tp|pp)=1"):
-            DecodingSession(model, SequenceSharding())
+        mesh = build_mesh(config.parallel, "cpu")
+        part = build.build_model(config, mesh, torch.device("cpu"))
+        runs = StagedModel(part, mesh, torch.float64) if config.parallel.pp > 1 else part
+        sharding = SequenceSharding(
+            mesh.sequence_group, linear=linear_attention(config, mesh), multiple=config.parallel.tp
+        )
+        with DecodingSession(runs, sharding) as session:
+            found = [session.prefill(tokens[:, :length])[:, None]]
+            found += [session.decode(tokens[:, at : at + 1]) for at in range(length, length + 5)]
+            found += [session.decode(tokens[:, length + 5 :])]
+        return torch.cat(found, dim=1)
 
-    Cluster(2).run(body)
+    for found in Cluster(world, trace=False).run(body):
+        assert (found - expected).norm() <= TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_window_keeps_no_more_than_itself(window):
+    config = replace(MODEL, pattern="SW", window=window)
+    with DecodingSession(model_of(config), SequenceSharding()) as session:
+        session.prefill(prompt(40))
+        assert session.caches["W"].shards[0].keys.shape[1] == window - 1
+        for token in prompt(30).split(1, dim=1):
+            session.decode(token)
+            assert session.caches["W"].shards[0].keys.shape[1] == window
+        assert session.cache.shards[0].keys.shape[1] == 70
+
+
+def test_likeliest_tokens_by_top_p_are_those_of_an_independent_count():
+    logits = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.7], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for temperature, top_p, top_k in ((1.0, 0.5, None), (0.7, 0.8, None), (2.0, 0.9, 4), (1.0, 1e-9, None)):
+        odds = [math.exp(one / temperature) for one in logits.tolist()]
+        order = sorted(range(5), key=lambda at: -odds[at])[:top_k]
+        total, kept = sum(odds[at] for at in order), []
+        for at in order:
+            kept.append(at)
+            if sum(odds[one] for one in kept) >= top_p * total:
+                break
+        right = [odds[at] / sum(odds[one] for one in kept) if at in kept else 0.0 for at in range(5)]
+        sampling = Sampling(temperature, top_k, top_p=top_p)
+        drawn = sample_tokens(logits.expand(20_000, 5), sampling, generator).bincount(minlength=5) / 20_000
+        assert (drawn - torch.tensor(right)).abs().max() < 0.015
+        assert set(drawn.nonzero()[:, 0].tolist()) <= set(kept)
 
 
 def test_a_session_takes_one_prompt_and_first():

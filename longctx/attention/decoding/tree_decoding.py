@@ -15,6 +15,7 @@ carries them makes the tree.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.ambient import apart
@@ -25,7 +26,6 @@ from longctx.attention.runtime.local_kernel import kernel_for
 from longctx.attention.runtime.partial import Partial
 from longctx.attention.runtime.sizes import Sizes
 from longctx.comm import MAX, SUM, Group, all_reduce
-from longctx.sequence import plan_of
 
 
 class CachedAttention:
@@ -44,23 +44,25 @@ class CachedAttention:
     def start(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Started:
         """Starts attention of a prompt's local tokens, or of n new ones.
 
-        q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``, or ``[B, n, ...]`` of new tokens, for which ``plan``
-        is not read.
+        q ``[B, T/SP, H/TP, D]``, k and v ``[B, T/SP, Hkv/TP, D]``, or ``[B, n, ...]`` of new tokens and
+        the rows of padding behind them, for which ``plan`` is not read.
         """
         cache = self._cache
         require_plain((("q", q), ("k", k), ("v", v)))
         require_operands(q, k, v)
         if cache.arrivals is None:
-            mine = slice(0, len(plan_of(plan).positions(cache.group.rank)))
-            self._shard.append(k[:, mine], v[:, mine])
+            self._shard.append(k[:, cache.prompt], v[:, cache.prompt])
             return self._whole.start(q, k, v, plan)
         cache.arrivals.require(q)
-        return Started(self._decoded(q, k, v, cache.arrivals))
+        new = len(cache.arrivals.positions)
+        out = self._decoded(q[:, :new], k[:, :new], v[:, :new], cache.arrivals)
+        return Started(F.pad(out, (0, 0, 0, 0, 0, cache.arrivals.padding)))
 
     @apart
     def _decoded(self, q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
         """Attention of new tokens ``[B, n, ...]``, whose keys and values are kept where they belong."""
         kept = arrivals.kept.to(k.device, non_blocking=True)
+        self._shard.drop(arrivals.dropped)
         self._shard.append(k[:, kept], v[:, kept])
         partial, kernel = Partial(q), kernel_for(self._kernel, q, k)
         kernel.forward(dense(q), self._shard.keys, self._shard.values, arrivals.tiles, q.shape[-1] ** -0.5, partial)

@@ -1,0 +1,1 @@
+"""Runs ``longctx generate``: where its model and tokenizer come from, and its ranks."""
