@@ -251,7 +251,7 @@ def _run(command: Command, words: list[str]) -> int:
 def _parsed(command: Command, parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Reads the options and overrides of one command."""
     if command.overrides:
-        flags.refuse_others(command.name, words)
+        flags.refuse_others(command.name, words, parser._option_string_actions)
         if any(word.partition("=")[0] in ("-c", "--cfg") for word in words):
             flags.require_nothing(parser)
     arguments = parser.parse_intermixed_args(words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import yaml
 
@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_others(command: str, words: Sequence[str]) -> None:
-    """Refuses flags that have no meaning here. Raises ``UsageError``."""
+def refuse_others(command: str, words: Sequence[str], own: Collection[str] = ()) -> None:
+    """Refuses flags that have no meaning here; ``own``: those that the command gives one. Raises ``UsageError``."""
     for word in words:
         flag = word.partition("=")[0]
         if flag in _MULTIRUN:
             raise UsageError(f"{flag}: one command is one run; loop in the shell: {_loop(command, words)}")
-        if flag in _REFUSED:
+        if flag in _REFUSED and flag not in own:
             raise UsageError(f"{flag} is a flag of Hydra's that is not used here: {_REFUSED[flag]}")
 
 

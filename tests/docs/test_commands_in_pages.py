@@ -102,7 +102,7 @@ def test_a_command_of_longctx_parses_and_composes(words, readers_folder, monkeyp
         assert not arguments.overrides
     elif "overrides" in vars(arguments):
         config = compose(arguments.overrides)
-        sim = config.comm.backend == "sim" or words[1] in ("verify", "bench")
+        sim = config.comm.backend == "sim" or words[1] in ("verify", "bench", "generate")
         world = simulated_world_size(config) if sim else getattr(arguments, "nproc", 1)
         build.preflight_attention(resolve(config, world))
 
