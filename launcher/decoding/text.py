@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data.tokenizer import ByteTokenizer, Policy, Tokenizer, open_tokenizer
-from longctx.data.tokenizing.definition import TOKENIZER, find_file, read_definition
+from longctx.data.tokenizing.definition import TOKENIZER_FILE, find_file, read_definition
 from longctx.errors import DataError
 
 _BROKEN = "\ufffd"  # what decoding makes of bytes that are no whole character
@@ -19,7 +19,7 @@ def tokenizer_in(folder: Path) -> Tokenizer | None:
 
     The begin-of-text token is added where ``tokenizer_config.json`` says so.
     """
-    if folder.is_dir() and not (folder / TOKENIZER).is_file():
+    if folder.is_dir() and not (folder / TOKENIZER_FILE).is_file():
         return None
     bos = read_definition(find_file(folder)).adds("bos_token")
     return open_tokenizer(folder, Policy(bos=bos, special_tokens="ids"))
