@@ -14,8 +14,8 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError, UsageError
 from longctx.evaluate import Sampling
 from longctx.launcher import env
-from longctx.launcher.decoding.model import Served, from_directory, from_run, settled
-from longctx.launcher.decoding.ranks import Job, run_job
+from longctx.launcher.decoding.model import ServedModel, from_directory, from_run, settled
+from longctx.launcher.decoding.ranks import GenerationJob, run_job
 from longctx.launcher.decoding.text import TextStream, encode, text_of, tokenizer_in
 from longctx.launcher.progress import progress
 from longctx.rope import TYPES
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     _tell_of_length(config, len(prompt) + arguments.max_tokens)
     checkpoint = None if served.checkpoint is None else str(served.checkpoint)
     sampling = Sampling(sampling.temperature, sampling.top_k, sampling.seed, stops, sampling.top_p)
-    job = Job(config, checkpoint, list(prompt), arguments.max_tokens, sampling)
+    job = GenerationJob(config, checkpoint, list(prompt), arguments.max_tokens, sampling)
     found = _shown(job, None if arguments.json else TextStream(tokenizer, _write))
     if arguments.json:
         text = None if tokenizer is None else text_of(tokenizer, found)
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _served(arguments: argparse.Namespace) -> Served:
+def _served(arguments: argparse.Namespace) -> ServedModel:
     if arguments.hf is not None:
         if arguments.step is not None:
             raise UsageError(f"--step {arguments.step} is of a run; leave it out with --hf")
@@ -79,7 +79,7 @@ def _served(arguments: argparse.Namespace) -> Served:
     return from_run(Path(arguments.run), arguments.step, arguments.overrides)
 
 
-def _shown(job: Job, stream: TextStream | None) -> list[int]:
+def _shown(job: GenerationJob, stream: TextStream | None) -> list[int]:
     """Runs the job; how far the prompt is shows until the first token comes, and all of it where nothing streams."""
     with ExitStack() as showing:
         report = showing.enter_context(progress("longctx generate"))

@@ -26,7 +26,7 @@ _OF_BYTES = ("python_stdlib", "text")  # sources whose ids are bytes where no to
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """Says what is run: ``config`` is not resolved yet. ``checkpoint``: None for the weights of ``model.path``."""
 
     config: Config
@@ -36,19 +36,19 @@ class Served:
     seq_len: int | None  # the declared length; None: that of prompt and new tokens
 
 
-def from_directory(directory: Path, overrides: list[str]) -> Served:
+def from_directory(directory: Path, overrides: list[str]) -> ServedModel:
     """Reads what a directory of Hugging Face says; ``config`` has a length of its own only where the user set one."""
     _refuse_others(overrides)
     model_fields(directory)
     mapping = compose_mapping([*overrides, "model=hf", f"model.path={quoted(str(directory))}"])
     named = any(word.lstrip("+").startswith("data.seq_len=") for word in overrides)
-    return Served(
+    return ServedModel(
         _config(mapping), None, tokenizer_in(directory), stop_ids_in(directory),
         mapping["data"]["seq_len"] if named else None,
     )  # fmt: skip
 
 
-def from_run(run: Path, step: int | None, overrides: list[str]) -> Served:
+def from_run(run: Path, step: int | None, overrides: list[str]) -> ServedModel:
     """Reads a run's checkpoint; the mesh is one rank unless the overrides say otherwise."""
     _refuse_others(overrides)
     checkpoint, commit = find_checkpoint(run, step)
@@ -62,7 +62,7 @@ def from_run(run: Path, step: int | None, overrides: list[str]) -> Served:
         tokenizer = tokenizer_in(Path(named))
     elif tokenizer is None and saved.data.source in _OF_BYTES:
         tokenizer = ByteTokenizer()
-    return Served(
+    return ServedModel(
         _config(mapping), checkpoint, tokenizer, stop_ids_in(directory / MODEL_SOURCE), mapping["data"]["seq_len"]
     )
 
@@ -92,7 +92,7 @@ def _config(mapping: dict[str, Any]) -> Config:
     return Config.from_dict(mapping)
 
 
-def settled(served: Served, tokens: int) -> Config:
+def settled(served: ServedModel, tokens: int) -> Config:
     """Returns the resolved configuration for so many tokens, prompt included, after all that would be refused."""
     config = served.config
     machine.require_nodes(config)

@@ -29,7 +29,7 @@ _LIMIT = 30 * 24 * 3600.0  # seconds; how long it takes is the user's to say
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """Says what is generated. ``checkpoint``: where the weights come from; None for those of ``model.path``."""
 
     config: Config
@@ -39,7 +39,7 @@ class Job:
     sampling: Sampling
 
 
-def run_job(job: Job, tell: Callable[[int], None]) -> list[int]:
+def run_job(job: GenerationJob, tell: Callable[[int], None]) -> list[int]:
     """Returns the new ids; ``tell`` gets each as soon as it is known."""
     backend = job.config.comm.backend
     if backend == "sim" or (backend == "gloo" and simulated_world_size(job.config) == 1):
@@ -48,7 +48,7 @@ def run_job(job: Job, tell: Callable[[int], None]) -> list[int]:
     return _on_processes(job, tell)
 
 
-def run_rank(job: Job, device: torch.device, tell: Callable[[int], None]) -> list[int]:
+def run_rank(job: GenerationJob, device: torch.device, tell: Callable[[int], None]) -> list[int]:
     """Runs one rank; every rank of the world calls it. The first tells what it gets."""
     config = job.config
     mesh = build_mesh(config.parallel, device.type)
@@ -78,7 +78,7 @@ def run_rank(job: Job, device: torch.device, tell: Callable[[int], None]) -> lis
     return ids
 
 
-def _on_processes(job: Job, tell: Callable[[int], None]) -> list[int]:
+def _on_processes(job: GenerationJob, tell: Callable[[int], None]) -> list[int]:
     """Runs one process per rank; the first leaves each token in a file, which this process reads meanwhile."""
     ids: list[int] = []
     with tempfile.TemporaryDirectory(prefix="longctx-generate-") as name:
@@ -103,7 +103,7 @@ def worker(words: Sequence[str]) -> None:
     """Runs one rank of ``_on_processes``: the job as JSON, folder, rank, world."""
     given, folder, rank, world = json.loads(words[0]), Path(words[1]), int(words[2]), int(words[3])
     sampling = Sampling(**{**given["sampling"], "stop_ids": tuple(given["sampling"]["stop_ids"])})
-    job = Job(**{**given, "config": Config.from_dict(given["config"]), "sampling": sampling})
+    job = GenerationJob(**{**given, "config": Config.from_dict(given["config"]), "sampling": sampling})
     device = join(folder, rank, world, job.config.comm.backend)
     with (folder / _IDS).open("a", encoding="utf-8", buffering=1) as file, build.deterministic(job.config):
         build.run_with_nodes(job.config, run_rank, job, device, lambda token: file.write(f"{token}\n"))
