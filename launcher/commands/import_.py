@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longctx.checkpoint.bringing import Brought, write_step_zero
@@ -111,11 +110,7 @@ def _brought(name: str, tensor: Tensor, located: list[Located]) -> Brought:
             f"{name} is {_word(found)} there, and train.dtype would round it to {_word(tensor.dtype)}; set "
             f"train.dtype={_word(found)}"
         )
-    return Brought(tuple(tensor.shape), tensor.dtype, partial(_read, located, tensor.dtype))
-
-
-def _read(located: list[Located], dtype: torch.dtype) -> Tensor:
-    return read_joined(located).to(dtype)
+    return Brought(tuple(tensor.shape), tensor.dtype, partial(read_joined, located, tensor.dtype))
 
 
 def _word(dtype: Any) -> str:

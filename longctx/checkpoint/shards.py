@@ -34,6 +34,7 @@ from longctx.errors import StorageError
 
 Located = tuple[Path, Chunk]  # the file that holds a shard, and where in it
 Read = Callable[[], Tensor]
+_PART = 16 << 20  # bytes that are read at one time where a tensor is whole in one file
 
 
 def write_shards(
@@ -88,13 +89,23 @@ def read_whole(located: list[Located]) -> Tensor:
         return _read_box(handle, path, chunk, torch.Size(chunk.offsets), torch.Size(chunk.sizes))
 
 
-def read_joined(located: list[Located]) -> Tensor:
-    """Reads a whole tensor, from the shards of whichever ranks hold it."""
-    first = located[0][1]
-    if first.sizes == first.shape:
-        return read_whole(located[:1])
-    whole = torch.empty(first.shape, dtype=DTYPES[first.dtype])
-    read_shards({first.name: whole}, {first.name: located})
+def read_joined(located: list[Located], dtype: torch.dtype | None = None) -> Tensor:
+    """Reads a whole tensor, from the shards of whichever ranks hold it; ``dtype``: None for the saved one.
+
+    Rows of one shard are read in parts, so that no second copy of a large tensor is ever held.
+    """
+    path, first = located[0]
+    whole = torch.empty(first.shape, dtype=dtype or DTYPES[first.dtype])
+    if first.sizes != first.shape or not first.shape or not first.bytes:
+        read_shards({first.name: whole}, {first.name: located})
+        return whole
+    rows = first.shape[0]
+    step = max(1, _PART * rows // first.bytes)
+    with opened(path) as handle:
+        for start in range(0, rows, step):
+            lengths = torch.Size((min(step, rows - start), *first.shape[1:]))
+            offsets = torch.Size((start, *(0 for _ in first.shape[1:])))
+            whole[start : start + step] = _read_box(handle, path, first, offsets, lengths)
     return whole
 
 
