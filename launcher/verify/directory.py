@@ -22,7 +22,7 @@ from longctx.config.pipeline import RULES
 from longctx.config.sections import DataConfig
 from longctx.errors import ConfigError, UsageError
 from longctx.huggingface.config_in import model_fields
-from longctx.huggingface.names import published_tensors
+from longctx.huggingface.joining import published_tensors
 from longctx.huggingface.reference import Reference, ReferenceStep
 from longctx.huggingface.sample import draw_tokens
 from longctx.launcher import build, env, machine

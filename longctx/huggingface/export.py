@@ -25,7 +25,8 @@ from longctx.config import ModelConfig
 from longctx.errors import ConfigError, StorageError
 from longctx.huggingface.config_in import CONFIG
 from longctx.huggingface.config_out import Written, config_of
-from longctx.huggingface.names import joined, place_of
+from longctx.huggingface.joining import joined
+from longctx.huggingface.names import place_of
 from longctx.huggingface.pieces import in_class
 from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
 from longctx.huggingface.source import TOKENIZER, ModelSource, copy_files, read_kept_config, read_source

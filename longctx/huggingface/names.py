@@ -10,9 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from longctx.config import ModelConfig
 
 _LAYER = re.compile(r"(blocks\.(\d+)\.)(.+)")
@@ -100,17 +97,3 @@ def joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[0]
     rows = sum(math.prod(shape[:-1]) for shape in shapes)
     return (rows, *((1,) if len(shapes[0]) == 3 else ()), shapes[0][-1])
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Returns what joins these parameters."""
-    if len(parts) == 1:
-        return parts[0]
-    shape = joined_shape([tuple(part.shape) for part in parts])
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).reshape(shape)
-
-
-def published_tensors(named: Mapping[str, Tensor], config: ModelConfig, names: Names = PLAIN) -> dict[str, Tensor]:
-    """Returns tensors by the names of ``transformers``; ``named``: by our parameters' names, all parts of each."""
-    places = {place_of(name, config, names) for name in named}
-    return {place.name: joined([named[part] for part in place.parts]) for place in places}

@@ -50,7 +50,7 @@ def with_value(path: str, value: object) -> Config:
         ("comm.timeout_seconds", 0, ["comm.timeout_seconds=0.0", "nearest valid value: 0.001"]),
         ("comm.timeout_seconds", 1e14, ["comm.timeout_seconds=100000000000000.0", "nearest valid value: 1000000000.0"]),
         ("comm.shuffle_seed", 1, ["comm.shuffle_seed=1", "comm=sim"]),
-        ("data.source", "parquet", ["data.source=parquet", "tokens"]),
+        ("data.source", "parqet", ["data.source=parqet", "did you mean parquet?", "tokens"]),
         ("data.source", "text", ["data.path=null", "data=text"]),
         ("data.path", "corpus", ["data.path=corpus", "not read by data=python_stdlib"]),
         ("data.text_key", "body", ["data.text_key=body", "not read by data=python_stdlib", "data=text", "at text"]),

@@ -158,7 +158,7 @@ def test_dealing_rows_changes_no_sample() -> None:
 def test_a_checkpoint_of_another_packing_is_refused() -> None:
     (plain,), (by_work,), (anew,) = (loaders(1, 1, balance) for balance in (None, ROWS, DOCUMENTS))
     by_work.load_state_dict(plain.state_dict())  # the same samples
-    with pytest.raises(ConfigError, match=r"how data.balance packs documents: 'as they stream' in the checkpoint"):
+    with pytest.raises(ConfigError, match=r"how documents are packed and mixed: 'as they stream' in the checkpoint"):
         anew.load_state_dict(plain.state_dict())
     before = {name: value for name, value in plain.state_dict().items() if name != "packing"}
     plain.load_state_dict(before)

@@ -19,8 +19,8 @@ from longctx.config.parsing import parse
 from longctx.config.sections import ModelConfig
 from longctx.errors import ConfigError, DataError
 from longctx.huggingface.config_in import model_fields
+from longctx.huggingface.joining import joined, published_tensors
 from longctx.huggingface.load import load_directory
-from longctx.huggingface.names import joined, published_tensors
 from longctx.huggingface.pieces import cut_out
 from longctx.huggingface.weights import locate_weights
 from longctx.launcher.model_directory import with_directory_model
