@@ -48,7 +48,7 @@ ARROWS = {
     "evaluate": {
         "sequence", "attention", "linear", "comm", "mesh", "model", "parallel", "data", "train", "config",
     },
-    "integrations": {"sequence", "attention", "linear", "comm", "mesh"},
+    "integrations": {"sequence", "attention", "comm", "huggingface", "rules"},
 }  # fmt: skip
 
 # Parts whose neighbours they may know only by what those promise, not by how they keep it.

@@ -1,0 +1,1 @@
+"""Brings sequence parallelism into the model libraries of others; each is imported where it is used."""
