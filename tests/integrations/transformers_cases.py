@@ -50,7 +50,7 @@ def whole(name: str, dtype: torch.dtype, tokens: Tensor, **given: Any) -> Outcom
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    return Outcome(logits.detach(), loss.detach(), _gradients(model))
+    return Outcome(logits.detach(), loss.detach(), gradients_of(model))
 
 
 def shared(
@@ -77,7 +77,7 @@ def shared(
             loss = sequence.loss(logits, cut)
             loss.backward()
         sequence.sum_gradients(model)
-        return logits.detach(), cut.plan, loss.detach(), _gradients(model)
+        return logits.detach(), cut.plan, loss.detach(), gradients_of(model)
 
     ranks = Cluster(world, trace=False).run(rank)
     for other in ranks[1:]:
@@ -86,7 +86,8 @@ def shared(
     return Outcome(unshard([one[0] for one in ranks], ranks[0][1]), ranks[0][2], ranks[0][3])
 
 
-def _gradients(model: Any) -> dict[str, Tensor]:
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    """Every parameter's gradient, by name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

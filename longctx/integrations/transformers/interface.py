@@ -72,7 +72,9 @@ def _refuse(module: nn.Module, mask: Any, dropout: float, others: dict[str, Any]
     if others.get("use_cache") or others.get("past_key_values") is not None:
         raise ConfigError(f"{layer} was called with use_cache=True; a cache of keys is not cut: use_cache=False")
     known = HARMLESS | {"use_cache", "past_key_values"}
-    unknown = sorted(name for name, given in others.items() if name not in known and given not in (None, False))
+    unknown = sorted(
+        name for name, given in others.items() if name not in known and given is not None and given is not False
+    )
     if unknown:
         raise ConfigError(
             f"{layer} passes {', '.join(unknown)} to attention, which {NAME} does not compute (softcap, s_aux: sinks, "

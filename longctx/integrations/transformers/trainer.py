@@ -77,6 +77,10 @@ class SequenceTrainer:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Cuts the batch, runs the model on this rank's part, and returns the loss of all ranks."""
+        if not model.training:
+            num_items_in_batch = (
+                None  # an evaluation counts a batch once for each rank that shares it; we count it once
+            )
         cut = self.sequence.shard(**_inputs(inputs))
         outputs = model(**cut.inputs)
         world = dist.group.WORLD if dist.is_initialized() else None
