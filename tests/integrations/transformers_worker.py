@@ -51,8 +51,8 @@ def arguments(folder):
 
 
 def trained(kind, folder, model, **own):
-    trainer = kind(model=model, args=arguments(folder), train_dataset=Rows(), eval_dataset=Rows(), data_collator=collate,
-                   **own)  # fmt: skip
+    data = {"train_dataset": Rows(), "eval_dataset": Rows(), "data_collator": collate}
+    trainer = kind(model=model, args=arguments(folder), **data, **own)
     trainer.train()
     history = trainer.state.log_history
     return {
@@ -84,7 +84,6 @@ def loop(group):
 
 def main(rank, world, folder):
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     group = None
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
