@@ -1,10 +1,13 @@
 """The Python that the pages show runs as it stands, and gives what they promise."""
 
+import copy
 import itertools
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -68,6 +71,36 @@ def test_a_whole_model_of_ones_own_trains_alike_on_any_number_of_ranks(tmp_path)
     assert len(expected) == 3 and all(loss > 4 for loss in expected)
     for losses, step, dtype in found[4]:
         assert losses == pytest.approx(expected, rel=1e-5) and step == 10 and dtype == torch.bfloat16
+
+
+def in_a_model_of_transformers(page: str, number: int, directory: Path) -> float:
+    tokens = torch.randint(96, (1, 64), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(24), torch.arange(40)])[None]
+    names: dict[str, Any] = {"dist": dist, "directory": directory, "input_ids": tokens, "position_ids": positions}
+    names["batches"], names["optimizer"] = [(tokens, positions)], MagicMock()
+    exec(blocks(page)[number].replace('dist.init_process_group("gloo")', "pass"), names)
+    return float(names["loss"])
+
+
+@pytest.mark.parametrize("page, number", [("README.md", 1), ("docs/howto/transformers.md", 0)])
+def test_a_model_of_transformers(page, number, tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    from tests.huggingface.small_models import saved
+
+    directory = saved("olmo3", tmp_path)
+    losses = [Cluster(world).run(in_a_model_of_transformers, page, number, directory) for world in (1, 4)]
+    assert losses[1] == pytest.approx(losses[0] * 4, rel=1e-5)
+
+
+def test_trainer_of_transformers(tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate, of the extra hf")
+    from tests.huggingface.small_models import published
+
+    rows = [{"input_ids": torch.arange(40) % 7, "labels": torch.arange(40) % 7} for _ in range(16)]
+    names: dict[str, Any] = {"group": None, "folder": str(tmp_path), "steps": 2, "rows": rows}
+    names["model"] = copy.deepcopy(published("qwen3"))
+    exec(blocks("docs/howto/transformers.md")[1], names)
+    assert names["trainer"].state.global_step == 2
 
 
 def test_a_plan():

@@ -86,7 +86,7 @@ def test_one_sequence_in_documents_for_a_strategy_that_takes_whole_ones():
 
 CALLS = {
     "no cut batch": (lambda c, m: m(TOKENS), "without its cut batch"),
-    "generation": (lambda c, m: m.generate(TOKENS, max_new_tokens=2, do_sample=False), "longctx generate"),
+    "generation": (lambda c, m: m.generate(TOKENS, max_new_tokens=2, do_sample=False), "Generation is not cut"),
     "a cache": (lambda c, m: m(**{**c.inputs, "use_cache": True}), "use_cache=True"),
     "a mask": (lambda c, m: m(**c.inputs, attention_mask=torch.ones(1, 24)), "give it to sequence.shard"),
     "a mask of four dims": (lambda c, m: m(**c.inputs, attention_mask=torch.zeros(1, 1, 24, 24)), "mask of its own"),

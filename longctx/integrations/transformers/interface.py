@@ -31,8 +31,8 @@ def attend(
     if not isinstance(cut, CutBatch):
         raise ConfigError(
             f"a model with attn_implementation={NAME!r} was called without its cut batch; "
-            "call model(**sequence.shard(input_ids, ...).inputs). Generation is not done by it: set_attn_implementation"
-            "('sdpa') for that, or longctx generate"
+            "call model(**sequence.shard(input_ids, ...).inputs). Generation is not cut: "
+            "model.set_attn_implementation('sdpa') for that"
         )
     if module not in cut.sequence.layers:
         raise ConfigError(
@@ -121,5 +121,5 @@ def no_mask(
     if cached:
         raise ConfigError(
             f"{q_length} queries are to see {kv_length} keys: a cache is under way, and generation is not cut. "
-            "set_attn_implementation('sdpa') for it, or longctx generate"
+            "model.set_attn_implementation('sdpa') for it"
         )
