@@ -284,6 +284,7 @@ def check_data(config: Config) -> Corpus:
     with progress("longctx: data") as report:
         corpus = check_corpus(config.data, config.model.vocab_size, report, env.cache_directory())
         check_held_out(config.data, corpus, config.model.vocab_size, report, env.cache_directory())
+        packing_of_run(config.data, corpus, config.train.seed)
         return corpus
 
 

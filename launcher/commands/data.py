@@ -57,7 +57,7 @@ def _show(found: Mapping[str, Any]) -> None:
         ("tokens from", "documents", "tokens"),
         [(f"{one['from']:,}", f"{one['documents']:,}", f"{one['tokens']:,}") for one in found["lengths"]],
     )
-    work = found["work"]
+    work, long = found["work"], found["long_documents"]
     looked = f"{found['sequences_looked_at']:,} of {found['sequences']:,} sequences"
     print_table(
         "\nusable context",
@@ -65,7 +65,8 @@ def _show(found: Mapping[str, Any]) -> None:
         [(f"{int(level):,}", f"{share:.2%}") for level, share in found["usable_context"].items()],
         (
             f"padding {found['padding']:.2%}; {found['cut_pieces']:,} of {found['pieces']:,} pieces of documents are "
-            f"cut at the end of their sequence; {found['longer_than_a_sequence']:,} documents are longer than one",
+            f"cut at the end of their sequence; {long['documents']:,} documents are longer than one "
+            f"(data.long_documents={long['policy']}: {long['tokens_left_out']:,} tokens left out)",
             f"attention work per sequence, in (query, key) pairs: mean {work['mean']:,.0f}, p50 {work['p50']:,.0f}, "
             f"p99 {work['p99']:,.0f}, max over mean {work['max_over_mean']:.2f}; over data-parallel groups "
             f"{work['balance_over_dp']:.3f}",

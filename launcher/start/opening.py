@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.checkpoint.checkpointer import TrainState
-from longctx.config import Config, simulated_world_size
+from longctx.config import Config, DataConfig, simulated_world_size
 from longctx.data import Corpus
+from longctx.data.long_documents import count_long
 from longctx.data.mixing.mixture import Mixture
 from longctx.launcher.run_directory import directory_of
 from longctx.mesh import Mesh
@@ -66,7 +67,7 @@ class Opening:
         )
         facts = RunFacts.of(config, meter.mesh, meter.device, state.model, work)
         if self._first:
-            write_environment(directory_of(config), self._verdict, _data_summary(corpus), facts.to_dict())
+            write_environment(directory_of(config), self._verdict, _data_summary(config.data, corpus), facts.to_dict())
         for line in facts.lines():
             self._teller.say(line)
         return facts.to_dict()
@@ -80,7 +81,7 @@ def command_of(config: Config) -> str:
     return f"longctx launch --nproc {ranks}" if config.cluster.nodes == 1 else "longctx submit"
 
 
-def _data_summary(corpus: Corpus) -> dict[str, Any]:
+def _data_summary(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
     """Returns what the run is trained on, and warns of what was left out."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
@@ -88,5 +89,11 @@ def _data_summary(corpus: Corpus) -> dict[str, Any]:
         counted = ", ".join(f"{count} {what}" for what, count in corpus.facts.get(key, {}).items())
         if counted:
             _log.warning("data: %s: %s", words, counted)
+    long = count_long(config, corpus)
+    if long["documents"]:
+        _log.warning(
+            "data: %d documents are longer than data.seq_len=%d; data.long_documents=%s leaves out %d tokens of them",
+            *(long["documents"], config.seq_len, long["policy"], long["tokens_left_out"]),
+        )
     counts = {"documents": len(corpus), "tokens": corpus.total_tokens, "skipped_empty": corpus.skipped_empty}
-    return {**counts, "sha256": corpus.fingerprint, **corpus.facts}
+    return {**counts, "sha256": corpus.fingerprint, "long_documents": long, **corpus.facts}

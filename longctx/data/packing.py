@@ -24,6 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from longctx.config.sections.data import SKIP, SPLIT, TRUNCATE
 from longctx.data.balance import STREAM, WINDOW, Balance, Piece, pack_pieces
 from longctx.data.corpus import Corpus, Int64
 from longctx.errors import ConfigError
@@ -53,7 +54,8 @@ class Packing:
     Labels are the same either way: the first token of a document drawn at random cannot be predicted from the one
     before. So the loss counts the same tokens. ``balance``: how attention work is evened out, None for not at all.
     ``chosen``: numbers of the documents to pack, int64, ascending; None for all of them. One that stands there twice
-    comes twice an epoch.
+    comes twice an epoch. ``long_documents``: what becomes of those longer than
+    ``seq_len`` (``longctx.data.long_documents``).
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Packing:
         document_mask: bool = True,
         balance: Balance | None = None,
         chosen: Int64 | None = None,
+        long_documents: str = SPLIT,
     ) -> None:
         if seq_len < 1:
             raise ConfigError(f"data.seq_len={seq_len}: a sequence has at least 1 token")
@@ -75,7 +78,23 @@ class Packing:
         self.document_mask = document_mask
         self.balance = balance
         self.chosen = chosen
-        self.epoch_tokens = corpus.total_tokens if chosen is None else int(corpus.lengths[chosen].sum())
+        self.long_documents = long_documents
+        self._documents = chosen
+        if long_documents == SKIP:
+            lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
+            kept = np.flatnonzero(lengths <= seq_len)
+            self._documents = kept if chosen is None else chosen[kept]
+            if lengths[kept].max(initial=0) <= 1:
+                raise ConfigError(
+                    f"data.long_documents=skip leaves nothing to learn of {corpus.source}: {len(kept)} of "
+                    f"{len(lengths)} documents are not longer than data.seq_len={seq_len}, and none of them has two "
+                    "tokens; set data.long_documents=truncate, or a larger data.seq_len"
+                )
+        if self._documents is None and long_documents == SPLIT:
+            self.epoch_tokens = corpus.total_tokens
+        else:
+            own = corpus.lengths if self._documents is None else corpus.lengths[self._documents]
+            self.epoch_tokens = int(self._used(own).sum())
         self._epochs: tuple[Epoch, ...] = ()
         self._packed: tuple[int, list[list[Piece]]] | None = None
         self._window: tuple[int, Int64] | None = None
@@ -86,9 +105,16 @@ class Packing:
         return Fraction(self.epoch_tokens, self.seq_len)
 
     @property
+    def documents(self) -> int:
+        """Documents of an epoch; one that comes twice counts twice."""
+        return len(self.corpus) if self._documents is None else len(self._documents)
+
+    @property
     def order(self) -> str:
         """The name that a checkpoint gives to how documents become samples."""
         name = self.balance.packing if self.balance else STREAM
+        if self.long_documents != SPLIT:
+            name += f", data.long_documents={self.long_documents}"
         return name if self.epoch_rows < MOST_ROWS + 1 else f"{name}, shuffled {MOST_ROWS} rows at a time"
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
@@ -165,7 +191,8 @@ class Packing:
             first = int(np.searchsorted(epoch.starts, offset, side="right")) - 1
             last = int(np.searchsorted(epoch.starts, offset + take, side="left"))
             documents = epoch.order[first:last]
-            begins, ends = self.corpus.bounds[documents], self.corpus.bounds[documents + 1]
+            begins = self.corpus.bounds[documents]
+            ends = begins + self._used(self.corpus.bounds[documents + 1] - begins)
             starts, stops = begins.copy(), ends.copy()
             starts[0] += offset - epoch.starts[first]
             stops[-1] = begins[-1] + offset + take - epoch.starts[last - 1]
@@ -173,14 +200,16 @@ class Packing:
             position, missing = position + take, missing - take
         return pieces
 
+    def _used(self, lengths: Int64) -> Int64:
+        return used(self.long_documents, lengths, self.seq_len)
+
     def _epoch(self, number: int) -> Epoch:
         for kept in self._epochs:
             if kept.number == number:
                 return kept
-        documents = len(self.corpus) if self.chosen is None else len(self.chosen)
-        order = _permutation(documents, self.seed, number)
-        order = order if self.chosen is None else self.chosen[order]
-        starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]).astype(np.int64, copy=False)
+        order = _permutation(self.documents, self.seed, number)
+        order = order if self._documents is None else self._documents[order]
+        starts = np.concatenate([[0], np.cumsum(self._used(self.corpus.lengths[order]))]).astype(np.int64, copy=False)
         epoch = Epoch(number, order, starts)
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
         return epoch
@@ -193,6 +222,13 @@ class Packing:
 
         self.corpus.check_ids(tokens, positions)
         self.corpus.check_ids(np.where(labels == IGNORE, 0, labels), lambda offset: positions(offset) + 1)
+
+
+def used(policy: str, lengths: Int64, seq_len: int) -> Int64:
+    """Returns how many tokens of documents of these lengths are trained on, from their beginning on."""
+    if policy == SPLIT:
+        return lengths
+    return np.minimum(lengths, seq_len) if policy == TRUNCATE else np.where(lengths > seq_len, 0, lengths)
 
 
 def _permutation(length: int, *seed: int) -> Int64:

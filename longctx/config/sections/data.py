@@ -12,6 +12,7 @@ from longctx.rules import as_word, at_least, one_of, within
 
 TOKEN_DTYPES = ("uint16", "uint32")
 BALANCES = ("none", "rows", "documents")
+LONG_DOCUMENTS = (SPLIT, TRUNCATE, SKIP) = ("split", "truncate", "skip")
 SPECIAL_TOKENS = ("text", "ids")
 
 
@@ -66,6 +67,7 @@ class DataConfig:
     recheck: bool = for_some(False)  # check a token file whole at every start, even if it is unchanged
     max_documents: int | None = None  # take only the first so many documents
     balance: str = "none"  # even attention work: rows deals a step's rows by it, documents also packs by it
+    long_documents: str = SPLIT  # of more than seq_len tokens: split them, keep their beginning, or leave them out
     mixture: dict[str, MixtureSource] = field(default_factory=dict, metadata=FOR_SOME)  # sources by name
     weights: str = for_some("tokens")  # what the weights of a mixture are shares of: tokens or documents
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -77,6 +79,12 @@ class DataConfig:
         at_least("data.seq_len", self.seq_len, 1)
         at_least("data.max_documents", self.max_documents, 1)
         one_of("data.balance", self.balance, BALANCES)
+        one_of("data.long_documents", self.long_documents, LONG_DOCUMENTS)
+        if self.long_documents != SPLIT and self.seq_len == 1:
+            raise ConfigError(
+                f"data.long_documents={self.long_documents} leaves no label at data.seq_len=1; set data.seq_len=2 or "
+                "more, or data.long_documents=split"
+            )
         one_of("data.weights", self.weights, WEIGHTS)
         self.validation.check()
         refuse_unread(self, "data", SOURCES, self.source, "data")

@@ -10,6 +10,7 @@ from longctx.config import Config
 from longctx.data.balance import Balance
 from longctx.data.corpus import CHUNK, Corpus
 from longctx.data.loader import Loader
+from longctx.data.long_documents import count_long
 from longctx.data.mixing.mixture import Mixture
 from longctx.data.source import Report, unreported
 
@@ -38,7 +39,7 @@ def audit(
         "sequences_looked_at": len(looked) * loader.global_batch,
         **_looked_at(loader, looked, config.attention.window, report),
         "lengths": _histogram(corpus),
-        "longer_than_a_sequence": _longer(corpus, packing.seq_len),
+        "long_documents": count_long(config.data, corpus),
     }
 
 
@@ -82,12 +83,11 @@ def _sources(config: Config, corpus: Corpus, loader: Loader, sequences: int) -> 
     packing = loader.packing
     if isinstance(packing, Mixture):
         return [one.facts for one in packing.usage(sequences)]
-    documents = len(corpus) if packing.chosen is None else len(packing.chosen)
     epochs = sequences * packing.seq_len / packing.epoch_tokens
     return [
         {
             "name": config.data.source,
-            "documents": documents,
+            "documents": packing.documents,
             "tokens": packing.epoch_tokens,
             "share": 1.0,
             "sequences": sequences,
@@ -111,11 +111,3 @@ def _histogram(corpus: Corpus) -> list[dict[str, int]]:
         {"from": 1 << power, "documents": documents, "tokens": tokens}
         for power, (documents, tokens) in sorted(found.items())
     ]
-
-
-def _longer(corpus: Corpus, seq_len: int) -> int:
-    """Counts documents that no sequence holds whole: they are split, and what follows is a document of its own."""
-    return sum(
-        int(np.count_nonzero(np.diff(corpus.bounds[start : start + CHUNK + 1]) > seq_len))
-        for start in range(0, len(corpus), CHUNK)
-    )

@@ -24,7 +24,7 @@ def packing_of_run(
     chosen = trained_on(config.validation, corpus)
 
     def packing(chosen: Int64 | None) -> Packing:
-        return Packing(corpus, config.seq_len, seed, document_mask, balance, chosen)
+        return Packing(corpus, config.seq_len, seed, document_mask, balance, chosen, config.long_documents)
 
     if not corpus.parts:
         return packing(chosen)
@@ -34,12 +34,14 @@ def packing_of_run(
         if chosen is not None:
             own = chosen[slice(*np.searchsorted(chosen, [first, first + documents]))]
         lengths = corpus.lengths[own]
-        repeated = np.repeat(own, repeats(one, lengths))
-        found = packing(repeated)
+        try:
+            once, found = packing(own), packing(np.repeat(own, repeats(one, lengths)))
+        except ConfigError as error:
+            raise ConfigError(f"data.mixture.{name}: {error}") from error
         share = Fraction(repr(one.weight))
         if config.weights == "documents":
-            share = share * found.epoch_tokens / len(repeated)
-        parts.append(MixturePart(name, share, found, documents, int(lengths.sum()), one.max_epochs))
+            share = share * found.epoch_tokens / found.documents
+        parts.append(MixturePart(name, share, found, documents, once.epoch_tokens, one.max_epochs))
         first += documents
     total = sum(part.share for part in parts)
     shared = [MixturePart(p.name, p.share / total, p.packing, p.documents, p.tokens, p.max_epochs) for p in parts]

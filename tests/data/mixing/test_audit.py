@@ -23,7 +23,7 @@ def test_context_cuts_and_work_are_those_of_the_samples() -> None:
     assert (found["pieces"], found["cut_pieces"], found["padding"]) == (2, 1, 0.0)
     assert found["work"] == {"mean": 36, "p50": 36, "p99": 36, "max_over_mean": 1, "balance_over_dp": 1}
     assert found["lengths"] == [{"from": 16, "documents": 1, "tokens": 16}]
-    assert found["longer_than_a_sequence"] == 1 and not found["sampled"]
+    assert found["long_documents"] == {"policy": "split", "documents": 1, "tokens_left_out": 0} and not found["sampled"]
     assert found["sources"][0]["epochs"] == 1.0
 
 
