@@ -188,4 +188,5 @@ def test_empty_documents_are_told_and_recorded(tmp_path, monkeypatch, caplog, sk
     assert caplog.text.count("3 empty documents are left out") == (1 if skipped else 0)
     environment = json.loads((Path(config.run.dir) / "environment.json").read_text())
     counts = {"documents": len(source), "tokens": source.total_tokens, "skipped_empty": skipped}
-    assert environment["data"] == counts | {"sha256": source.fingerprint}
+    long = {"policy": "split", "documents": int((source.lengths > config.data.seq_len).sum()), "tokens_left_out": 0}
+    assert environment["data"] == counts | {"sha256": source.fingerprint, "long_documents": long}
