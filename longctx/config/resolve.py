@@ -55,7 +55,7 @@ def _nearest_degree(parallel: ParallelConfig, world_size: int) -> str:
     """Says what to set instead: the sequence degree first, since it is the one that users choose."""
     rest = parallel.dp_replicate * parallel.tp * parallel.pp
     if world_size % rest:
-        return f"a world of {nearest_multiples(world_size, rest)}"
+        return f"a world of {nearest_multiples(world_size, rest * parallel.sp)}"
     valid = divisors(world_size // rest)
     return f"parallel.sp={nearest_of(parallel.sp, valid)} with parallel.dp_shard=-1"
 

@@ -125,6 +125,6 @@ class Loader:
         if changed:
             raise ConfigError(
                 f"the data are not those of the checkpoint ({'; '.join(changed)}): resuming would repeat or "
-                "miss samples; restore these, or start a new run"
+                "miss samples; restore these, or start a new run from these weights by init.from=RUN"
             )
         self.next_sample = position

@@ -58,6 +58,7 @@ class RunFacts:
     dtype: str
     backend: str
     device: str
+    source: str
     documents: int
     held_out: int
     tokens: int
@@ -89,6 +90,7 @@ class RunFacts:
             dtype=config.train.dtype,
             backend=config.comm.backend,
             device=device.type,
+            source=config.data.source if config.data.path is None else f"{config.data.source} {config.data.path}",
             documents=work.documents,
             held_out=work.held_out,
             tokens=work.tokens,
@@ -118,7 +120,7 @@ class RunFacts:
             "attention": f"{self.attention}, layout {self.layout}{kernel}",
             "arithmetic": f"{self.dtype} on {self.device} over {self.backend}",
             "memory": f"at least {at_least}, for parameters and gradients",
-            "data": f"{self.documents:,} documents, {quantity(self.tokens)} tokens{held_out}",
+            "data": f"{self.source}: {self.documents:,} documents, {quantity(self.tokens)} tokens{held_out}",
             "steps": f"{self.first_step} to {self.steps} of {self.tokens_per_step:,} tokens, "
             f"{self.epochs:.3g} epochs in all",
             "checkpoints": self.checkpoints,
