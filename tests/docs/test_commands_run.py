@@ -18,7 +18,18 @@ from tests.docs.test_commands_in_pages import commands, parsed, readers_folder
 __all__ = ["readers_folder"]
 
 # What a command needs that no fixture here has; tests of their own run these.
-ELSEWHERE = ("--resume", "--auto-resume", "--cfg", "init.from", "model=hf", "--hf", "--all", "--mesh", "data.tokenizer", "/data/")
+ELSEWHERE = (
+    "--resume",
+    "--auto-resume",
+    "--cfg",
+    "init.from",
+    "model=hf",
+    "--hf",
+    "--all",
+    "--mesh",
+    "data.tokenizer",
+    "/data/",
+)
 OWN_DATA = re.compile(r"\+{0,2}data(=|\.(path|token_dtype|files|text_key|validation\.path)=)")
 
 
