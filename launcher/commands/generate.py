@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if env.read_rank() is not None and not any("comm=sim" in word for word in arguments.overrides):
         raise UsageError("generate starts its ranks itself; run it without torchrun or srun, for example comm=gloo")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.seed, top_p=arguments.top_p)
+    if not arguments.temperature and (arguments.top_p < 1 or arguments.top_k is not None):
+        raise UsageError("--top-p and --top-k choose among tokens that are drawn; set --temperature, for example 1")
     if arguments.max_tokens < 0:
         raise UsageError(f"--max-tokens {arguments.max_tokens} must be at least 0")
     served = _served(arguments)

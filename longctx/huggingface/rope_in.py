@@ -79,7 +79,9 @@ def _by_layer(
     if not isinstance(full, Mapping) or not isinstance(window, Mapping):
         keys.refuse("rope_parameters", new, "positions are described by mappings")
     _agree(keys, full, old, base)
-    for given in (full or old, window):
+    for given in (full, old, window):
+        if given.get("type", "default") != "default" and "rope_type" not in given:
+            keys.refuse("type", given["type"], "transformers 5 reads it past by layer type; write rope_type")
         if given.get("truncate") is False:
             keys.refuse("truncate", False, "transformers reads it past where positions differ by layer type")
     return full or old, window

@@ -29,14 +29,13 @@ def locate_weights(directory: Path) -> dict[str, Located]:
 
     Raises ``DataError`` naming the file where index, headers and sizes do not agree.
     """
-    index = directory / INDEX
-    if not index.exists():
-        single = directory / SINGLE
-        if not single.exists():
-            held = sorted(path.name for path in directory.glob("*.bin"))
-            pickles = f"; {held[0]} is a pickle, which is not read: save the model as safetensors" if held else ""
-            raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}{pickles}")
+    index, single = directory / INDEX, directory / SINGLE
+    if single.exists():  # before an index, as transformers reads: one that was sharded before is left behind
         return {name: (single.resolve(), chunk) for name, chunk in read_header(single).items()}
+    if not index.exists():
+        held = sorted(path.name for path in directory.glob("*.bin"))
+        pickles = f"; {held[0]} is a pickle, which is not read: save the model as safetensors" if held else ""
+        raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}{pickles}")
     weight_map = _weight_map(index)
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():

@@ -15,10 +15,10 @@ from longctx.config import Config
 from longctx.data import write_tokens
 from longctx.errors import ConfigError, DataError
 from longctx.huggingface.config_in import model_fields
-from longctx.huggingface.weights import read_header
+from longctx.huggingface.weights import INDEX, SINGLE, locate_weights, read_header
 from longctx.launcher.cli import main
 from longctx.launcher.model_directory import with_directory_model
-from tests.huggingface.small_models import SIZES, saved
+from tests.huggingface.small_models import SIZES, published, saved
 
 
 def test_what_the_user_sets_wins_and_another_type_keeps_what_it_reads(tmp_path: Path) -> None:
@@ -93,4 +93,25 @@ def test_a_run_goes_on_without_the_directory_that_it_began_with(
     assert main([*words, "--resume", "train.steps=3"]) == 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
     with pytest.raises(DataError, match=r"config\.json cannot be read"):
+        model_fields(directory)
+
+
+def test_a_single_file_is_read_before_an_index_as_transformers_does(tmp_path: Path) -> None:
+    directory = saved("llama", tmp_path)
+    index = (directory / INDEX).read_text(encoding="utf-8")
+    published("llama").save_pretrained(directory)
+    (directory / INDEX).write_text(index, encoding="utf-8")
+    found = locate_weights(directory)
+    assert set(found) == set(json.loads(index)["weight_map"])
+    assert {path.name for path, _ in found.values()} == {SINGLE}
+
+
+@pytest.mark.parametrize("case", ["olmo3", "gemma3"])
+def test_a_type_that_versions_read_differently_by_layer_is_refused(case: str, tmp_path: Path) -> None:
+    directory = saved(case, tmp_path)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match="write rope_type"):
         model_fields(directory)
