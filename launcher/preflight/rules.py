@@ -328,6 +328,17 @@ def _count(number: int) -> str:
     return f"{number / 1000**power:.3g}{('', 'K', 'M', 'B')[power]}"
 
 
+def job_without_gpus(facts: Facts) -> Finding | None:
+    """A job of a cluster that computes on its CPUs."""
+    cluster = facts.config.cluster
+    if cluster.name != "slurm" or facts.on_cuda:
+        return None
+    return warn(
+        f"comm={facts.config.comm.backend} computes on CPUs, and the job asks Slurm for no GPU; nearest: comm=nccl, "
+        f"which asks for {cluster.devices} on each node"
+    )
+
+
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     warm_up,
     decay_without_floor,
@@ -345,4 +356,5 @@ RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     wide_tensor_axis,
     idle_pipeline,
     too_large,
+    job_without_gpus,
 )

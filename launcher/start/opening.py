@@ -90,7 +90,7 @@ def _data_summary(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
         if counted:
             _log.warning("data: %s: %s", words, counted)
     long = count_long(config, corpus)
-    if long["documents"]:
+    if long["tokens_left_out"]:
         _log.warning(
             "data: %d documents are longer than data.seq_len=%d; data.long_documents=%s leaves out %d tokens of them",
             *(long["documents"], config.seq_len, long["policy"], long["tokens_left_out"]),

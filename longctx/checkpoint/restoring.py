@@ -96,6 +96,12 @@ def _require_same_model(directory: Path, saved: Any, now: Any) -> None:
         )
 
 
+def _degrees(world: int, layout: Mapping[str, Any]) -> str:
+    """Puts a world into words: its ranks, and the axes that it shares them among."""
+    axes = " x ".join(f"{axis} {degree}" for axis, degree in layout.items() if degree not in (1, None))
+    return f"{world} rank{'s' if world > 1 else ''}{f' ({axes})' if axes else ''}"
+
+
 def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
     """Returns the random generators that this rank saved, if the layout is the one that it saved them on.
 
@@ -107,8 +113,8 @@ def _generators(fitted: LoadPlan, run: RunRecord) -> dict[str, Tensor] | None:
     if (commit.world, layout) != (world_size(), run.layout):
         if this_rank() == 0:
             _log.warning(
-                "random generators start afresh: step %d was saved by %d ranks with %s, now %d with %s",
-                *(commit.step, commit.world, layout, world_size(), run.layout),
+                "random generators start afresh: step %d was saved by %s, this run is %s",
+                *(commit.step, _degrees(commit.world, layout), _degrees(world_size(), run.layout)),
             )
         return None
     prefix = f"rng.{this_rank()}."

@@ -108,7 +108,7 @@ def test_generators_are_restored_only_on_the_same_layout(checkpoints, caplog):
     fresh = [torch.rand(3, generator=torch.Generator().manual_seed(7 + rank)).tolist() for rank in range(2)]
     with caplog.at_level(logging.WARNING):
         assert on_cluster("2", draw_after_load, directory, {"sp": 2}) == fresh
-    assert "random generators start afresh" in caplog.text and "{'sp': 2}" in caplog.text
+    assert "random generators start afresh" in caplog.text and "sp 2" in caplog.text
     caplog.clear()
     assert on_cluster("2", draw_after_load, directory, {}) != fresh
     assert "afresh" not in caplog.text

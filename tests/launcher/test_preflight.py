@@ -53,6 +53,9 @@ CASES = {
         ["model=llama_8b", "optim.lr=3e-3", "data=tokens", "data.path=x"], {}, TOLD,
         ["optim.lr=0.003", "8.03B", "0.0006"],
     ),
+    "a job without GPUs": (
+        ["cluster=slurm"], {}, TOLD, ["comm=gloo", "no GPU", "comm=nccl", "8 on each node"],
+    ),
     "a rate of nothing": (["optim.lr=3e-9"], {}, TOLD, ["optim.lr=3e-09"]),
     "bytes into many words": (
         ["model=llama_8b"], {}, TOLD, ["model.vocab_size=128256", "256 ids", "1.05B parameters", "data.tokenizer"],
