@@ -43,7 +43,7 @@ def parse(cls: type[T], mapping: Any, prefix: str = "") -> T:
             raise unknown_key(path, dotted_paths(cls, prefix))
         hint = hints[key]
         nested = isinstance(hint, type) and is_dataclass(hint)
-        values[names[key]] = parse(hint, value, f"{path}.") if nested else _leaf(path, hint, value)
+        values[names[key]] = parse(hint, value, f"{path}.") if nested else read_value(path, hint, value)
     return cls(**values)
 
 
@@ -151,7 +151,8 @@ def _names(cls: Hashable) -> list[str]:
     return list(_hints(cls))
 
 
-def _leaf(path: str, hint: Any, value: Any) -> Any:
+def read_value(path: str, hint: Any, value: Any) -> Any:
+    """Returns ``value`` as the type ``hint`` has it; raises ``ConfigError`` that names ``path`` where it is another."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -160,9 +161,9 @@ def _leaf(path: str, hint: Any, value: Any) -> Any:
             return _mapping(path, option, value)
         if typing.get_origin(option) is tuple and type(value) in (list, tuple):
             (item, _) = typing.get_args(option)
-            return tuple(_leaf(f"{path}[{place}]", item, entry) for place, entry in enumerate(value))
+            return tuple(read_value(f"{path}[{place}]", item, entry) for place, entry in enumerate(value))
         if option is float and type(value) in (int, float):
-            return _finite(path, float(value))
+            return _finite(path, value)
         if option is not type(None) and type(value) is option:
             refuse_old_value(path, value)
             return _sound(path, value)
@@ -179,7 +180,9 @@ def _mapping(path: str, hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:
         if key in found:
             raise ConfigError(f"{path}.{key} is given twice, as a number and as a word; leave one out")
         inner = f"{path}.{key}"
-        found[key] = parse(cast(type, item), entry, f"{inner}.") if is_dataclass(item) else _leaf(inner, item, entry)
+        found[key] = (
+            parse(cast(type, item), entry, f"{inner}.") if is_dataclass(item) else read_value(inner, item, entry)
+        )
     return found
 
 
@@ -196,9 +199,13 @@ def _key(path: str, key: Any) -> str:
 
 
 def _finite(path: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ConfigError(f"{path}={value} must be a finite number")
-    return value
+    try:
+        real = float(value)
+    except OverflowError:  # of a whole number
+        real = math.inf
+    if not math.isfinite(real):
+        raise ConfigError(f"{path}={real} must be a finite number")
+    return real
 
 
 def _sound(path: str, value: Any) -> Any:
