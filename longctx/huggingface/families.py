@@ -11,15 +11,16 @@ from typing import Any
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError
 from longctx.huggingface.family import (
-    ACTIVATIONS,
     FULL,
     LEFT_OUT,
     SLIDING,
     Family,
     Fields,
+    biases,
     common,
     head_dim_of,
     layer_types,
+    olmo,
     pattern_of,
 )
 from longctx.huggingface.hybrids import OLMO_HYBRID, QWEN3_5
@@ -32,8 +33,8 @@ def _llama(keys: Keys) -> Fields:
     return {
         **common(keys),
         "head_dim": head_dim_of(keys),
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
-        "mlp_bias": bool(keys.take("mlp_bias", False)),
+        **biases(keys),
+        "mlp_bias": keys.flag("mlp_bias", False),
         **rope_fields(keys, 10_000.0),
     }
 
@@ -41,12 +42,10 @@ def _llama(keys: Keys) -> Fields:
 def _mistral(keys: Keys) -> Fields:
     window = keys.optional("sliding_window", 4096)
     keys.expect("layer_types", None, "mistral has one window for all layers; its class ignores the list")
-    layers = keys.size("num_hidden_layers")
     return {
-        **common(keys),
-        "kv_heads": keys.optional("num_key_value_heads", 8) or keys.size("num_attention_heads"),
+        **common(keys, kv_heads=8),
         "head_dim": head_dim_of(keys),
-        **pattern_of([FULL if window is None else SLIDING] * layers, window, keys),
+        **pattern_of([FULL if window is None else SLIDING] * keys.layers, window, keys),
         **rope_fields(keys, 10_000.0),
     }
 
@@ -56,16 +55,16 @@ def _one_window(model: ModelConfig) -> Fields:
 
 
 def _qwen_layers(keys: Keys) -> Fields:
-    window = keys.optional("sliding_window", 4096) if keys.take("use_sliding_window", False) else None
+    window = keys.optional("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
     keys.take("sliding_window", None)
-    first, layers = keys.take("max_window_layers", 28), keys.size("num_hidden_layers")
-    default = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
+    first = keys.size("max_window_layers", 28, least=0)
+    default = [SLIDING if window is not None and layer >= first else FULL for layer in range(keys.layers)]
     return pattern_of(layer_types(keys, default), window, keys)
 
 
 def _qwen2(keys: Keys) -> Fields:
     return {
-        **common(keys),
+        **common(keys, kv_heads=32),
         "head_dim": head_dim_of(keys),
         "attention_bias": "qkv",
         **_qwen_layers(keys),
@@ -75,60 +74,45 @@ def _qwen2(keys: Keys) -> Fields:
 
 def _qwen3(keys: Keys) -> Fields:
     return {
-        **common(keys),
+        **common(keys, kv_heads=32),
         "head_dim": head_dim_of(keys, 128),
         "qk_norm": True,
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
+        **biases(keys),
         **_qwen_layers(keys),
         **rope_fields(keys, 10_000.0),
     }
 
 
-def _olmo(keys: Keys) -> Fields:
-    return {
-        **common(keys, eps=1e-5),
-        "head_dim": head_dim_of(keys),
-        "norm": "post",
-        "qk_norm": True,
-        "qk_norm_dim": "width",
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
-    }
-
-
 def _olmo2(keys: Keys) -> Fields:
-    return {**_olmo(keys), **rope_fields(keys, 10_000.0)}
+    return {**olmo(keys, eps=1e-5), **rope_fields(keys, 10_000.0)}
 
 
 def _olmo3(keys: Keys) -> Fields:
-    layers = keys.size("num_hidden_layers")
-    default = [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)]
+    default = [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(keys.layers)]
     pattern = pattern_of(layer_types(keys, default), keys.optional("sliding_window", 4096), keys)
     # Scaling in the old form is of the full layers alone.
-    return {**_olmo(keys), **pattern, **rope_fields(keys, 500_000.0, sliding=500_000.0)}
+    return {**olmo(keys, eps=1e-5), **pattern, **rope_fields(keys, 500_000.0, sliding=500_000.0)}
 
 
 def _gemma3(keys: Keys) -> Fields:
-    layers, every = keys.size("num_hidden_layers"), keys.take("sliding_window_pattern", 6)
-    default = [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+    every = keys.size("sliding_window_pattern", 6)
+    default = [SLIDING if (layer + 1) % every else FULL for layer in range(keys.layers)]
     pattern = pattern_of(layer_types(keys, default), keys.optional("sliding_window", 4096), keys)
     keys.expect("use_bidirectional_attention", False, "decoders are causal")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         keys.expect(name, None, "logits are not capped")
-    dim, scalar = keys.size("hidden_size"), keys.take("query_pre_attn_scalar", 256)
-    local = keys.take("rope_local_base_freq", 10_000.0)
     return {
-        **common(keys, act="hidden_activation", tied=True),
-        "activation": ACTIVATIONS[keys.take("hidden_activation", "gelu_pytorch_tanh")],
-        "kv_heads": keys.optional("num_key_value_heads", 4),
+        **common(keys, act=("hidden_activation", "gelu_pytorch_tanh"), tied=True),
+        "kv_heads": keys.size("num_key_value_heads", 4),
         "head_dim": head_dim_of(keys, 256),
         "norm": "both",
         "norm_plus_one": True,
         "qk_norm": True,
-        "query_scale": float(scalar) ** -0.5,
-        "embedding_scale": float(dim) ** 0.5,
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
+        "query_scale": keys.real("query_pre_attn_scalar", 256) ** -0.5,
+        "embedding_scale": float(keys.size("hidden_size")) ** 0.5,
+        **biases(keys),
         **pattern,
-        **rope_fields(keys, 1_000_000.0, sliding=local),
+        **rope_fields(keys, 1_000_000.0, sliding=keys.real("rope_local_base_freq", 10_000.0)),
     }
 
 

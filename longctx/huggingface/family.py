@@ -47,28 +47,53 @@ class Family:
     inside: tuple[str, str] | None = None
 
 
-def common(keys: Keys, act: str = "hidden_act", eps: float = 1e-6, tied: bool = False) -> Fields:
+def common(
+    keys: Keys,
+    act: tuple[str, str] = ("hidden_act", "silu"),
+    kv_heads: int | None = None,
+    eps: float = 1e-6,
+    tied: bool = False,
+) -> Fields:
+    """Returns what all families state. ``act``: the key of the activation; with the others, what the class has."""
     heads = keys.size("num_attention_heads")
-    name = keys.take(act, "silu")
+    name = keys.word(*act)
     if name not in ACTIVATIONS:
-        keys.refuse(act, name, f"the MLP is gated by {', '.join(ACTIVATIONS)}")
+        keys.refuse(act[0], name, f"the MLP is gated by {', '.join(ACTIVATIONS)}")
     keys.expect("attention_dropout", 0.0, "training here has no dropout; set it to 0")
     return {
         "vocab_size": keys.size("vocab_size"),
         "dim": keys.size("hidden_size"),
-        "layers": keys.size("num_hidden_layers"),
+        "layers": keys.layers,
         "heads": heads,
-        "kv_heads": keys.optional("num_key_value_heads") or heads,
+        "kv_heads": keys.optional("num_key_value_heads", kv_heads) or heads,
         "hidden_dim": keys.size("intermediate_size"),
         "activation": ACTIVATIONS[name],
-        "norm_eps": float(keys.take("rms_norm_eps", eps)),
-        "init_std": float(keys.take("initializer_range", 0.02)),
-        "tie_embeddings": bool(keys.take("tie_word_embeddings", tied)),
+        "norm_eps": keys.real("rms_norm_eps", eps),
+        "init_std": keys.real("initializer_range", 0.02),
+        "tie_embeddings": keys.flag("tie_word_embeddings", tied),
     }
 
 
 def head_dim_of(keys: Keys, default: int | None = None) -> int:
-    return keys.optional("head_dim") or default or keys.size("hidden_size") // keys.size("num_attention_heads")
+    if default is not None:
+        return keys.size("head_dim", default)
+    return keys.optional("head_dim") or keys.size("hidden_size") // keys.size("num_attention_heads")
+
+
+def biases(keys: Keys) -> Fields:
+    return {"attention_bias": "all" if keys.flag("attention_bias", False) else "none"}
+
+
+def olmo(keys: Keys, eps: float) -> Fields:
+    """Returns what softmax layers of OLMo 2, 3 and hybrid are, but for their positions."""
+    return {
+        **common(keys, eps=eps),
+        "head_dim": head_dim_of(keys),
+        "norm": "post",
+        "qk_norm": True,
+        "qk_norm_dim": "width",
+        **biases(keys),
+    }
 
 
 def pattern_of(types: list[str], window: int | None, keys: Keys, letters: Mapping[str, str] = _LETTERS) -> Fields:
@@ -76,15 +101,16 @@ def pattern_of(types: list[str], window: int | None, keys: Keys, letters: Mappin
     unknown = sorted(set(types) - set(letters))
     if unknown:
         keys.refuse("layer_types", unknown, f"layers are {', '.join(letters)}")
-    if len(types) != keys.size("num_hidden_layers"):
-        keys.refuse("layer_types", f"{len(types)} entries", f"num_hidden_layers={keys.size('num_hidden_layers')}")
+    if len(types) != keys.layers:
+        keys.refuse("layer_types", f"{len(types)} entries", f"num_hidden_layers={keys.layers}")
     if SLIDING in types and window is None:
         keys.refuse("sliding_window", None, "layer_types has sliding layers")
     kinds = "".join(letters[one] for one in types)
-    shortest = next(kinds[:n] for n in range(1, len(kinds) + 1) if (kinds[:n] * len(kinds))[: len(kinds)] == kinds)
+    count = len(kinds)
+    shortest = next(kinds[:n] for n in range(1, count + 1) if (kinds[:n] * -(-count // n))[:count] == kinds)
     return {"pattern": shortest, "window": window if "W" in kinds else None}
 
 
 def layer_types(keys: Keys, default: list[str]) -> list[str]:
-    given = keys.take("layer_types", None)
-    return default if given is None else list(given)
+    given = keys.words("layer_types")
+    return default if given is None else given

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from longctx.config import ModelConfig
-from longctx.huggingface.family import FULL, LINEAR, Family, Fields, common, head_dim_of, layer_types, pattern_of
+from longctx.huggingface.family import (
+    FULL,
+    LINEAR,
+    Family,
+    Fields,
+    biases,
+    common,
+    head_dim_of,
+    layer_types,
+    olmo,
+    pattern_of,
+)
 from longctx.huggingface.keys import Keys
 from longctx.huggingface.names import Names
 from longctx.huggingface.rope_in import rope_fields
@@ -18,7 +29,7 @@ _EVERY = 4  # one layer in so many has softmax attention, where a file does not 
 def _layers(keys: Keys, default: list[str], **linear: object) -> Fields:
     """Returns the pattern, and what linear layers have otherwise than the others."""
     pattern = pattern_of(layer_types(keys, default), None, keys, _LETTERS)
-    if keys.take("hidden_act", "silu") not in ("silu", "swish"):
+    if keys.word("hidden_act", "silu") not in ("silu", "swish"):
         keys.refuse("hidden_act", keys.take("hidden_act", None), "linear layers apply silu behind their convolution")
     if "L" not in pattern["pattern"]:
         return pattern
@@ -26,28 +37,28 @@ def _layers(keys: Keys, default: list[str], **linear: object) -> Fields:
 
 
 def _qwen3_5(keys: Keys) -> Fields:
-    layers, every = keys.size("num_hidden_layers"), keys.optional("full_attention_interval", _EVERY) or _EVERY
+    every = keys.size("full_attention_interval", _EVERY)
     keys.expect("attn_output_gate", True, "this family gates what softmax layers read")
     keys.expect("mamba_ssm_dtype", "float32", "states are kept in the dtype of accumulation")
     for name in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mlp_only_layers"):
         keys.take(name, None)  # its class reads none of them
-    default = [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(layers)]
+    default = [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(keys.layers)]
     return {
         **common(keys),
-        "kv_heads": keys.optional("num_key_value_heads", 4) or keys.size("num_attention_heads"),
+        "kv_heads": keys.size("num_key_value_heads", 4),
         "head_dim": head_dim_of(keys, 256),
         "norm_plus_one": True,
         "qk_norm": True,
         "output_gate": True,
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
+        **biases(keys),
         **_layers(
             keys,
             default,
-            key_heads=keys.optional("linear_num_key_heads", 16),
-            value_heads=keys.optional("linear_num_value_heads", 32),
-            key_head_dim=keys.optional("linear_key_head_dim", 128),
-            value_head_dim=keys.optional("linear_value_head_dim", 128),
-            conv_taps=keys.optional("linear_conv_kernel_dim", TAPS),
+            key_heads=keys.size("linear_num_key_heads", 16),
+            value_heads=keys.size("linear_num_value_heads", 32),
+            key_head_dim=keys.size("linear_key_head_dim", 128),
+            value_head_dim=keys.size("linear_value_head_dim", 128),
+            conv_taps=keys.size("linear_conv_kernel_dim", TAPS),
         ),
         **rope_fields(keys, 10_000.0, share=0.25, ignored=_GRIDS),
     }
@@ -66,21 +77,16 @@ def _linear_keys(model: ModelConfig) -> Fields:
 
 
 def _olmo_hybrid(keys: Keys) -> Fields:
-    layers, heads = keys.size("num_hidden_layers"), keys.size("num_attention_heads")
+    heads = keys.size("num_attention_heads")
     key_heads = keys.optional("linear_num_key_heads") or heads
     key_dim = keys.optional("linear_key_head_dim") or int(0.75 * keys.size("hidden_size") / key_heads)
     for name in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor"):
         keys.take(f"linear_{name}", None)  # of models that are drawn anew
-    default = [FULL if layer % _EVERY == _EVERY - 1 else LINEAR for layer in range(layers)]
+    default = [FULL if layer % _EVERY == _EVERY - 1 else LINEAR for layer in range(keys.layers)]
     if FULL not in default:
         default[-1] = FULL
     return {
-        **common(keys),
-        "head_dim": head_dim_of(keys),
-        "norm": "post",
-        "qk_norm": True,
-        "qk_norm_dim": "width",
-        "attention_bias": "all" if keys.take("attention_bias", False) else "none",
+        **olmo(keys, eps=1e-6),
         **_layers(
             keys,
             default,
@@ -88,8 +94,8 @@ def _olmo_hybrid(keys: Keys) -> Fields:
             value_heads=keys.optional("linear_num_value_heads") or heads,
             key_head_dim=key_dim,
             value_head_dim=keys.optional("linear_value_head_dim") or 2 * key_dim,
-            conv_taps=keys.optional("linear_conv_kernel_dim", TAPS),
-            negative_eigenvalues=bool(keys.take("linear_allow_neg_eigval", True)),
+            conv_taps=keys.size("linear_conv_kernel_dim", TAPS),
+            negative_eigenvalues=keys.flag("linear_allow_neg_eigval", True),
             norm="pre",
             norm_eps=1e-5,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from longctx.config.parsing import read_value
 from longctx.errors import ConfigError
 
 # Of the file, the tokenizer, generation and training elsewhere: no number of a forward pass depends on them.
@@ -19,6 +20,8 @@ _HARMLESS = """
     unsloth_version unsloth_fixed _sliding_window_pattern
 """
 HARMLESS = frozenset(_HARMLESS.split())
+_LARGEST = 2**63 - 1  # what torch takes
+_MOST_LAYERS = 1 << 16
 
 
 class Keys:
@@ -34,23 +37,59 @@ class Keys:
         self._read.add(name)
         return self._values.get(name, default)
 
-    def has(self, name: str) -> bool:
-        """Whether the file holds the key with a value."""
-        return self._values.get(name) is not None
-
-    def size(self, name: str) -> int:
-        """Returns a size, which a file must state."""
-        found = self.optional(name)
+    def size(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """Returns a size, which a file must state where its class has no default."""
+        found = self.optional(name, default, least)
+        if found is None and default is not None:
+            self.refuse(name, None, f"a whole number of at least {least} belongs there")
         if found is None:
             raise ConfigError(f"{self.where} lacks {name}; a model cannot be made without it")
         return found
 
-    def optional(self, name: str, default: int | None = None) -> int | None:
+    def optional(self, name: str, default: int | None = None, least: int = 1) -> int | None:
         """Returns a size, or None where the file says null or leaves it out."""
         found = self.take(name, default)
-        if found is not None and (type(found) is not int or found < 1):
-            self.refuse(name, found, "a whole number of at least 1 belongs there")
+        if found is not None and (type(found) is not int or not least <= found <= _LARGEST):
+            self.refuse(name, found, f"a whole number of at least {least} belongs there")
         return found
+
+    @property
+    def layers(self) -> int:
+        """Counts the layers."""
+        found = self.size("num_hidden_layers")
+        if found > _MOST_LAYERS:  # lists of them are made
+            self.refuse("num_hidden_layers", found, f"a model has at most {_MOST_LAYERS} layers")
+        return found
+
+    def real(self, name: str, default: float) -> float:
+        """Returns a number above 0."""
+        found = self.optional_real(name, default)
+        if found is None:
+            self.refuse(name, None, "a number above 0 belongs there")
+        return found
+
+    def optional_real(self, name: str, default: float | None = None) -> float | None:
+        """Returns a number above 0, or None where the file says null or leaves it out."""
+        found: float | None = self._typed(name, float | None, default)
+        if found is not None and found <= 0.0:
+            self.refuse(name, found, "a number above 0 belongs there")
+        return found
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Returns a switch."""
+        return bool(self._typed(name, bool, default))
+
+    def word(self, name: str, default: str) -> str:
+        """Returns a word."""
+        return str(self._typed(name, str, default))
+
+    def words(self, name: str) -> list[str] | None:
+        """Returns a list of words, or None where the file says null or leaves it out."""
+        found = self._typed(name, tuple[str, ...] | None, None)
+        return None if found is None else list(found)
+
+    def _typed(self, name: str, hint: Any, default: Any) -> Any:
+        return read_value(f"{self.where}: {name}", hint, self.take(name, default))
 
     def expect(self, name: str, value: Any, rule: str) -> None:
         """Refuses any other value of a key than the one that is computed here; ``rule`` says why."""

@@ -6,15 +6,16 @@ What the two versions would compute differently, or would read past in silence, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from longctx.config.parsing import read_value
+from longctx.huggingface.family import FULL, SLIDING
 from longctx.huggingface.keys import Keys
 from longctx.rope import TYPES, RopeSettings
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 ORIGINAL, LONGEST = "original_max_position_embeddings", "max_position_embeddings"
-_KNOWN = {one.name for one in fields(RopeSettings)}
+# A table's own length is the run's to say.
+_KNOWN = {name: hint for name, hint in get_type_hints(RopeSettings).items() if name != "length"}
 
 
 def rope_fields(
@@ -32,11 +33,11 @@ def rope_fields(
     channels that turn where the file says nothing, for families that have it. ``ignored``: entries that change nothing.
     ``nope``: a base of null stands for no positions.
     """
-    new, old = (_mapping(keys, name, ignored) for name in ("rope_parameters", "rope_scaling"))
-    top = keys.take("rope_theta", None)
+    new, old = (_mapping(keys, name, keys.take(name, None), ignored) for name in ("rope_parameters", "rope_scaling"))
+    top = keys.optional_real("rope_theta")
     if nope and (old or new).get("rope_theta", keys.take("rope_theta", theta)) is None:
         return {"rope_theta": theta, "rope": {"rope_type": "none"}}
-    base = theta if top is None else float(top)
+    base = theta if top is None else top
     if sliding is None:
         nested = [name for name in (FULL, SLIDING) if name in {**new, **old}]
         if nested:
@@ -47,7 +48,7 @@ def rope_fields(
         # Said once: whoever sets model.rope_theta changes it.
         return {"rope_theta": section.pop("rope_theta"), "rope": section}
     full, window = _by_layer(keys, new, old, base)
-    if top is not None and theta == sliding != float(top) and "rope_theta" not in window:
+    if top is not None and theta == sliding != top and "rope_theta" not in window:
         keys.refuse("rope_theta", top, f"layers with a window would keep {sliding}; name both in rope_parameters")
     section = _section(keys, full, base, share, nested=True)
     _no_other_base(keys, "rope_theta", top, section["rope_theta"])
@@ -58,11 +59,16 @@ def rope_fields(
     }
 
 
-def _mapping(keys: Keys, name: str, ignored: Sequence[str]) -> Mapping[str, Any]:
-    found = keys.take(name, None) or {}
-    if not isinstance(found, Mapping):
+def _mapping(keys: Keys, name: str, found: Any, ignored: Sequence[str] = ()) -> Mapping[str, Any]:
+    """Returns the entries of a mapping ``found``, each of its type or null."""
+    if found is not None and not isinstance(found, Mapping):
         keys.refuse(name, found, "positions are described by a mapping")
-    return {key: value for key, value in found.items() if key not in ignored}
+    return {
+        key: value if hint is None or value is None else read_value(f"{keys.where}: {name}.{key}", hint, value)
+        for key, value in (found or {}).items()
+        if key not in ignored
+        for hint in [_KNOWN.get("rope_type" if key == "type" else key)]
+    }
 
 
 def _by_layer(
@@ -75,9 +81,7 @@ def _by_layer(
         keys.refuse("rope_scaling", old, "by layer type they stand in rope_parameters")
     if new and FULL not in new:
         keys.refuse("rope_parameters", new, f"positions by layer type name {FULL}")
-    full, window = new.get(FULL) or {}, new.get(SLIDING) or {}
-    if not isinstance(full, Mapping) or not isinstance(window, Mapping):
-        keys.refuse("rope_parameters", new, "positions are described by mappings")
+    full, window = (_mapping(keys, f"rope_parameters.{name}", new.get(name)) for name in (FULL, SLIDING))
     _agree(keys, full, old, base)
     for given in (full, old, window):
         if given.get("type", "default") != "default" and "rope_type" not in given:
@@ -93,7 +97,7 @@ def _agree(keys: Keys, new: Mapping[str, Any], old: Mapping[str, Any], base: flo
 
 
 def _no_other_base(keys: Keys, name: str, outside: Any, inside: float) -> None:
-    if outside is not None and float(outside) != float(inside):
+    if outside is not None and outside != inside:
         keys.refuse(name, outside, f"rope_parameters says {inside}, and versions differ in which they read; keep one")
 
 
@@ -108,26 +112,21 @@ def _section(
     section = {"rope_type": "default", "rope_theta": theta, **_plain(given)}
     if section["rope_type"] not in TYPES or section["rope_type"] in ("ntk", "none"):
         keys.refuse("rope_type", section["rope_type"], f"types are {', '.join(TYPES)}")
-    unknown = sorted(set(section) - _KNOWN)
+    unknown = sorted(set(section) - set(_KNOWN))
     if unknown:
         keys.refuse("rope_parameters", dict(given), f"{', '.join(unknown)} is not understood")
     kind = TYPES[section["rope_type"]]
-    stated = keys.take("partial_rotary_factor", share)
+    stated = keys.optional_real("partial_rotary_factor", share)
     if stated is not None:
-        section.setdefault("partial_rotary_factor", float(stated))
+        section.setdefault("partial_rotary_factor", stated)
     if share is None and section["rope_type"] != "proportional" and section.get("partial_rotary_factor", 1.0) != 1.0:
         keys.refuse("partial_rotary_factor", section["partial_rotary_factor"], "all channels turn in this family")
     if LONGEST in (*kind.needs, *kind.reads):
         section.setdefault(LONGEST, keys.optional(LONGEST))
-    outside = keys.take(ORIGINAL, None)
+    outside = keys.optional(ORIGINAL)
     reads_outside = outside is not None and ORIGINAL in kind.needs and not nested
     if reads_outside and section["rope_type"] == "longrope":
         section[ORIGINAL] = outside  # which all versions take, whatever stands inside
     elif reads_outside and section.setdefault(ORIGINAL, outside) != outside:
         keys.refuse(ORIGINAL, outside, f"rope_parameters says {section[ORIGINAL]}; keep one of them")
-    return {name: _number(value) if name != "truncate" else value for name, value in section.items()}
-
-
-def _number(value: Any) -> Any:
-    """Whole numbers stay, lists become tuples of real ones."""
-    return tuple(float(one) for one in value) if isinstance(value, list | tuple) else value
+    return section

@@ -10,8 +10,8 @@ from typing import Any
 
 from longctx.config import ModelConfig
 from longctx.config.sections.rope import RopeConfig
-from longctx.huggingface.family import Family
-from longctx.huggingface.rope_in import FULL, LONGEST, ORIGINAL, SLIDING
+from longctx.huggingface.family import FULL, SLIDING, Family
+from longctx.huggingface.rope_in import LONGEST, ORIGINAL
 from longctx.rope import TYPES
 
 # What transformers 4 has under the same names.
