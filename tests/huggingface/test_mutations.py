@@ -42,10 +42,9 @@ def stated(name: str) -> dict[str, Any]:
 
 
 def read(values: dict[str, Any]) -> ModelConfig | None:
-    """None where it is refused. Both of a run's questions are asked, and no other error than theirs may come."""
+    """None where it is refused; no other error may come."""
     try:
-        fields_of(copy.deepcopy(values), "config.json")
-        return model_of(copy.deepcopy(values), "config.json")
+        return model_of(values, "config.json")
     except ConfigError:
         return None
 
