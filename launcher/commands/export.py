@@ -19,7 +19,7 @@ from longctx.config.parsing import parse
 from longctx.config.renamed import translated
 from longctx.config.sections.model import SOFTMAX_KINDS
 from longctx.errors import ConfigError, StorageError, UsageError
-from longctx.huggingface.export import Exported, export, refuse_occupied
+from longctx.huggingface.writing.export import Exported, export, refuse_occupied
 from longctx.launcher.progress import progress
 from longctx.launcher.run_directory import read_config
 from longctx.launcher.rundir.records import CHECKPOINTS, CONFIG_FILE, MODEL_SOURCE

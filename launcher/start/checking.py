@@ -37,7 +37,7 @@ def open_checked_directory(config: Config, resume: Resume | None, processes: int
 
 def keep_model_source(config: Config, directory: Path) -> None:
     """Keeps in the run what an export needs of the directory, or of the run, that its weights come from."""
-    from longctx.huggingface.source import keep_source
+    from longctx.huggingface.writing.source import keep_source
 
     begun = Path(config.init.from_).parent.parent / MODEL_SOURCE if config.init.from_ is not None else None
     if begun is not None and begun.is_dir():

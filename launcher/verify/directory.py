@@ -23,8 +23,8 @@ from longctx.config.sections import DataConfig
 from longctx.errors import ConfigError, UsageError
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.joining import published_tensors
-from longctx.huggingface.reference import Reference, ReferenceStep
-from longctx.huggingface.sample import draw_tokens
+from longctx.huggingface.reference.sample import draw_tokens
+from longctx.huggingface.reference.step import Reference, ReferenceStep
 from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose_mapping, refuse_overrides
 from longctx.launcher.hydra.overrides import quoted

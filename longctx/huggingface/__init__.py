@@ -1,1 +1,1 @@
-"""Reads and writes model directories as Hugging Face users have them: ``config.json``, safetensors, their index."""
+"""Reads model directories as Hugging Face users have them: ``config.json``, safetensors, their index."""

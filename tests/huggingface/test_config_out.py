@@ -12,7 +12,7 @@ import pytest
 from longctx.config import Config, ModelConfig
 from longctx.errors import ConfigError
 from longctx.huggingface.config_in import fields_of
-from longctx.huggingface.config_out import config_of, model_of
+from longctx.huggingface.writing.config_out import config_of, model_of
 from longctx.launcher.compose import compose
 from longctx.launcher.model_directory import with_directory_model
 from tests.huggingface.small_models import CASES, saved

@@ -12,7 +12,7 @@ import torch
 
 from longctx.checkpoint.checkpointer import Checkpointer, TrainState
 from longctx.config import Config, simulated_world_size
-from longctx.huggingface.source import keep_source
+from longctx.huggingface.writing.source import keep_source
 from longctx.launcher import build
 from longctx.launcher.cli import main
 from longctx.launcher.model_directory import with_directory_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from longctx.checkpoint.bringing import Brought, share
 from longctx.data import write_tokens
 from longctx.errors import StorageError
-from longctx.huggingface.source import read_source
+from longctx.huggingface.writing.source import read_source
 from longctx.launcher.cli import main
 from tests.huggingface.small_models import CASES, SIZES, published, saved
 from tests.huggingface.test_export import logits, raw
@@ -175,7 +175,7 @@ def test_an_occupied_target_stays_and_a_failure_leaves_none(
     assert main(["export", "--run", str(imported), "--to", str(target)]) == 78
     assert "is not empty" in capsys.readouterr().err and [path.name for path in target.iterdir()] == ["mine"]
     assert main(["import", "--from", str(tmp_path), f"run.dir={imported}"]) == 65
-    monkeypatch.setattr("longctx.huggingface.export.copy_files", lambda *_: 1 / 0)
+    monkeypatch.setattr("longctx.huggingface.writing.export.copy_files", lambda *_: 1 / 0)
     assert main(["export", "--run", str(imported), "--to", str(tmp_path / "other")]) == 70
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

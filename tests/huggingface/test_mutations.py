@@ -12,9 +12,9 @@ import pytest
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError
 from longctx.huggingface.config_in import fields_of
-from longctx.huggingface.config_out import model_of
 from longctx.huggingface.families import FAMILIES
 from longctx.huggingface.keys import Keys
+from longctx.huggingface.writing.config_out import model_of
 from tests.huggingface.small_models import CASES, SIZES, transformers
 
 # By kind, as JSON has them; of the last two no number is made.

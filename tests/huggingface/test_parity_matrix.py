@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.huggingface.reference_dtype import in_model_dtype
+from longctx.huggingface.reference.dtype import in_model_dtype
 from longctx.launcher import cli
 from tests.huggingface.small_models import CASES, SIZES, published, saved
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from longctx.config import Config, simulated_world_size
 from longctx.data import Corpus
-from longctx.huggingface.reference import Reference
+from longctx.huggingface.reference.step import Reference
 from longctx.launcher import build
 from longctx.launcher.model_directory import with_directory_model
 from longctx.mesh import build_mesh

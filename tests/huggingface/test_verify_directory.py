@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longctx.huggingface.sample import draw_tokens
+from longctx.huggingface.reference.sample import draw_tokens
 from longctx.launcher import cli
 from tests.huggingface.small_models import published, saved
 
@@ -64,9 +64,9 @@ def test_a_dump_holds_the_step_that_anyone_can_take(
 def test_another_weight_on_one_side_fails_with_70(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longctx.huggingface import reference
+    from longctx.huggingface.reference import step
 
-    read = reference._read
+    read = step._read
 
     def otherwise(*arguments: Any) -> Any:
         model = read(*arguments)
@@ -74,7 +74,7 @@ def test_another_weight_on_one_side_fails_with_70(
             model.model.layers[1].self_attn.o_proj.weight[0, 0] += 1e-6
         return model
 
-    monkeypatch.setattr(reference, "_read", otherwise)
+    monkeypatch.setattr(step, "_read", otherwise)
     status, verdict = verify(capsys, directory_of("llama tied", folder), "--seq", "20")
     assert status == 70 and not verdict["passed"] and verdict["errors"]["logits"] > 1e-9
 

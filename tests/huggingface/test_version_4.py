@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longctx.config import ModelConfig
-from longctx.huggingface.config_out import config_of, model_of
+from longctx.huggingface.writing.config_out import config_of, model_of
 from longctx.launcher.cli import main
 from tests.huggingface.small_models import CASES, published, saved
 from tests.huggingface.tables import ours, same, theirs, transformers

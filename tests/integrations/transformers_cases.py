@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.attention import StrategyOptions
-from longctx.huggingface.reference_dtype import in_model_dtype, make_tables
+from longctx.huggingface.reference.dtype import in_model_dtype, make_tables
 from longctx.integrations.transformers import register
 from longctx.sequence import unshard
 from longctx.sim import Cluster

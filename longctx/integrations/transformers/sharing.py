@@ -14,7 +14,7 @@ from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions,
 from longctx.attention.runtime.borders import process_group_of
 from longctx.comm import group_of
 from longctx.errors import ConfigError, DataError, NotAvailableError
-from longctx.huggingface.reference_dtype import make_tables
+from longctx.huggingface.reference.dtype import make_tables
 from longctx.integrations.transformers.cut import CutBatch
 from longctx.integrations.transformers.interface import NAME, attend, no_mask
 from longctx.integrations.transformers.packing import Packed, packed_rows

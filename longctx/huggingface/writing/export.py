@@ -24,14 +24,14 @@ from longctx.checkpoint.state import COPY
 from longctx.config import ModelConfig
 from longctx.errors import ConfigError, StorageError
 from longctx.huggingface.config_in import CONFIG
-from longctx.huggingface.config_out import Written, config_of
 from longctx.huggingface.joining import joined
 from longctx.huggingface.names import place_of
 from longctx.huggingface.pieces import in_class
-from longctx.huggingface.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
-from longctx.huggingface.source import TOKENIZER, ModelSource, copy_files, read_kept_config, read_source
-from longctx.huggingface.stored import stored_tensors
 from longctx.huggingface.weights import HEAD
+from longctx.huggingface.writing.config_out import Written, config_of
+from longctx.huggingface.writing.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
+from longctx.huggingface.writing.source import TOKENIZER, ModelSource, copy_files, read_kept_config, read_source
+from longctx.huggingface.writing.stored import stored_tensors
 
 _OWN = "model."
 _NUMBER = re.compile(r"(\d+)")

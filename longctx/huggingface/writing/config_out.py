@@ -16,7 +16,7 @@ from longctx.huggingface.family import ACTIVATIONS, LAYER_TYPES, LEFT_OUT, Famil
 from longctx.huggingface.hybrids import TAPS
 from longctx.huggingface.keys import Keys
 from longctx.huggingface.rope_in import LONGEST
-from longctx.huggingface.rope_out import lengths_of, rope_keys
+from longctx.huggingface.writing.rope_out import lengths_of, rope_keys
 
 # What decides no number of a forward pass, or is compared by the tables that follow from it.
 _NOT_COMPARED = ("name", "path", "init_std", "pattern", "rope_theta", "rope", "rope_window", "linear")

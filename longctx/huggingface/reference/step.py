@@ -17,9 +17,9 @@ from longctx.config.sections.rope import RopeConfig
 from longctx.errors import ConfigError, NotAvailableError
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.family import Family
-from longctx.huggingface.reference_dtype import in_model_dtype, make_tables
+from longctx.huggingface.reference.dtype import in_model_dtype, make_tables
 from longctx.huggingface.rope_in import LONGEST
-from longctx.huggingface.rope_out import lengths_of, rope_keys
+from longctx.huggingface.writing.rope_out import lengths_of, rope_keys
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from longctx.config import ModelConfig
 from longctx.errors import StorageError
 from longctx.huggingface.names import Names, Place, joined_shape
 from longctx.huggingface.pieces import in_class
-from longctx.huggingface.source import ModelSource
+from longctx.huggingface.writing.source import ModelSource
 
 _OWN_LAYER = 1  # where our names have a layer's number
 
