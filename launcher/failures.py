@@ -71,6 +71,11 @@ def first_failure(folder: Path) -> Failure | None:
     return min(failures, key=lambda failure: failure.seconds, default=None)
 
 
+def error_of(failure: Failure) -> LongctxError:
+    """Returns a failure that its message explains as an error that ends with its exit code."""
+    return next(kind for kind in LongctxError.__subclasses__() if kind.exit_code == failure.exit_code)(failure.message)
+
+
 def clear_failures(folder: Path) -> None:
     """Removes the failures of an earlier start."""
     folder.mkdir(exist_ok=True)

@@ -22,13 +22,15 @@ import torch.distributed as dist
 
 from longctx.bench.timing import Report
 from longctx.comm import leave_world
-from longctx.errors import NumericsError
+from longctx.errors import LongctxError, NumericsError
 from longctx.launcher.env import keep_to_loopback, share_cores
+from longctx.launcher.failures import clear_failures, error_of, first_failure, record
 from longctx.launcher.progress import from_file
 
 TIMEOUT = 600.0  # seconds that a whole job may take
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.1  # seconds between two looks at the processes
+FAILURES = "failures"  # inside the job's folder: why ranks ended
 SETTLE = 0.5  # seconds in which the cause of a failure shows, where another rank is seen first
 
 
@@ -54,8 +56,9 @@ class Workers:
 def run_gloo(module: str, job: str, world: int, folder: Path, workers: Workers = Workers()) -> None:
     """Runs ``python -m module JOB FOLDER RANK WORLD`` on ``world`` processes and waits for them.
 
-    Answers are files: what other packages print does not mix with this command's output. Raises NumericsError with the
-    last line of the rank that failed first. What the others say follows from it, and they are ended.
+    Answers are files: what other packages print does not mix with this command's output. Raises the error that the rank
+    left which failed first, or NumericsError with its last line. What the others say follows from it, and they are
+    ended.
     """
     with unwind_on_stop():
         _run(module, job, world, folder, workers)
@@ -65,6 +68,7 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
     share_cores(world)
     if not workers.prefixes:
         keep_to_loopback()
+    clear_failures(folder / FAILURES)
     command = [workers.python, "-m", module, job, str(folder)]
     before = workers.prefixes or [()] * world
     with ExitStack() as files:
@@ -80,6 +84,9 @@ def _run(module: str, job: str, world: int, folder: Path, workers: Workers) -> N
             complaints[ends.failed].seek(0)
             last = complaints[ends.failed].read().decode(errors="replace").strip().splitlines()[-1:]
             status = ends.statuses[ends.failed]
+            failure = first_failure(folder / FAILURES)
+            if failure is not None and status != -signal.SIGKILL:
+                raise error_of(failure)
             raise NumericsError(f"rank {ends.failed} of {module} ended with {status}: {' '.join(last)}")
         if not ends.in_time:
             waiting = ", ".join(str(rank) for rank, status in enumerate(ends.statuses) if status is None)
@@ -190,6 +197,16 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, old)
     for which in asked[:1]:
         signal.raise_signal(which)
+
+
+def as_rank(worker: Callable[[list[str]], None]) -> int:
+    """Runs a process that ``run_gloo`` started; returns its exit code. An error of ours is left for the command."""
+    words = sys.argv[1:]
+    try:
+        worker(words)
+    except LongctxError as error:
+        return record(int(words[2]), Path(words[1]) / FAILURES, error)
+    return 0
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from longctx.comm import leave_world
 from longctx.config import Config, simulated_world_size
 from longctx.evaluate import Sampling, SequenceSharding, StagedModel, generate
 from longctx.launcher import build
-from longctx.launcher.processes import Workers, join, run_gloo
+from longctx.launcher.processes import Workers, as_rank, join, run_gloo
 from longctx.mesh import build_mesh
 from longctx.parallel.core import core_attention, layout_of, linear_attention, mask_of
 from longctx.parallel.data import compute_dtype
@@ -112,4 +112,4 @@ def worker(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    sys.exit(as_rank(worker))

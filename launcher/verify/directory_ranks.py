@@ -21,7 +21,7 @@ from torch import Tensor
 from longctx.comm import leave_world
 from longctx.config import Config, simulated_world_size
 from longctx.launcher import build
-from longctx.launcher.processes import join, run_gloo
+from longctx.launcher.processes import as_rank, join, run_gloo
 from longctx.mesh import build_mesh
 from longctx.parallel.data import full_tensor
 from longctx.parallel.pipeline import Pipeline
@@ -161,4 +161,4 @@ def worker(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    sys.exit(as_rank(worker))

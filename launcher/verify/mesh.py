@@ -20,7 +20,7 @@ from longctx.config import Config, resolve, simulated_world_size
 from longctx.errors import ConfigError, LongctxError
 from longctx.launcher import build, env, machine
 from longctx.launcher.compose import compose
-from longctx.launcher.processes import join, run_gloo
+from longctx.launcher.processes import as_rank, join, run_gloo
 from longctx.launcher.progress import progress
 from longctx.launcher.ranks.world import init_distributed
 from longctx.train.canary.parity import ParityReport, StepParity, run_parity, shrink_for_parity
@@ -180,4 +180,4 @@ def _worst(title: str, differences: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    sys.exit(as_rank(worker))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx.errors import NumericsError
-from longctx.launcher.processes import gloo_rank, run_gloo
+from longctx.launcher.processes import as_rank, gloo_rank, run_gloo
 from longctx.sim import Cluster
 from longctx.verify import RankResult, Verdict, VerifyCase, judge, run_rank
 
@@ -64,4 +64,4 @@ def worker(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    sys.exit(as_rank(worker))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from longctx.errors import NumericsError
+from longctx.errors import ConfigError, DataError, NumericsError
 from longctx.launcher import processes
-from longctx.launcher.processes import Workers, run_gloo
+from longctx.launcher.failures import error_of, first_failure
+from longctx.launcher.processes import Workers, as_rank, run_gloo
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +27,10 @@ if rank == 1:
     print("noise\\nthe cause", file=sys.stderr)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "refused":
+        from longctx.errors import DataError
+        from longctx.launcher.failures import record
+        sys.exit(record(rank, folder / "failures", DataError("x.bin is damaged")))
     sys.exit(3 if how == "failed" else 0)
 if how != "fine":
     (folder / "process").write_text(str(os.getpid()))
@@ -58,6 +63,19 @@ def test_ranks_that_end_well_are_silent(run, tmp_path, capfd):
 def test_the_rank_that_failed_first_is_told_and_the_others_are_ended(run, how, told):
     with pytest.raises(NumericsError, match=f"^{told}$"):
         run(how)
+
+
+def test_a_rank_s_own_error_is_the_command_s(run, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"^x\.bin is damaged$"):
+        run("refused")
+
+    def worker(words):
+        raise ConfigError("sp=3")
+
+    (tmp_path / "other" / "failures").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["a_rank", "{}", str(tmp_path / "other"), "1", "2"])
+    assert as_rank(worker) == 78
+    assert str(error_of(first_failure(tmp_path / "other" / "failures"))) == "sp=3"
 
 
 def test_ranks_that_take_too_long_are_named_and_ended(run, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from longctx.launcher.processes import gloo_rank, run_gloo
+from longctx.launcher.processes import as_rank, gloo_rank, run_gloo
 from longctx.launcher.verify.ranks import load_result, save_result
 from longctx.verify import RankResult, VerifyCase, run_rank
 
@@ -30,4 +30,4 @@ def worker(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    sys.exit(as_rank(worker))

@@ -314,12 +314,12 @@ def test_gloo_gives_the_numbers_of_sim_for_mixers(capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.gloo
-def test_a_gloo_rank_that_dies_is_named(monkeypatch, capsys):
+def test_a_gloo_rank_that_refuses_is_heard(monkeypatch, capsys):
     words = [*SMALL, "--world", "2", "--backend", "gloo"]
     monkeypatch.setattr(verify_ranks, "asdict", lambda case: {**asdict(case), "kernel": "flash_cuda"})
     status, out, err = verify(capsys, *words)
-    assert (status, out) == (70, "")
-    assert re.match(r"longctx: rank \d of .* ended with 1: .*it runs on cuda", err)
+    assert (status, out) == (78, "")
+    assert re.match(r"longctx: .*it runs on cuda", err)
 
 
 def test_mixers_that_fetch_are_verified_where_queries_choose(capsys):

@@ -31,6 +31,7 @@ from longctx.launcher.commands.bench.ranks import (
 )
 from longctx.launcher.compose import compose
 from longctx.launcher.options import numbers, words
+from longctx.launcher.processes import as_rank
 from longctx.launcher.tables import mebibytes, print_table
 from longctx.linear import get_linear
 from longctx.mesh import build_mesh
@@ -212,4 +213,4 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:], measured)
+    sys.exit(as_rank(partial(worker, measure=measured)))

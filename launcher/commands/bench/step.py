@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from longctx.launcher.commands.bench.ranks import (
     worker,
 )
 from longctx.launcher.compose import compose
+from longctx.launcher.processes import as_rank
 from longctx.launcher.tables import mebibytes, print_table
 from longctx.mesh import build_mesh
 from longctx.reporting.memory import CATEGORIES
@@ -168,4 +170,4 @@ def _notes(found: JsonObject) -> list[str]:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:], measured)
+    sys.exit(as_rank(partial(worker, measure=measured)))
