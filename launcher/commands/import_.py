@@ -95,7 +95,7 @@ def _write(config: Config) -> dict[str, Brought]:
     """Writes this rank's share; returns all tensors."""
     model = build.on_meta(config)
     live = live_tensors(model)
-    located = locate_parameters(config.model, {name: tuple(tensor.shape) for name, tensor in live.items()})
+    located = locate_parameters(config.model, live)
     tensors = {name: _brought(name, tensor, located[name]) for name, tensor in live.items()}
     optimizer = describe_together(model, build_optimizer(model, config.optim))
     with progress("longctx: import") as report:

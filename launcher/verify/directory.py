@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.checkpoint.state import live_tensors
 from longctx.config import DEGREES, Config, resolve, simulated_world_size
 from longctx.config.pipeline import RULES
 from longctx.config.sections import DataConfig
 from longctx.errors import ConfigError, UsageError
 from longctx.huggingface.config_in import model_fields
 from longctx.huggingface.joining import published_tensors
+from longctx.huggingface.load import locate_parameters
 from longctx.huggingface.reference.sample import draw_tokens
 from longctx.huggingface.reference.step import Reference, ReferenceStep
 from longctx.launcher import build, env, machine
@@ -84,6 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         config = _config(arguments, seq, batch)
         if not any(length > 1 for length in documents or (seq,)):
             raise ConfigError("--documents of one token each have no successor to predict; make one longer")
+        # Our readers say what is wrong with a file, before ranks start and before transformers meets it.
+        locate_parameters(config.model, live_tensors(build.on_meta(config)))
+        tokens = draw_tokens(directory, config.model.vocab_size, batch, seq, seed)
         dtype = DTYPES[config.train.dtype]
         reference = Reference(config.model, dtype, patched=dtype is torch.float64)
     except ConfigError as error:
@@ -94,7 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
             json.dumps({**nothing, "directory": str(directory), "refused": str(error), "errors": {}, "passed": False})
         )
         return REFUSED
-    tokens = draw_tokens(directory, config.model.vocab_size, batch, seq, seed)
     with progress("longctx verify --hf") as report:
         report(0, 2, "the mesh")
         found = compute(config, tokens, documents or (seq,))
@@ -157,7 +161,7 @@ def judge(
         # What transformers itself loses to rounding.
         exact = Reference(model, torch.float64, patched=True).step(tokens, documents)
         own = relative_errors(expected, exact)
-        limits = {name: min(max(least, ROUNDING_FACTOR * own[name]), most) for name in errors}
+        limits = {name: min(max(least, ROUNDING_FACTOR * own.get(name, 0.0)), most) for name in errors}
     parts = "with its fp32 parts patched to float64" if dtype is torch.float64 else "as it is"
     verdict = DirectoryVerdict(
         directory=model.path,
@@ -190,7 +194,7 @@ def relative_errors(found: ReferenceStep, expected: ReferenceStep) -> dict[str, 
         "loss": _relative(found.loss, expected.loss),
     }
     floor = FLOOR * math.sqrt(sum(float(one.double().square().sum()) for one in expected.gradients.values()))
-    for name in sorted({*found.gradients, *expected.gradients}, key=list(expected.gradients).index):
+    for name in dict.fromkeys((*expected.gradients, *found.gradients)):
         own, other = found.gradients.get(name), expected.gradients.get(name)
         errors[f"grad.{name}"] = math.inf if own is None or other is None else _relative(own, other, floor)
     return errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from longctx.checkpoint.shards import Located, read_shards
 from longctx.checkpoint.state import COPY, live_tensors
@@ -22,16 +22,16 @@ def load_directory(model: nn.Module, config: ModelConfig) -> None:
     Raises ``ConfigError`` where the directory holds another model, ``DataError`` where a file is damaged.
     """
     live = {name: tensor.detach() for name, tensor in live_tensors(model).items()}
-    read_shards(live, locate_parameters(config, {name: tuple(tensor.shape) for name, tensor in live.items()}))
+    read_shards(live, locate_parameters(config, live))
 
 
-def locate_parameters(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Located]]:
-    """Returns where the directory ``config.path`` holds parameters, by our names; ``shapes``: whole ones, of each."""
+def locate_parameters(config: ModelConfig, live: Mapping[str, Tensor]) -> dict[str, list[Located]]:
+    """Returns where the directory ``config.path`` holds parameters, by our names; ``live``: those of a model."""
     assert config.path is not None, "the configuration names a directory"
     directory = Path(config.path)
     family, _, _ = model_fields(directory)
-    wanted = {name: place_of(name.removesuffix(COPY), config, family.names) for name in shapes}
-    own = {name.removesuffix(COPY): shape for name, shape in shapes.items()}
+    wanted = {name: place_of(name.removesuffix(COPY), config, family.names) for name in live}
+    own = {name.removesuffix(COPY): tuple(tensor.shape) for name, tensor in live.items()}
     pieces = as_published(locate_weights(directory), family.names, directory)
     located = match_names(pieces, wanted, own, directory, whole_model(config, family.names))
     if config.tie_embeddings:

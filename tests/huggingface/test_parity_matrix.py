@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from longctx.huggingface.reference.dtype import in_model_dtype
-from longctx.launcher import cli
 from tests.huggingface.small_models import CASES, SIZES, published, saved
+from tests.huggingface.verifying import directory_of, verify
 
 LIMIT = {"float64": 1e-10, "float32": 1e-5}
 WAYS = {
@@ -33,21 +33,6 @@ MESHES = {
 HYBRIDS = ("qwen3.5", "olmo hybrid")
 # A state travels for every stripe, so stripes are no shorter than the chunks of linear layers.
 STRIPES = "attention.layout_block=8 attention.chunk=8"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("matrix")
-
-
-def directory_of(name: str, folder: Path) -> Path:
-    path = folder / name.replace(" ", "-")
-    return path if path.exists() else saved(name, folder)
-
-
-def verify(capsys: pytest.CaptureFixture[str], directory: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    status = cli.main(["verify", "--hf", str(directory), "--json", "comm=sim", *words])
-    return status, json.loads(capsys.readouterr().out)
 
 
 def sampled() -> list[Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from longctx.huggingface.reference.sample import draw_tokens
+from longctx.huggingface.reference.step import ReferenceStep
 from longctx.launcher import cli
-from tests.huggingface.small_models import published, saved
+from longctx.launcher.verify.directory import relative_errors
+from tests.huggingface.small_models import published
+from tests.huggingface.verifying import directory_of, verify
 
 DOCUMENTS = (37, 1, 26, 19)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("directories")
-
-
-def directory_of(name: str, folder: Path) -> Path:
-    path = folder / name.replace(" ", "-")
-    return path if path.exists() else saved(name, folder)
-
-
-def verify(capsys: pytest.CaptureFixture[str], directory: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    status = cli.main(["verify", "--hf", str(directory), "--json", "comm=sim", *words])
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out)
 
 
 def test_a_dump_holds_the_step_that_anyone_can_take(
@@ -77,6 +67,66 @@ def test_another_weight_on_one_side_fails_with_70(
     monkeypatch.setattr(step, "_read", otherwise)
     status, verdict = verify(capsys, directory_of("llama tied", folder), "--seq", "20")
     assert status == 70 and not verdict["passed"] and verdict["errors"]["logits"] > 1e-9
+
+
+def test_a_weight_that_one_side_alone_has_is_off_by_everything() -> None:
+    one = torch.ones(2)
+    found, expected = (ReferenceStep(one, one[0], {name: one, "both": one}) for name in ("ours", "theirs"))
+    errors = relative_errors(found, expected)
+    assert errors["grad.ours"] == errors["grad.theirs"] == math.inf and errors["grad.both"] == 0.0
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def without_a_weight(path: Path) -> None:
+    index = json.loads(path.read_text(encoding="utf-8"))
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "status", "told"),
+    [
+        ("model-00001-of-*", cut, 65, "its tensors end at byte"),
+        ("model-00002-of-*", Path.unlink, 65, "cannot be read"),
+        ("*.index.json", cut, 65, "cannot be read as an index"),
+        ("*.index.json", without_a_weight, 78, "missing model.norm.weight"),
+        ("generation_config.json", cut, 65, "generation_config.json cannot be read"),
+        ("tokenizer.json", lambda path: path.write_text('{"added_tokens": [5]}'), 65, "tokenizer.json is damaged"),
+    ],
+)
+def test_what_is_damaged_is_told_before_any_rank_starts(
+    file: str,
+    damage: Callable[[Path], Any],
+    status: int,
+    told: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(directory_of("mistral", folder), directory)
+    damage(next(iter([*directory.glob(file), directory / file])))
+    monkeypatch.setattr("longctx.launcher.verify.directory.Reference", None)
+    capsys.readouterr()  # what transformers says when it saves
+    assert cli.main(["verify", "--hf", str(directory), "comm=gloo", "parallel.sp=2"]) == status
+    words = capsys.readouterr()
+    assert not words.out and words.err.startswith("longctx: ") and told in words.err
+    assert len(words.err.splitlines()) == 1
+
+
+def test_a_model_that_transformers_refuses_is_told_with_78(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "refused"
+    shutil.copytree(directory_of("mistral", folder), directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps({**config, "use_cache": "x"}), encoding="utf-8")
+    status, verdict = verify(capsys, directory, "--seq", "8")
+    assert status == 78 and "transformers cannot make" in verdict["refused"] and "use_cache" in verdict["refused"]
 
 
 @pytest.mark.parametrize(

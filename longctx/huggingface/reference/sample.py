@@ -31,7 +31,7 @@ def draw_tokens(directory: Path, vocab_size: int, batch: int, seq: int, seed: in
 
 def special_ids(directory: Path) -> set[int]:
     """Lists ids that configurations and tokenizer give a meaning to, such as the end of a text."""
-    found = {one["id"] for one in _tokenizer(directory).get("added_tokens", []) if one.get("special")}
+    found = {one["id"] for one in _tokenizer(directory)[0] if one.get("special")}
     for name in _CONFIGS:
         found |= set(_token_ids(_read(directory / name)))
     return found
@@ -39,10 +39,8 @@ def special_ids(directory: Path) -> set[int]:
 
 def known_ids(directory: Path) -> int | None:
     """Counts the ids of the directory's tokenizer; None where it has none."""
-    tokenizer = _tokenizer(directory)
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
-    ids += [one["id"] for one in tokenizer.get("added_tokens", [])]
+    added, known = _tokenizer(directory)
+    ids = [*known, *(one["id"] for one in added)]
     return max(ids) + 1 if ids else None
 
 
@@ -54,8 +52,20 @@ def _token_ids(values: dict[str, Any]) -> Iterator[int]:
             yield from (one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
 
 
-def _tokenizer(directory: Path) -> dict[str, Any]:
-    return _read(directory / TOKENIZER)
+def _tokenizer(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the tokens that were added to the directory's tokenizer, and the ids of all others."""
+    path = directory / TOKENIZER
+    values = _read(path)
+    added, model = values.get("added_tokens") or [], values.get("model") or {}
+    try:
+        vocabulary = model.get("vocab") or {}
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+        sound = all(type(one) is int for one in (*ids, *(one["id"] for one in added)))
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path} is damaged: its tokens have no whole numbers as ids")
+    return added, ids
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -80,15 +80,20 @@ def _read(directory: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
             "transformers is not installed, whose models ours are compared with; pip install 'longctx[hf]'"
         ) from None
     family, fields, _ = model_fields(directory)
-    published = transformers.AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    if not _same_positions(config, fields):
-        published.update(_positions(config, family))
+    own = {} if _same_positions(config, fields) else _positions(config, family)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
+        published = transformers.AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        published.update(own)
         model: nn.Module = getattr(transformers, family.architecture).from_pretrained(
             directory, config=published, dtype=dtype, attn_implementation="eager", local_files_only=True
         )
+    except Exception as error:  # whatever its rules are, ours have taken the directory
+        raise ConfigError(
+            f"{directory}: transformers cannot make the model that ours is compared with: {type(error).__name__}: "
+            f"{error}"
+        ) from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
