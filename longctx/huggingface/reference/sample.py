@@ -21,27 +21,16 @@ def draw_tokens(directory: Path, vocab_size: int, batch: int, seq: int, seed: in
 
     Rows of an embedding past the tokenizer's ids are padding. Without a tokenizer all of ``vocab_size`` are real.
     """
-    special, known = special_ids(directory), known_ids(directory)
-    usable = [one for one in range(min(vocab_size, known or vocab_size)) if one not in special]
+    added, known = _tokenizer(directory)
+    special = {one["id"] for one in added if one.get("special")}
+    for name in _CONFIGS:  # give ids a meaning too, such as the end of a text
+        special |= set(_token_ids(_read(directory / name)))
+    ids = [*known, *(one["id"] for one in added)]
+    usable = [one for one in range(min(vocab_size, max(ids, default=vocab_size - 1) + 1)) if one not in special]
     if not usable:
         raise DataError(f"{directory} has {vocab_size} ids, and each of them is special; none is left to draw")
     drawn = torch.randint(len(usable), (batch, seq), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(usable)[drawn]
-
-
-def special_ids(directory: Path) -> set[int]:
-    """Lists ids that configurations and tokenizer give a meaning to, such as the end of a text."""
-    found = {one["id"] for one in _tokenizer(directory)[0] if one.get("special")}
-    for name in _CONFIGS:
-        found |= set(_token_ids(_read(directory / name)))
-    return found
-
-
-def known_ids(directory: Path) -> int | None:
-    """Counts the ids of the directory's tokenizer; None where it has none."""
-    added, known = _tokenizer(directory)
-    ids = [*known, *(one["id"] for one in added)]
-    return max(ids) + 1 if ids else None
 
 
 def _token_ids(values: dict[str, Any]) -> Iterator[int]:
