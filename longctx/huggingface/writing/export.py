@@ -31,7 +31,7 @@ from longctx.huggingface.weights import HEAD
 from longctx.huggingface.writing.config_out import Written, config_of
 from longctx.huggingface.writing.safetensors_out import READABLE, Outgoing, Tell, write_json, write_weights
 from longctx.huggingface.writing.source import TOKENIZER, ModelSource, copy_files, read_kept_config, read_source
-from longctx.huggingface.writing.stored import stored_tensors
+from longctx.huggingface.writing.stored import stored_before, stored_tensors
 
 _OWN = "model."
 _NUMBER = re.compile(r"(\d+)")
@@ -140,14 +140,14 @@ def _outgoing(
     if not located:
         raise StorageError("the checkpoint holds no weights")
     # Of a larger model's file only the part that is written stays, under the names that it has alone.
-    known = source if source and not written.alone else None
+    before = stored_before(None if written.alone else source, names)
     usual = Counter(found.values()).most_common(1)[0][0] if found else None
     dtypes = {in_class(name, names)[0]: code for name, code in found.items()}
     outgoing = {}
     for place in {place_of(name, model, names) for name in located}:
         parts = [located[part] for part in place.parts]
         code = dtypes.get(place.name) or usual or parts[0][0][1].dtype
-        for one in stored_tensors(place, [part[0][1].shape for part in parts], model, names, known):
+        for one in stored_tensors(place, [part[0][1].shape for part in parts], model, names, before.get(place.name)):
             outgoing[one.name] = Outgoing(one.name, dtype or DTYPES[code], one.shape, partial(_read, parts, one.rows))
     if HEAD in found and HEAD not in outgoing and model.tie_embeddings:
         shards = located["embedding.weight"]

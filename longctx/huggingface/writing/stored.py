@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -13,6 +14,7 @@ from longctx.huggingface.names import Names, Place, joined_shape
 from longctx.huggingface.pieces import in_class
 from longctx.huggingface.writing.source import ModelSource
 
+Part = tuple[str, int | None]  # a tensor of a file, and its rows where it is not all
 _OWN_LAYER = 1  # where our names have a layer's number
 
 
@@ -25,15 +27,29 @@ class Stored:
     rows: slice
 
 
+def stored_before(source: ModelSource | None, names: Names) -> dict[str, list[Part]]:
+    """Returns, by the names of the class, how files held each of its tensors; nothing without a ``source``."""
+    if source is None:
+        return {}
+    parts: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name in source.tensors:
+        whole, number = in_class(name, names)
+        parts[whole].append((number, name))
+    return {
+        whole: [(name, source.rows[name] if len(held) > 1 else None) for _, name in sorted(held)]
+        for whole, held in parts.items()
+    }
+
+
 def stored_tensors(
-    place: Place, shapes: Sequence[tuple[int, ...]], model: ModelConfig, names: Names, source: ModelSource | None
+    place: Place, shapes: Sequence[tuple[int, ...]], model: ModelConfig, names: Names, before: Sequence[Part] | None
 ) -> list[Stored]:
     """Returns what files hold of one tensor of the class, which joins parameters of these ``shapes``.
 
-    ``source``: what was found, whose names and cuts are kept; else those of the family's published models.
+    ``before``: how files held it, whose names and cuts are kept; else those of the family's published models.
     """
     whole = joined_shape(shapes)
-    found = _found(place, names, source) or _published(place, shapes, model, names)
+    found = before or _published(place, shapes, model, names)
     if not whole:
         return [Stored(name, whole, slice(None)) for name, _ in found]
     cuts = [0, *accumulate(rows or whole[0] for _, rows in found)]
@@ -45,16 +61,7 @@ def stored_tensors(
     ]
 
 
-def _found(place: Place, names: Names, source: ModelSource | None) -> list[tuple[str, int | None]]:
-    own = [] if source is None else [(in_class(name, names), name) for name in source.tensors]
-    parts = sorted((number, name) for (whole, number), name in own if whole == place.name)
-    assert source is not None or not parts, "names come from a source"
-    return [(name, source.rows[name] if source and len(parts) > 1 else None) for _, name in parts]
-
-
-def _published(
-    place: Place, shapes: Sequence[tuple[int, ...]], model: ModelConfig, names: Names
-) -> list[tuple[str, int | None]]:
+def _published(place: Place, shapes: Sequence[tuple[int, ...]], model: ModelConfig, names: Names) -> list[Part]:
     name, words = place.name, place.parts[0].split(".")
     if words[0] != "blocks" or model.kinds[int(words[_OWN_LAYER])] != "L":
         return [(name, None)]
