@@ -152,3 +152,32 @@ def test_ranks_with_batches_of_their_own(other):
             sequence.shard(TOKENS if dist.get_rank() == 0 else other)
 
     Cluster(2, trace=False).run(rank)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("case", ["a hole", "documents too long", "one row without its dim", "packed"])
+def test_a_batch_that_one_rank_refuses_is_refused_by_all(case, culprit):
+    """Nobody is left waiting for a rank that has raised, and a good batch is cut afterwards."""
+    call, message = {**BATCHES, "packed": (lambda s: s.shard(TOKENS, documents=[20, 4]), "rsa refuses")}[case]
+
+    def rank():
+        sequence, _ = adopted(group=dist.group.WORLD, strategy="rsa", layout="contiguous")
+        words = message if dist.get_rank() == culprit else f"rank {culprit} of the sequence group refuses the batch"
+        with pytest.raises((ConfigError, DataError), match=words):
+            call(sequence) if dist.get_rank() == culprit else sequence.shard(TOKENS)
+        return sequence.shard(TOKENS).count
+
+    assert Cluster(2, trace=False).run(rank) == [23, 23]
+
+
+def test_ranks_that_differ_in_documents_alone():
+    """Positions and labels are the same; what tokens see is not."""
+    labels = torch.full_like(TOKENS, -100)
+
+    def rank():
+        sequence, _ = adopted(group=dist.group.WORLD)
+        given = {"labels": labels, "position_ids": TOKENS}
+        with pytest.raises(DataError, match="was given another batch"):
+            sequence.shard(TOKENS, documents=[12 + dist.get_rank(), 12 - dist.get_rank()], **given)
+
+    Cluster(2, trace=False).run(rank)

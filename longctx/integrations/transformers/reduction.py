@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.errors import ConfigError, DataError
+from longctx.integrations.transformers.packing import PackedRows
 
 BUCKET = 64 * 2**20  # bytes that are summed in one message
 FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)  # odd, with bits all over
+REFUSED = -1  # in place of a batch's numbers, which begin with its rows
 
 
-def require_same_batch(group: dist.ProcessGroup | None, *parts: Tensor) -> None:
-    """Refuses whole batches that differ between the ranks of a group, before any work. Raises ``DataError``."""
+def on_all_ranks(group: dist.ProcessGroup | None, input_ids: Tensor, pack: Callable[[], PackedRows]) -> PackedRows:
+    """Returns what ``pack`` makes of ``input_ids``, the same batch on all ranks of a group, before any other work.
+
+    Raises ``DataError`` for batches that differ. Where ``pack`` raises on one rank all raise: they would wait for it.
+    """
     if group is None or dist.get_world_size(group) == 1:
-        return
-    own = torch.tensor([*parts[0].shape, *map(_digest, parts)], dtype=torch.int64, device=_device(group))
-    all_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_ranks, own, group=group)
-    for rank, other in enumerate(all_ranks):
-        if not torch.equal(other, all_ranks[0]):
+        return pack()
+    refused: Exception | None = None
+    numbers = [REFUSED] * 6
+    try:
+        packed = pack()
+        bounds = torch.from_numpy(np.concatenate([row.cu_seqlens for row in packed.documents]))
+        others = [torch.from_numpy(packed.labels), torch.from_numpy(packed.positions), bounds]
+        numbers = [*input_ids.shape, *map(_digest, [input_ids, *others])]
+    except Exception as error:
+        refused = error
+    own = torch.tensor([numbers], dtype=torch.int64, device=device_of(group))
+    everyone = own.new_empty(dist.get_world_size(group), len(numbers))
+    dist.all_gather_single(everyone, own, group=group)
+    if refused is not None:
+        raise refused
+    ranks = everyone.tolist()
+    for rank, other in enumerate(ranks):
+        if other[0] == REFUSED:
+            raise DataError(f"rank {rank} of the sequence group refuses the batch that it was given, and says why")
+    for rank, other in enumerate(ranks):
+        if other != ranks[0]:
             raise DataError(
                 f"rank {rank} of the sequence group was given another batch than rank 0; all must cut the same "
                 "whole batch: give their samplers one seed, and the number of the group as rank"
             )
+    return packed
 
 
 def _digest(values: Tensor) -> int:
@@ -38,7 +60,8 @@ def _digest(values: Tensor) -> int:
     return int(((mixed ^ (mixed >> 29)) * third).sum())
 
 
-def _device(group: dist.ProcessGroup) -> torch.device:
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Returns where this rank's messages to a group are."""
     if "nccl" in str(dist.get_backend(group)):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions, get_strategy, refusal, require, settled
+from longctx.attention import AttentionCase, StrategyAttention, StrategyOptions, get_strategy, require, settled
 from longctx.attention.runtime.borders import process_group_of
 from longctx.comm import group_of
 from longctx.errors import ConfigError, DataError, NotAvailableError
 from longctx.huggingface.reference.dtype import make_tables
 from longctx.integrations.transformers.cut import CutBatch
 from longctx.integrations.transformers.interface import NAME, attend, no_mask
-from longctx.integrations.transformers.packing import Packed, packed_rows
-from longctx.integrations.transformers.reduction import require_same_batch, sum_gradients, summed
+from longctx.integrations.transformers.packing import Packed, PackedRows, packed_rows
+from longctx.integrations.transformers.reduction import on_all_ranks, sum_gradients, summed
 from longctx.integrations.transformers.refusals import BY_LENGTH, attention_layers, require_model, rope_types
 from longctx.rules import whole
 from longctx.sequence import IGNORE, Batch, Layout, Mask, cut, make_layout, make_plan
@@ -65,7 +66,7 @@ class SharedSequence:
         self._layout = make_layout(layout) if isinstance(layout, str) else layout
         self._kernel, self._options = kernel, options
         self._attention: dict[float | None, StrategyAttention] = {}
-        self._case: AttentionCase | None = None
+        self._cases: dict[AttentionCase, None] = {}  # of all models, one for each window, in order
         self._longest: int | None = None
         self.layers: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
@@ -89,15 +90,16 @@ class SharedSequence:
         layers = attention_layers(model)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        for window in set(layers.values()):
-            mask = Mask(True, window)
-            case = AttentionCase(
-                self.size, heads, kv_heads, self._layout.name, mask, self._options, False, self._kernel
+        cases = [
+            AttentionCase(
+                self.size, heads, kv_heads, self._layout.name, Mask(True, window), self._options, False, self._kernel
             )
+            for window in dict.fromkeys(layers.values())
+        ]
+        for case in cases:
             require(self._strategy, case)
-            self._case = case
-        assert self._case is not None, "a model has layers"
-        self._options = settled(self._strategy, self._case)
+        self._cases.update(dict.fromkeys(cases))
+        self._options = settled(self._strategy, cases[0])
         self._declare(model, length)
         if config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)  # type: ignore[operator]
@@ -147,33 +149,34 @@ class SharedSequence:
         """
         if not self.layers:
             raise ConfigError("no model is adopted yet, whose windows the batch is planned for; sequence.adopt(model)")
-        packed = packed_rows(input_ids, labels, position_ids, attention_mask, documents)
-        highest = int(packed.positions.max())
-        if self._longest is not None and highest >= self._longest:
-            raise DataError(
-                f"position {highest} is beyond the declared length {self._longest}; adopt(model, length=...)"
-            )
-        self._require_documents(packed.documents)
-        device = input_ids.device
-        shifted = torch.from_numpy(packed.labels)
-        require_same_batch(self._process_group, input_ids, shifted, torch.from_numpy(packed.positions))
+
+        def pack() -> PackedRows:
+            packed = packed_rows(input_ids, labels, position_ids, attention_mask, documents)
+            self._require(packed)
+            return packed
+
+        packed = on_all_ranks(self._process_group, input_ids, pack)
+        device, shifted = input_ids.device, torch.from_numpy(packed.labels)
         plan = make_plan(packed.documents, Mask(), self._layout, input_ids.shape[1], self.size)
         local = cut(Batch(input_ids, shifted.to(device), packed.documents), plan, self._group.rank)
         positions = torch.zeros_like(local.positions)
         where = torch.from_numpy(plan.positions(self._group.rank))
         positions[:, : len(where)] = torch.from_numpy(packed.positions)[:, where].to(device)
-        windows = set(self.layers.values())
+        windows = dict.fromkeys(self.layers.values())
         plans = {window: plan if window is None else plan.windowed(window) for window in windows}
         count = int((packed.labels != IGNORE).sum())
         return CutBatch(local.tokens, local.labels, positions, count, plan, plans, self)
 
-    def _require_documents(self, documents: tuple[Any, ...]) -> None:
-        assert self._case is not None, "adopt has asked for a case"
-        if any(len(row) > 1 for row in documents):
-            packed = AttentionCase(**{**vars(self._case), "documents": True})
-            reason = refusal(self._strategy, packed)
-            if reason:
-                raise ConfigError(f"attention.strategy={self._strategy.name} refuses: {reason}")
+    def _require(self, packed: PackedRows) -> None:
+        """Refuses a batch beyond the declared length, or packed for a strategy that takes whole sequences."""
+        highest = int(packed.positions.max())
+        if self._longest is not None and highest >= self._longest:
+            raise DataError(
+                f"position {highest} is beyond the declared length {self._longest}; adopt(model, length=...)"
+            )
+        if any(len(row) > 1 for row in packed.documents):
+            for case in self._cases:
+                require(self._strategy, replace(case, documents=True))
 
     def loss(
         self,
