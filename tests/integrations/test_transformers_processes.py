@@ -21,21 +21,16 @@ def test_a_loop_and_a_trainer(tmp_path):
     """Packed rows, mixed windows, recompute, two microbatches a step, clipping, an evaluation of the loss."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    worker = [sys.executable, "-m", "tests.integrations.transformers_worker"]
-    processes = [
-        subprocess.Popen(
-            [*worker, str(rank), "2", str(tmp_path)],
-            env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = subprocess.Popen(
+        [sys.executable, "-m", "tests.integrations.transformers_worker", "2", str(tmp_path)],
+        env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
         main(0, 1, str(tmp_path))
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        output = ranks.communicate(timeout=120)[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+        ranks.terminate()
+    assert ranks.returncode == 0, output
     one, *two = [
         json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for world, rank in ((1, 0), (2, 0), (2, 1))
     ]

@@ -1,10 +1,11 @@
-"""One of two Gloo processes, or the only one: a loop of one's own and a ``Trainer`` of twenty steps.
+"""Gloo processes, or the only one: a loop of one's own and a ``Trainer`` of twenty steps.
 
-Arguments: rank, world and the folder where results and the meeting are.
+Arguments: world and the folder where results and the meeting are. Ranks are forked, for imports are most of the time.
 """
 
 import copy
 import json
+import multiprocessing
 import os
 import sys
 from datetime import timedelta
@@ -25,7 +26,7 @@ class Rows(torch.utils.data.Dataset):
     """Packed rows with no document's first token as a target, which transformers' own loss would count."""
 
     def __len__(self):
-        return 24
+        return 25
 
     def __getitem__(self, number):
         tokens = torch.randint(0, 96, (41,), generator=torch.Generator().manual_seed(number)) % (7 + number % 5)
@@ -51,7 +52,8 @@ def arguments(folder):
 
 
 def trained(kind, folder, model, **own):
-    data = {"train_dataset": Rows(), "eval_dataset": Rows(), "data_collator": collate}
+    few = torch.utils.data.Subset(Rows(), range(11))
+    data = {"train_dataset": Rows(), "eval_dataset": few, "data_collator": collate}
     trainer = kind(model=model, args=arguments(folder), **data, **own)
     trainer.train()
     history = trainer.state.log_history
@@ -104,4 +106,10 @@ def main(rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    context, world = multiprocessing.get_context("fork"), int(sys.argv[1])
+    ranks = [context.Process(target=main, args=(rank, world, sys.argv[2]), daemon=True) for rank in range(world)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join()
+    sys.exit(max(abs(one.exitcode) for one in ranks))

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longctx.errors import ConfigError
+from longctx.comm.rank_numbers import gather_numbers
+from longctx.errors import ConfigError, DataError
 from longctx.integrations.transformers.packing import packed_rows
-from longctx.integrations.transformers.reduction import summed
+from longctx.integrations.transformers.reduction import device_of, summed
 from longctx.integrations.transformers.sharing import SharedSequence
 from longctx.sequence import IGNORE
 
@@ -34,7 +35,7 @@ class SequenceTrainer:
         # Our loss is divided by the labels of all microbatches of a step already; the second name is that of 4.57.
         trainer.loss_is_scaled_for_ga = True
         trainer.model_accepts_loss_kwargs = True
-        self._groups, self._group_number = _groups(sequence)
+        self._leader, self._leaders = _leaders(sequence)
 
     def get_train_dataloader(self) -> Any:
         """Returns the loader of whole batches, the same on all ranks of a sequence group."""
@@ -55,19 +56,29 @@ class SequenceTrainer:
                 "leave accelerator_config's dispatch_batches off"
             )
         for dealer in dealers:
-            dealer.num_processes, dealer.process_index = self._groups, self._group_number
+            dealer.num_processes, dealer.process_index = len(self._leaders), self._leaders.index(self._leader)
+            # With nobody to be even with, a last batch is as short as on one process: no row comes twice.
+            dealer.even_batches = len(self._leaders) > 1
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """Returns the microbatches of a step, and how many labels they have on all ranks."""
         batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        own = sum(int((packed_rows(**_inputs(batch)).labels != IGNORE).sum()) for batch in batches)
+        own, refused = 0, None
+        try:
+            own = sum(int((packed_rows(**_inputs(batch)).labels != IGNORE).sum()) for batch in batches)
+        except Exception as error:
+            refused = error
         trainer: Any = self
-        count = torch.tensor(own, device=trainer.args.device)
+        numbers = torch.tensor([own, int(refused is not None)], device=trainer.args.device)
         if dist.is_initialized():
-            # Every rank of a group counts the same batch.
-            count = summed(count, dist.group.WORLD) // self.sequence.size
-        return batches, count
+            numbers = summed(numbers, dist.group.WORLD)
+        if refused is not None:
+            raise refused
+        if numbers[1]:
+            raise DataError("another rank refuses its batch, and says why")
+        # Every rank of a group counts the same batch.
+        return batches, numbers[0] // self.sequence.size
 
     def compute_loss(
         self,
@@ -86,6 +97,21 @@ class SequenceTrainer:
         world = dist.group.WORLD if dist.is_initialized() else None
         loss = self.sequence.loss(outputs.logits, cut, world, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates with each batch counted once, where ``transformers`` counts it for every rank."""
+        trainer: Any = self
+        trainer.gather_function = self._gathered  # transformers sets its own again behind each evaluation
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _gathered(self, losses: Tensor) -> Tensor:
+        """Gathers one rank's losses of each group, as many at the end as there are rows."""
+        trainer: Any = self
+        found: Tensor = trainer.accelerator.gather(losses)
+        if found.numel() > losses.numel():
+            found = found.view(-1, losses.numel())[self._leaders].flatten()
+        state = trainer.accelerator.gradient_state
+        return found[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else found
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
         """Evaluates the loss; logits are of this rank's tokens alone, and are not collected."""
@@ -121,19 +147,17 @@ def _require_trainer(trainer: Any) -> None:
             )
 
 
-def _groups(sequence: SharedSequence) -> tuple[int, int]:
-    """How many sequence groups all processes make, and the number of this rank's own."""
+def _leaders(sequence: SharedSequence) -> tuple[int, list[int]]:
+    """The first rank of this rank's sequence group, and those of all groups."""
     if not dist.is_initialized():
-        return 1, 0
-    group = sequence.process_group
+        return 0, [0]
+    group, world = sequence.process_group, dist.group.WORLD
+    assert world is not None, "processes are joined"
     own = min(dist.get_process_group_ranks(group)) if group is not None else dist.get_rank()
-    world = dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(gathered, torch.tensor([own], device=device))
-    numbers = sorted({int(one) for one in gathered})
-    if len(numbers) * sequence.size != world:
+    leaders = sorted({int(leader) for (leader,) in gather_numbers([own], world, device_of(world))})
+    if len(leaders) * sequence.size != world.size():
         raise ConfigError(
-            f"{world} processes are not made of whole sequence groups of {sequence.size}; every process must be in one"
+            f"{world.size()} processes are not made of whole sequence groups of {sequence.size}; every process must be "
+            "in one"
         )
-    return len(numbers), numbers.index(own)
+    return own, leaders
