@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_packed_and_windowed(name, dtype):
     found = shared(name, dtype, world, strategy, layout, tokens, **given)
     errors = apart(found, wanted)
     assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+CROSS = [("ring", "zigzag"), ("ring", "striped"), ("ulysses", "contiguous")]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("lengths", [(61,), (23, 1, 37)], ids=["one document", "packed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_on_every_mesh(name, lengths, dtype):
+    tokens, labels, positions = batch(lengths)
+    wanted = whole(name, dtype, tokens, labels=labels, position_ids=positions)
+    for world, (strategy, layout) in itertools.product((2, 4), CROSS):
+        given = {"labels": labels, "position_ids": positions}
+        errors = apart(shared(name, dtype, world, strategy, layout, tokens, **given), wanted)
+        assert max(errors.values()) < TOLERANCE[dtype], (world, strategy, layout, errors)
 
 
 def test_one_long_document_of_several_rows():
