@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from longctx.config import Config
@@ -64,8 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = settled(served, len(prompt) + arguments.max_tokens)
     _tell_of_length(config, len(prompt) + arguments.max_tokens)
     checkpoint = None if served.checkpoint is None else str(served.checkpoint)
-    sampling = Sampling(sampling.temperature, sampling.top_k, sampling.seed, stops, sampling.top_p)
-    job = GenerationJob(config, checkpoint, list(prompt), arguments.max_tokens, sampling)
+    job = GenerationJob(config, checkpoint, list(prompt), arguments.max_tokens, replace(sampling, stop_ids=stops))
     found = _shown(job, None if arguments.json else TextStream(tokenizer, _write))
     if arguments.json:
         text = None if tokenizer is None else text_of(tokenizer, found)

@@ -82,7 +82,8 @@ def generate(
     with DecodingSession(model, sharding) as session:
         while len(chosen) < max_new_tokens and not bool(ended.all()):
             logits = session.decode(chosen[-1][:, None])[:, -1] if chosen else session.prefill(tokens)
-            following = sample_tokens(logits.cpu(), sampling, generator)
+            here = logits.cpu()
+            following = sample_tokens(here, sampling, generator)
             if chosen:
                 following = torch.where(ended, chosen[-1], following)
             # Logits of all ranks are the same but for the rounding of their devices, which may decide a near tie.
@@ -90,7 +91,7 @@ def generate(
             chosen.append(agreed)
             ended |= torch.isin(agreed, stops)
             if keep_logits:
-                kept_logits.append(logits.cpu())
+                kept_logits.append(here)
             if tell is not None:
                 tell(agreed)
     new = [token[:, None].to(tokens.device) for token in chosen]

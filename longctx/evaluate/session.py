@@ -19,7 +19,7 @@ from longctx.config import ModelConfig
 from longctx.errors import ConfigError
 from longctx.evaluate.linear_memory import RememberingCore
 from longctx.evaluate.stages import StagedModel
-from longctx.linear import LinearAttention, LinearCore
+from longctx.linear import LinearAttention
 from longctx.model import Decoder, Vocabulary
 from longctx.model.linear_block import LINEAR, mixer_of
 from longctx.sequence import IGNORE, NO_PLAN, Batch, Documents, Layout, LocalBatch, Mask, SequencePlan, Zigzag, shard
@@ -43,7 +43,7 @@ class SequenceSharding:
     layout: Layout = field(default_factory=Zigzag)
     mask: Mask = field(default_factory=Mask)
     kernel: str = "auto"
-    linear: LinearCore | None = None
+    linear: LinearAttention | None = None
     multiple: int = 1
 
 
@@ -146,7 +146,7 @@ class DecodingSession:
         self._sequences, new = len(tokens), tokens.shape[1]
         padding = -new % self._sharding.multiple
         for cache in self.caches.values():
-            arrivals = cache.expect(len(tokens), new, padding)
+            arrivals = cache.expect(len(tokens), new, padding, self._device)
         for core in self._linear:
             core.begin(new)
         positions = torch.tensor(arrivals.positions, dtype=torch.int64).expand(tokens.shape)

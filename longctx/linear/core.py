@@ -42,6 +42,12 @@ class LinearAttention:
         beta: Tensor | None = None,
     ) -> Tensor:
         """Maps q, k, v to the output as ``LinearCore`` says; ``plan``: the handle of the batch's plan."""
+        return self.attend_with_states(q, k, v, plan, log_decay, beta)[0]
+
+    def attend_with_states(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, log_decay: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns beside the output the states ``[B, n, H/TP, K, V]`` that entered this rank's segments."""
         gates = [] if log_decay is None else [log_decay]
         named = (("q", q), ("k", k), ("v", v), (HANDLE, plan))
         require_plain((*named, *(one for one in (("log_decay", log_decay), ("beta", beta)) if one[1] is not None)))
@@ -49,12 +55,12 @@ class LinearAttention:
         _require_gates(q, log_decay, beta)
         _require_heads(q, k, v, log_decay, beta)
         context = (plan, self.group_name, self._strategy, self._chunk)
-        out: Tensor
+        found: tuple[Tensor, Tensor]
         if beta is None:
-            out, _ = diagonal_attention(q, k, v, gates, *context)
+            found = diagonal_attention(q, k, v, gates, *context)
         else:
-            out, _ = delta_attention(q, k, v, [*gates, beta], *context)
-        return out
+            found = delta_attention(q, k, v, [*gates, beta], *context)
+        return found
 
     def convolve(self, xs: Sequence[Tensor], weights: Sequence[Tensor], plan: Tensor) -> list[Tensor]:
         """Convolves as ``LinearCore`` says; the gradients of ``weights`` are this rank's shares."""

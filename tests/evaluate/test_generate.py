@@ -405,6 +405,7 @@ HYBRID = {"mixer": "gated_deltanet"}
         (2, 1, {"dp_shard": 2}, {"pattern": "L", "mixer": "gla"}),
         (3, 11, {"sp": 3}, {"pattern": "L", "mixer": "retnet"}),
         (2, 6, {"sp": 2}, {"pattern": "L", "mixer": "based"}),
+        (3, 200, {"sp": 3}, {"pattern": "L", **HYBRID}),
     ],
     ids=str,
 )

@@ -132,10 +132,10 @@ class SequenceCache:
         reach, _ = self.mask.reach(position)
         return int(np.searchsorted(own, position - reach))
 
-    def expect(self, batch: int, tokens: int, padding: int = 0) -> Arrivals:
+    def expect(self, batch: int, tokens: int, padding: int = 0, device: torch.device | str = "cpu") -> Arrivals:
         """Places new tokens of each sequence, each on the rank that was given the fewest, the first of several.
 
-        ``padding``: rows behind them that are no tokens.
+        ``padding``: rows behind them that are no tokens. ``device``: where layers compute.
         """
         whole("sequences", batch, 1)
         whole("new tokens", tokens, 1)
@@ -151,5 +151,6 @@ class SequenceCache:
         queries = np.arange(positions.start, positions.stop, dtype=np.int64)
         start, stop = self.mask.key_range(queries, Documents.single(positions.stop))
         tiles = group_rows([tiles_of(start, stop, self._held, np.zeros_like(start))] * batch)
-        self.arrivals = Arrivals(positions, torch.tensor(kept, dtype=torch.int64), tiles, batch, dropped, padding)
+        places = torch.tensor(kept, dtype=torch.int64).to(device, non_blocking=True)  # once for all layers
+        self.arrivals = Arrivals(positions, places, tiles, batch, dropped, padding)
         return self.arrivals

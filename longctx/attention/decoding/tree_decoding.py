@@ -61,9 +61,8 @@ class CachedAttention:
     @apart
     def _decoded(self, q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
         """Attention of new tokens ``[B, n, ...]``, whose keys and values are kept where they belong."""
-        kept = arrivals.kept.to(k.device, non_blocking=True)
         self._shard.drop(arrivals.dropped)
-        self._shard.append(k[:, kept], v[:, kept])
+        self._shard.append(k[:, arrivals.kept], v[:, arrivals.kept])
         partial, kernel = Partial(q), kernel_for(self._kernel, q, k)
         kernel.forward(dense(q), self._shard.keys, self._shard.values, arrivals.tiles, q.shape[-1] ** -0.5, partial)
         out, _ = reduce(partial.out, partial.lse, self._cache.group)
