@@ -8,7 +8,6 @@ file per rank, written as a stream and read by byte ranges that the manifests st
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from longctx.checkpoint.agreement import this_rank
 from longctx.checkpoint.files import FileRecord, opened, read_range, write_new
 from longctx.checkpoint.manifest import DTYPE_CODES, DTYPES, Chunk
+from longctx.checkpoint.stream import bytes_of, header_of
 from longctx.errors import StorageError
 
 Located = tuple[Path, Chunk]  # the file that holds a shard, and where in it
@@ -135,29 +135,16 @@ def write_boxes(path: Path, boxes: list[tuple[Chunk, Read]]) -> tuple[FileRecord
     """Writes boxes of tensors into one file, each read when its turn comes; returns where they lie in it."""
     # Wide elements first, so that each tensor is aligned for readers that map the file.
     boxes = sorted(boxes, key=lambda box: (-DTYPES[box[0].dtype].itemsize, box[0].name))
-    header: dict[str, object] = {}
-    end = 0
-    for chunk, _ in boxes:
-        header[chunk.name] = {
-            "dtype": chunk.dtype,
-            "shape": chunk.sizes,
-            "data_offsets": (end, end + chunk.bytes),
-        }
-        end += chunk.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    chunks, start = [], 8 + len(text)
+    header = header_of((chunk.name, chunk.dtype, chunk.sizes, chunk.bytes) for chunk, _ in boxes)
+    chunks, start = [], len(header)
     for chunk, _ in boxes:
         chunks.append(replace(chunk, start=start))
         start += chunk.bytes
 
     def blocks() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
+        yield header
         for _, read in boxes:
-            # One tensor at a time leaves its device.
-            flat = read().detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                yield flat.view(torch.uint8).numpy().data
+            yield from bytes_of(read())  # one tensor at a time leaves its device
 
     return write_new(path, blocks()), chunks
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longctx.checkpoint.files import write_new
 from longctx.checkpoint.manifest import DTYPE_CODES
+from longctx.checkpoint.stream import bytes_of, header_of
 from longctx.errors import NumericsError
 from longctx.huggingface.weights import INDEX, SINGLE
 
@@ -79,19 +80,9 @@ def _counted(total: int, tell: Tell) -> Callable[[Outgoing], None]:
 
 
 def _blocks(shard: Sequence[Outgoing], told: Callable[[Outgoing], None]) -> Iterator[bytes | memoryview]:
-    header: dict[str, object] = {"__metadata__": _FORMAT}
-    end = 0
+    yield header_of(((one.name, DTYPE_CODES[one.dtype], one.shape, one.bytes) for one in shard), _FORMAT)
     for one in shard:
-        code = DTYPE_CODES[one.dtype]
-        header[one.name] = {"dtype": code, "shape": one.shape, "data_offsets": (end, end + one.bytes)}
-        end += one.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for one in shard:
-        flat = _cast(one).contiguous().reshape(-1)
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy().data
+        yield from bytes_of(_cast(one))
         told(one)
 
 
