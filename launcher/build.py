@@ -81,7 +81,6 @@ def preflight(config: Config, resume: Resume | None) -> int | None:
         _require_checkpoint(config)
         require_same_tokenizer(config)
     corpus = check_data(config)
-    build_loader(config, corpus, 0, 1)  # which refuses what the data cannot give
     look(Facts(config, corpus, device_here(config), going_on))
     if resume is None or not going_on:
         if config.init.from_ is not None:
@@ -284,7 +283,7 @@ def check_data(config: Config) -> Corpus:
     with progress("longctx: data") as report:
         corpus = check_corpus(config.data, config.model.vocab_size, report, env.cache_directory())
         check_held_out(config.data, corpus, config.model.vocab_size, report, env.cache_directory())
-        packing_of_run(config.data, corpus, config.train.seed)
+        build_loader(config, corpus, 0, 1)  # which refuses what the data cannot give
         return corpus
 
 
