@@ -74,14 +74,13 @@ class Mixture:
         self.balance: Balance | None = first.balance
         self.document_mask: bool = first.document_mask
         self.epoch_tokens = sum(part.tokens for part in parts)
-        rows = [part.share / _fill(part.packing) for part in parts]
-        for part, share in zip(parts, rows, strict=True):
-            if share < SMALLEST * sum(rows):
+        for part in parts:
+            if part.share < SMALLEST:
                 raise ConfigError(
-                    f"data.mixture.{part.name}.weight: its share is {float(share / sum(rows)):.2g} of the sequences, "
+                    f"data.mixture.{part.name}.weight: its share is {float(part.share):.2g} of the sequences, "
                     f"less than one in {1 / SMALLEST:,}; give it more weight, or data.mixture.{part.name}.weight=0"
                 )
-        self.interleave = Interleave([share / sum(rows) for share in rows])
+        self.interleave = Interleave([part.share for part in parts])
 
     def sample(self, index: int) -> tuple[Int64, Int64, Documents]:
         """Returns tokens, labels and documents of a sample, as ``Packing.sample`` does."""
@@ -114,8 +113,3 @@ class Mixture:
     def _place(self, index: int) -> tuple[MixturePart, int]:
         place = self.interleave.place(index)
         return self.parts[place.source], place.row
-
-
-def _fill(packing: Packing) -> Fraction:
-    """Returns the share of a source's rows that holds tokens: the rest is padding."""
-    return packing.epoch_tokens / (packing.epoch_rows * packing.seq_len)
