@@ -13,6 +13,7 @@ import torch.distributed as dist
 from longctx.checkpoint.checkpointer import TrainState
 from longctx.config import Config, DataConfig, simulated_world_size
 from longctx.data import Corpus
+from longctx.data.corpus import Int64
 from longctx.data.long_documents import count_long
 from longctx.data.mixing.mixture import Mixture
 from longctx.launcher.run_directory import directory_of
@@ -67,7 +68,8 @@ class Opening:
         )
         facts = RunFacts.of(config, meter.mesh, meter.device, state.model, work)
         if self._first:
-            write_environment(directory_of(config), self._verdict, _data_summary(config.data, corpus), facts.to_dict())
+            data = _data_summary(config.data, corpus, packing.chosen)
+            write_environment(directory_of(config), self._verdict, data, facts.to_dict())
         for line in facts.lines():
             self._teller.say(line)
         return facts.to_dict()
@@ -81,7 +83,7 @@ def command_of(config: Config) -> str:
     return f"longctx launch --nproc {ranks}" if config.cluster.nodes == 1 else "longctx submit"
 
 
-def _data_summary(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
+def _data_summary(config: DataConfig, corpus: Corpus, chosen: Int64 | None) -> dict[str, Any]:
     """Returns what the run is trained on, and warns of what was left out."""
     if corpus.skipped_empty:
         _log.warning("data: %d empty documents are left out, %d remain", corpus.skipped_empty, len(corpus))
@@ -89,7 +91,7 @@ def _data_summary(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
         counted = ", ".join(f"{count} {what}" for what, count in corpus.facts.get(key, {}).items())
         if counted:
             _log.warning("data: %s: %s", words, counted)
-    long = count_long(config, corpus)
+    long = count_long(config, corpus, chosen)
     if long["tokens_left_out"]:
         _log.warning(
             "data: %d documents are longer than data.seq_len=%d; data.long_documents=%s leaves out %d tokens of them",

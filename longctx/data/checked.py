@@ -34,7 +34,7 @@ def require_labels(corpus: Corpus, chosen: Int64 | None = None, use: str = "lear
 
     ``chosen``: numbers of the documents that are looked at, None for all. ``use``: what they are for, in the message.
     """
-    lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
+    lengths = corpus.lengths if chosen is None else corpus.lengths_of(chosen)
     if lengths.max(initial=0) <= 1:
         raise DataError(
             f"nothing to {use} in {printable(corpus.source)}: each of the {len(lengths)} documents has one token, and "

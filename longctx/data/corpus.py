@@ -76,6 +76,10 @@ class Corpus:
         """Tokens of each document, int64 ``[D]``, each at least 1."""
         return np.diff(self.bounds)
 
+    def lengths_of(self, documents: Int64) -> Int64:
+        """Returns the tokens of each of some documents, without those of all."""
+        return self.bounds[documents + 1] - self.bounds[documents]
+
     def read(self, start: int, stop: int) -> Tokens:
         """Returns ``tokens[start:stop]``. Raises ``DataError`` where a file that is open no longer holds them."""
         found: Tokens = self.tokens[start:stop] if self.reader is None else self.reader(start, stop)

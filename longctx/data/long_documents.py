@@ -12,22 +12,21 @@ from typing import Any
 import numpy as np
 
 from longctx.config import DataConfig
-from longctx.data.corpus import CHUNK, Corpus
-from longctx.data.held_out import trained_on
+from longctx.data.corpus import CHUNK, Corpus, Int64
 from longctx.data.packing import used
 
 
-def count_long(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
-    """Returns what becomes of how many documents that are trained on, and the tokens left out, as JSON values."""
-    chosen = trained_on(config.validation, corpus)
+def count_long(config: DataConfig, corpus: Corpus, chosen: Int64 | None) -> dict[str, Any]:
+    """Returns what becomes of how many documents that are trained on, and the tokens left out, as JSON values.
+
+    ``chosen``: numbers of the documents that are trained on, None for all.
+    """
     documents = left = 0
     for start in range(0, len(corpus) if chosen is None else len(chosen), CHUNK):
-        own = slice(start, start + CHUNK)
-        bounds = corpus.bounds
         if chosen is None:
-            lengths = np.diff(bounds[start : start + CHUNK + 1])
+            lengths = np.diff(corpus.bounds[start : start + CHUNK + 1])
         else:
-            lengths = bounds[chosen[own] + 1] - bounds[chosen[own]]
+            lengths = corpus.lengths_of(chosen[start : start + CHUNK])
         documents += int(np.count_nonzero(lengths > config.seq_len))
         left += int((lengths - used(config.long_documents, lengths, config.seq_len)).sum())
     return {"policy": config.long_documents, "documents": documents, "tokens_left_out": left}

@@ -80,21 +80,12 @@ class Packing:
         self.chosen = chosen
         self.long_documents = long_documents
         self._documents = chosen
-        if long_documents == SKIP:
-            lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
-            kept = np.flatnonzero(lengths <= seq_len)
-            self._documents = kept if chosen is None else chosen[kept]
-            if lengths[kept].max(initial=0) <= 1:
-                raise ConfigError(
-                    f"data.long_documents=skip leaves nothing to learn of {corpus.source}: {len(kept)} of "
-                    f"{len(lengths)} documents are not longer than data.seq_len={seq_len}, and none of them has two "
-                    "tokens; set data.long_documents=truncate, or a larger data.seq_len"
-                )
-        if self._documents is None and long_documents == SPLIT:
-            self.epoch_tokens = corpus.total_tokens
-        else:
-            own = corpus.lengths if self._documents is None else corpus.lengths[self._documents]
-            self.epoch_tokens = int(self._used(own).sum())
+        self.epoch_tokens = corpus.total_tokens
+        if chosen is not None or long_documents != SPLIT:
+            lengths = corpus.lengths if chosen is None else corpus.lengths_of(chosen)
+            self.epoch_tokens = int(self._used(lengths).sum())
+            if long_documents == SKIP:
+                self._documents = self._short(lengths)
         self._epochs: tuple[Epoch, ...] = ()
         self._packed: tuple[int, list[list[Piece]]] | None = None
         self._window: tuple[int, Int64] | None = None
@@ -192,13 +183,24 @@ class Packing:
             last = int(np.searchsorted(epoch.starts, offset + take, side="left"))
             documents = epoch.order[first:last]
             begins = self.corpus.bounds[documents]
-            ends = begins + self._used(self.corpus.bounds[documents + 1] - begins)
+            ends = begins + self._used(self.corpus.lengths_of(documents))
             starts, stops = begins.copy(), ends.copy()
             starts[0] += offset - epoch.starts[first]
             stops[-1] = begins[-1] + offset + take - epoch.starts[last - 1]
             pieces += zip(starts.tolist(), stops.tolist(), ends.tolist(), strict=True)
             position, missing = position + take, missing - take
         return pieces
+
+    def _short(self, lengths: Int64) -> Int64:
+        """Returns the numbers of those of the chosen documents that a sequence holds whole."""
+        kept = np.flatnonzero(lengths <= self.seq_len)
+        if lengths[kept].max(initial=0) <= 1:
+            raise ConfigError(
+                f"data.long_documents=skip leaves nothing to learn of {self.corpus.source}: {len(kept)} of "
+                f"{len(lengths)} documents are not longer than data.seq_len={self.seq_len}, and none of them has two "
+                "tokens; set data.long_documents=truncate, or a larger data.seq_len"
+            )
+        return kept if self.chosen is None else self.chosen[kept]
 
     def _used(self, lengths: Int64) -> Int64:
         return used(self.long_documents, lengths, self.seq_len)
@@ -209,7 +211,7 @@ class Packing:
                 return kept
         order = _permutation(self.documents, self.seed, number)
         order = order if self._documents is None else self._documents[order]
-        starts = np.concatenate([[0], np.cumsum(self._used(self.corpus.lengths[order]))]).astype(np.int64, copy=False)
+        starts = np.concatenate([[0], np.cumsum(self._used(self.corpus.lengths_of(order)))]).astype(np.int64, copy=False)
         epoch = Epoch(number, order, starts)
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
         return epoch

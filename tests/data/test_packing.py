@@ -154,7 +154,7 @@ def test_long_documents_lose_the_tokens_that_are_counted_and_no_other(
                 Packing(corpus, seq_len, seed, long_documents=policy)
             continue
         packing = Packing(corpus, seq_len, seed, long_documents=policy)
-        counted = count_long(DataConfig(seq_len=seq_len, long_documents=policy), corpus)
+        counted = count_long(DataConfig(seq_len=seq_len, long_documents=policy), corpus, None)
         assert packing.epoch_tokens == sum(expected) == sum(lengths) - counted["tokens_left_out"]
         assert counted["documents"] == len(lengths) - len(kept) and policy in packing.order
         tokens, labels = stream(packing, packing.epoch_tokens)  # as many whole epochs as a row has tokens

@@ -39,7 +39,7 @@ def audit(
         "sequences_looked_at": len(looked) * loader.global_batch,
         **_looked_at(loader, looked, config.attention.window, report),
         "lengths": _histogram(corpus),
-        "long_documents": count_long(config.data, corpus),
+        "long_documents": count_long(config.data, corpus, packing.chosen),
     }
 
 

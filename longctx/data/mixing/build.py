@@ -33,9 +33,10 @@ def packing_of_run(
         one, own = config.mixture[name], np.arange(first, first + documents)
         if chosen is not None:
             own = chosen[slice(*np.searchsorted(chosen, [first, first + documents]))]
-        lengths = corpus.lengths[own]
         try:
-            once, found = packing(own), packing(np.repeat(own, repeats(one, lengths)))
+            once = found = packing(own)
+            if one.repeat_longer:
+                found = packing(np.repeat(own, repeats(one, corpus.lengths_of(own))))
         except ConfigError as error:
             raise ConfigError(f"data.mixture.{name}: {error}") from error
         share = Fraction(repr(one.weight))
