@@ -211,7 +211,9 @@ class Packing:
                 return kept
         order = _permutation(self.documents, self.seed, number)
         order = order if self._documents is None else self._documents[order]
-        starts = np.concatenate([[0], np.cumsum(self._used(self.corpus.lengths_of(order)))]).astype(np.int64, copy=False)
+        starts = np.concatenate([[0], np.cumsum(self._used(self.corpus.lengths_of(order)))]).astype(
+            np.int64, copy=False
+        )
         epoch = Epoch(number, order, starts)
         self._epochs = (*self._epochs[1 - KEPT_EPOCHS :], epoch)
         return epoch

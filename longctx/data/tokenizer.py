@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longctx.data.files import printable
+from longctx.data.tokenizing.alphabet import alphabet_of
 from longctx.data.tokenizing.definition import Definition, find_file, kinds_in, read_definition
 from longctx.data.tokenizing.long_text import PIECE, encode_long
 from longctx.errors import ConfigError, DataError, NotAvailableError
@@ -136,7 +137,7 @@ class FileTokenizer:
         self._library.encode_special_tokens = policy.special_tokens == "text"
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[[one for one in definition.specials if one != self.unknown]] = policy.special_tokens == "text"
-        self._alphabet = _alphabet(definition, vocabulary)
+        self._alphabet = alphabet_of(definition, vocabulary)
 
     @property
     def _where(self) -> str:
@@ -277,50 +278,6 @@ class FileTokenizer:
                 f"{origin(number)}: {self._where} has no token for {lost}, none for unknown text, and would leave it "
                 "out in silence; train the tokenizer with a whole alphabet, or take the text out"
             )
-
-
-@dataclass(frozen=True)
-class _Alphabet:
-    """Holds what a model without a token for the unknown has tokens for: bytes, or characters."""
-
-    known: frozenset[str]
-    in_bytes: bool
-
-    def missing(self, text: str) -> str | None:
-        """Names what a text has beyond it."""
-        if self.in_bytes:
-            names = _byte_names()
-            lost = sorted(byte for byte in set(text.encode("utf-8")) if names[byte] not in self.known)
-            return f"the byte {lost[0]:#04x}" if lost else None
-        found = sorted(one for one in set(text) - self.known if not one.isspace())
-        return repr(found[0]) if found else None
-
-
-def _alphabet(definition: Definition, vocabulary: dict[str, int]) -> _Alphabet | None:
-    """Returns what a BPE model has tokens for where it would leave the rest out, else None: nothing is lost."""
-    model = definition.parts["model"]
-    if model.get("type", "BPE") != "BPE" or model.get("unk_token") is not None:
-        return None
-    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(BYTE_IDS)):
-        return None
-    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    bare = (token.removeprefix(prefix).removesuffix(suffix) for token in vocabulary)
-    single = frozenset(token for token in bare if len(token) == 1)
-    parts = [definition.parts.get("pre_tokenizer"), definition.parts.get("normalizer")]
-    in_bytes = "ByteLevel" in list(kinds_in(parts))
-    if in_bytes and single.issuperset(_byte_names()[byte] for byte in range(BYTE_IDS) if byte not in _NEVER):
-        return None
-    return _Alphabet(single, in_bytes)
-
-
-_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 does not use
-
-
-def _byte_names() -> list[str]:
-    """Returns the character by which a byte-level vocabulary writes each byte: itself if it prints, else one above."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(BYTE_IDS) if byte not in printing]
-    return [chr(byte) if byte in printing else chr(BYTE_IDS + others.index(byte)) for byte in range(BYTE_IDS)]
 
 
 def _always(name: str, number: int) -> str:
