@@ -18,7 +18,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,17 @@ def _read(file: Path, stamps: list[Stamp]) -> Facts | None:
 
 def _write(file: Path, stamps: list[Stamp], facts: Facts) -> None:
     wanted = [stamp.written() for stamp in stamps]
+    put(file, [json.dumps({"files": wanted, "facts": facts, "seal": _sealed(wanted, facts)}).encode()])
+
+
+def put(file: Path, parts: Iterable[Any]) -> None:
+    """Writes a file in one step, where that can be done. ``parts``: buffers, one after another."""
     unfinished = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
-    text = json.dumps({"files": wanted, "facts": facts, "seal": _sealed(wanted, facts)})
-    with contextlib.suppress(OSError, UnicodeError):
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            with unfinished.open("wb") as opened:
+                opened.writelines(parts)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from longctx.data.formats.numbers import BLOCK, Numbers, numbers_in
 from longctx.data.formats.raw import RawFile
 from longctx.data.source import Report
 from longctx.data.tokens import open_pair, write_tokens
-from longctx.data.verdicts import Stamp, remembered, verdict_name
+from longctx.data.verdicts import Stamp, put, remembered, verdict_name
 from longctx.errors import DataError
 
 
@@ -48,19 +48,10 @@ def kept_offsets(
 def _write(place: Path, offsets: Int64) -> str:
     """Writes the offsets, where that can be done, and returns their SHA-256."""
     digest = hashlib.sha256()
-    unfinished = place.with_name(f".{place.name}.{os.uname().nodename}.{os.getpid()}")
     parts = [offsets[first : first + BLOCK].astype("<i8", copy=False) for first in range(0, len(offsets), BLOCK)]
     for part in parts:
         digest.update(part.data)
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                for part in parts:
-                    file.write(part.data)
-            unfinished.replace(place)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    put(place, (part.data for part in parts))
     return digest.hexdigest()
 
 
