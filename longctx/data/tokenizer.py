@@ -87,6 +87,15 @@ def open_tokenizer(path: str | Path | None, policy: Policy = Policy()) -> Tokeni
     return FileTokenizer(read_definition(find_file(path)), policy)
 
 
+def require_ids(tokenizer: Tokenizer, path: str, vocab_size: int) -> None:
+    """Refuses a vocabulary that lacks ids of the tokenizer; a larger one, padded, is fine. Raises ``ConfigError``."""
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} must be at least {tokenizer.vocab_size} for the ids of data.tokenizer="
+            f"{printable(path)}; nearest valid value: {tokenizer.vocab_size}"
+        )
+
+
 class ByteTokenizer:
     """Takes bytes as ids, 0 to 255."""
 

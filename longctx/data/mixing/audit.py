@@ -8,11 +8,12 @@ import numpy as np
 
 from longctx.config import Config
 from longctx.data.balance import Balance
-from longctx.data.corpus import CHUNK, Corpus
+from longctx.data.corpus import Corpus
 from longctx.data.loader import Loader
 from longctx.data.long_documents import count_long
 from longctx.data.mixing.mixture import Mixture
 from longctx.data.source import Report, unreported
+from longctx.data.tokenizing.summary import histogram
 
 MOST_STEPS = 512  # that are looked at; of more, so many that lie evenly
 
@@ -38,7 +39,7 @@ def audit(
         "sampled": len(looked) < steps,
         "sequences_looked_at": len(looked) * loader.global_batch,
         **_looked_at(loader, looked, config.attention.window, report),
-        "lengths": _histogram(corpus),
+        "lengths": [{key: one[key] for key in ("from", "documents", "tokens")} for one in histogram(corpus.lengths)],
         "long_documents": count_long(config.data, corpus, packing.chosen),
     }
 
@@ -93,21 +94,4 @@ def _sources(config: Config, corpus: Corpus, loader: Loader, sequences: int) -> 
             "sequences": sequences,
             "epochs": epochs,
         }
-    ]
-
-
-def _histogram(corpus: Corpus) -> list[dict[str, int]]:
-    """Counts documents by length: each bucket reaches to twice its beginning, without it."""
-    found: dict[int, list[int]] = {}
-    for start in range(0, len(corpus), CHUNK):
-        lengths = np.diff(corpus.bounds[start : start + CHUNK + 1])
-        powers = np.frexp(lengths.astype(np.float64))[1] - 1
-        for power in np.unique(powers).tolist():
-            own = lengths[powers == power]
-            bucket = found.setdefault(power, [0, 0])
-            bucket[0] += len(own)
-            bucket[1] += int(own.sum())
-    return [
-        {"from": 1 << power, "documents": documents, "tokens": tokens}
-        for power, (documents, tokens) in sorted(found.items())
     ]

@@ -56,17 +56,19 @@ class Tokenizing:
     workers: int = 1
 
 
-def build(job: Tokenizing, progress: Report = unreported, waits: bool = False) -> tuple[dict[str, Any], bool]:
+def build(
+    job: Tokenizing, progress: Report = unreported, waits: bool = False, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, Any], bool]:
     """Writes the token file, and returns its summary, and whether it was there already.
 
     An earlier process's unfinished work on the same is gone on with; the result is the same to the byte. ``waits``: for
-    another process that is at work on it, instead of refusing. Raises
+    another process that is at work on it, instead of refusing. ``tokenizer``: the job's, where it is open. Raises
     ``ConfigError`` where something else lies at that place, ``DataError`` naming file and place for bad text,
     ``StorageError`` for a full disk.
     """
     if job.workers < 1:
         raise ConfigError(f"--workers={job.workers}: at least 1 process tokenizes; nearest valid value: 1")
-    tokenizer = open_tokenizer(job.tokenizer, job.policy)
+    tokenizer = tokenizer or open_tokenizer(job.tokenizer, job.policy)
     dtype, names = dtype_for(job.dtype, tokenizer), PartialFiles(job.out)
     key = key_of(job, tokenizer, dtype)
     if _is_finished(names, key):

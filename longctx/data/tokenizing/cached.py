@@ -17,10 +17,10 @@ from longctx.config import DataConfig
 from longctx.data.corpus import Corpus, Int64
 from longctx.data.files import printable
 from longctx.data.source import Check, TextFiles
-from longctx.data.tokenizer import Policy, Tokenizer, open_tokenizer
+from longctx.data.tokenizer import Policy, Tokenizer, open_tokenizer, require_ids
 from longctx.data.tokenizing.build import Tokenizing, available_cores, build, dtype_for, key_of
 from longctx.data.tokens import open_tokens
-from longctx.errors import ConfigError, StorageError
+from longctx.errors import StorageError
 
 FOLDER = "tokens"
 # A process encodes some 2 MB a second, so that each rank of a run is held up for half a minute at most.
@@ -30,15 +30,6 @@ MOST_IN_MEMORY = 1 << 26
 def policy_of(config: DataConfig) -> Policy:
     """Returns what stands around a document's ids."""
     return Policy(config.bos, config.eos, config.special_tokens)
-
-
-def require_ids(tokenizer: Tokenizer, path: str, vocab_size: int) -> None:
-    """Refuses a vocabulary that lacks ids of the tokenizer; a larger one, padded, is fine. Raises ``ConfigError``."""
-    if vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} must be at least {tokenizer.vocab_size} for the ids of data.tokenizer="
-            f"{printable(path)}; nearest valid value: {tokenizer.vocab_size}"
-        )
 
 
 def open_tokenized(
@@ -58,7 +49,7 @@ def open_tokenized(
     job = Tokenizing(texts, folder, config.tokenizer, policy_of(config), settings, workers=available_cores())
     key = key_of(job, tokenizer, dtype_for(job.dtype, tokenizer))
     job = replace(job, out=folder / f"{key[:32]}.bin")
-    summary, _ = build(job, check.progress, waits=True)
+    summary, _ = build(job, check.progress, waits=True, tokenizer=tokenizer)
     corpus = open_tokens(str(job.out), summary["dtype"], vocab_size, config.max_documents, check.whole, check)
     read = {name: value for name, value in summary["read"].items() if name != "path"}
     facts = {**read, "tokenizer": tokenizer.facts(), "first_document": corpus.facts.get("first_document")}

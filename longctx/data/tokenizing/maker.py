@@ -11,10 +11,10 @@ from typing import Any
 from longctx.config import DataConfig
 from longctx.data.corpus import Corpus
 from longctx.data.files import printable
-from longctx.data.tokenizer import open_tokenizer
+from longctx.data.tokenizer import open_tokenizer, require_ids
+from longctx.data.tokenizing.summary import SUMMARY
 from longctx.errors import ConfigError, DataError
 
-SUMMARY = ".tokens.json"
 _LARGEST = 1 << 22
 
 
@@ -27,11 +27,7 @@ def with_tokenizer(corpus: Corpus, places: Sequence[Path], config: DataConfig, v
     facts = dict(corpus.facts)
     if config.tokenizer is not None:
         tokenizer = open_tokenizer(config.tokenizer)
-        if vocab_size < tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={vocab_size} must be at least {tokenizer.vocab_size} for the ids of data.tokenizer="
-                f"{printable(config.tokenizer)}; nearest valid value: {tokenizer.vocab_size}"
-            )
+        require_ids(tokenizer, config.tokenizer, vocab_size)
         for place, one in zip(places, made, strict=True):
             if one is not None and one["content"] != tokenizer.content:
                 raise ConfigError(

@@ -26,7 +26,7 @@ from longctx.data.corpus import CHUNK
 from longctx.data.files import printable
 from longctx.data.source import Report
 from longctx.data.tokenizing.frames import Encoded
-from longctx.data.tokenizing.summary import histogram
+from longctx.data.tokenizing.summary import SUMMARY, histogram
 from longctx.data.tokenizing.units import Position, Unit
 from longctx.data.tokens import DTYPES, HEADER, MAGIC
 from longctx.errors import ConfigError, StorageError
@@ -34,7 +34,6 @@ from longctx.errors import ConfigError, StorageError
 _log = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 5.0  # of work that a kill costs at most, besides reading the current file again
-SUMMARY = ".tokens.json"
 _MIB = 1 << 20
 
 

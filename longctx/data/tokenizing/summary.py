@@ -8,6 +8,7 @@ import numpy as np
 
 from longctx.data.corpus import CHUNK, Int64
 
+SUMMARY = ".tokens.json"  # ending of its file, beside the token file
 _BUCKETS = 63
 
 
