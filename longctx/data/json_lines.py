@@ -31,6 +31,11 @@ class Texts(NamedTuple):
     in_array: bool = False
 
 
+def name_of(path: Path, place: int, in_array: bool) -> str:
+    """Names a document by its file and place, as ``Texts`` has them, for messages."""
+    return printable(path) + (f", element {place}" if in_array else f":{place}" if place else "")
+
+
 def read_lines(
     path: Path, packing: str, key: str, left_out: Counter[str], at: Callable[[int], None]
 ) -> Iterator[Texts]:

@@ -20,7 +20,7 @@ from longctx.data.corpus import Corpus
 from longctx.data.files import data_path, open_regular, open_unpacked, printable
 from longctx.data.folders import Found, find_files
 from longctx.data.formats.shards import fits
-from longctx.data.json_lines import Texts, read_json, read_lines
+from longctx.data.json_lines import Texts, name_of, read_json, read_lines
 from longctx.data.kinds import JSON, LINES, MEDIA, UTF8_MARK, Kind, foreign, kind_of, looks_like_json
 from longctx.data.source import Check, Report, Source, TextFiles, unreported
 from longctx.data.tokenizer import BYTES as BYTE_TOKENIZER
@@ -220,8 +220,7 @@ class _Collected:
 
         def origin(document: int) -> str:
             path, in_array = files[file_of[document]]
-            place = places[document]
-            return printable(path) + (f", element {place}" if in_array else f":{place}" if place else "")
+            return name_of(path, places[document], in_array)
 
         tokens = np.frombuffer(self._flat, dtype=np.uint8)
         tokens.flags.writeable = False

@@ -24,7 +24,7 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -78,8 +78,14 @@ def open_tokens(
     """
     token_dtype(dtype)
     places = find_shards(path, "tokens", (".bin",), RULE, files)
+    return _corpus_of(places, str(path), dtype, vocab_size, max_documents, replace(check, whole=verify))
+
+
+def _corpus_of(
+    places: Sequence[Path], path: str, dtype: str, vocab_size: int, max_documents: int | None, check: Check
+) -> Corpus:
     shards = [open_pair(place, dtype) for place in places]
-    return joined(shards, str(path), vocab_size, "tokens", max_documents, replace(check, whole=verify))
+    return joined(shards, path, vocab_size, "tokens", max_documents, check)
 
 
 def open_pair(bin_path: Path, dtype: str) -> TokenShard:
@@ -205,9 +211,9 @@ def _writing(path: Path) -> Iterator[None]:
 def _open(config: DataConfig, vocab_size: int, check: Check) -> Corpus:
     from longctx.data.tokenizing.maker import with_tokenizer  # which the writer of such files imports, too
 
-    how, limit = asked(config, check), config.max_documents
-    corpus = open_tokens(config.path, config.token_dtype, vocab_size, limit, check.whole, how, config.files)
+    how, limit, dtype = asked(config, check), config.max_documents, config.token_dtype
     places = find_shards(config.path, "tokens", (".bin",), RULE, config.files)
+    corpus = _corpus_of(places, str(config.path), dtype, vocab_size, limit, how)
     return with_tokenizer(corpus, places, config, vocab_size)
 
 

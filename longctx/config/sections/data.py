@@ -148,4 +148,4 @@ class DataConfig:
 
 
 # What a source of a mixture says for itself; the rest of the section is the same for all.
-_OF_READING = frozenset({"source", "path", "text_key", "files", "token_dtype", "max_documents"})
+_OF_READING = frozenset(key.name for key in fields(MixtureSource)) & {key.name for key in fields(DataConfig)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longctx.data.files import printable
+from longctx.data.json_lines import name_of
 from longctx.data.source import TextFiles
 
 UNIT = 1 << 19  # bytes of text that make a batch full
@@ -36,8 +36,7 @@ class Unit:
 
     def name(self, number: int) -> str:
         """Names a document of this batch, for messages."""
-        path, place, in_array = self.places[number]
-        return printable(path) + (f", element {place}" if in_array else f":{place}" if place else "")
+        return name_of(*self.places[number])
 
 
 def units_of(texts: TextFiles, start: Position, notes: Counter[str], at: Callable[[int, int], None]) -> Iterator[Unit]:
