@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from longctx.config import DataConfig
 from longctx.data import Corpus, open_corpus
-from longctx.data.long_documents import count_long
 from longctx.data.packing import Packing
 from longctx.errors import ConfigError
 from longctx.sequence import IGNORE, Documents
@@ -139,31 +138,3 @@ def test_a_length_below_one_is_refused(seq_len: int) -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.seed=-3.*train.seed=3"):
         Packing(numbered([1]), 1, -3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(lengths=LENGTHS, seq_len=st.integers(2, 14), seed=st.integers(0, 2**40))
-def test_long_documents_lose_the_tokens_that_are_counted_and_no_other(
-    lengths: list[int], seq_len: int, seed: int
-) -> None:
-    corpus = numbered(lengths)
-    kept = [length for length in lengths if length <= seq_len]
-    for policy, expected in (("truncate", [min(length, seq_len) for length in lengths]), ("skip", kept)):
-        if policy == "skip" and max(kept, default=0) < 2:
-            with pytest.raises(ConfigError, match="leaves nothing to learn"):
-                Packing(corpus, seq_len, seed, long_documents=policy)
-            continue
-        packing = Packing(corpus, seq_len, seed, long_documents=policy)
-        counted = count_long(DataConfig(seq_len=seq_len, long_documents=policy), corpus, None)
-        assert packing.epoch_tokens == sum(expected) == sum(lengths) - counted["tokens_left_out"]
-        assert counted["documents"] == len(lengths) - len(kept) and policy in packing.order
-        tokens, labels = stream(packing, packing.epoch_tokens)  # as many whole epochs as a row has tokens
-        own = [
-            start + offset
-            for start, length in zip(corpus.bounds.tolist(), lengths, strict=False)
-            if policy == "truncate" or length <= seq_len
-            for offset in range(min(length, seq_len))
-        ]
-        assert sorted(tokens) == sorted(own * seq_len)
-        ends = {start + min(n, seq_len) - 1 for start, n in zip(corpus.bounds.tolist(), lengths, strict=False)}
-        assert labels == [IGNORE if token in ends else token + 1 for token in tokens]
