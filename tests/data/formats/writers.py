@@ -16,6 +16,7 @@ from longctx.config import DataConfig
 from longctx.data import Corpus, open_corpus
 
 Documents = Sequence[Sequence[int]]
+DOCUMENTS = [[5], [], [1, 2, 3], [250, 7], [], [9, 9, 9, 9, 1]]
 MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 
 
