@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from longctx.sequence import IGNORE, SequencePlan
+from longctx.sequence import SequencePlan
 
 if TYPE_CHECKING:
     from longctx.integrations.transformers.sharing import SharedSequence
@@ -37,8 +37,3 @@ class CutBatch:
     def inputs(self) -> dict[str, Any]:
         """Returns what the model is called with: ``model(**cut.inputs)``. Labels are not among it."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False, PLAN: self}
-
-    @property
-    def valid_tokens(self) -> int:
-        """Returns how many tokens of this rank predict something."""
-        return int((self.labels != IGNORE).sum())

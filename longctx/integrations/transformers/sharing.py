@@ -204,7 +204,7 @@ class SharedSequence:
             group, factor = averaged_over, dist.get_world_size(averaged_over)
         if count is None:
             if averaged_over is not None:
-                count = summed(torch.tensor(batch.valid_tokens, device=share.device), group)
+                count = summed((batch.labels != IGNORE).sum(), group)
             elif batch.count == 0:
                 raise DataError(
                     "no token of the batch predicts anything: all labels are -100, or documents have one token"
